@@ -1,0 +1,130 @@
+"""The center: free-support Wasserstein barycenter of the experts' row clouds (arXiv:2503.06881, sec. 4.2).
+
+Uniform masses and as many support points as rows make every transport plan a permutation. Departures from the
+paper's scripts: the fixed point starts from expert 0 and from the mean, and the better result is kept; every
+assignment is exact.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress_tools.alignment import align_experts
+from compress_tools.errors import NumericalError
+
+
+@dataclass(frozen=True)
+class CenterResult:
+    """A center and the alignment it was made with.
+
+    Attributes:
+        center: ``[I, D]`` fp32; None for no center.
+        perm: ``[E, I]`` int64, with ``aligned[e] = design[e][perm[e]]``.
+        objective: sum over experts of squared distances to the center after each iteration; falls.
+        start: which start won: ``expert 0``, ``mean``, or empty.
+    """
+
+    center: Tensor | None
+    perm: Tensor
+    objective: list[float]
+    start: str = ""
+
+
+def identity_perm(num_experts: int, num_rows: int) -> Tensor:
+    """``[E, I]`` int64: every expert keeps its row order."""
+    return torch.arange(num_rows).expand(num_experts, num_rows).clone()
+
+
+def mean_of_aligned(design: Tensor, perm: Tensor) -> Tensor:
+    """Mean of the aligned experts, ``[I, D]``; summed in fp32, one expert at a time."""
+    total = torch.zeros_like(design[0])
+    for expert, rows in enumerate(perm):
+        total += design[expert][rows.to(design.device)]
+    return total / len(design)
+
+
+def spread(design: Tensor, perm: Tensor, center: Tensor) -> float:
+    """Sum over experts of squared distances between aligned rows and center rows, float64."""
+    return sum(
+        (design[expert][rows.to(design.device)] - center).double().square().sum().item()
+        for expert, rows in enumerate(perm)
+    )
+
+
+def barycenter(
+    design: Tensor,
+    max_iterations: int = 25,
+    tolerance: float = 1e-4,
+    workers: int = 1,
+    advance: Callable[[], None] = lambda: None,
+) -> CenterResult:
+    """Fixed point: align every expert to the center, set the center to the mean of the aligned, repeat.
+
+    Args:
+        design: design matrices ``[E, I, D]``, fp32.
+        max_iterations: most iterations of each start.
+        tolerance: stop once an iteration lowers the objective by less than this share.
+        workers: assignments solved in parallel.
+        advance: called after each assignment.
+    Returns:
+        the better of the two starts; ``objective`` is ``sum_k ||T_k W_k - center||_F^2``.
+    Raises:
+        NumericalError: a cost is not finite, or the objective rises by more than rounding explains.
+    """
+    identity = identity_perm(len(design), design.shape[1])
+    starts = {"expert 0": design[0], "mean": mean_of_aligned(design, identity)}
+    results = [
+        _fixed_point(design, center, name, max_iterations, tolerance, workers, advance)
+        for name, center in starts.items()
+    ]
+    return min(results, key=lambda result: result.objective[-1])
+
+
+def _fixed_point(
+    design: Tensor,
+    center: Tensor,
+    start: str,
+    max_iterations: int,
+    tolerance: float,
+    workers: int,
+    advance: Callable[[], None],
+) -> CenterResult:
+    objective: list[float] = []
+    perm = None
+    for _ in range(max_iterations):
+        new_perm, _ = align_experts(design, center, workers, advance)
+        if perm is not None and torch.equal(new_perm, perm):
+            break
+        new_center = mean_of_aligned(design, new_perm)
+        value = spread(design, new_perm, new_center)
+        if objective and value > objective[-1] * (1 + 1e-6) + 1e-12:
+            raise NumericalError(f"barycenter objective rose from {objective[-1]} to {value}")
+        if objective and value >= objective[-1]:
+            break
+        previous = objective[-1] if objective else None
+        perm, center = new_perm, new_center
+        objective.append(value)
+        if value == 0 or (previous is not None and previous - value < tolerance * previous):
+            break
+    assert perm is not None  # max_iterations >= 1
+    return CenterResult(center, perm, objective, start)
+
+
+def find_center(
+    design: Tensor,
+    kind: str,
+    max_iterations: int,
+    tolerance: float,
+    workers: int,
+    advance: Callable[[], None] = lambda: None,
+) -> CenterResult:
+    """The center of the asked kind: ``barycenter``, ``mean`` (no alignment) or ``none``."""
+    if kind == "barycenter":
+        return barycenter(design, max_iterations, tolerance, workers, advance)
+    perm = identity_perm(len(design), design.shape[1])
+    if kind == "none":
+        return CenterResult(None, perm, [design.double().square().sum().item()])
+    center = mean_of_aligned(design, perm)
+    return CenterResult(center, perm, [spread(design, perm, center)])

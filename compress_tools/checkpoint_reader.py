@@ -1,0 +1,155 @@
+"""Sharded safetensors to tensor by name, lazily: a tensor is read when asked for, a broken shard is found on opening."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from compress_tools.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+
+
+class CheckpointReader:
+    """A Hugging Face checkpoint directory: its config, its other files, and its tensors by name.
+
+    Args:
+        path: the directory.
+    Raises:
+        CheckpointError: no directory, no config.json, no safetensors, a shard missing or damaged, an index
+            that names tensors which the shards lack.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise CheckpointError(f"{self.path}: no such directory; expected a Hugging Face checkpoint directory")
+        self.config: dict[str, Any] = self._read_json(CONFIG_NAME)
+        self.shards = self._shard_names()
+        self._handles: dict[str, Any] = {}
+        self._shard_of: dict[str, str] = {}
+        for shard in self.shards:
+            self._open(shard)
+        self._check_index()
+
+    @property
+    def names(self) -> list[str]:
+        """All tensor names, sorted."""
+        return sorted(self._shard_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shard_of
+
+    def get(self, name: str) -> Tensor:
+        """Read one tensor, in its stored dtype, on the CPU.
+
+        Raises:
+            CheckpointError: not there, or not readable.
+        """
+        handle = self._handle(name)
+        try:
+            return handle.get_tensor(name)
+        except (SafetensorError, OSError) as err:
+            raise CheckpointError(f"{self.path / self._shard_of[name]}: can't read {name!r}: {err}") from err
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        return tuple(self._handle(name).get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Stored dtype as safetensors spells it: ``BF16``, ``F16``, ``F32``, ..."""
+        return self._handle(name).get_slice(name).get_dtype()
+
+    def nbytes(self, name: str) -> int:
+        """Stored bytes of a tensor, without reading it."""
+        count = 1
+        for size in self.shape(name):
+            count *= size
+        return count * DTYPE_BYTES[self.dtype(name)]
+
+    def other_files(self) -> list[Path]:
+        """Files that are neither shards, index nor config.json: tokenizer, generation config, code, licence."""
+        skip = {CONFIG_NAME, INDEX_NAME, *self.shards}
+        return sorted(
+            file
+            for file in self.path.rglob("*")
+            if file.is_file()
+            and file.name not in skip
+            and file.suffix not in (".safetensors", ".bin", ".pt", ".pth")
+            and not any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(self.path).parts)
+        )
+
+    def fingerprint(self) -> str:
+        """Identity of the source: config, and each shard's name, size, modification time and header."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for shard in self.shards:
+            file = self.path / shard
+            status = file.stat()
+            digest.update(f"{shard} {status.st_size} {status.st_mtime_ns}".encode())
+            with file.open("rb") as stream:
+                header_bytes = int.from_bytes(stream.read(8), "little")
+                digest.update(stream.read(header_bytes))
+        return digest.hexdigest()
+
+    def _handle(self, name: str) -> Any:
+        if name not in self._shard_of:
+            raise CheckpointError(f"{self.path}: tensor {name!r} is missing")
+        return self._handles[self._shard_of[name]]
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        file = self.path / name
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError as err:
+            raise CheckpointError(f"{file}: missing; expected a Hugging Face checkpoint directory") from err
+        except (OSError, ValueError) as err:
+            raise CheckpointError(f"{file}: not readable as JSON: {err}") from err
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{file}: expected a JSON object")
+        return content
+
+    def _shard_names(self) -> list[str]:
+        if (self.path / INDEX_NAME).is_file():
+            self._weight_map = self._read_json(INDEX_NAME).get("weight_map")
+            if not isinstance(self._weight_map, dict) or not self._weight_map:
+                raise CheckpointError(f"{self.path / INDEX_NAME}: no weight_map")
+            return sorted(set(self._weight_map.values()))
+        self._weight_map = None
+        if (self.path / SINGLE_NAME).is_file():
+            return [SINGLE_NAME]
+        raise CheckpointError(f"{self.path}: no {INDEX_NAME} and no {SINGLE_NAME}; only safetensors are read")
+
+    def _open(self, shard: str) -> None:
+        file = self.path / shard
+        if not file.is_file():
+            raise CheckpointError(f"{file}: shard named by {INDEX_NAME} is missing")
+        try:
+            handle = safe_open(file, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as err:
+            raise CheckpointError(f"{file}: truncated or corrupt shard: {err}; download it again") from err
+        self._handles[shard] = handle
+        for name in handle.keys():
+            if self._weight_map is None or self._weight_map.get(name) == shard:
+                self._shard_of[name] = shard
+
+    def _check_index(self) -> None:
+        if self._weight_map is None:
+            return
+        missing = sorted(set(self._weight_map) - set(self._shard_of))
+        if missing:
+            raise CheckpointError(
+                f"{self.path}: {len(missing)} tensors of {INDEX_NAME} are not in their shards, first {missing[0]!r}"
+            )
+
+
+DTYPE_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8,
+    "F32": 4, "I32": 4, "U32": 4,
+    "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip

@@ -1,0 +1,181 @@
+"""``resmoe``: parse, call, print, exit code. Results on stdout, progress and errors on stderr."""
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import Any, get_args, get_origin
+
+import click
+from pydantic_core import PydanticUndefined
+from rich.console import Console
+
+from compress_tools import __version__, tables
+from compress_tools.config import CompressionConfig, make_config
+from compress_tools.errors import ConfigError, ResMoEError
+from compress_tools.progress import RichProgress, Silent
+
+# A pipe has no width of its own; 120 columns keep the tables whole in a log.
+out = Console(width=None if sys.stdout.isatty() else 120)
+
+
+def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command one option for each field of ``CompressionConfig``: its default, type and help."""
+    for name, field in reversed(CompressionConfig.model_fields.items()):
+        choices = get_args(field.annotation) if get_origin(field.annotation) is not None else ()
+        default = None if field.default is PydanticUndefined else field.default
+        command = click.option(
+            "--" + name.replace("_", "-"),
+            name,
+            type=click.Choice(choices) if choices else field.annotation,
+            default=default,
+            show_default=default is not None,
+            help=field.description,
+        )(command)
+    return command
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace DST and what an unfinished run left.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="resmoe")
+def cli() -> None:
+    """ResMoE: a center expert and compressed residuals in place of a Mixture-of-Experts model's experts.
+
+    \b
+    resmoe compress SRC DST && vllm serve DST
+    """
+
+
+@cli.command()
+@click.argument("src")
+@click.argument("dst")
+@recipe_options
+@click.option("--dry-run", is_flag=True, help="Print sizes and peak memory; write nothing.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same source and recipe.")
+@overwrite_option
+@json_option
+def compress(src: str, dst: str, dry_run: bool, resume: bool, overwrite: bool, as_json: bool, **options: Any) -> None:
+    """Compress the MoE checkpoint SRC into the ResMoE checkpoint DST."""
+    from compress_tools.pipeline import compress as run
+
+    config = _config(options)
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other")
+    if dry_run:
+        _print_plan(src, config, as_json)
+        return
+    with _progress(as_json) as progress:
+        report = run(src, dst, config, resume=resume, overwrite=overwrite, progress=progress)
+    _print(report.content(), as_json, lambda: tables.report_table(report))
+    if not as_json:
+        out.print(f"Written to {dst}. Next: [bold]vllm serve {dst}[/bold]", highlight=False)
+
+
+@cli.command()
+@click.argument("src")
+@recipe_options
+@json_option
+def plan(src: str, as_json: bool, **options: Any) -> None:
+    """Say what `resmoe compress SRC` would write: params, bytes, peak memory. Reads no weight, writes nothing."""
+    _print_plan(src, _config(options), as_json)
+
+
+@cli.command("inspect")
+@click.argument("path")
+@json_option
+def inspect_command(path: str, as_json: bool) -> None:
+    """Describe the ResMoE checkpoint PATH: coding, bytes on disk and bytes resident, layer by layer."""
+    from compress_tools.inspection import inspect
+
+    found = inspect(path)
+    _print(asdict(found), as_json, lambda: tables.inspection_table(found))
+
+
+@cli.command()
+@click.argument("path")
+@click.option("--against", metavar="SRC", help="The source: recompute the error, compare copied tensors.")
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Assignments in parallel.")
+@json_option
+def verify(path: str, against: str | None, workers: int, as_json: bool) -> None:
+    """Check the ResMoE checkpoint PATH: every expert there, shapes, finiteness, masks, error."""
+    from compress_tools.verify import verify as run
+
+    verdicts = run(path, against, workers)
+    _print(
+        {"ok": True, "layers": [asdict(verdict) for verdict in verdicts]},
+        as_json,
+        lambda: tables.verdict_table(verdicts),
+    )
+
+
+@cli.command()
+@click.argument("src")
+@click.argument("dst")
+@overwrite_option
+@json_option
+def restore(src: str, dst: str, overwrite: bool, as_json: bool) -> None:
+    """Write the dense Hugging Face checkpoint DST that the ResMoE checkpoint SRC stands for."""
+    from compress_tools.restore import restore as run
+
+    with _progress(as_json) as progress:
+        total_bytes = run(src, dst, overwrite=overwrite, progress=progress)
+    _print({"path": dst, "total_bytes": total_bytes}, as_json, lambda: f"Written to {dst}: {total_bytes} bytes.")
+
+
+@cli.command()
+@click.option("--out", "out_dir", default="demo-output", show_default=True, help="Directory of models and results.")
+def demo(out_dir: str) -> None:
+    """Train a small MoE, compress it twice, serve all three with vLLM, ask them, compare. Needs the repository."""
+    try:
+        from benchmarks.demo import run_demo
+    except ModuleNotFoundError as err:
+        if err.name and err.name.split(".")[0] != "benchmarks":
+            raise
+        raise ConfigError("resmoe demo needs the repository: clone it and run `make demo` there") from err
+    run_demo(out_dir)
+
+
+def main() -> None:
+    """Run the command; its exit codes are STYLE's: 0 ok, 2 usage, 3 architecture, 4 checkpoint, 5 numerics, 1 bug."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        print("resmoe: interrupted; `--resume` goes on from the last whole shard", file=sys.stderr)
+        sys.exit(130)
+    except click.ClickException as err:
+        err.show()
+        sys.exit(err.exit_code)
+    except ResMoEError as err:
+        print(f"resmoe: {err}", file=sys.stderr)
+        sys.exit(err.exit_code)
+
+
+def _config(options: dict[str, Any]) -> CompressionConfig:
+    return make_config(**{name: value for name, value in options.items() if value is not None})
+
+
+def _progress(quiet: bool) -> Any:
+    return nullcontext(Silent()) if quiet or not sys.stderr.isatty() else RichProgress()
+
+
+def _print(content: Any, as_json: bool, human: Callable[[], Any]) -> None:
+    if as_json:
+        print(json.dumps(content, indent=2))
+    else:
+        out.print(human(), highlight=False)
+
+
+def _print_plan(src: str, config: CompressionConfig, as_json: bool) -> None:
+    from compress_tools.checkpoint_reader import CheckpointReader
+    from compress_tools.plan import make_plan
+
+    made = make_plan(CheckpointReader(src), config)
+    _print(made.summary(), as_json, lambda: tables.plan_table(made))
+
+
+if __name__ == "__main__":
+    main()

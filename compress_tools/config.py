@@ -1,0 +1,109 @@
+"""What the user asks for: one validated object, made before any weight is read. The CLI's options derive from it."""
+
+import os
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compress_tools.errors import ConfigError
+
+Method = Literal["prune", "low-rank"]
+Center = Literal["barycenter", "mean", "none"]
+
+
+class CompressionConfig(BaseModel):
+    """The recipe. ``device`` and ``workers`` change how fast it goes, not what it makes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Method = Field(
+        "prune",
+        description="Residual coder: magnitude pruning (bitmap + values) or low rank (joint SVD of the design matrix).",
+    )
+    retain_ratio: float = Field(
+        0.25,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Share of each residual's parameters that is kept, in (0, 1]; 1 is lossless up to rounding.",
+    )
+    layers: str = Field(
+        "all",
+        description="Which MoE layers: all; top:N, bottom:N (N layers nearest the output, the input); or 0-3,7.",
+    )
+    center: Center = Field("barycenter", description="Center expert: Wasserstein barycenter, plain mean, or none.")
+    max_iterations: int = Field(25, ge=1, description="Most barycenter fixed-point iterations of each start.")
+    tolerance: float = Field(
+        1e-4, ge=0, allow_inf_nan=False, description="Stop when the barycenter objective falls by less, relatively."
+    )
+    seed: int = Field(0, ge=0, description="Seed of randomised steps.")
+    device: str = Field("cpu", description="Where products and factorisations run: cpu, cuda, cuda:N.")
+    workers: int = Field(
+        default_factory=lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        ge=1,
+        description="Assignments solved in parallel. [default: the number of cores]",
+    )
+
+    def recipe(self) -> dict[str, object]:
+        """What determines the output: every field but ``device`` and ``workers``."""
+        return self.model_dump(exclude={"device", "workers"})
+
+
+def make_config(**options: object) -> CompressionConfig:
+    """Build a config from keyword options.
+
+    Raises:
+        ConfigError: names the option, the value found and the rule.
+    """
+    try:
+        return CompressionConfig(**options)
+    except ValidationError as err:
+        first = err.errors()[0]
+        option = "--" + str(first["loc"][0]).replace("_", "-")
+        raise ConfigError(f"{option}: {first['msg']}, found {first['input']!r}") from err
+
+
+def select_layers(selection: str, moe_layers: list[int]) -> list[int]:
+    """Resolve ``--layers`` against a model's MoE layers.
+
+    Args:
+        selection: ``all``, ``top:N``, ``bottom:N``, or comma-separated indices and ranges (``0-3,7``).
+        moe_layers: decoder layer indices that hold experts, ascending.
+    Returns:
+        the selected decoder layer indices, ascending.
+    Raises:
+        ConfigError: not understood, or names a layer without experts.
+    """
+    text = selection.strip().lower()
+    if text == "all":
+        return list(moe_layers)
+    end, colon, number = text.partition(":")
+    if colon and end in ("top", "bottom") and number.isdecimal():
+        count = int(number)
+        if not 1 <= count <= len(moe_layers):
+            raise ConfigError(f"--layers {selection}: the model has {len(moe_layers)} MoE layers")
+        return moe_layers[-count:] if end == "top" else moe_layers[:count]
+    chosen: set[int] = set()
+    for item in text.split(","):
+        first, dash, last = item.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise ConfigError(
+                f"--layers {selection}: expected all, top:N, bottom:N, or indices and ranges such as 0-3,7"
+            )
+        chosen.update(range(int(first), int(last or first) + 1))
+    if unknown := chosen - set(moe_layers):
+        raise ConfigError(
+            f"--layers {selection}: no experts in layers {sorted(unknown)}; MoE layers are {_spans(moe_layers)}"
+        )
+    return sorted(chosen)
+
+
+def _spans(indices: list[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``0-2,5``."""
+    spans: list[list[int]] = []
+    for index in indices:
+        if spans and index == spans[-1][1] + 1:
+            spans[-1][1] = index
+        else:
+            spans.append([index, index])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

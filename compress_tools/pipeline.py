@@ -1,0 +1,255 @@
+"""The whole way in order, one MoE layer at a time: read, find the center, code the residuals, write."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress_tools import __version__
+from compress_tools.barycenter import CenterResult, find_center
+from compress_tools.checkpoint_reader import CheckpointReader
+from compress_tools.checkpoint_writer import CheckpointWriter, free_bytes
+from compress_tools.config import CompressionConfig
+from compress_tools.design_matrix import design_to_rows, expert_to_rows, rows_to_design
+from compress_tools.errors import CheckpointError, ConfigError
+from compress_tools.format.codec import restore_expert
+from compress_tools.format.schema import LayerSpec
+from compress_tools.format.tensors import CENTER, DTYPES, dense_layer_bytes, layer_bytes, layer_tensors, tensor_name
+from compress_tools.plan import CompressionPlan, Shard, make_plan
+from compress_tools.progress import ProgressListener, Silent
+from compress_tools.report import (
+    CARD_NAME,
+    RECIPE_NAME,
+    REPORT_NAME,
+    TIMINGS_NAME,
+    CompressionReport,
+    LayerReport,
+    model_card,
+)
+from compress_tools.residuals.base import StoredTensors
+from compress_tools.residuals.registry import METHODS
+
+
+def compress(
+    src: str | Path,
+    dst: str | Path,
+    config: CompressionConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: ProgressListener | None = None,
+) -> CompressionReport:
+    """Compress a Hugging Face MoE checkpoint into a ResMoE checkpoint.
+
+    Args:
+        src: source directory; only read.
+        dst: output directory; appears when it is whole.
+        config: the recipe.
+        resume: go on with an interrupted run.
+        overwrite: replace ``dst``.
+        progress: told of shards and stages.
+    Returns:
+        the report that is also written to ``dst``.
+    Raises:
+        ConfigError, UnsupportedArchitectureError, CheckpointError, NumericalError: see errors.py.
+    """
+    progress = progress or Silent()
+    src, dst = Path(src), Path(dst)
+    _check_device(config.device)
+    reader = CheckpointReader(src)
+    if dst.absolute().resolve() == src.absolute().resolve():
+        raise ConfigError(f"{dst}: source and destination are the same directory")
+    plan = make_plan(reader, config)
+    identity = {"source": reader.fingerprint(), "recipe": config.recipe(), "version": versions()}
+    writer = CheckpointWriter(dst, identity, resume=resume, overwrite=overwrite)
+    _check_space(writer, plan)
+    progress.start(len(plan.shards))
+    layers: list[LayerReport] = []
+    seconds: dict[str, dict[str, float]] = {}
+    for shard in plan.shards:
+        record = writer.record(shard.filename)
+        if record is None:
+            record = _write(reader, plan, config, shard, writer, progress)
+        if shard.layer is not None:
+            layers.append(LayerReport(**record["layer"]))
+            seconds[str(shard.layer)] = record["seconds"]
+            progress.say(f"layer {shard.layer}: relative error {layers[-1].relative_error:.6f}")
+        progress.shard_done()
+    report = CompressionReport(
+        layers, plan.expert_bytes_before, plan.expert_bytes_after, plan.other_bytes, seconds
+    )
+    _finish(reader, src, dst, config, plan, report, writer)
+    return report
+
+
+def versions() -> dict[str, str]:
+    """Versions that can change the bytes."""
+    return {"resmoe": __version__, "torch": torch.__version__}
+
+
+def compress_layer(
+    reader: CheckpointReader,
+    plan: CompressionPlan,
+    config: CompressionConfig,
+    layer: int,
+    progress: ProgressListener,
+) -> tuple[dict[str, Tensor], LayerReport, dict[str, float]]:
+    """One MoE layer: tensors by name, its report, seconds by stage."""
+    fmt, sizes = plan.fmt, plan.sizes
+    projections = plan.architecture.projections
+    dtype = DTYPES[fmt.dtype]
+    spec = fmt.layers[layer]
+    clock = _Clock()
+
+    with clock.stage("read"):
+        progress.stage(f"layer {layer}: reading", sizes.num_experts)
+        design = torch.empty(sizes.num_experts, sizes.intermediate_size, len(projections) * sizes.hidden_size)
+        for expert in range(sizes.num_experts):
+            design[expert] = rows_to_design(expert_to_rows(plan.architecture.read_expert(reader, layer, expert)))
+            progress.step()
+        design = design.to(config.device)
+
+    with clock.stage("center"):
+        progress.stage(f"layer {layer}: center", None)
+        found = find_center(
+            design, config.center, config.max_iterations, config.tolerance, config.workers, progress.step
+        )
+
+    with clock.stage("residual"):
+        progress.stage(f"layer {layer}: residuals", sizes.num_experts)
+        tensors: dict[str, Tensor] = {}
+        shared: StoredTensors = {}
+        if found.center is not None:
+            for projection, rows in design_to_rows(found.center.to(dtype).cpu(), projections).items():
+                shared[projection, CENTER] = rows.contiguous()
+        for (projection, suffix), tensor in shared.items():
+            tensors[tensor_name(fmt, layer, None, projection, suffix)] = tensor
+        # The residual is taken against the center as stored, so that its rounding is not lost.
+        center = found.center.to(dtype).float() if found.center is not None else None
+        errors: list[float] = []
+        for expert in range(sizes.num_experts):
+            aligned = design[expert][found.perm[expert].to(design.device)]
+            residual = aligned - center if center is not None else aligned
+            stored = _encode(config, spec, residual, dtype)
+            for (projection, suffix), tensor in stored.items():
+                tensors[tensor_name(fmt, layer, expert, projection, suffix)] = tensor
+            restored = rows_to_design(_ordered(restore_expert(spec, shared, stored, sizes.hidden_size), projections))
+            errors.append((aligned.cpu() - restored).double().square().sum().item())
+            progress.step()
+
+    energy = sum(expert.double().square().sum().item() for expert in design)
+    report = LayerReport(
+        layer=layer,
+        approximation_error=sum(errors) / len(errors) / sizes.intermediate_size,
+        relative_error=sum(errors) / energy,
+        residual_energy=_residual_energy(found, energy),
+        bytes_before=dense_layer_bytes(fmt),
+        bytes_after=layer_bytes(fmt, layer),
+        center_start=found.start,
+        center_objective=found.objective,
+    )
+    ordered = {name: tensors[name] for name in layer_tensors(fmt, layer)}
+    return ordered, report, clock.seconds
+
+
+def _encode(config: CompressionConfig, spec: LayerSpec, residual: Tensor, dtype: torch.dtype) -> StoredTensors:
+    """Code a residual by the layer's single part."""
+    (part,) = spec.residual
+    return METHODS[config.method].encode(residual, part, dtype, config.seed)
+
+
+def _ordered(rows: dict[Any, Tensor], projections: tuple[Any, ...]) -> dict[Any, Tensor]:
+    return {projection: rows[projection] for projection in projections}
+
+
+def _residual_energy(found: CenterResult, energy: float) -> float:
+    return found.objective[-1] / energy if energy else 0.0
+
+
+def _write(
+    reader: CheckpointReader,
+    plan: CompressionPlan,
+    config: CompressionConfig,
+    shard: Shard,
+    writer: CheckpointWriter,
+    progress: ProgressListener,
+) -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    if shard.layer is None:
+        progress.stage("copying other tensors", len(shard.names))
+        tensors = {}
+        for name in shard.names:
+            tensors[name] = reader.get(name)
+            progress.step()
+    else:
+        tensors, layer_report, seconds = compress_layer(reader, plan, config, shard.layer, progress)
+        record = {"layer": asdict(layer_report), "seconds": seconds}
+    writer.write_shard(shard.filename, tensors, record)
+    return record
+
+
+def _finish(
+    reader: CheckpointReader,
+    src: Path,
+    dst: Path,
+    config: CompressionConfig,
+    plan: CompressionPlan,
+    report: CompressionReport,
+    writer: CheckpointWriter,
+) -> None:
+    for file in reader.other_files():
+        relative = file.relative_to(reader.path)
+        writer.copy_file(file, Path("SOURCE_README.md") if str(relative) == CARD_NAME else relative)
+    writer.write_json(RECIPE_NAME, {**config.recipe(), "resolved_layers": sorted(plan.fmt.layers)})
+    writer.write_json(REPORT_NAME, report.content())
+    writer.write_json(TIMINGS_NAME, report.seconds)
+    writer.write_text(CARD_NAME, model_card(src, dst, config, plan, report))
+    writer.finish(
+        {**reader.config, "quantization_config": plan.fmt.model_dump(mode="json")},
+        {shard.filename: shard.names for shard in plan.shards},
+        report.expert_bytes_after + report.other_bytes,
+    )
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as err:
+        raise ConfigError(f"--device {device}: not a device; expected cpu, cuda or cuda:N") from err
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {device}: this machine has no usable CUDA device; use --device cpu")
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device}: expected cpu, cuda or cuda:N")
+
+
+def _check_space(writer: CheckpointWriter, plan: CompressionPlan) -> None:
+    written = sum(
+        (writer.staging / shard.filename).stat().st_size
+        for shard in plan.shards
+        if (writer.staging / shard.filename).is_file()
+    )
+    needed = plan.expert_bytes_after + plan.other_bytes - written
+    free = free_bytes(writer.staging)
+    if needed > free:
+        raise CheckpointError(
+            f"{writer.dst}: needs {needed} bytes, {free} are free; make room, then run again with --resume"
+        )
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

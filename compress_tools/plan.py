@@ -1,0 +1,181 @@
+"""What a compression will write, known before any weight is read: format block, shards, sizes, peak memory."""
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from compress_tools import __version__
+from compress_tools.architectures.base import MoEArchitecture, MoESizes
+from compress_tools.architectures.registry import find_architecture
+from compress_tools.checkpoint_reader import CheckpointReader
+from compress_tools.config import CompressionConfig, select_layers
+from compress_tools.errors import CheckpointError, UnsupportedArchitectureError
+from compress_tools.format.schema import DenseCenter, LayerSpec, ResMoEFormat
+from compress_tools.format.tensors import dense_layer_bytes, layer_bytes, layer_params, layer_tensors
+from compress_tools.residuals.registry import METHODS
+
+MAX_PASSTHROUGH_SHARD_BYTES = 2 * 10**9
+SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: tensors copied through, or one compressed layer.
+
+    Attributes:
+        filename: in the output directory.
+        layer: decoder layer index, None for a shard of copied tensors.
+        names: tensor names, in the order they are written.
+    """
+
+    filename: str
+    layer: int | None
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CompressionPlan:
+    """Everything but the numbers.
+
+    Attributes:
+        architecture: the model family.
+        fmt: the ``quantization_config`` block to be.
+        moe_layers: all decoder layers with experts.
+        shards: output shards, in order.
+        expert_bytes_before: bytes of all routed experts in the source.
+        expert_bytes_after: bytes of the same in the output: centers, residuals, masks and uncompressed layers.
+        other_bytes: bytes of all other tensors, the same before and after.
+        peak_memory_bytes: estimate for one layer: design matrices, cost matrices, coded tensors.
+    """
+
+    architecture: MoEArchitecture
+    fmt: ResMoEFormat
+    moe_layers: tuple[int, ...]
+    shards: tuple[Shard, ...]
+    expert_bytes_before: int
+    expert_bytes_after: int
+    other_bytes: int
+    peak_memory_bytes: int
+
+    @property
+    def sizes(self) -> MoESizes:
+        """E, H, I."""
+        return MoESizes(self.fmt.num_experts, self.fmt.hidden_size, self.fmt.intermediate_size)
+
+    def summary(self) -> dict[str, Any]:
+        """Sizes in parameters and bytes, and the peak memory, as plain data. Masks count as bytes, not as params."""
+        dense = dense_layer_bytes(self.fmt, itemsize=1)
+        compressed = sum(layer_params(self.fmt, layer) for layer in self.fmt.layers)
+        untouched = (len(self.moe_layers) - len(self.fmt.layers)) * dense
+        before, after, other = self.expert_bytes_before, self.expert_bytes_after, self.other_bytes
+        return {
+            "moe_layers": len(self.moe_layers),
+            "layers_compressed": len(self.fmt.layers),
+            "expert_params": {"before": dense * len(self.moe_layers), "after": compressed + untouched},
+            "expert_bytes": {"before": before, "after": after, "ratio": after / before},
+            "total_bytes": {"before": before + other, "after": after + other, "ratio": (after + other) / (before + other)},
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+
+def make_plan(reader: CheckpointReader, config: CompressionConfig) -> CompressionPlan:
+    """Validate source against request and lay the output out. Reads no weight.
+
+    Raises:
+        UnsupportedArchitectureError: not an MoE, or of an unknown family.
+        CheckpointError: an expert is missing or misshapen; the source is already quantised.
+        ConfigError: the request does not fit the model.
+    """
+    if "quantization_config" in reader.config:
+        method = (reader.config["quantization_config"] or {}).get("quant_method")
+        raise CheckpointError(
+            f"{reader.path}: already quantised ({method!r}); compress the original checkpoint"
+            + (", or `resmoe restore` it first" if method == "resmoe" else "")
+        )
+    architecture = find_architecture(reader.config)
+    sizes = architecture.sizes(reader.config)
+    moe_layers = architecture.moe_layers(reader.names)
+    if not moe_layers:
+        raise UnsupportedArchitectureError(
+            f"{reader.path}: no experts found under {architecture.names.expert!r}; not an MoE checkpoint"
+        )
+    for layer in moe_layers:
+        architecture.check_layer(reader, layer, sizes)
+    selected = select_layers(config.layers, moe_layers)
+    fmt = _format(reader, architecture, sizes, selected, config)
+    replaced = {name for layer in selected for name in architecture.layer_source_names(layer, sizes)}
+    kept = [name for name in reader.names if name not in replaced]
+    before = sum(
+        reader.nbytes(name) for layer in moe_layers for name in architecture.layer_source_names(layer, sizes)
+    )
+    after = before - sum(reader.nbytes(name) for name in replaced) + sum(layer_bytes(fmt, layer) for layer in selected)
+    other = sum(reader.nbytes(name) for name in reader.names) - before
+    return CompressionPlan(
+        architecture,
+        fmt,
+        tuple(moe_layers),
+        _shards(reader, fmt, kept, selected),
+        before,
+        after,
+        other,
+        _peak_memory(fmt, selected, config.workers),
+    )
+
+
+def _format(
+    reader: CheckpointReader,
+    architecture: MoEArchitecture,
+    sizes: MoESizes,
+    selected: list[int],
+    config: CompressionConfig,
+) -> ResMoEFormat:
+    projections = architecture.projections
+    dtypes = {
+        reader.dtype(name) for layer in selected for name in architecture.layer_source_names(layer, sizes)
+    }
+    if len(dtypes) != 1 or not dtypes <= set(SAFETENSORS_DTYPES):
+        raise CheckpointError(
+            f"{reader.path}: experts are stored as {sorted(dtypes)}; expected one of {sorted(SAFETENSORS_DTYPES)}"
+        )
+    residual = METHODS[config.method].spec(
+        projections, sizes.intermediate_size, len(projections) * sizes.hidden_size, config.retain_ratio
+    )
+    center = () if config.center == "none" else (DenseCenter(projections=projections),)
+    layer = LayerSpec(center=center, residual=(residual,))
+    return ResMoEFormat(
+        producer=f"resmoe {__version__}",
+        dtype=SAFETENSORS_DTYPES[dtypes.pop()],
+        num_experts=sizes.num_experts,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        names=architecture.names,
+        layers={index: layer for index in selected},
+    )
+
+
+def _shards(reader: CheckpointReader, fmt: ResMoEFormat, kept: list[str], selected: list[int]) -> tuple[Shard, ...]:
+    groups: list[list[str]] = []
+    size = MAX_PASSTHROUGH_SHARD_BYTES + 1
+    for name in kept:
+        if size + reader.nbytes(name) > MAX_PASSTHROUGH_SHARD_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += reader.nbytes(name)
+    contents: list[tuple[int | None, tuple[str, ...]]] = [(None, tuple(group)) for group in groups]
+    contents += [(layer, tuple(layer_tensors(fmt, layer))) for layer in selected]
+    total = len(contents)
+    return tuple(
+        Shard(f"model-{number:05d}-of-{total:05d}.safetensors", layer, names)
+        for number, (layer, names) in enumerate(contents, start=1)
+    )
+
+
+def _peak_memory(fmt: ResMoEFormat, selected: list[int], workers: int) -> int:
+    rows, columns = fmt.intermediate_size, len(fmt.names.projections) * fmt.hidden_size
+    design = 4 * rows * columns
+    costs = (2 * workers + 2) * 8 * rows * rows
+    stored = max((layer_bytes(fmt, layer) for layer in selected), default=0)
+    return design * fmt.num_experts + ceil(3 * design) + costs + stored
+
+

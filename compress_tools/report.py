@@ -1,0 +1,111 @@
+"""What a compression did: per-layer error and size, written beside the weights."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from compress_tools.config import CompressionConfig
+from compress_tools.plan import CompressionPlan
+
+RECIPE_NAME = "resmoe_recipe.json"
+REPORT_NAME = "resmoe_report.json"
+TIMINGS_NAME = "resmoe_timings.json"
+CARD_NAME = "README.md"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One compressed layer.
+
+    Attributes:
+        layer: decoder layer index.
+        approximation_error: the paper's ``||T_k W_k - restored_k||_F^2 / I``, mean over experts.
+        relative_error: ``sum_k ||T_k W_k - restored_k||_F^2 / sum_k ||W_k||_F^2``.
+        residual_energy: ``sum_k ||T_k W_k - center||_F^2 / sum_k ||W_k||_F^2``, before coding.
+        bytes_before: bytes of the layer's experts in the source.
+        bytes_after: bytes of center, residuals and masks.
+        center_start: which start of the fixed point won.
+        center_objective: the barycenter objective after each iteration.
+    """
+
+    layer: int
+    approximation_error: float
+    relative_error: float
+    residual_energy: float
+    bytes_before: int
+    bytes_after: int
+    center_start: str
+    center_objective: list[float]
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """The whole run. ``seconds`` (by layer and stage) goes to a file of its own: it differs from run to run."""
+
+    layers: list[LayerReport]
+    expert_bytes_before: int
+    expert_bytes_after: int
+    other_bytes: int
+    seconds: dict[str, dict[str, float]]
+
+    @property
+    def relative_error(self) -> float:
+        """Plain mean of the layers' relative errors."""
+        return sum(layer.relative_error for layer in self.layers) / len(self.layers)
+
+    def content(self) -> dict[str, Any]:
+        """The report file's content: everything that is the same in every run."""
+        before, after, other = self.expert_bytes_before, self.expert_bytes_after, self.other_bytes
+        return {
+            "expert_bytes_before": before,
+            "expert_bytes_after": after,
+            "expert_bytes_ratio": after / before,
+            "other_bytes": other,
+            "total_bytes_ratio": (after + other) / (before + other),
+            "mean_relative_error": self.relative_error,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+
+def command_line(src: Path, dst: Path, config: CompressionConfig) -> str:
+    """The ``resmoe compress`` command that repeats a run, every option spelled out."""
+    options = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in config.recipe().items())
+    return f"resmoe compress {src} {dst.name} {options}"
+
+
+def model_card(src: Path, dst: Path, config: CompressionConfig, plan: CompressionPlan, report: CompressionReport) -> str:
+    """README.md of the compressed checkpoint."""
+    content = report.content()
+    rows = "\n".join(
+        f"| {layer.layer} | {layer.approximation_error:.6g} | {layer.relative_error:.6g} "
+        f"| {layer.bytes_before} | {layer.bytes_after} |"
+        for layer in report.layers
+    )
+    return f"""---
+library_name: vllm
+tags: [resmoe, moe, compressed]
+---
+
+# {dst.name}
+
+`{src.name}` ({plan.architecture.title}), experts compressed by ResMoE (arXiv:2503.06881): one center expert for each MoE layer, and for
+each expert a compressed residual. One-shot, no data, no retraining.
+
+```
+{command_line(src, dst, config)}
+vllm serve {dst.name}
+```
+
+| | bytes before | bytes after | ratio |
+|---|---|---|---|
+| routed experts | {report.expert_bytes_before} | {report.expert_bytes_after} | {content["expert_bytes_ratio"]:.4f} |
+| everything else | {report.other_bytes} | {report.other_bytes} | 1 |
+| whole checkpoint | {report.expert_bytes_before + report.other_bytes} | {report.expert_bytes_after + report.other_bytes} | {content["total_bytes_ratio"]:.4f} |
+
+{len(report.layers)} of {len(plan.moe_layers)} MoE layers are compressed. Error: `||T_k W_k - restored_k||_F^2 / I`, mean over experts,
+and relative to `||W_k||_F^2`.
+
+| layer | error | relative | bytes before | bytes after |
+|---|---|---|---|---|
+{rows}
+"""

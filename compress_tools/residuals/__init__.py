@@ -1,0 +1,1 @@
+"""Residuals made small: one method per file."""

@@ -1,0 +1,126 @@
+"""A ResMoE checkpoint opened for reading: validated, and its experts by layer and index."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress_tools.checkpoint_reader import CheckpointReader
+from compress_tools.errors import FormatError, NumericalError
+from compress_tools.format.codec import Rows, decode_residual, mask_row_counts, restore_expert, unpack_mask
+from compress_tools.format.schema import BitmapResidual, parse_format
+from compress_tools.format.tensors import (
+    DTYPES,
+    MASK,
+    TensorSpec,
+    expert_tensors,
+    is_resmoe_name,
+    layer_tensors,
+    shared_tensors,
+    tensor_name,
+)
+from compress_tools.residuals.base import StoredTensors
+
+SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
+
+
+class ResMoECheckpoint:
+    """A ResMoE checkpoint directory.
+
+    Args:
+        path: the directory.
+    Raises:
+        CheckpointError: not a readable checkpoint.
+        FormatError: not ResMoE, or names, shapes or dtypes disagree with the config.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.reader = CheckpointReader(path)
+        block = self.reader.config.get("quantization_config")
+        if not isinstance(block, dict):
+            raise FormatError(f"{self.reader.path}: config.json has no quantization_config; not a ResMoE checkpoint")
+        self.fmt = parse_format(block, str(self.reader.path / "config.json"))
+        self._check_tensors()
+
+    def expert(self, layer: int, expert: int) -> Rows:
+        """One restored expert, fp32 ``[I, H]`` rows for each projection."""
+        return restore_expert(
+            self.fmt.layers[layer], self.shared(layer), self.stored(layer, expert), self.fmt.hidden_size
+        )
+
+    def residual(self, layer: int, expert: int) -> Rows:
+        """One expert's decoded residual, fp32 ``[I, H]`` rows for each projection."""
+        return decode_residual(self.fmt.layers[layer], self.stored(layer, expert), self.fmt.hidden_size)
+
+    def shared(self, layer: int) -> StoredTensors:
+        """A layer's shared tensors by (projection, suffix)."""
+        return self._read(layer, shared_tensors(self.fmt, self.fmt.layers[layer]))
+
+    def stored(self, layer: int, expert: int) -> StoredTensors:
+        """One expert's stored tensors by (projection, suffix)."""
+        return self._read(layer, expert_tensors(self.fmt, self.fmt.layers[layer], expert))
+
+    def check_values(self, layer: int) -> None:
+        """Read a whole layer: finite everywhere, masks with as many bits as values and clean padding.
+
+        Raises:
+            NumericalError: NaN or Inf; names the tensor.
+            FormatError: a mask disagrees with the config.
+        """
+        for name, spec in layer_tensors(self.fmt, layer).items():
+            tensor = self.reader.get(name)
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise NumericalError(f"{self.reader.path}: {name!r} holds NaN or Inf")
+            if spec.suffix == MASK:
+                self._check_padding(name, tensor)
+        for part in self.fmt.layers[layer].residual:
+            if isinstance(part, BitmapResidual):
+                for expert in range(self.fmt.num_experts):
+                    self._check_mask_bits(layer, expert, part)
+
+    def _read(self, layer: int, specs: Iterable[TensorSpec]) -> StoredTensors:
+        return {
+            (spec.projection, spec.suffix): self.reader.get(
+                tensor_name(self.fmt, layer, spec.expert, spec.projection, spec.suffix)
+            )
+            for spec in specs
+        }
+
+    def _check_tensors(self) -> None:
+        expected: set[str] = set()
+        for layer in self.fmt.layers:
+            for name, spec in layer_tensors(self.fmt, layer).items():
+                expected.add(name)
+                if name not in self.reader:
+                    raise FormatError(f"{self.reader.path}: layer {layer}: tensor {name!r} is missing")
+                found = (self.reader.shape(name), self.reader.dtype(name))
+                if found != (spec.shape, SAFETENSORS_NAMES[spec.dtype]):
+                    raise FormatError(
+                        f"{self.reader.path}: {name!r} is {found[1]} {list(found[0])}, the config says "
+                        f"{SAFETENSORS_NAMES[spec.dtype]} {list(spec.shape)}"
+                    )
+        extra = [name for name in self.reader.names if is_resmoe_name(name) and name not in expected]
+        if extra:
+            raise FormatError(f"{self.reader.path}: {len(extra)} tensors that the config does not name, first {extra[0]!r}")
+
+    def _check_padding(self, name: str, mask: Tensor) -> None:
+        used = unpack_mask(mask, self.fmt.hidden_size).sum()
+        if used != mask_row_counts(mask).sum():
+            raise FormatError(f"{self.reader.path}: {name!r}: padding bits are set")
+
+    def _check_mask_bits(self, layer: int, expert: int, part: BitmapResidual) -> None:
+        bits = sum(
+            int(mask_row_counts(self.reader.get(tensor_name(self.fmt, layer, expert, p, MASK))).sum())
+            for p in part.projections
+        )
+        if bits != part.values_per_expert:
+            raise FormatError(
+                f"{self.reader.path}: layer {layer}, expert {expert}: masks keep {bits} values, "
+                f"the config says {part.values_per_expert}"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the stored center, values and factors."""
+        return DTYPES[self.fmt.dtype]

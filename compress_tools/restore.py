@@ -1,0 +1,69 @@
+"""A ResMoE checkpoint back to a dense Hugging Face checkpoint, expert by expert."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from compress_tools.architectures.registry import find_architecture
+from compress_tools.checkpoint_writer import CheckpointWriter
+from compress_tools.design_matrix import rows_to_expert
+from compress_tools.format.tensors import dense_layer_bytes, is_resmoe_name
+from compress_tools.pipeline import versions
+from compress_tools.progress import ProgressListener, Silent
+from compress_tools.report import CARD_NAME, RECIPE_NAME, REPORT_NAME, TIMINGS_NAME
+from compress_tools.resmoe_checkpoint import ResMoECheckpoint
+
+NOT_COPIED = {RECIPE_NAME, REPORT_NAME, TIMINGS_NAME, CARD_NAME}
+
+
+def restore(
+    src: str | Path, dst: str | Path, *, overwrite: bool = False, progress: ProgressListener | None = None
+) -> int:
+    """Write the dense checkpoint that a ResMoE checkpoint stands for.
+
+    Args:
+        src: ResMoE checkpoint.
+        dst: output directory; appears when it is whole.
+        overwrite: replace ``dst`` and what an unfinished run left.
+        progress: told of shards.
+    Returns:
+        total bytes of the written tensors.
+    Raises:
+        CheckpointError, FormatError, UnsupportedArchitectureError: see errors.py.
+    """
+    progress = progress or Silent()
+    checkpoint = ResMoECheckpoint(src)
+    reader, fmt = checkpoint.reader, checkpoint.fmt
+    architecture = find_architecture(reader.config)
+    writer = CheckpointWriter(
+        dst, {"source": reader.fingerprint(), "recipe": "restore", "version": versions()}, overwrite=overwrite
+    )
+    kept = [name for name in reader.names if not is_resmoe_name(name)]
+    layers = sorted(fmt.layers)
+    total = 1 + len(layers)
+    progress.start(total)
+    shards: dict[str, tuple[str, ...]] = {}
+
+    def write(number: int, tensors: dict[str, Tensor]) -> None:
+        filename = f"model-{number:05d}-of-{total:05d}.safetensors"
+        writer.write_shard(filename, tensors, {})
+        shards[filename] = tuple(tensors)
+        progress.shard_done()
+
+    write(1, {name: reader.get(name) for name in kept})
+    for number, layer in enumerate(layers, start=2):
+        progress.stage(f"layer {layer}: restoring", fmt.num_experts)
+        tensors: dict[str, Tensor] = {}
+        for expert in range(fmt.num_experts):
+            rows = {p: rows.to(checkpoint.dtype) for p, rows in checkpoint.expert(layer, expert).items()}
+            tensors.update(architecture.expert_tensors(layer, expert, rows_to_expert(rows)))
+            progress.step()
+        write(number, tensors)
+    for file in reader.other_files():
+        relative = file.relative_to(reader.path)
+        if str(relative) not in NOT_COPIED:
+            writer.copy_file(file, Path(CARD_NAME) if str(relative) == "SOURCE_README.md" else relative)
+    total_bytes = sum(reader.nbytes(name) for name in kept) + len(layers) * dense_layer_bytes(fmt)
+    config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
+    writer.finish(config, shards, total_bytes)
+    return total_bytes

@@ -1,0 +1,96 @@
+"""Results as tables for people."""
+
+from rich.table import Table
+
+from compress_tools.inspection import Inspection
+from compress_tools.plan import CompressionPlan
+from compress_tools.report import CompressionReport
+from compress_tools.verify import LayerVerdict
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in the largest decimal unit that leaves at least 1: ``1.5 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    return table
+
+
+def report_table(report: CompressionReport) -> Table:
+    """Per-layer error and size of a compression."""
+    table = _table("compressed", "layer", "error", "relative error", "residual energy", "before", "after", "ratio")
+    for layer in report.layers:
+        table.add_row(
+            str(layer.layer),
+            f"{layer.approximation_error:.5g}",
+            f"{layer.relative_error:.5f}",
+            f"{layer.residual_energy:.5f}",
+            human_bytes(layer.bytes_before),
+            human_bytes(layer.bytes_after),
+            f"{layer.bytes_after / layer.bytes_before:.3f}",
+        )
+    before, after, other = report.expert_bytes_before, report.expert_bytes_after, report.other_bytes
+    table.add_section()
+    table.add_row(
+        "all experts", "", f"{report.relative_error:.5f}", "", human_bytes(before), human_bytes(after), f"{after / before:.3f}"
+    )
+    table.add_row("everything else", "", "", "", human_bytes(other), human_bytes(other), "1")
+    total = before + other
+    table.add_row("checkpoint", "", "", "", human_bytes(total), human_bytes(after + other), f"{(after + other) / total:.3f}")
+    return table
+
+
+def plan_table(plan: CompressionPlan) -> Table:
+    """What a compression would write."""
+    summary = plan.summary()
+    table = _table(f"plan for {plan.architecture.title}", "", "before", "after", "ratio")
+    for label, key in (("expert params", "expert_params"), ("expert bytes", "expert_bytes"), ("total bytes", "total_bytes")):
+        before, after = summary[key]["before"], summary[key]["after"]
+        show = human_bytes if key.endswith("bytes") else lambda count: f"{count:,}"
+        table.add_row(label, show(before), show(after), f"{after / before:.3f}")
+    table.add_section()
+    table.add_row("layers compressed", "", f"{summary['layers_compressed']} of {summary['moe_layers']}", "")
+    table.add_row("peak memory (estimate)", "", human_bytes(summary["peak_memory_bytes"]), "")
+    return table
+
+
+def inspection_table(found: Inspection) -> Table:
+    """A checkpoint's layers."""
+    table = _table(
+        f"{found.model_type}, {found.num_experts} experts of {found.intermediate_size} x {found.hidden_size}, "
+        f"{found.dtype}, format {found.format_version}, {found.producer}",
+        "layer", "coding", "dense", "disk", "resident", "ratio",
+    )  # fmt: skip
+    for layer in found.layers:
+        table.add_row(
+            str(layer.layer),
+            layer.coding,
+            human_bytes(layer.bytes_dense),
+            human_bytes(layer.bytes_disk),
+            human_bytes(layer.bytes_resident),
+            f"{layer.bytes_disk / layer.bytes_dense:.3f}",
+        )
+    table.add_section()
+    table.add_row("rest", "as in the source", "", human_bytes(found.other_bytes), human_bytes(found.other_bytes), "")
+    return table
+
+
+def verdict_table(verdicts: list[LayerVerdict]) -> Table:
+    """A verification's findings."""
+    table = _table("verified", "layer", "experts", "relative error", "reported")
+    for verdict in verdicts:
+        table.add_row(
+            str(verdict.layer),
+            str(verdict.experts),
+            "-" if verdict.relative_error is None else f"{verdict.relative_error:.6f}",
+            "-" if verdict.reported_relative_error is None else f"{verdict.reported_relative_error:.6f}",
+        )
+    return table

@@ -1,0 +1,111 @@
+"""Check a ResMoE checkpoint, and recompute its error against the source without trusting its report."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from compress_tools.alignment import align_experts
+from compress_tools.architectures.registry import find_architecture
+from compress_tools.checkpoint_reader import CheckpointReader
+from compress_tools.design_matrix import expert_to_rows, rows_to_design
+from compress_tools.errors import FormatError
+from compress_tools.report import REPORT_NAME
+from compress_tools.resmoe_checkpoint import ResMoECheckpoint
+
+# The best matching of restored rows to source rows can only beat the one the report was made with.
+REPORT_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class LayerVerdict:
+    """One verified layer; the errors are None without a source.
+
+    Attributes:
+        layer: decoder layer index.
+        experts: experts accounted for.
+        relative_error: recomputed, rows matched anew by optimal assignment.
+        reported_relative_error: from the report beside the weights.
+    """
+
+    layer: int
+    experts: int
+    relative_error: float | None
+    reported_relative_error: float | None
+
+
+def verify(
+    path: str | Path,
+    against: str | Path | None = None,
+    workers: int = 1,
+    advance: Callable[[], None] = lambda: None,
+) -> list[LayerVerdict]:
+    """Check names, shapes, finiteness, masks; with a source, that copied tensors are equal and the error is as reported.
+
+    Raises:
+        CheckpointError, FormatError, NumericalError: what is wrong, and where.
+    """
+    checkpoint = ResMoECheckpoint(path)
+    source = CheckpointReader(against) if against is not None else None
+    reported = _reported_errors(Path(path))
+    if source is not None:
+        _check_copied(checkpoint, source)
+    verdicts = []
+    for layer in sorted(checkpoint.fmt.layers):
+        checkpoint.check_values(layer)
+        error = _layer_error(checkpoint, source, layer, workers) if source is not None else None
+        verdict = LayerVerdict(layer, checkpoint.fmt.num_experts, error, reported.get(layer))
+        _check_report(Path(path), verdict)
+        verdicts.append(verdict)
+        advance()
+    return verdicts
+
+
+def _reported_errors(path: Path) -> dict[int, float]:
+    file = path / REPORT_NAME
+    if not file.is_file():
+        return {}
+    try:
+        return {layer["layer"]: layer["relative_error"] for layer in json.loads(file.read_text())["layers"]}
+    except (ValueError, KeyError, TypeError) as err:
+        raise FormatError(f"{file}: not a report of this version: {err}") from err
+
+
+def _check_copied(checkpoint: ResMoECheckpoint, source: CheckpointReader) -> None:
+    architecture = find_architecture(source.config)
+    sizes = architecture.sizes(source.config)
+    replaced = {name for layer in checkpoint.fmt.layers for name in architecture.layer_source_names(layer, sizes)}
+    for name in source.names:
+        if name in replaced:
+            continue
+        if name not in checkpoint.reader:
+            raise FormatError(f"{checkpoint.reader.path}: {name!r} of {source.path} is missing")
+        if not torch.equal(checkpoint.reader.get(name).view(-1), source.get(name).view(-1)):
+            raise FormatError(f"{checkpoint.reader.path}: {name!r} differs from {source.path}; not made from it")
+
+
+def _layer_error(checkpoint: ResMoECheckpoint, source: CheckpointReader, layer: int, workers: int) -> float:
+    architecture = find_architecture(source.config)
+    error = energy = 0.0
+    for expert in range(checkpoint.fmt.num_experts):
+        weights = expert_to_rows(architecture.read_expert(source, layer, expert))
+        design = rows_to_design(weights)
+        rows = checkpoint.expert(layer, expert)
+        restored = rows_to_design({projection: rows[projection] for projection in weights})
+        perm, _ = align_experts(design.unsqueeze(0), restored, workers)
+        error += (design[perm[0]] - restored).double().square().sum().item()
+        energy += design.double().square().sum().item()
+    return error / energy
+
+
+def _check_report(path: Path, verdict: LayerVerdict) -> None:
+    found, reported = verdict.relative_error, verdict.reported_relative_error
+    if found is None or reported is None:
+        return
+    if found > reported * (1 + REPORT_TOLERANCE) + 1e-9:
+        raise FormatError(
+            f"{path}: layer {verdict.layer}: relative error against the source is {found:.6g}, "
+            f"its report says {reported:.6g}; the weights are not the ones that were written"
+        )
