@@ -32,7 +32,9 @@ def solve_with_pot(cost: np.ndarray) -> np.ndarray:
 
     size = len(cost)
     mass = np.ones(size)
-    plan, log = ot.emd(mass, mass, cost.astype(np.float64), numItermax=2**62, log=True)
+    distance = cost.astype(np.float64)
+    distance -= distance.min()  # emd takes distances: some negative costs are called infeasible
+    plan, log = ot.emd(mass, mass, distance, numItermax=2**62, log=True)
     if log["warning"] is not None:
         raise NumericalError(f"POT emd did not reach the optimum on {size} rows: {log['warning']}")
     return plan.argmax(axis=1)

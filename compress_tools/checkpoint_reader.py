@@ -1,4 +1,4 @@
-"""Sharded safetensors to tensor by name, lazily: a tensor is read when asked for, a broken shard is found on opening."""
+"""Sharded safetensors to tensor by name, lazily; a broken shard is found on opening."""
 
 import hashlib
 import json

@@ -38,7 +38,9 @@ class CheckpointWriter:
         CheckpointError: ``dst`` is not empty, a staging directory is in the way, or of another identity.
     """
 
-    def __init__(self, dst: str | Path, identity: dict[str, Any], *, resume: bool = False, overwrite: bool = False) -> None:
+    def __init__(
+        self, dst: str | Path, identity: dict[str, Any], *, resume: bool = False, overwrite: bool = False
+    ) -> None:
         self.dst = Path(dst).absolute()
         self.staging = staging_path(self.dst)
         self._overwrite = overwrite
@@ -77,6 +79,8 @@ class CheckpointWriter:
         temporary = target.with_suffix(".tmp")
         with _writing(self.staging):
             save_file(tensors, temporary, metadata={"format": "pt"})
+            # safetensors makes private files; a server often runs as another user.
+            temporary.chmod(0o666 & ~_umask())
             _sync(temporary)
             os.replace(temporary, target)
             _write_text(self._record_file(filename), json.dumps(record))
@@ -106,7 +110,8 @@ class CheckpointWriter:
         """
         weight_map = {name: filename for filename, names in shards.items() for name in names}
         self.write_json(
-            INDEX_NAME, {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            INDEX_NAME,
+            {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))},
         )
         self.write_json(CONFIG_NAME, config)
         with _writing(self.staging):
@@ -126,7 +131,9 @@ class CheckpointWriter:
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as err:
-            raise CheckpointError(f"{self.staging}: not resumable, its identity is unreadable; pass --overwrite") from err
+            raise CheckpointError(
+                f"{self.staging}: not resumable, its identity is unreadable; pass --overwrite"
+            ) from err
         expected = json.loads(json.dumps(identity))
         different = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
         if different:
@@ -166,3 +173,9 @@ def _write_text(file: Path, text: str) -> None:
 def _sync(file: Path) -> None:
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -34,12 +34,17 @@ class CompressionConfig(BaseModel):
     center: Center = Field("barycenter", description="Center expert: Wasserstein barycenter, plain mean, or none.")
     max_iterations: int = Field(25, ge=1, description="Most barycenter fixed-point iterations of each start.")
     tolerance: float = Field(
-        1e-4, ge=0, allow_inf_nan=False, description="Stop when the barycenter objective falls by less, relatively."
+        1e-4,
+        ge=0,
+        allow_inf_nan=False,
+        description="Stop when the barycenter objective falls by less, relatively.",
     )
     seed: int = Field(0, ge=0, description="Seed of randomised steps.")
     device: str = Field("cpu", description="Where products and factorisations run: cpu, cuda, cuda:N.")
     workers: int = Field(
-        default_factory=lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        default_factory=lambda: (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        ),
         ge=1,
         description="Assignments solved in parallel. [default: the number of cores]",
     )

@@ -19,7 +19,14 @@ from compress_tools.design_matrix import design_to_rows, expert_to_rows, rows_to
 from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.format.codec import restore_expert
 from compress_tools.format.schema import LayerSpec
-from compress_tools.format.tensors import CENTER, DTYPES, dense_layer_bytes, layer_bytes, layer_tensors, tensor_name
+from compress_tools.format.tensors import (
+    CENTER,
+    DTYPES,
+    dense_layer_bytes,
+    layer_bytes,
+    layer_tensors,
+    tensor_name,
+)
 from compress_tools.plan import CompressionPlan, Shard, make_plan
 from compress_tools.progress import ProgressListener, Silent
 from compress_tools.report import (
@@ -80,9 +87,7 @@ def compress(
             seconds[str(shard.layer)] = record["seconds"]
             progress.say(f"layer {shard.layer}: relative error {layers[-1].relative_error:.6f}")
         progress.shard_done()
-    report = CompressionReport(
-        layers, plan.expert_bytes_before, plan.expert_bytes_after, plan.other_bytes, seconds
-    )
+    report = CompressionReport(layers, plan.expert_bytes_before, plan.expert_bytes_after, plan.other_bytes, seconds)
     _finish(reader, src, dst, config, plan, report, writer)
     return report
 

@@ -73,7 +73,11 @@ class CompressionPlan:
             "layers_compressed": len(self.fmt.layers),
             "expert_params": {"before": dense * len(self.moe_layers), "after": compressed + untouched},
             "expert_bytes": {"before": before, "after": after, "ratio": after / before},
-            "total_bytes": {"before": before + other, "after": after + other, "ratio": (after + other) / (before + other)},
+            "total_bytes": {
+                "before": before + other,
+                "after": after + other,
+                "ratio": (after + other) / (before + other),
+            },
             "peak_memory_bytes": self.peak_memory_bytes,
         }
 
@@ -105,9 +109,7 @@ def make_plan(reader: CheckpointReader, config: CompressionConfig) -> Compressio
     fmt = _format(reader, architecture, sizes, selected, config)
     replaced = {name for layer in selected for name in architecture.layer_source_names(layer, sizes)}
     kept = [name for name in reader.names if name not in replaced]
-    before = sum(
-        reader.nbytes(name) for layer in moe_layers for name in architecture.layer_source_names(layer, sizes)
-    )
+    before = sum(reader.nbytes(name) for layer in moe_layers for name in architecture.layer_source_names(layer, sizes))
     after = before - sum(reader.nbytes(name) for name in replaced) + sum(layer_bytes(fmt, layer) for layer in selected)
     other = sum(reader.nbytes(name) for name in reader.names) - before
     return CompressionPlan(
@@ -130,9 +132,7 @@ def _format(
     config: CompressionConfig,
 ) -> ResMoEFormat:
     projections = architecture.projections
-    dtypes = {
-        reader.dtype(name) for layer in selected for name in architecture.layer_source_names(layer, sizes)
-    }
+    dtypes = {reader.dtype(name) for layer in selected for name in architecture.layer_source_names(layer, sizes)}
     if len(dtypes) != 1 or not dtypes <= set(SAFETENSORS_DTYPES):
         raise CheckpointError(
             f"{reader.path}: experts are stored as {sorted(dtypes)}; expected one of {sorted(SAFETENSORS_DTYPES)}"
@@ -149,7 +149,7 @@ def _format(
         hidden_size=sizes.hidden_size,
         intermediate_size=sizes.intermediate_size,
         names=architecture.names,
-        layers={index: layer for index in selected},
+        layers=dict.fromkeys(selected, layer),
     )
 
 
@@ -177,5 +177,3 @@ def _peak_memory(fmt: ResMoEFormat, selected: list[int], workers: int) -> int:
     costs = (2 * workers + 2) * 8 * rows * rows
     stored = max((layer_bytes(fmt, layer) for layer in selected), default=0)
     return design * fmt.num_experts + ceil(3 * design) + costs + stored
-
-

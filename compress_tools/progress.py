@@ -1,10 +1,17 @@
 """Progress of long work: a protocol the engine calls, a silent form, and rich bars on stderr."""
 
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 class ProgressListener(Protocol):
@@ -65,7 +72,7 @@ class RichProgress(AbstractContextManager["RichProgress"]):
         self._whole = self._bars.add_task("shards", total=None)
         self._stage = self._bars.add_task("", total=None, visible=False)
 
-    def __enter__(self) -> "RichProgress":
+    def __enter__(self) -> Self:
         self._bars.start()
         return self
 

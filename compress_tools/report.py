@@ -73,7 +73,9 @@ def command_line(src: Path, dst: Path, config: CompressionConfig) -> str:
     return f"resmoe compress {src} {dst.name} {options}"
 
 
-def model_card(src: Path, dst: Path, config: CompressionConfig, plan: CompressionPlan, report: CompressionReport) -> str:
+def model_card(
+    src: Path, dst: Path, config: CompressionConfig, plan: CompressionPlan, report: CompressionReport
+) -> str:
     """README.md of the compressed checkpoint."""
     content = report.content()
     rows = "\n".join(

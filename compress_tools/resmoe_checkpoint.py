@@ -102,7 +102,9 @@ class ResMoECheckpoint:
                     )
         extra = [name for name in self.reader.names if is_resmoe_name(name) and name not in expected]
         if extra:
-            raise FormatError(f"{self.reader.path}: {len(extra)} tensors that the config does not name, first {extra[0]!r}")
+            raise FormatError(
+                f"{self.reader.path}: {len(extra)} tensors that the config does not name, first {extra[0]!r}"
+            )
 
     def _check_padding(self, name: str, mask: Tensor) -> None:
         used = unpack_mask(mask, self.fmt.hidden_size).sum()

@@ -31,8 +31,8 @@ def report_table(report: CompressionReport) -> Table:
         table.add_row(
             str(layer.layer),
             f"{layer.approximation_error:.5g}",
-            f"{layer.relative_error:.5f}",
-            f"{layer.residual_energy:.5f}",
+            f"{layer.relative_error:.4g}",
+            f"{layer.residual_energy:.4g}",
             human_bytes(layer.bytes_before),
             human_bytes(layer.bytes_after),
             f"{layer.bytes_after / layer.bytes_before:.3f}",
@@ -40,11 +40,25 @@ def report_table(report: CompressionReport) -> Table:
     before, after, other = report.expert_bytes_before, report.expert_bytes_after, report.other_bytes
     table.add_section()
     table.add_row(
-        "all experts", "", f"{report.relative_error:.5f}", "", human_bytes(before), human_bytes(after), f"{after / before:.3f}"
+        "all experts",
+        "",
+        f"{report.relative_error:.4g}",
+        "",
+        human_bytes(before),
+        human_bytes(after),
+        f"{after / before:.3f}",
     )
     table.add_row("everything else", "", "", "", human_bytes(other), human_bytes(other), "1")
     total = before + other
-    table.add_row("checkpoint", "", "", "", human_bytes(total), human_bytes(after + other), f"{(after + other) / total:.3f}")
+    table.add_row(
+        "checkpoint",
+        "",
+        "",
+        "",
+        human_bytes(total),
+        human_bytes(after + other),
+        f"{(after + other) / total:.3f}",
+    )
     return table
 
 
@@ -52,7 +66,11 @@ def plan_table(plan: CompressionPlan) -> Table:
     """What a compression would write."""
     summary = plan.summary()
     table = _table(f"plan for {plan.architecture.title}", "", "before", "after", "ratio")
-    for label, key in (("expert params", "expert_params"), ("expert bytes", "expert_bytes"), ("total bytes", "total_bytes")):
+    for label, key in (
+        ("expert params", "expert_params"),
+        ("expert bytes", "expert_bytes"),
+        ("total bytes", "total_bytes"),
+    ):
         before, after = summary[key]["before"], summary[key]["after"]
         show = human_bytes if key.endswith("bytes") else lambda count: f"{count:,}"
         table.add_row(label, show(before), show(after), f"{after / before:.3f}")

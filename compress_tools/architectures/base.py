@@ -45,14 +45,14 @@ class MoEArchitecture:
         model_type: ``model_type`` of config.json.
         title: the family's name for people.
         names: where an expert's matrices are on disk, without the final ``.weight``.
-        num_experts_key: config.json's key of E.
+        num_experts_keys: config.json's key of E; transformers has renamed some, so the first present counts.
         intermediate_size_key: config.json's key of I.
     """
 
     model_type: str
     title: str
     names: ExpertNames
-    num_experts_key: str
+    num_experts_keys: tuple[str, ...]
     intermediate_size_key: str
     weight_suffix: str = field(default=".weight")
 
@@ -68,7 +68,8 @@ class MoEArchitecture:
             UnsupportedArchitectureError: a key is missing or not a positive whole number.
         """
         values = []
-        for key in (self.num_experts_key, "hidden_size", self.intermediate_size_key):
+        for keys in (self.num_experts_keys, ("hidden_size",), (self.intermediate_size_key,)):
+            key = next((key for key in keys if key in config), keys[0])
             value = config.get(key)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UnsupportedArchitectureError(

@@ -10,6 +10,6 @@ MIXTRAL = MoEArchitecture(
         expert="model.layers.{layer}.block_sparse_moe.experts.{expert}",
         projections={"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
     ),
-    num_experts_key="num_local_experts",
+    num_experts_keys=("num_local_experts",),
     intermediate_size_key="intermediate_size",
 )

@@ -10,6 +10,6 @@ QWEN3_MOE = MoEArchitecture(
         expert="model.layers.{layer}.mlp.experts.{expert}",
         projections={"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"},
     ),
-    num_experts_key="num_experts",
+    num_experts_keys=("num_experts", "num_local_experts"),
     intermediate_size_key="moe_intermediate_size",
 )

@@ -24,7 +24,12 @@ SUFFIXES = (CENTER, MASK, VALUES, U, V)
 # The center has no expert of its own: it rides under expert 0, a name that every vLLM loader maps (SPEC.md, 3.1).
 CENTER_EXPERT = 0
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "uint8": torch.uint8,
+}
 
 
 def mask_row_bytes(hidden_size: int) -> int:

@@ -15,7 +15,9 @@ class ResidualMethod(Protocol):
 
     name: str
 
-    def spec(self, projections: tuple[Projection, ...], num_rows: int, num_columns: int, retain_ratio: float) -> ResidualPart:
+    def spec(
+        self, projections: tuple[Projection, ...], num_rows: int, num_columns: int, retain_ratio: float
+    ) -> ResidualPart:
         """The part that a budget buys.
 
         Args:

@@ -30,5 +30,7 @@ def affordable_rank(num_rows: int, num_columns: int, retain_ratio: float) -> int
         return min(num_rows, num_columns)
     rank = floor(retain_ratio * num_rows * num_columns / (num_rows + num_columns))
     if rank < 1:
-        raise ConfigError(f"--retain-ratio {retain_ratio} does not pay for rank 1 of a {num_rows} x {num_columns} residual")
+        raise ConfigError(
+            f"--retain-ratio {retain_ratio} does not pay for rank 1 of a {num_rows} x {num_columns} residual"
+        )
     return rank

@@ -43,7 +43,9 @@ class LowRank:
 
     name = "low-rank"
 
-    def spec(self, projections: tuple[Projection, ...], num_rows: int, num_columns: int, retain_ratio: float) -> LowRankResidual:
+    def spec(
+        self, projections: tuple[Projection, ...], num_rows: int, num_columns: int, retain_ratio: float
+    ) -> LowRankResidual:
         """See ``ResidualMethod.spec``."""
         return LowRankResidual(projections=projections, rank=affordable_rank(num_rows, num_columns, retain_ratio))
 

@@ -34,7 +34,9 @@ class Prune:
 
     name = "prune"
 
-    def spec(self, projections: tuple[Projection, ...], num_rows: int, num_columns: int, retain_ratio: float) -> BitmapResidual:
+    def spec(
+        self, projections: tuple[Projection, ...], num_rows: int, num_columns: int, retain_ratio: float
+    ) -> BitmapResidual:
         """See ``ResidualMethod.spec``."""
         return BitmapResidual(
             projections=projections, values_per_expert=kept_values(num_rows, num_columns, retain_ratio)

@@ -1,0 +1,54 @@
+"""Alignment by law: permutations, optimal cost, the same from every solver."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from compress_tools.alignment import align_experts, solve_with_lapx, solve_with_pot
+from compress_tools.errors import NumericalError
+
+
+def random_design(num_experts: int, rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.exp(0.3 * torch.randn(num_experts, rows, 1, generator=generator))
+    return torch.randn(num_experts, rows, columns, generator=generator) * scale
+
+
+@pytest.mark.parametrize("rows", [1, 2, 17, 64, 300, 1024], ids=lambda n: f"I{n}")
+def test_solvers_reach_the_same_cost(rows: int) -> None:
+    design = random_design(2, rows, 24)
+    cost = torch.cdist(design[0].double(), design[1].double()).square().numpy()
+    totals = {
+        "pot": cost[np.arange(rows), solve_with_pot(cost)].sum(),
+        "lapx": cost[np.arange(rows), solve_with_lapx(cost)].sum(),
+        "scipy": cost[linear_sum_assignment(cost)].sum(),
+    }
+    assert max(totals.values()) <= min(totals.values()) * (1 + 1e-9), totals
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_perm_is_a_permutation_and_workers_do_not_matter(workers: int) -> None:
+    design = random_design(4, 40, 12)
+    perm, distances = align_experts(design, design[0], workers)
+    assert torch.equal(perm.sort(dim=1).values, torch.arange(40).expand(4, 40))
+    assert torch.equal(perm, align_experts(design, design[0], 1)[0])
+    expected = torch.stack([(design[e][perm[e]] - design[0]).double().square().sum() for e in range(4)])
+    torch.testing.assert_close(distances, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_shuffled_copies_are_found_exactly() -> None:
+    base = random_design(1, 300, 16)[0]
+    shuffles = torch.stack([torch.randperm(300, generator=torch.Generator().manual_seed(s)) for s in range(3)])
+    design = base[shuffles]
+    perm, distances = align_experts(design, base)
+    for expert in range(3):
+        assert torch.equal(design[expert][perm[expert]], base)
+    assert distances.abs().max() < 1e-2
+
+
+def test_overflow_names_the_expert() -> None:
+    design = random_design(3, 8, 4)
+    design[1] *= 1e30
+    with pytest.raises(NumericalError, match="expert 1"):
+        align_experts(design, torch.full((8, 4), 1e30))

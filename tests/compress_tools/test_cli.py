@@ -1,0 +1,92 @@
+"""The command as a person or a script sees it: exit codes, one clear sentence, JSON on stdout alone."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compress_tools.cli import main
+
+Resmoe = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def resmoe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Resmoe:
+    """Run the command in this process: (exit code, stdout, stderr)."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["resmoe", *map(str, words)])
+        code: object = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        return (int(str(code or 0)), *capsys.readouterr())
+
+    return run
+
+
+def test_as_a_process_of_its_own(tiny_mixtral: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "compress_tools", "plan", tiny_mixtral, "--layers", "9"],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "resmoe: --layers 9: no experts in layers [9]; MoE layers are 0-2\n"
+
+
+def test_the_whole_way(resmoe: Resmoe, tiny_mixtral: Path, tmp_path: Path) -> None:
+    def resmoe_json(*words: object) -> Any:
+        code, stdout, stderr = resmoe(*words, "--json")
+        assert code == 0, stderr
+        return json.loads(stdout)
+
+    planned = resmoe_json("plan", tiny_mixtral, "--method", "low-rank")
+    assert planned == resmoe_json("compress", tiny_mixtral, tmp_path / "x", "--method", "low-rank", "--dry-run")
+    assert not (tmp_path / "x").exists()
+    report = resmoe_json("compress", tiny_mixtral, tmp_path / "small", "--method", "low-rank")
+    assert report["expert_bytes_after"] == planned["expert_bytes"]["after"]
+    inspected = resmoe_json("inspect", tmp_path / "small")
+    assert sum(layer["bytes_disk"] for layer in inspected["layers"]) == report["expert_bytes_after"]
+    verified = resmoe_json("verify", tmp_path / "small", "--against", tiny_mixtral)
+    assert [layer["layer"] for layer in verified["layers"]] == [0, 1, 2]
+    restored = resmoe_json("restore", tmp_path / "small", tmp_path / "dense")
+    assert restored["total_bytes"] == planned["total_bytes"]["before"]
+    for words in (("plan", tiny_mixtral), ("inspect", tmp_path / "small"), ("verify", tmp_path / "small")):
+        code, stdout, _ = resmoe(*words)
+        assert code == 0
+        assert "layer" in stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        (["compress", "{missing}", "{new}"], 4, "no such directory"),
+        (["compress", "{model}", "{new}", "--retain-ratio", "1.5"], 2, "--retain-ratio"),
+        (["compress", "{model}", "{new}", "--retain-ratio", "much"], 2, "not a valid float"),
+        (["compress", "{model}", "{new}", "--method", "magic"], 2, "'prune', 'low-rank'"),
+        (["compress", "{model}", "{new}", "--layers", "9"], 2, "MoE layers are 0-2"),
+        (["compress", "{model}", "{new}", "--resume", "--overwrite"], 2, "exclude each other"),
+        (["compress", "{model}", "{new}", "--device", "banana"], 2, "--device banana"),
+        (["compress", "{model}", "{model}"], 2, "same directory"),
+        (["compress", "{model}"], 2, "Missing argument"),
+        (["inspect", "{model}"], 4, "not a ResMoE checkpoint"),
+        (["verify", "{missing}"], 4, "no such directory"),
+        (["restore", "{model}", "{new}"], 4, "not a ResMoE checkpoint"),
+        (["dance"], 2, "No such command"),
+    ],
+    ids=lambda value: "-".join(value[:1] + value[3:]) if isinstance(value, list) else None,
+)
+def test_refusals(
+    resmoe: Resmoe, words: list[str], code: int, sentence: str, tiny_mixtral: Path, tmp_path: Path
+) -> None:
+    names = {"model": tiny_mixtral, "missing": tmp_path / "missing", "new": tmp_path / "new"}
+    found, stdout, stderr = resmoe(*(word.format(**names) for word in words))
+    assert (found, stdout) == (code, ""), stderr
+    assert sentence in stderr
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,343 @@
+"""Compress, verify, restore: real checkpoints by transformers, equal bytes after a kill, every refusal."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from compress_tools.checkpoint_reader import INDEX_NAME, CheckpointReader
+from compress_tools.checkpoint_writer import STATE_DIR, staging_path
+from compress_tools.config import CompressionConfig, make_config, select_layers
+from compress_tools.errors import (
+    CheckpointError,
+    ConfigError,
+    FormatError,
+    NumericalError,
+    UnsupportedArchitectureError,
+)
+from compress_tools.pipeline import compress
+from compress_tools.report import TIMINGS_NAME
+from compress_tools.resmoe_checkpoint import ResMoECheckpoint
+from compress_tools.restore import restore
+from compress_tools.verify import verify
+from tests.tiny_models import save_tiny_model
+
+FAMILIES = ("mixtral", "olmoe", "qwen3_moe")
+
+
+def logits(path: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    tokens = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """All files but the timings, which differ from run to run."""
+    files = (file for file in path.rglob("*") if file.is_file() and file.name != TIMINGS_NAME)
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["prune", "low-rank"])
+def test_keeping_everything_keeps_the_model(family: str, method: str, tmp_path: Path) -> None:
+    source = save_tiny_model(family, tmp_path / "source", torch.float32)
+    compress(source, tmp_path / "small", make_config(method=method, retain_ratio=1.0))
+    verify(tmp_path / "small", source)
+    restore(tmp_path / "small", tmp_path / "dense")
+    torch.testing.assert_close(logits(tmp_path / "dense"), logits(source), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["prune", "low-rank"])
+def test_report_says_what_verify_finds(method: str, tiny_olmoe: Path, tmp_path: Path) -> None:
+    report = compress(tiny_olmoe, tmp_path / "small", make_config(method=method))
+    verdicts = verify(tmp_path / "small", tiny_olmoe)
+    for layer, verdict in zip(report.layers, verdicts, strict=True):
+        assert verdict.relative_error == pytest.approx(layer.relative_error, rel=1e-4)
+        assert 0 < layer.relative_error < layer.residual_energy <= 1
+    on_disk = sum(file.stat().st_size for file in (tmp_path / "small").glob("*.safetensors"))
+    assert 0 <= on_disk - report.expert_bytes_after - report.other_bytes < 100_000  # safetensors headers
+    saved = json.loads((tmp_path / "small" / "resmoe_report.json").read_text())
+    assert saved["expert_bytes_after"] == report.expert_bytes_after
+
+
+def test_the_papers_order_of_centers(tiny_mixtral: Path, tmp_path: Path) -> None:
+    errors = {
+        center: compress(tiny_mixtral, tmp_path / center, make_config(center=center)).relative_error
+        for center in ("barycenter", "mean", "none")
+    }
+    assert errors["barycenter"] < errors["mean"] < errors["none"]
+
+
+def test_other_tensors_and_files_pass_through(tiny_mixtral: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_mixtral, source)
+    (source / "tokenizer.json").write_text('{"any": "thing"}')
+    (source / "README.md").write_text("the model's own card")
+    (source / ".cache").mkdir()
+    (source / ".cache" / "junk").write_text("not copied")
+    compress(source, tmp_path / "small", make_config(layers="0,2"))
+    before, after = CheckpointReader(source), CheckpointReader(tmp_path / "small")
+    kept = [name for name in before.names if ".experts." not in name or "layers.1." in name]
+    assert set(kept) <= set(after.names)
+    for name in kept:
+        assert torch.equal(before.get(name), after.get(name))
+    assert (tmp_path / "small" / "tokenizer.json").read_text() == '{"any": "thing"}'
+    assert (tmp_path / "small" / "SOURCE_README.md").read_text() == "the model's own card"
+    assert not (tmp_path / "small" / ".cache").exists()
+    assert sorted(ResMoECheckpoint(tmp_path / "small").fmt.layers) == [0, 2]
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    config.pop("quantization_config")
+    assert config == before.config
+    modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "small").glob("*.safetensors")}
+    assert modes == {(source / "tokenizer.json").stat().st_mode & 0o777}
+
+
+@pytest.mark.parametrize("method", ["prune", "low-rank"])
+def test_same_bytes_for_any_number_of_workers(method: str, tiny_mixtral: Path, tmp_path: Path) -> None:
+    for workers in (1, 3):
+        compress(tiny_mixtral, tmp_path / str(workers) / "small", make_config(method=method, workers=workers))
+    assert contents(tmp_path / "1" / "small") == contents(tmp_path / "3" / "small")
+
+
+def compress_command(source: Path, target: Path) -> list[str]:
+    return [sys.executable, "-m", "compress_tools", "compress", str(source), str(target)]
+
+
+@pytest.mark.parametrize("written", [1, 2, 3])
+def test_killed_and_resumed_gives_the_same_bytes(written: int, tmp_path: Path) -> None:
+    source = save_tiny_model("mixtral", tmp_path / "source", torch.float32, intermediate_size=256, num_local_experts=8)
+    whole, cut = tmp_path / "whole" / "small", tmp_path / "cut" / "small"
+    compress(source, whole, make_config(workers=2))
+    process = subprocess.Popen(compress_command(source, cut), stdout=subprocess.DEVNULL)
+    record = staging_path(cut) / STATE_DIR / f"model-{written:05d}-of-00004.safetensors.json"
+    deadline = time.monotonic() + 60
+    while not record.exists() and time.monotonic() < deadline:
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert record.exists()
+    assert not cut.exists(), "killed too late to test anything"
+    with pytest.raises(CheckpointError, match="--resume"):
+        compress(source, cut, make_config())
+    compress(source, cut, make_config(), resume=True)
+    assert contents(whole) == contents(cut)
+    assert not staging_path(cut).exists()
+
+
+def interrupted(source: Path, target: Path) -> Path:
+    """A staging directory with its first shard written."""
+
+    class Stop(Exception):
+        pass
+
+    class StopAfterOne:
+        def start(self, total: int) -> None: ...
+        def stage(self, text: str, total: int | None) -> None: ...
+        def step(self) -> None: ...
+        def say(self, text: str) -> None: ...
+        def shard_done(self) -> None:
+            raise Stop
+
+    with pytest.raises(Stop):
+        compress(source, target, make_config(), progress=StopAfterOne())
+    return staging_path(target)
+
+
+def test_resume_refuses_another_recipe_and_another_source(tiny_mixtral: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_mixtral, source)
+    interrupted(source, tmp_path / "small")
+    with pytest.raises(CheckpointError, match="another recipe"):
+        compress(source, tmp_path / "small", make_config(retain_ratio=0.5), resume=True)
+    shard = sorted(source.glob("*.safetensors"))[0]
+    os.utime(shard, (1, 1))
+    with pytest.raises(CheckpointError, match="another source"):
+        compress(source, tmp_path / "small", make_config(), resume=True)
+    compress(source, tmp_path / "small", make_config(), overwrite=True)
+    verify(tmp_path / "small", source)
+
+
+def test_overwrite_replaces_and_without_it_nothing_is_touched(tiny_mixtral: Path, tmp_path: Path) -> None:
+    target = tmp_path / "small"
+    target.mkdir()
+    (target / "precious.txt").write_text("keep me")
+    with pytest.raises(CheckpointError, match="not empty"):
+        compress(tiny_mixtral, target, make_config())
+    assert [file.name for file in target.iterdir()] == ["precious.txt"]
+    compress(tiny_mixtral, target, make_config(), overwrite=True)
+    assert not (target / "precious.txt").exists()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["small"]
+
+
+def limit_file_size() -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+
+def test_a_write_that_fails_leaves_a_resumable_state(tiny_mixtral: Path, tmp_path: Path) -> None:
+    target = tmp_path / "small"
+    failed = subprocess.run(
+        compress_command(tiny_mixtral, target), capture_output=True, text=True, preexec_fn=limit_file_size
+    )
+    assert failed.returncode == 4, failed.stderr
+    assert "--resume" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert not target.exists()
+    compress(tiny_mixtral, target, make_config(), resume=True)
+    verify(target, tiny_mixtral)
+
+
+def test_a_disk_too_small_is_refused_before_any_work(tiny_mixtral: Path, tmp_path: Path) -> None:
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", mount], capture_output=True).returncode:
+        pytest.skip("may not mount a small file system here")
+    try:
+        with pytest.raises(CheckpointError, match="free; make room"):
+            compress(tiny_mixtral, mount / "small", make_config())
+        assert not (mount / "small").exists()
+    finally:
+        subprocess.run(["umount", mount], check=True)
+
+
+def test_truncated_shard(tiny_mixtral: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_mixtral, tmp_path / "source")
+    shard = sorted((tmp_path / "source").glob("*.safetensors"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=shard.name):
+        compress(tmp_path / "source", tmp_path / "small", make_config())
+    shard.unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        compress(tmp_path / "source", tmp_path / "small", make_config())
+    assert not staging_path(tmp_path / "small").exists()
+
+
+def rewritten(source: Path, target: Path, change: dict[str, torch.Tensor | None]) -> Path:
+    """A one-shard copy with tensors replaced, or dropped (None)."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    for name, tensor in change.items():
+        if tensor is None:
+            del tensors[name]
+        else:
+            tensors[name] = tensor
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+EXPERT = "model.layers.1.mlp.experts.5.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "error", "message"),
+    [
+        pytest.param(None, CheckpointError, "expert 5 of 8 is incomplete", id="missing expert"),
+        pytest.param(torch.ones(24, 31), CheckpointError, r"\[24, 31\]", id="misshapen"),
+        pytest.param(torch.full((24, 32), float("nan")), NumericalError, EXPERT, id="nan"),
+        pytest.param(torch.full((24, 32), float("inf")), NumericalError, EXPERT, id="inf"),
+        pytest.param(torch.ones(24, 32, dtype=torch.float64), CheckpointError, "F64", id="dtype"),
+    ],
+)
+def test_damaged_experts(tiny_olmoe: Path, tmp_path: Path, tensor: torch.Tensor, error: type, message: str) -> None:
+    source = rewritten(tiny_olmoe, tmp_path / "source", {EXPERT: tensor})
+    with pytest.raises(error, match=message):
+        compress(source, tmp_path / "small", make_config())
+    assert not (tmp_path / "small").exists()
+
+
+def test_index_that_promises_too_much(tiny_mixtral: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_mixtral, tmp_path / "source")
+    index = json.loads((tmp_path / "source" / INDEX_NAME).read_text())
+    index["weight_map"]["model.extra"] = next(iter(index["weight_map"].values()))
+    (tmp_path / "source" / INDEX_NAME).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"model\.extra"):
+        compress(tmp_path / "source", tmp_path / "small", make_config())
+
+
+def edited_config(source: Path, target: Path, **changes: object) -> Path:
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, **changes}))
+    return target
+
+
+def test_models_it_does_not_know(tiny_olmoe: Path, tmp_path: Path) -> None:
+    llama = edited_config(tiny_olmoe, tmp_path / "a", model_type="llama")
+    with pytest.raises(UnsupportedArchitectureError, match=r"'llama'.*mixtral, olmoe"):
+        compress(llama, tmp_path / "small", make_config())
+    disguised = edited_config(tiny_olmoe, tmp_path / "b", model_type="mixtral", num_local_experts=8)
+    with pytest.raises(UnsupportedArchitectureError, match="not an MoE checkpoint"):
+        compress(disguised, tmp_path / "small", make_config())
+    without = edited_config(tiny_olmoe, tmp_path / "c", num_experts=None)
+    with pytest.raises(UnsupportedArchitectureError, match="num_experts"):
+        compress(without, tmp_path / "small", make_config())
+    quantised = edited_config(tiny_olmoe, tmp_path / "d", quantization_config={"quant_method": "gptq"})
+    with pytest.raises(CheckpointError, match="gptq"):
+        compress(quantised, tmp_path / "small", make_config())
+    not_json = tmp_path / "e"
+    not_json.mkdir()
+    (not_json / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="JSON"):
+        compress(not_json, tmp_path / "small", make_config())
+    assert not staging_path(tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"retain_ratio": 0},
+        {"retain_ratio": 1.01},
+        {"retain_ratio": -0.25},
+        {"retain_ratio": float("nan")},
+        {"method": "magic"},
+        {"center": "elsewhere"},
+        {"workers": 0},
+        {"colour": "red"},
+    ],
+    ids=str,
+)
+def test_refused_options(options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="--" + next(iter(options)).replace("_", "-")):
+        make_config(**options)
+
+
+@pytest.mark.parametrize(
+    ("selection", "expected"),
+    [
+        ("all", [1, 2, 3, 5]),
+        ("top:2", [3, 5]),
+        ("bottom:3", [1, 2, 3]),
+        ("1,3-3,5", [1, 3, 5]),
+        (" ALL ", [1, 2, 3, 5]),
+    ],
+)
+def test_layer_selection(selection: str, expected: list[int]) -> None:
+    assert select_layers(selection, [1, 2, 3, 5]) == expected
+
+
+@pytest.mark.parametrize("selection", ["", "top:0", "top:5", "middle:1", "0", "1-4", "3-1", "-1", "1,,2", "x"])
+def test_refused_layer_selections(selection: str) -> None:
+    with pytest.raises(ConfigError, match="--layers"):
+        select_layers(selection, [1, 2, 3, 5])
+
+
+def test_verify_finds_other_weights(tiny_olmoe: Path, tmp_path: Path) -> None:
+    compress(tiny_olmoe, tmp_path / "small", CompressionConfig())
+    name = "model.norm.weight"
+    other = rewritten(tiny_olmoe, tmp_path / "other", {name: torch.zeros(32)})
+    with pytest.raises(FormatError, match=name):
+        verify(tmp_path / "small", other)
+    changed = rewritten(tiny_olmoe, tmp_path / "changed", {EXPERT: torch.ones(24, 32)})
+    with pytest.raises(FormatError, match="its report says"):
+        verify(tmp_path / "small", changed)

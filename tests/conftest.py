@@ -1,0 +1,31 @@
+"""Real tiny checkpoints, written by transformers, seeded; built once for each test session."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+from tests.tiny_models import save_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Mixtral, 3 layers, 4 experts, H 32, I 48, fp32, several shards."""
+    return save_tiny_model(
+        "mixtral", tmp_path_factory.mktemp("mixtral") / "model", torch.float32, max_shard_size="60kB"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_mixtral_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same shape in bf16, one shard."""
+    return save_tiny_model("mixtral", tmp_path_factory.mktemp("mixtral-bf16") / "model", torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def tiny_olmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """OLMoE, 2 layers, 8 experts, top 3, H 32, I 24, fp32."""
+    return save_tiny_model("olmoe", tmp_path_factory.mktemp("olmoe") / "model", torch.float32)
