@@ -57,6 +57,17 @@ class CheckpointReader:
         except (SafetensorError, OSError) as err:
             raise CheckpointError(f"{self.path / self._shard_of[name]}: can't read {name!r}: {err}") from err
 
+    def get_row(self, name: str, index: int) -> Tensor:
+        """Read ``tensor[index]`` without the rest.
+
+        Raises:
+            CheckpointError: not there, or not readable.
+        """
+        try:
+            return self._handle(name).get_slice(name)[index]
+        except (SafetensorError, OSError) as err:
+            raise CheckpointError(f"{self.path / self._shard_of[name]}: can't read {name!r}[{index}]: {err}") from err
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
         return tuple(self._handle(name).get_slice(name).get_shape())

@@ -56,7 +56,8 @@ class CheckpointWriter:
                 shutil.rmtree(self.staging)
             else:
                 raise CheckpointError(
-                    f"{self.staging}: an earlier run did not finish; pass --resume to go on or --overwrite to start again"
+                    f"{self.staging}: an earlier run did not finish; pass --resume to go on, "
+                    "or --overwrite to start again"
                 )
         with _writing(self.staging):
             identity_file.parent.mkdir(parents=True, exist_ok=True)

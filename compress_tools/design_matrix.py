@@ -15,9 +15,9 @@ def expert_to_rows(weights: ExpertWeights) -> Rows:
     return {"gate_proj": weights.gate, **rows} if weights.gate is not None else rows
 
 
-def rows_to_expert(rows: Rows) -> ExpertWeights:
-    """Inverse of ``expert_to_rows``."""
-    return ExpertWeights(rows.get("gate_proj"), rows["up_proj"], rows["down_proj"].T.contiguous())
+def rows_to_expert(rows: Rows, biases: dict[Projection, Tensor] | None = None) -> ExpertWeights:
+    """Inverse of ``expert_to_rows``; biases are no part of the design matrix and are passed along."""
+    return ExpertWeights(rows.get("gate_proj"), rows["up_proj"], rows["down_proj"].T.contiguous(), biases)
 
 
 def rows_to_design(rows: Rows) -> Tensor:

@@ -20,6 +20,7 @@ from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.format.codec import restore_expert
 from compress_tools.format.schema import LayerSpec
 from compress_tools.format.tensors import (
+    BIAS,
     CENTER,
     DTYPES,
     dense_layer_bytes,
@@ -81,7 +82,7 @@ def compress(
     for shard in plan.shards:
         record = writer.record(shard.filename)
         if record is None:
-            record = _write(reader, plan, config, shard, writer, progress)
+            record = _write(plan, config, shard, writer, progress)
         if shard.layer is not None:
             layers.append(LayerReport(**record["layer"]))
             seconds[str(shard.layer)] = record["seconds"]
@@ -98,15 +99,13 @@ def versions() -> dict[str, str]:
 
 
 def compress_layer(
-    reader: CheckpointReader,
     plan: CompressionPlan,
     config: CompressionConfig,
     layer: int,
     progress: ProgressListener,
 ) -> tuple[dict[str, Tensor], LayerReport, dict[str, float]]:
     """One MoE layer: tensors by name, its report, seconds by stage."""
-    fmt, sizes = plan.fmt, plan.sizes
-    projections = plan.architecture.projections
+    fmt, sizes, projections = plan.fmt, plan.source.sizes, plan.source.projections
     dtype = DTYPES[fmt.dtype]
     spec = fmt.layers[layer]
     clock = _Clock()
@@ -114,8 +113,11 @@ def compress_layer(
     with clock.stage("read"):
         progress.stage(f"layer {layer}: reading", sizes.num_experts)
         design = torch.empty(sizes.num_experts, sizes.intermediate_size, len(projections) * sizes.hidden_size)
+        biases: list[dict[Any, Tensor]] = []
         for expert in range(sizes.num_experts):
-            design[expert] = rows_to_design(expert_to_rows(plan.architecture.read_expert(reader, layer, expert)))
+            weights = plan.source.read_expert(layer, expert)
+            design[expert] = rows_to_design(expert_to_rows(weights))
+            biases.append(weights.biases or {})
             progress.step()
         design = design.to(config.device)
 
@@ -141,6 +143,10 @@ def compress_layer(
             aligned = design[expert][found.perm[expert].to(design.device)]
             residual = aligned - center if center is not None else aligned
             stored = _encode(config, spec, residual, dtype)
+            for projection, bias in biases[expert].items():
+                # down's bias belongs to the output, whose order does not change.
+                ordered = bias if projection == "down_proj" else bias[found.perm[expert]]
+                stored[projection, BIAS] = ordered.to(dtype).contiguous()
             for (projection, suffix), tensor in stored.items():
                 tensors[tensor_name(fmt, layer, expert, projection, suffix)] = tensor
             restored = rows_to_design(_ordered(restore_expert(spec, shared, stored, sizes.hidden_size), projections))
@@ -177,7 +183,6 @@ def _residual_energy(found: CenterResult, energy: float) -> float:
 
 
 def _write(
-    reader: CheckpointReader,
     plan: CompressionPlan,
     config: CompressionConfig,
     shard: Shard,
@@ -189,10 +194,10 @@ def _write(
         progress.stage("copying other tensors", len(shard.names))
         tensors = {}
         for name in shard.names:
-            tensors[name] = reader.get(name)
+            tensors[plan.source.output_name(name)] = plan.source.reader.get(name)
             progress.step()
     else:
-        tensors, layer_report, seconds = compress_layer(reader, plan, config, shard.layer, progress)
+        tensors, layer_report, seconds = compress_layer(plan, config, shard.layer, progress)
         record = {"layer": asdict(layer_report), "seconds": seconds}
     writer.write_shard(shard.filename, tensors, record)
     return record
@@ -216,7 +221,7 @@ def _finish(
     writer.write_text(CARD_NAME, model_card(src, dst, config, plan, report))
     writer.finish(
         {**reader.config, "quantization_config": plan.fmt.model_dump(mode="json")},
-        {shard.filename: shard.names for shard in plan.shards},
+        {shard.filename: tuple(map(plan.source.output_name, shard.names)) for shard in plan.shards},
         report.expert_bytes_after + report.other_bytes,
     )
 

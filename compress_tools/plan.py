@@ -5,11 +5,10 @@ from math import ceil
 from typing import Any
 
 from compress_tools import __version__
-from compress_tools.architectures.base import MoEArchitecture, MoESizes
-from compress_tools.architectures.registry import find_architecture
+from compress_tools.architectures.layouts import MoESource, open_source
 from compress_tools.checkpoint_reader import CheckpointReader
 from compress_tools.config import CompressionConfig, select_layers
-from compress_tools.errors import CheckpointError, UnsupportedArchitectureError
+from compress_tools.errors import CheckpointError
 from compress_tools.format.schema import DenseCenter, LayerSpec, ResMoEFormat
 from compress_tools.format.tensors import dense_layer_bytes, layer_bytes, layer_params, layer_tensors
 from compress_tools.residuals.registry import METHODS
@@ -25,7 +24,7 @@ class Shard:
     Attributes:
         filename: in the output directory.
         layer: decoder layer index, None for a shard of copied tensors.
-        names: tensor names, in the order they are written.
+        names: tensor names; of copied tensors the source's, of a layer the output's.
     """
 
     filename: str
@@ -38,9 +37,8 @@ class CompressionPlan:
     """Everything but the numbers.
 
     Attributes:
-        architecture: the model family.
+        source: the checkpoint's experts.
         fmt: the ``quantization_config`` block to be.
-        moe_layers: all decoder layers with experts.
         shards: output shards, in order.
         expert_bytes_before: bytes of all routed experts in the source.
         expert_bytes_after: bytes of the same in the output: centers, residuals, masks and uncompressed layers.
@@ -48,30 +46,24 @@ class CompressionPlan:
         peak_memory_bytes: estimate for one layer: design matrices, cost matrices, coded tensors.
     """
 
-    architecture: MoEArchitecture
+    source: MoESource
     fmt: ResMoEFormat
-    moe_layers: tuple[int, ...]
     shards: tuple[Shard, ...]
     expert_bytes_before: int
     expert_bytes_after: int
     other_bytes: int
     peak_memory_bytes: int
 
-    @property
-    def sizes(self) -> MoESizes:
-        """E, H, I."""
-        return MoESizes(self.fmt.num_experts, self.fmt.hidden_size, self.fmt.intermediate_size)
-
     def summary(self) -> dict[str, Any]:
         """Sizes in parameters and bytes, and the peak memory, as plain data. Masks count as bytes, not as params."""
         dense = dense_layer_bytes(self.fmt, itemsize=1)
         compressed = sum(layer_params(self.fmt, layer) for layer in self.fmt.layers)
-        untouched = (len(self.moe_layers) - len(self.fmt.layers)) * dense
+        untouched = (len(self.source.layers) - len(self.fmt.layers)) * dense
         before, after, other = self.expert_bytes_before, self.expert_bytes_after, self.other_bytes
         return {
-            "moe_layers": len(self.moe_layers),
+            "moe_layers": len(self.source.layers),
             "layers_compressed": len(self.fmt.layers),
-            "expert_params": {"before": dense * len(self.moe_layers), "after": compressed + untouched},
+            "expert_params": {"before": dense * len(self.source.layers), "after": compressed + untouched},
             "expert_bytes": {"before": before, "after": after, "ratio": after / before},
             "total_bytes": {
                 "before": before + other,
@@ -96,26 +88,17 @@ def make_plan(reader: CheckpointReader, config: CompressionConfig) -> Compressio
             f"{reader.path}: already quantised ({method!r}); compress the original checkpoint"
             + (", or `resmoe restore` it first" if method == "resmoe" else "")
         )
-    architecture = find_architecture(reader.config)
-    sizes = architecture.sizes(reader.config)
-    moe_layers = architecture.moe_layers(reader.names)
-    if not moe_layers:
-        raise UnsupportedArchitectureError(
-            f"{reader.path}: no experts found under {architecture.names.expert!r}; not an MoE checkpoint"
-        )
-    for layer in moe_layers:
-        architecture.check_layer(reader, layer, sizes)
-    selected = select_layers(config.layers, moe_layers)
-    fmt = _format(reader, architecture, sizes, selected, config)
-    replaced = {name for layer in selected for name in architecture.layer_source_names(layer, sizes)}
+    source = open_source(reader)
+    selected = select_layers(config.layers, list(source.layers))
+    fmt = _format(source, selected, config)
+    replaced = {name for layer in selected for name in source.expected(layer)}
     kept = [name for name in reader.names if name not in replaced]
-    before = sum(reader.nbytes(name) for layer in moe_layers for name in architecture.layer_source_names(layer, sizes))
+    before = sum(reader.nbytes(name) for layer in source.layers for name in source.expected(layer))
     after = before - sum(reader.nbytes(name) for name in replaced) + sum(layer_bytes(fmt, layer) for layer in selected)
     other = sum(reader.nbytes(name) for name in reader.names) - before
     return CompressionPlan(
-        architecture,
+        source,
         fmt,
-        tuple(moe_layers),
         _shards(reader, fmt, kept, selected),
         before,
         after,
@@ -124,15 +107,9 @@ def make_plan(reader: CheckpointReader, config: CompressionConfig) -> Compressio
     )
 
 
-def _format(
-    reader: CheckpointReader,
-    architecture: MoEArchitecture,
-    sizes: MoESizes,
-    selected: list[int],
-    config: CompressionConfig,
-) -> ResMoEFormat:
-    projections = architecture.projections
-    dtypes = {reader.dtype(name) for layer in selected for name in architecture.layer_source_names(layer, sizes)}
+def _format(source: MoESource, selected: list[int], config: CompressionConfig) -> ResMoEFormat:
+    reader, sizes, projections = source.reader, source.sizes, source.projections
+    dtypes = {reader.dtype(name) for layer in selected for name in source.expected(layer)}
     if len(dtypes) != 1 or not dtypes <= set(SAFETENSORS_DTYPES):
         raise CheckpointError(
             f"{reader.path}: experts are stored as {sorted(dtypes)}; expected one of {sorted(SAFETENSORS_DTYPES)}"
@@ -148,7 +125,8 @@ def _format(
         num_experts=sizes.num_experts,
         hidden_size=sizes.hidden_size,
         intermediate_size=sizes.intermediate_size,
-        names=architecture.names,
+        biases=source.architecture.biased,
+        names=source.names,
         layers=dict.fromkeys(selected, layer),
     )
 

@@ -78,6 +78,7 @@ def model_card(
 ) -> str:
     """README.md of the compressed checkpoint."""
     content = report.content()
+    before, after, other = report.expert_bytes_before, report.expert_bytes_after, report.other_bytes
     rows = "\n".join(
         f"| {layer.layer} | {layer.approximation_error:.6g} | {layer.relative_error:.6g} "
         f"| {layer.bytes_before} | {layer.bytes_after} |"
@@ -90,8 +91,8 @@ tags: [resmoe, moe, compressed]
 
 # {dst.name}
 
-`{src.name}` ({plan.architecture.title}), experts compressed by ResMoE (arXiv:2503.06881): one center expert for each MoE layer, and for
-each expert a compressed residual. One-shot, no data, no retraining.
+`{src.name}` ({plan.source.architecture.title}), experts compressed by ResMoE (arXiv:2503.06881): one center
+expert for each MoE layer, and for each expert a compressed residual. One-shot, no data, no retraining.
 
 ```
 {command_line(src, dst, config)}
@@ -100,12 +101,12 @@ vllm serve {dst.name}
 
 | | bytes before | bytes after | ratio |
 |---|---|---|---|
-| routed experts | {report.expert_bytes_before} | {report.expert_bytes_after} | {content["expert_bytes_ratio"]:.4f} |
-| everything else | {report.other_bytes} | {report.other_bytes} | 1 |
-| whole checkpoint | {report.expert_bytes_before + report.other_bytes} | {report.expert_bytes_after + report.other_bytes} | {content["total_bytes_ratio"]:.4f} |
+| routed experts | {before} | {after} | {content["expert_bytes_ratio"]:.4f} |
+| everything else | {other} | {other} | 1 |
+| whole checkpoint | {before + other} | {after + other} | {content["total_bytes_ratio"]:.4f} |
 
-{len(report.layers)} of {len(plan.moe_layers)} MoE layers are compressed. Error: `||T_k W_k - restored_k||_F^2 / I`, mean over experts,
-and relative to `||W_k||_F^2`.
+{len(report.layers)} of {len(plan.source.layers)} MoE layers are compressed. Error: `||T_k W_k - restored_k||_F^2 / I`,
+mean over experts, and relative to `||W_k||_F^2`.
 
 | layer | error | relative | bytes before | bytes after |
 |---|---|---|---|---|

@@ -53,12 +53,12 @@ def restore(
     write(1, {name: reader.get(name) for name in kept})
     for number, layer in enumerate(layers, start=2):
         progress.stage(f"layer {layer}: restoring", fmt.num_experts)
-        tensors: dict[str, Tensor] = {}
+        experts = []
         for expert in range(fmt.num_experts):
             rows = {p: rows.to(checkpoint.dtype) for p, rows in checkpoint.expert(layer, expert).items()}
-            tensors.update(architecture.expert_tensors(layer, expert, rows_to_expert(rows)))
+            experts.append(rows_to_expert(rows, checkpoint.biases(layer, expert)))
             progress.step()
-        write(number, tensors)
+        write(number, architecture.dense_tensors(fmt.names, layer, experts))
     for file in reader.other_files():
         relative = file.relative_to(reader.path)
         if str(relative) not in NOT_COPIED:

@@ -65,7 +65,7 @@ def report_table(report: CompressionReport) -> Table:
 def plan_table(plan: CompressionPlan) -> Table:
     """What a compression would write."""
     summary = plan.summary()
-    table = _table(f"plan for {plan.architecture.title}", "", "before", "after", "ratio")
+    table = _table(f"plan for {plan.source.architecture.title}", "", "before", "after", "ratio")
     for label, key in (
         ("expert params", "expert_params"),
         ("expert bytes", "expert_bytes"),

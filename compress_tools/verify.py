@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from compress_tools.alignment import align_experts
-from compress_tools.architectures.registry import find_architecture
+from compress_tools.architectures.layouts import MoESource, open_source
 from compress_tools.checkpoint_reader import CheckpointReader
 from compress_tools.design_matrix import expert_to_rows, rows_to_design
 from compress_tools.errors import FormatError
@@ -42,13 +42,13 @@ def verify(
     workers: int = 1,
     advance: Callable[[], None] = lambda: None,
 ) -> list[LayerVerdict]:
-    """Check names, shapes, finiteness, masks; with a source, that copied tensors are equal and the error is as reported.
+    """Check names, shapes, finiteness, masks; with a source, copied tensors and the reported error too.
 
     Raises:
         CheckpointError, FormatError, NumericalError: what is wrong, and where.
     """
     checkpoint = ResMoECheckpoint(path)
-    source = CheckpointReader(against) if against is not None else None
+    source = open_source(CheckpointReader(against)) if against is not None else None
     reported = _reported_errors(Path(path))
     if source is not None:
         _check_copied(checkpoint, source)
@@ -73,24 +73,23 @@ def _reported_errors(path: Path) -> dict[int, float]:
         raise FormatError(f"{file}: not a report of this version: {err}") from err
 
 
-def _check_copied(checkpoint: ResMoECheckpoint, source: CheckpointReader) -> None:
-    architecture = find_architecture(source.config)
-    sizes = architecture.sizes(source.config)
-    replaced = {name for layer in checkpoint.fmt.layers for name in architecture.layer_source_names(layer, sizes)}
-    for name in source.names:
+def _check_copied(checkpoint: ResMoECheckpoint, source: MoESource) -> None:
+    path = source.reader.path
+    replaced = {name for layer in checkpoint.fmt.layers for name in source.expected(layer)}
+    for name in source.reader.names:
         if name in replaced:
             continue
-        if name not in checkpoint.reader:
-            raise FormatError(f"{checkpoint.reader.path}: {name!r} of {source.path} is missing")
-        if not torch.equal(checkpoint.reader.get(name).view(-1), source.get(name).view(-1)):
-            raise FormatError(f"{checkpoint.reader.path}: {name!r} differs from {source.path}; not made from it")
+        copied = source.output_name(name)
+        if copied not in checkpoint.reader:
+            raise FormatError(f"{checkpoint.reader.path}: {copied!r} of {path} is missing")
+        if not torch.equal(checkpoint.reader.get(copied), source.reader.get(name)):
+            raise FormatError(f"{checkpoint.reader.path}: {copied!r} differs from {path}; not made from it")
 
 
-def _layer_error(checkpoint: ResMoECheckpoint, source: CheckpointReader, layer: int, workers: int) -> float:
-    architecture = find_architecture(source.config)
+def _layer_error(checkpoint: ResMoECheckpoint, source: MoESource, layer: int, workers: int) -> float:
     error = energy = 0.0
     for expert in range(checkpoint.fmt.num_experts):
-        weights = expert_to_rows(architecture.read_expert(source, layer, expert))
+        weights = expert_to_rows(source.read_expert(layer, expert))
         design = rows_to_design(weights)
         rows = checkpoint.expert(layer, expert)
         restored = rows_to_design({projection: rows[projection] for projection in weights})

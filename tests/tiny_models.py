@@ -15,8 +15,30 @@ COMMON: dict[str, Any] = {
     "initializer_range": 0.08,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+DEEPSEEK_STYLE: dict[str, Any] = {
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "n_routed_experts": 6,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+# MLA: vLLM's kernels want these head sizes even in a toy.
+MLA: dict[str, Any] = {
+    "num_key_value_heads": 2,
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
 }
 
+# model_type -> (prefix of the transformers classes, config fields)
 TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": (
         "Mixtral",
@@ -25,6 +47,17 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": (
         "Olmoe",
         {"intermediate_size": 24, "num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 3},
+    ),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            "intermediate_size": 64,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+        },
     ),
     "qwen3_moe": (
         "Qwen3Moe",
@@ -38,11 +71,63 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_only_layers": [1],
         },
     ),
+    "phimoe": (
+        "Phimoe",
+        {
+            "intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "attention_bias": True,
+            "lm_head_bias": True,
+        },
+    ),
+    "deepseek_v2": ("DeepseekV2", {**DEEPSEEK_STYLE, **MLA}),
+    "deepseek_v3": ("DeepseekV3", {**DEEPSEEK_STYLE, **MLA, "topk_method": "noaux_tc"}),
+    "glm4_moe": ("Glm4Moe", {**DEEPSEEK_STYLE, "head_dim": 16}),
+    "dots1": ("Dots1", {**DEEPSEEK_STYLE, "head_dim": 16}),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        {
+            "intermediate_size": 48,
+            "moe_intermediate_size": 24,
+            "num_hidden_layers": 3,
+            "moe_num_experts": 6,
+            "moe_k": 2,
+            "moe_num_shared_experts": 1,
+        },
+    ),
+    "minimax_m2": (
+        "MiniMaxM2",
+        {
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+        },
+    ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+        },
+    ),
 }
 
 
 def save_tiny_model(
-    family: str, path: Path, dtype: torch.dtype, seed: int = 0, max_shard_size: str = "1GB", **changes: Any
+    family: str,
+    path: Path,
+    dtype: torch.dtype,
+    seed: int = 0,
+    max_shard_size: str = "1GB",
+    save_original_format: bool = True,
+    **changes: Any,
 ) -> Path:
     """Build and save one.
 
@@ -52,6 +137,7 @@ def save_tiny_model(
         dtype: stored dtype.
         seed: of the random weights.
         max_shard_size: as transformers takes it.
+        save_original_format: False keeps transformers' fused 3-D expert tensors.
         changes: config fields to override.
     Returns:
         ``path``.
@@ -60,5 +146,5 @@ def save_tiny_model(
     config = getattr(transformers, f"{prefix}Config")(**{**COMMON, **sizes, **changes})
     torch.manual_seed(seed)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).to(dtype)
-    model.save_pretrained(path, max_shard_size=max_shard_size)
+    model.save_pretrained(path, max_shard_size=max_shard_size, save_original_format=save_original_format)
     return path

@@ -2,15 +2,16 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from compress_tools.checkpoint_reader import CheckpointReader
-from compress_tools.errors import CheckpointError, NumericalError, UnsupportedArchitectureError
+from compress_tools.errors import UnsupportedArchitectureError
 from compress_tools.format.schema import ExpertNames, Projection
+
+GATED: dict[Projection, str] = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
+MIXTRAL_STYLE: dict[Projection, str] = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,18 @@ class ExpertWeights:
         gate: ``gate_proj`` ``[I, H]``; None for two-matrix experts.
         up: ``up_proj`` ``[I, H]``.
         down: ``down_proj`` ``[H, I]``.
+        biases: by projection, ``[I]`` for gate and up, ``[H]`` for down; empty without biases.
     """
 
     gate: Tensor | None
     up: Tensor
     down: Tensor
+    biases: dict[Projection, Tensor] | None = None
+
+    def matrix(self, projection: Projection) -> Tensor:
+        """The matrix of a projection that the expert has."""
+        matrices = {"gate_proj": self.gate, "up_proj": self.up, "down_proj": self.down}
+        return matrices[projection]
 
 
 @dataclass(frozen=True)
@@ -38,28 +46,52 @@ class MoESizes:
 
 
 @dataclass(frozen=True)
+class FusedNames:
+    """Experts stored as one 3-D tensor for each of gate+up and down, as transformers 5 holds them in memory.
+
+    Attributes:
+        experts: the module's name, with ``{layer}``.
+        interleaved: GPT-OSS form: ``gate_up_proj`` ``[E, H, 2I]`` with gate and up in alternating columns,
+            ``down_proj`` ``[E, I, H]``, both with biases. Otherwise ``[E, 2I, H]`` (gate first), ``[E, H, I]``.
+    """
+
+    experts: str
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
 class MoEArchitecture:
-    """One model family with experts stored one by one.
+    """One model family. What differs between families is data; see ``ADDING_A_FAMILY.md`` beside this file.
 
     Attributes:
         model_type: ``model_type`` of config.json.
         title: the family's name for people.
-        names: where an expert's matrices are on disk, without the final ``.weight``.
-        num_experts_keys: config.json's key of E; transformers has renamed some, so the first present counts.
-        intermediate_size_key: config.json's key of I.
+        expert: name of an expert in the checkpoint, with ``{layer}`` and ``{expert}``.
+        projections: projection -> last name component on disk; two-matrix experts have no ``gate_proj``.
+        num_experts_keys: config.json's keys of E, first present counts (transformers has renamed some).
+        intermediate_size_keys: likewise of I.
+        hidden_size_keys: likewise of H.
+        fused: where fused experts are when the checkpoint holds those instead.
+        per_expert_source: the family's checkpoints may store experts one by one.
+        renames: (pattern, replacement) for other tensors of a fused checkpoint, to the family's usual names.
+        biased: experts have biases.
+        vllm: the family serves in vLLM; otherwise ``runs_in`` says where and why.
+        runs_in: a sentence for families that vLLM can't serve.
     """
 
     model_type: str
     title: str
-    names: ExpertNames
-    num_experts_keys: tuple[str, ...]
-    intermediate_size_key: str
-    weight_suffix: str = field(default=".weight")
-
-    @property
-    def projections(self) -> tuple[Projection, ...]:
-        """The family's projections in design-matrix order."""
-        return tuple(self.names.projections)
+    expert: str = "model.layers.{layer}.mlp.experts.{expert}"
+    projections: tuple[tuple[Projection, str], ...] = tuple(GATED.items())
+    num_experts_keys: tuple[str, ...] = ("num_experts", "num_local_experts", "n_routed_experts")
+    intermediate_size_keys: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
+    hidden_size_keys: tuple[str, ...] = ("hidden_size",)
+    fused: FusedNames | None = FusedNames("model.layers.{layer}.mlp.experts")
+    per_expert_source: bool = True
+    renames: tuple[tuple[str, str], ...] = ()
+    biased: bool = False
+    vllm: bool = True
+    runs_in: str = ""
 
     def sizes(self, config: dict[str, Any]) -> MoESizes:
         """Read E, H and I from config.json.
@@ -68,7 +100,7 @@ class MoEArchitecture:
             UnsupportedArchitectureError: a key is missing or not a positive whole number.
         """
         values = []
-        for keys in (self.num_experts_keys, ("hidden_size",), (self.intermediate_size_key,)):
+        for keys in (self.num_experts_keys, self.hidden_size_keys, self.intermediate_size_keys):
             key = next((key for key in keys if key in config), keys[0])
             value = config.get(key)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -78,63 +110,37 @@ class MoEArchitecture:
             values.append(value)
         return MoESizes(*values)
 
-    def moe_layers(self, names: Iterable[str]) -> list[int]:
-        """Decoder layer indices that hold experts, ascending."""
-        pattern = re.escape(self.names.expert).replace(r"\{layer\}", r"(\d+)").replace(r"\{expert\}", r"\d+")
-        found = (re.match(pattern + r"\.", name) for name in names)
-        return sorted({int(match.group(1)) for match in found if match})
+    def layer_texts(self, config: dict[str, Any]) -> dict[int, str]:
+        """What stands for ``{layer}``, by layer index; empty where it is the index itself."""
+        return {}
 
-    def source_name(self, layer: int, expert: int, projection: Projection) -> str:
-        """Name of one expert matrix in the source checkpoint."""
-        stem = self.names.expert.replace("{layer}", str(layer)).replace("{expert}", str(expert))
-        return f"{stem}.{self.names.projections[projection]}{self.weight_suffix}"
+    def num_layers(self, config: dict[str, Any]) -> int | None:
+        """Decoder layers of the model proper; layers beyond (multi-token prediction) are left alone."""
+        return config.get("num_hidden_layers")
 
-    def layer_source_names(self, layer: int, sizes: MoESizes) -> list[str]:
-        """Names of all tensors of a layer that compression replaces."""
-        return [
-            self.source_name(layer, expert, projection)
-            for expert in range(sizes.num_experts)
-            for projection in self.projections
-        ]
+    def expert_names(self, config: dict[str, Any]) -> ExpertNames:
+        """The names that a ResMoE checkpoint of this model uses."""
+        return ExpertNames(expert=self.expert, projections=dict(self.projections), layers=self.layer_texts(config))
 
-    def check_layer(self, reader: CheckpointReader, layer: int, sizes: MoESizes) -> None:
-        """Every expert is there, in the expected shape. Reads no weight.
+    def find_layers(self, template: str, names: Iterable[str], config: dict[str, Any]) -> list[int]:
+        """Layer indices of the tensors whose names begin with ``template``, ascending.
 
-        Raises:
-            CheckpointError: names the missing or misshapen tensor.
+        Args:
+            template: with ``{layer}``, perhaps with ``{expert}``.
+            names: tensor names.
+            config: config.json.
         """
-        for expert in range(sizes.num_experts):
-            for projection in self.projections:
-                name = self.source_name(layer, expert, projection)
-                if name not in reader:
-                    raise CheckpointError(
-                        f"{reader.path}: layer {layer}: expert {expert} of {sizes.num_experts} is incomplete: "
-                        f"tensor {name!r} is missing"
-                    )
-                expected = (sizes.intermediate_size, sizes.hidden_size)
-                expected = expected[::-1] if projection == "down_proj" else expected
-                if reader.shape(name) != expected:
-                    raise CheckpointError(
-                        f"{reader.path}: {name!r} has shape {list(reader.shape(name))}, "
-                        f"config.json says {list(expected)}"
-                    )
+        texts = self.layer_texts(config)
+        by_text = {text: index for index, text in texts.items()}
+        layer = "|".join(re.escape(text) for text in by_text) if texts else r"\d+"
+        pattern = re.escape(template).replace(r"\{layer\}", f"({layer})").replace(r"\{expert\}", r"\d+")
+        found = {match.group(1) for match in (re.match(pattern + r"(?:\.|$)", name) for name in names) if match}
+        last = self.num_layers(config)
+        indices = (by_text[text] if texts else int(text) for text in found)
+        return sorted(index for index in indices if texts or last is None or index < last)
 
-    def read_expert(self, reader: CheckpointReader, layer: int, expert: int) -> ExpertWeights:
-        """Read one expert.
+    def dense_tensors(self, names: ExpertNames, layer: int, experts: list[ExpertWeights]) -> dict[str, Tensor]:
+        """All experts of a layer as the family's usual checkpoint tensors (for ``resmoe restore``)."""
+        from compress_tools.architectures.layouts import dense_tensors
 
-        Raises:
-            CheckpointError: a matrix is missing or unreadable.
-            NumericalError: a weight is NaN or infinite; names the tensor.
-        """
-        weights: dict[str, Tensor] = {}
-        for projection in self.projections:
-            name = self.source_name(layer, expert, projection)
-            weights[projection] = tensor = reader.get(name)
-            if not torch.isfinite(tensor).all():
-                raise NumericalError(f"{reader.path}: {name!r} holds NaN or Inf; the source checkpoint is damaged")
-        return ExpertWeights(weights.get("gate_proj"), weights["up_proj"], weights["down_proj"])
-
-    def expert_tensors(self, layer: int, expert: int, weights: ExpertWeights) -> dict[str, Tensor]:
-        """One expert as the source checkpoint's tensors: the inverse of ``read_expert``."""
-        matrices = {"gate_proj": weights.gate, "up_proj": weights.up, "down_proj": weights.down}
-        return {self.source_name(layer, expert, p): matrices[p].contiguous() for p in self.projections}
+        return dense_tensors(self, names, layer, experts)

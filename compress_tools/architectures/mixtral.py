@@ -1,15 +1,32 @@
-"""Mixtral: ``block_sparse_moe.experts.k.w1|w3|w2``."""
+"""Mixtral and what copied its layout: ``block_sparse_moe.experts.k.w1|w3|w2``."""
 
-from compress_tools.architectures.base import MoEArchitecture
-from compress_tools.format.schema import ExpertNames
+from compress_tools.architectures.base import MIXTRAL_STYLE, MoEArchitecture
+
+EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}"
 
 MIXTRAL = MoEArchitecture(
     model_type="mixtral",
     title="Mixtral",
-    names=ExpertNames(
-        expert="model.layers.{layer}.block_sparse_moe.experts.{expert}",
-        projections={"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
-    ),
-    num_experts_keys=("num_local_experts",),
-    intermediate_size_key="intermediate_size",
+    expert=EXPERT,
+    projections=tuple(MIXTRAL_STYLE.items()),
+    intermediate_size_keys=("intermediate_size",),
+    renames=((r"\.mlp\.gate\.", ".block_sparse_moe.gate."),),
+)
+
+PHIMOE = MoEArchitecture(
+    model_type="phimoe",
+    title="Phi-3.5-MoE",
+    expert=EXPERT,
+    projections=tuple(MIXTRAL_STYLE.items()),
+    intermediate_size_keys=("intermediate_size",),
+    renames=((r"\.mlp\.router\.", ".block_sparse_moe.gate."),),
+)
+
+MINIMAX_M2 = MoEArchitecture(
+    model_type="minimax_m2",
+    title="MiniMax-M2",
+    expert=EXPERT,
+    projections=tuple(MIXTRAL_STYLE.items()),
+    intermediate_size_keys=("intermediate_size",),
+    renames=((r"\.mlp\.(gate\.|e_score)", r".block_sparse_moe.\1"),),
 )

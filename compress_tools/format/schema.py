@@ -66,11 +66,13 @@ class LayerSpec(_Frozen):
 class ExpertNames(_Frozen):
     """Where the experts' tensors are: ``<expert>.<projection>.<suffix>``.
 
-    ``expert`` holds ``{layer}`` and ``{expert}``; ``projections`` maps each projection to its on-disk name.
+    ``expert`` holds ``{layer}`` and ``{expert}``; ``projections`` maps each projection to its on-disk name;
+    ``layers`` gives the text that stands for ``{layer}`` where it is not the layer's index.
     """
 
     expert: str
     projections: dict[Projection, str] = Field(min_length=1)
+    layers: dict[int, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _placeholders(self) -> "ExpertNames":
@@ -79,9 +81,17 @@ class ExpertNames(_Frozen):
                 raise ValueError(f"names.expert must hold {placeholder} once, found {self.expert!r}")
         return self
 
+    def expert_stem(self, layer: int, expert: int) -> str:
+        """Name of one expert."""
+        text = self.layers.get(layer, str(layer))
+        return self.expert.replace("{layer}", text).replace("{expert}", str(expert))
+
 
 class ResMoEFormat(_Frozen):
-    """The whole block. ``layers`` is keyed by decoder layer index; absent layers are not compressed."""
+    """The whole block. ``layers`` is keyed by layer index; absent layers are not compressed.
+
+    ``biases``: every expert of every compressed layer has a bias for each projection, stored as it is.
+    """
 
     quant_method: Literal["resmoe"] = QUANT_METHOD
     format_version: Literal[1] = FORMAT_VERSION
@@ -90,6 +100,7 @@ class ResMoEFormat(_Frozen):
     num_experts: PositiveInt
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
+    biases: bool = False
     names: ExpertNames
     layers: dict[int, LayerSpec]
 

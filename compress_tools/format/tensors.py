@@ -4,14 +4,12 @@ All tensors are in design-matrix orientation: the intermediate dimension I comes
 transposed. So tensor parallelism slices dimension 0 of every tensor whose first dimension is I, and nothing else.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, prod
 
 import torch
 
-from compress_tools.errors import FormatError
 from compress_tools.format.schema import LayerSpec, Projection, ResMoEFormat
 
 CENTER = "resmoe_center"
@@ -19,7 +17,8 @@ MASK = "resmoe_mask"
 VALUES = "resmoe_values"
 U = "resmoe_u"
 V = "resmoe_v"
-SUFFIXES = (CENTER, MASK, VALUES, U, V)
+BIAS = "resmoe_bias"
+SUFFIXES = (CENTER, MASK, VALUES, U, V, BIAS)
 
 # The center has no expert of its own: it rides under expert 0, a name that every vLLM loader maps (SPEC.md, 3.1).
 CENTER_EXPERT = 0
@@ -81,6 +80,10 @@ def expert_tensors(fmt: ResMoEFormat, layer: LayerSpec, expert: int) -> Iterator
             yield TensorSpec(expert, first, U, (size_i, part.rank), fmt.dtype)
             for projection in part.projections:
                 yield TensorSpec(expert, projection, V, (part.rank, size_h), fmt.dtype)
+    if fmt.biases:
+        for projection in fmt.names.projections:
+            size = size_h if projection == "down_proj" else size_i
+            yield TensorSpec(expert, projection, BIAS, (size,), fmt.dtype)
 
 
 def layer_tensors(fmt: ResMoEFormat, index: int) -> dict[str, TensorSpec]:
@@ -116,29 +119,17 @@ def row_pointer_bytes(fmt: ResMoEFormat, index: int) -> int:
 def dense_layer_bytes(fmt: ResMoEFormat, itemsize: int | None = None) -> int:
     """Bytes of the same layer's experts before compression, at ``itemsize`` bytes per weight (default: dtype's)."""
     per_weight = DTYPES[fmt.dtype].itemsize if itemsize is None else itemsize
-    return fmt.num_experts * len(fmt.names.projections) * fmt.intermediate_size * fmt.hidden_size * per_weight
+    matrices = len(fmt.names.projections) * fmt.intermediate_size * fmt.hidden_size
+    biases = (len(fmt.names.projections) - 1) * fmt.intermediate_size + fmt.hidden_size if fmt.biases else 0
+    return fmt.num_experts * (matrices + biases) * per_weight
 
 
 def tensor_name(fmt: ResMoEFormat, layer: int, expert: int | None, projection: Projection, suffix: str) -> str:
     """Full name of a tensor in the checkpoint."""
     index = CENTER_EXPERT if expert is None else expert
-    stem = fmt.names.expert.replace("{layer}", str(layer)).replace("{expert}", str(index))
-    return f"{stem}.{fmt.names.projections[projection]}.{suffix}"
+    return f"{fmt.names.expert_stem(layer, index)}.{fmt.names.projections[projection]}.{suffix}"
 
 
 def is_resmoe_name(name: str) -> bool:
     """Whether a tensor name ends in a ResMoE suffix."""
     return name.rsplit(".", 1)[-1] in SUFFIXES
-
-
-def layer_of(fmt: ResMoEFormat, name: str) -> int:
-    """Layer index in a ResMoE tensor's name.
-
-    Raises:
-        FormatError: the name does not follow ``names.expert``.
-    """
-    stem = re.escape(fmt.names.expert).replace(r"\{layer\}", r"(\d+)").replace(r"\{expert\}", r"\d+")
-    match = re.match(stem, name)
-    if match is None:
-        raise FormatError(f"tensor {name!r} does not follow names.expert = {fmt.names.expert!r}")
-    return int(match.group(1))

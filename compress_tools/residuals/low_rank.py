@@ -50,7 +50,7 @@ class LowRank:
         return LowRankResidual(projections=projections, rank=affordable_rank(num_rows, num_columns, retain_ratio))
 
     def encode(self, residual: Tensor, part: LowRankResidual, dtype: torch.dtype, seed: int) -> StoredTensors:
-        """See ``ResidualMethod.encode``. V is the least-squares fit to the rounded U, so U's rounding costs nothing twice."""
+        """See ``ResidualMethod.encode``. V is the least-squares fit to U as rounded."""
         left = left_singular_vectors(residual, part.rank).to(dtype).contiguous()
         wide = left.float()
         right = torch.linalg.solve(wide.T @ wide, wide.T @ residual)  # [R, P*H]

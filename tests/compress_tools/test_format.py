@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from compress_tools.errors import CheckpointError, FormatError, NumericalError
 from compress_tools.format.codec import decode_bitmap, encode_bitmap, mask_row_counts, pack_mask, unpack_mask
 from compress_tools.format.schema import ResMoEFormat, parse_format
-from compress_tools.format.tensors import layer_bytes, layer_of, layer_tensors, row_pointer_bytes
+from compress_tools.format.tensors import layer_bytes, layer_tensors, row_pointer_bytes
 from compress_tools.resmoe_checkpoint import ResMoECheckpoint
 from tests.compress_tools.golden.make import BLOCK, golden_tensors
 
@@ -75,12 +75,20 @@ def test_bitmaps_round_trip(dtype: torch.dtype) -> None:
         assert torch.equal(decoded[projection], rows[projection] * keep[projection])
 
 
-def test_layer_of_reads_the_index_back() -> None:
-    fmt = parse_format(block())
-    for layer in (0, 1):
-        assert {layer_of(fmt, name) for name in layer_tensors(fmt, layer)} == {layer}
-    with pytest.raises(FormatError):
-        layer_of(fmt, "model.norm.weight")
+def test_layers_may_have_names_of_their_own() -> None:
+    content = block()
+    content["names"]["expert"] = "{layer}.experts.{expert}"
+    content["names"]["layers"] = {"0": "encoder.block.3", "1": "decoder.block.0"}
+    names = {name.split(".experts")[0] for layer in (0, 1) for name in layer_tensors(parse_format(content), layer)}
+    assert names == {"encoder.block.3", "decoder.block.0"}
+
+
+def test_biases_are_stored_beside_every_projection() -> None:
+    fmt = parse_format({**block(), "biases": True})
+    tensors = layer_tensors(fmt, 0)
+    assert tensors["model.layers.0.block_sparse_moe.experts.1.w3.resmoe_bias"].shape == (2,)
+    assert tensors["model.layers.0.block_sparse_moe.experts.1.w2.resmoe_bias"].shape == (4,)
+    assert layer_bytes(fmt, 0) == 168 + 2 * (2 + 2 + 4) * 2
 
 
 def edit(*keys: Any, value: Any) -> Callable[[dict[str, Any]], None]:

@@ -1,0 +1,14 @@
+"""DeepSeekMoE (the 16B layout), DeepSeek-V2, V3, and what shares it: shared experts, dense first layers."""
+
+from compress_tools.architectures.base import MoEArchitecture
+
+DEEPSEEK_MOE = MoEArchitecture(
+    model_type="deepseek", title="DeepSeekMoE", intermediate_size_keys=("moe_intermediate_size",)
+)
+DEEPSEEK_V2 = MoEArchitecture(
+    model_type="deepseek_v2", title="DeepSeek-V2", intermediate_size_keys=("moe_intermediate_size",)
+)
+DEEPSEEK_V3 = MoEArchitecture(
+    model_type="deepseek_v3", title="DeepSeek-V3", intermediate_size_keys=("moe_intermediate_size",)
+)
+DOTS1 = MoEArchitecture(model_type="dots1", title="dots.llm1", intermediate_size_keys=("moe_intermediate_size",))

@@ -1,0 +1,32 @@
+"""Switch Transformer: encoder-decoder, two-matrix experts ``wi``, ``wo``; the paper's design matrix ``[W1 | W2^T]``."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from compress_tools.architectures.base import MoEArchitecture
+
+
+@dataclass(frozen=True)
+class SwitchArchitecture(MoEArchitecture):
+    """Encoder blocks count first, decoder blocks go on from there."""
+
+    def layer_texts(self, config: dict[str, Any]) -> dict[int, str]:
+        """``encoder.block.i.layer.1`` is layer i, ``decoder.block.j.layer.2`` is layer num_layers + j."""
+        encoder = config["num_layers"]
+        decoder = config.get("num_decoder_layers") or encoder
+        texts = {i: f"encoder.block.{i}.layer.1" for i in range(encoder)}
+        return texts | {encoder + j: f"decoder.block.{j}.layer.2" for j in range(decoder)}
+
+
+SWITCH = SwitchArchitecture(
+    model_type="switch_transformers",
+    title="Switch Transformer",
+    expert="{layer}.mlp.experts.expert_{expert}",
+    projections=(("up_proj", "wi"), ("down_proj", "wo")),
+    num_experts_keys=("num_experts",),
+    hidden_size_keys=("d_model",),
+    intermediate_size_keys=("d_ff",),
+    fused=None,
+    vllm=False,
+    runs_in="transformers only: vLLM has no encoder-decoder T5",
+)
