@@ -117,6 +117,22 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 16,
         },
     ),
+    "switch_transformers": (
+        "SwitchTransformers",
+        {
+            "d_model": 32,
+            "d_ff": 48,
+            "d_kv": 16,
+            "num_heads": 2,
+            "num_layers": 4,
+            "num_decoder_layers": 2,
+            "num_sparse_encoder_layers": 2,
+            "num_sparse_decoder_layers": 1,
+            "num_experts": 4,
+            "decoder_start_token_id": 0,
+            "initializer_factor": 0.5,
+        },
+    ),
 }
 
 
@@ -144,7 +160,8 @@ def save_tiny_model(
     """
     prefix, sizes = TINY_CONFIGS[family]
     config = getattr(transformers, f"{prefix}Config")(**{**COMMON, **sizes, **changes})
+    head = "ForConditionalGeneration" if config.is_encoder_decoder else "ForCausalLM"
     torch.manual_seed(seed)
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config).to(dtype)
+    model = getattr(transformers, f"{prefix}{head}")(config).to(dtype)
     model.save_pretrained(path, max_shard_size=max_shard_size, save_original_format=save_original_format)
     return path

@@ -1,0 +1,141 @@
+"""The routed experts of one layer as a torch module whose residuals stay compressed (for transformers).
+
+Plain torch, any device: a truth to compare with and a way to run families that vLLM can't. Speed is vLLM's job.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from compress_tools.format.codec import Rows, decode_residual, restore_expert
+from compress_tools.format.schema import LayerSpec, Projection
+from compress_tools.format.tensors import BIAS, CENTER, U, V
+from compress_tools.residuals.base import StoredTensors
+
+# (gate [T, I] or None, up [T, I]) -> [T, I]
+GateFunction = Callable[[Tensor | None, Tensor], Tensor]
+
+
+class FactoredExperts(nn.Module):
+    """Center once per token, residual per routed expert, added before the activation (arXiv:2503.06881).
+
+    Args:
+        spec: the layer's spec.
+        hidden_size: H.
+        intermediate_size: I.
+        shared: shared tensors by (projection, suffix).
+        experts: each expert's stored tensors by (projection, suffix).
+        gate_function: the activation, from gate and up to the down projection's input.
+        dtype: dtype of center, values and factors; masks stay uint8.
+    """
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        hidden_size: int,
+        intermediate_size: int,
+        shared: StoredTensors,
+        experts: list[StoredTensors],
+        gate_function: GateFunction,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.spec, self.num_experts = spec, len(experts)
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
+        self.gate_function = gate_function
+        self._shared_keys, self._expert_keys = tuple(shared), tuple(experts[0])
+        for key, tensor in shared.items():
+            self.register_buffer(_buffer_name(key), _as(tensor, dtype))
+        for key in self._expert_keys:
+            self.register_buffer(_buffer_name(key), torch.stack([_as(stored[key], dtype) for stored in experts]))
+
+    def shared(self) -> StoredTensors:
+        """The layer's shared tensors."""
+        return {key: getattr(self, _buffer_name(key)) for key in self._shared_keys}
+
+    def stored(self, expert: int) -> StoredTensors:
+        """One expert's stored tensors."""
+        return {key: getattr(self, _buffer_name(key))[expert] for key in self._expert_keys}
+
+    def restored(self, expert: int) -> Rows:
+        """One restored expert, fp32 ``[I, H]`` rows for each projection."""
+        return restore_expert(self.spec, self.shared(), self.stored(expert), self.hidden_size)
+
+    def biases(self, expert: int) -> dict[Projection, Tensor]:
+        """One expert's biases; empty without."""
+        return {p: tensor for (p, suffix), tensor in self.stored(expert).items() if suffix == BIAS}
+
+    def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Weighted sum of the routed experts.
+
+        Args:
+            hidden_states: ``[T, H]``.
+            topk_ids: ``[T, K]`` int64; E or more means "no expert".
+            topk_weights: ``[T, K]``.
+        Returns:
+            ``[T, H]`` in the dtype of ``hidden_states``; products in that dtype, sums in fp32.
+        """
+        center = {p: tensor for (p, suffix), tensor in self.shared().items() if suffix == CENTER}
+        inner = [p for p in ("gate_proj", "up_proj") if any(p in part.projections for part in self.spec.residual)]
+        common = {p: (hidden_states @ center[p].T).float() if p in center else None for p in inner}
+        mixed = torch.zeros(len(hidden_states), self.intermediate_size, device=hidden_states.device)
+        output = torch.zeros(hidden_states.shape, device=hidden_states.device)
+        for expert in topk_ids[topk_ids < self.num_experts].unique().tolist():
+            tokens, slots = (topk_ids == expert).nonzero(as_tuple=True)
+            x, weight = hidden_states[tokens], topk_weights[tokens, slots, None].float()
+            products = _ExpertProducts(self, expert, x.dtype)
+            biases = self.biases(expert)
+            pre: dict[str, Tensor] = {}
+            for p in inner:
+                value = products.into(p, x)
+                value = value if common[p] is None else value + common[p][tokens]
+                pre[p] = value + biases[p].float() if p in biases else value
+            activated = self.gate_function(pre.get("gate_proj"), pre["up_proj"]) * weight
+            mixed.index_add_(0, tokens, activated)
+            out = products.out_of("down_proj", activated.to(x.dtype))
+            if "down_proj" in biases:
+                out = out + weight * biases["down_proj"].float()
+            output.index_add_(0, tokens, out)
+        if "down_proj" in center:
+            output += (mixed.to(hidden_states.dtype) @ center["down_proj"]).float()
+        return output.to(hidden_states.dtype)
+
+
+class _ExpertProducts:
+    """Products with one expert's residual: through the factors where all parts are low rank, else decoded."""
+
+    def __init__(self, layer: FactoredExperts, expert: int, dtype: torch.dtype) -> None:
+        self._stored = layer.stored(expert)
+        self._parts = layer.spec.residual
+        self._factored = all(part.method == "low_rank" for part in self._parts)
+        if not self._factored:
+            decoded = decode_residual(layer.spec, self._stored, layer.hidden_size)
+            self._decoded = {p: rows.to(dtype) for p, rows in decoded.items()}
+
+    def into(self, projection: Projection, x: Tensor) -> Tensor:
+        """``x [T, H]`` times the residual of gate or up: ``[T, I]`` fp32."""
+        if not self._factored:
+            return (x @ self._decoded[projection].T).float()
+        return sum((x @ v.T) @ u.T for u, v in self._factors(projection)).float()
+
+    def out_of(self, projection: Projection, a: Tensor) -> Tensor:
+        """``a [T, I]`` times the residual of down: ``[T, H]`` fp32."""
+        if not self._factored:
+            return (a @ self._decoded[projection]).float()
+        return sum((a @ u) @ v for u, v in self._factors(projection)).float()
+
+    def _factors(self, projection: Projection) -> list[tuple[Tensor, Tensor]]:
+        return [
+            (self._stored[part.projections[0], U], self._stored[projection, V])
+            for part in self._parts
+            if projection in part.projections
+        ]
+
+
+def _buffer_name(key: tuple[Projection, str]) -> str:
+    return "_".join(key)
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
