@@ -24,12 +24,14 @@ class CenterResult:
         perm: ``[E, I]`` int64, with ``aligned[e] = design[e][perm[e]]``.
         objective: sum over experts of squared distances to the center after each iteration; falls.
         start: which start won: ``expert 0``, ``mean``, or empty.
+        gap: largest certified relative duality gap of the assignments behind ``perm``.
     """
 
     center: Tensor | None
     perm: Tensor
     objective: list[float]
     start: str = ""
+    gap: float = 0.0
 
 
 def identity_perm(num_experts: int, num_rows: int) -> Tensor:
@@ -92,9 +94,10 @@ def _fixed_point(
     advance: Callable[[], None],
 ) -> CenterResult:
     objective: list[float] = []
-    perm = None
+    perm, gap = None, 0.0
     for _ in range(max_iterations):
-        new_perm, _ = align_experts(design, center, workers, advance)
+        alignment = align_experts(design, center, workers, advance)
+        new_perm = alignment.perm
         if perm is not None and torch.equal(new_perm, perm):
             break
         new_center = mean_of_aligned(design, new_perm)
@@ -104,12 +107,12 @@ def _fixed_point(
         if objective and value >= objective[-1]:
             break
         previous = objective[-1] if objective else None
-        perm, center = new_perm, new_center
+        perm, center, gap = new_perm, new_center, alignment.gap.max().item()
         objective.append(value)
         if value == 0 or (previous is not None and previous - value < tolerance * previous):
             break
     assert perm is not None  # max_iterations >= 1
-    return CenterResult(center, perm, objective, start)
+    return CenterResult(center, perm, objective, start, gap)
 
 
 def find_center(

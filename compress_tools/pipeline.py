@@ -163,6 +163,7 @@ def compress_layer(
         bytes_after=layer_bytes(fmt, layer),
         center_start=found.start,
         center_objective=found.objective,
+        assignment_gap=found.gap,
     )
     ordered = {name: tensors[name] for name in layer_tensors(fmt, layer)}
     return ordered, report, clock.seconds

@@ -26,6 +26,7 @@ class LayerReport:
         bytes_after: bytes of center, residuals and masks.
         center_start: which start of the fixed point won.
         center_objective: the barycenter objective after each iteration.
+        assignment_gap: largest relative duality gap of the alignment's assignments; 0 is optimal.
     """
 
     layer: int
@@ -36,6 +37,7 @@ class LayerReport:
     bytes_after: int
     center_start: str
     center_objective: list[float]
+    assignment_gap: float
 
 
 @dataclass(frozen=True)

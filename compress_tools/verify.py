@@ -93,8 +93,8 @@ def _layer_error(checkpoint: ResMoECheckpoint, source: MoESource, layer: int, wo
         design = rows_to_design(weights)
         rows = checkpoint.expert(layer, expert)
         restored = rows_to_design({projection: rows[projection] for projection in weights})
-        perm, _ = align_experts(design.unsqueeze(0), restored, workers)
-        error += (design[perm[0]] - restored).double().square().sum().item()
+        (perm,) = align_experts(design.unsqueeze(0), restored, workers).perm
+        error += (design[perm] - restored).double().square().sum().item()
         energy += design.double().square().sum().item()
     return error / energy
 
