@@ -32,7 +32,7 @@ class Inspection:
     """A whole checkpoint. ``other_bytes`` counts every tensor that is not ResMoE's, uncompressed experts included."""
 
     model_type: str
-    producer: str
+    written_by: str
     format_version: int
     dtype: str
     num_experts: int
@@ -72,7 +72,7 @@ def inspect(path: str | Path) -> Inspection:
     ]
     return Inspection(
         model_type=str(reader.config.get("model_type")),
-        producer=fmt.producer,
+        written_by=fmt.written_by,
         format_version=fmt.format_version,
         dtype=fmt.dtype,
         num_experts=fmt.num_experts,

@@ -120,7 +120,7 @@ def _format(source: MoESource, selected: list[int], config: CompressionConfig) -
     center = () if config.center == "none" else (DenseCenter(projections=projections),)
     layer = LayerSpec(center=center, residual=(residual,))
     return ResMoEFormat(
-        producer=f"resmoe {__version__}",
+        written_by=f"resmoe {__version__}",
         dtype=SAFETENSORS_DTYPES[dtypes.pop()],
         num_experts=sizes.num_experts,
         hidden_size=sizes.hidden_size,

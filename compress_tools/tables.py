@@ -84,7 +84,7 @@ def inspection_table(found: Inspection) -> Table:
     """A checkpoint's layers."""
     table = _table(
         f"{found.model_type}, {found.num_experts} experts of {found.intermediate_size} x {found.hidden_size}, "
-        f"{found.dtype}, format {found.format_version}, {found.producer}",
+        f"{found.dtype}, format {found.format_version}, {found.written_by}",
         "layer", "coding", "dense", "disk", "resident", "ratio",
     )  # fmt: skip
     for layer in found.layers:

@@ -8,14 +8,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from tests.tiny_models import save_tiny_model
+from benchmarks.tiny_models import save_tiny_model
 
 
 @pytest.fixture(scope="session")
 def tiny_mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Mixtral, 3 layers, 4 experts, H 32, I 48, fp32, several shards."""
+    """Mixtral, 3 layers, 4 experts, H 64, I 48, fp32, several shards."""
     return save_tiny_model(
-        "mixtral", tmp_path_factory.mktemp("mixtral") / "model", torch.float32, max_shard_size="60kB"
+        "mixtral", tmp_path_factory.mktemp("mixtral") / "model", torch.float32, max_shard_size="120kB"
     )
 
 
@@ -27,5 +27,5 @@ def tiny_mixtral_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_olmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """OLMoE, 2 layers, 8 experts, top 3, H 32, I 24, fp32."""
+    """OLMoE, 2 layers, 8 experts, top 3, H 64, I 24, fp32."""
     return save_tiny_model("olmoe", tmp_path_factory.mktemp("olmoe") / "model", torch.float32)

@@ -11,4 +11,10 @@ DEEPSEEK_V2 = MoEArchitecture(
 DEEPSEEK_V3 = MoEArchitecture(
     model_type="deepseek_v3", title="DeepSeek-V3", intermediate_size_keys=("moe_intermediate_size",)
 )
-DOTS1 = MoEArchitecture(model_type="dots1", title="dots.llm1", intermediate_size_keys=("moe_intermediate_size",))
+DOTS1 = MoEArchitecture(
+    model_type="dots1",
+    title="dots.llm1",
+    intermediate_size_keys=("moe_intermediate_size",),
+    vllm=False,
+    runs_in="transformers only: vLLM dropped the family in 0.23",
+)

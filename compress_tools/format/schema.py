@@ -95,7 +95,7 @@ class ResMoEFormat(_Frozen):
 
     quant_method: Literal["resmoe"] = QUANT_METHOD
     format_version: Literal[1] = FORMAT_VERSION
-    producer: str
+    written_by: str
     dtype: WeightDtype
     num_experts: PositiveInt
     hidden_size: PositiveInt

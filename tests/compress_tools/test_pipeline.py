@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from benchmarks.tiny_models import TINY_CONFIGS, save_tiny_model
 from compress_tools.checkpoint_reader import INDEX_NAME, CheckpointReader
 from compress_tools.checkpoint_writer import STATE_DIR, staging_path
 from compress_tools.config import CompressionConfig, make_config, select_layers
@@ -30,9 +31,9 @@ from compress_tools.report import TIMINGS_NAME
 from compress_tools.resmoe_checkpoint import ResMoECheckpoint
 from compress_tools.restore import restore
 from compress_tools.verify import verify
-from tests.tiny_models import TINY_CONFIGS, save_tiny_model
 
-FAMILIES = sorted(set(TINY_CONFIGS) - {"switch_transformers"})  # an encoder-decoder: test_transformers_loader.py
+# Switch is an encoder-decoder: test_transformers_loader.py. transformers has no class for the original DeepSeekMoE.
+FAMILIES = sorted(set(TINY_CONFIGS) - {"switch_transformers", "deepseek"})
 
 
 def logits(path: Path) -> torch.Tensor:
@@ -243,10 +244,10 @@ EXPERT = "model.layers.1.mlp.experts.5.up_proj.weight"
     ("tensor", "error", "message"),
     [
         pytest.param(None, CheckpointError, r"not all 8 experts.*experts\.5\.up_proj", id="missing expert"),
-        pytest.param(torch.ones(24, 31), CheckpointError, r"\[24, 31\]", id="misshapen"),
-        pytest.param(torch.full((24, 32), float("nan")), NumericalError, EXPERT, id="nan"),
-        pytest.param(torch.full((24, 32), float("inf")), NumericalError, EXPERT, id="inf"),
-        pytest.param(torch.ones(24, 32, dtype=torch.float64), CheckpointError, "F64", id="dtype"),
+        pytest.param(torch.ones(24, 63), CheckpointError, r"\[24, 63\]", id="misshapen"),
+        pytest.param(torch.full((24, 64), float("nan")), NumericalError, EXPERT, id="nan"),
+        pytest.param(torch.full((24, 64), float("inf")), NumericalError, EXPERT, id="inf"),
+        pytest.param(torch.ones(24, 64, dtype=torch.float64), CheckpointError, "F64", id="dtype"),
     ],
 )
 def test_damaged_experts(tiny_olmoe: Path, tmp_path: Path, tensor: torch.Tensor, error: type, message: str) -> None:
@@ -335,9 +336,9 @@ def test_refused_layer_selections(selection: str) -> None:
 def test_verify_finds_other_weights(tiny_olmoe: Path, tmp_path: Path) -> None:
     compress(tiny_olmoe, tmp_path / "small", CompressionConfig())
     name = "model.norm.weight"
-    other = rewritten(tiny_olmoe, tmp_path / "other", {name: torch.zeros(32)})
+    other = rewritten(tiny_olmoe, tmp_path / "other", {name: torch.zeros(64)})
     with pytest.raises(FormatError, match=name):
         verify(tmp_path / "small", other)
-    changed = rewritten(tiny_olmoe, tmp_path / "changed", {EXPERT: torch.ones(24, 32)})
+    changed = rewritten(tiny_olmoe, tmp_path / "changed", {EXPERT: torch.ones(24, 64)})
     with pytest.raises(FormatError, match="its report says"):
         verify(tmp_path / "small", changed)

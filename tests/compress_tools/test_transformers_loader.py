@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from benchmarks.tiny_models import TINY_CONFIGS, save_tiny_model
 from compress_tools.config import make_config
 from compress_tools.errors import FormatError
 from compress_tools.factored_experts import FactoredExperts
 from compress_tools.pipeline import compress
 from compress_tools.restore import restore
 from compress_tools.verify import verify
-from tests.tiny_models import TINY_CONFIGS, save_tiny_model
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -30,7 +30,7 @@ def load(path: Path, family: str) -> torch.nn.Module:
     return auto.from_pretrained(path, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("family", sorted(TINY_CONFIGS))
+@pytest.mark.parametrize("family", sorted(set(TINY_CONFIGS) - {"deepseek"}))
 @pytest.mark.parametrize("options", [{"method": "prune"}, {"method": "low-rank"}], ids=lambda o: o["method"])
 def test_both_modes_equal_the_restored_checkpoint(family: str, options: dict[str, str], tmp_path: Path) -> None:
     source = save_tiny_model(family, tmp_path / "source", torch.float32)

@@ -16,7 +16,7 @@ from compress_tools.format.tensors import CENTER, U, V, layer_tensors, tensor_na
 HERE = Path(__file__).parent
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 BLOCK = {
-    "producer": "resmoe 0.1.0",
+    "written_by": "resmoe 0.1.0",
     "dtype": "bfloat16",
     "num_experts": 2,
     "hidden_size": 4,

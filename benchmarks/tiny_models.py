@@ -1,14 +1,16 @@
 """Tiny models of each family from their transformers configs: the real classes, random weights, seeded."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 COMMON: dict[str, Any] = {
     "vocab_size": 128,
-    "hidden_size": 32,
+    "hidden_size": 64,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "max_position_embeddings": 128,
@@ -67,7 +69,7 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_hidden_layers": 3,
             "num_experts": 6,
             "num_experts_per_tok": 2,
-            "head_dim": 16,
+            "head_dim": 32,
             "mlp_only_layers": [1],
         },
     ),
@@ -84,8 +86,10 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek_v2": ("DeepseekV2", {**DEEPSEEK_STYLE, **MLA}),
     "deepseek_v3": ("DeepseekV3", {**DEEPSEEK_STYLE, **MLA, "topk_method": "noaux_tc"}),
-    "glm4_moe": ("Glm4Moe", {**DEEPSEEK_STYLE, "head_dim": 16}),
-    "dots1": ("Dots1", {**DEEPSEEK_STYLE, "head_dim": 16}),
+    # The original 16B layout has no class in transformers: GLM's weights without its extras are the same tensors.
+    "deepseek": ("Glm4Moe", {**DEEPSEEK_STYLE, "num_key_value_heads": 2, "head_dim": 32}),
+    "glm4_moe": ("Glm4Moe", {**DEEPSEEK_STYLE, "head_dim": 32}),
+    "dots1": ("Dots1", {**DEEPSEEK_STYLE, "head_dim": 32}),
     "ernie4_5_moe": (
         "Ernie4_5_Moe",
         {
@@ -104,7 +108,7 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_hidden_layers": 2,
             "num_local_experts": 6,
             "num_experts_per_tok": 2,
-            "head_dim": 16,
+            "head_dim": 32,
         },
     ),
     "gpt_oss": (
@@ -114,13 +118,13 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_hidden_layers": 2,
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
-            "head_dim": 16,
+            "head_dim": 32,
         },
     ),
     "switch_transformers": (
         "SwitchTransformers",
         {
-            "d_model": 32,
+            "d_model": 64,
             "d_ff": 48,
             "d_kv": 16,
             "num_heads": 2,
@@ -164,4 +168,45 @@ def save_tiny_model(
     torch.manual_seed(seed)
     model = getattr(transformers, f"{prefix}{head}")(config).to(dtype)
     model.save_pretrained(path, max_shard_size=max_shard_size, save_original_format=save_original_format)
+    if family == "deepseek":
+        _as_deepseek_moe(path, config)
+    elif family == "phimoe":
+        # The name that published Phi-3.5-MoE checkpoints, and vLLM, use.
+        _edit_config(path, architectures=["PhiMoEForCausalLM"])
     return path
+
+
+DEEPSEEK_CONFIG_CODE = '''"""DeepSeekMoE's configuration, as a checkpoint's own code."""
+from transformers import PreTrainedConfig
+
+
+class DeepseekConfig(PreTrainedConfig):
+    model_type = "deepseek"
+'''
+
+
+def _as_deepseek_moe(path: Path, config: transformers.PreTrainedConfig) -> None:
+    """Turn a GLM-4-MoE checkpoint into DeepSeekMoE's original layout: plain softmax routing, its own config code."""
+    tensors = load_file(path / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "e_score_correction_bias" not in name}
+    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "configuration_deepseek.py").write_text(DEEPSEEK_CONFIG_CODE)
+    fields = {
+        **{key: getattr(config, key) for key in (*COMMON, *DEEPSEEK_STYLE, "hidden_act", "rms_norm_eps")},
+        "model_type": "deepseek",
+        "architectures": ["DeepseekForCausalLM"],
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekConfig"},
+        "dtype": str(next(iter(kept.values())).dtype).removeprefix("torch."),
+        "moe_layer_freq": 1,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+        "rope_theta": 10000.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": False,
+    }
+    (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def _edit_config(path: Path, **changes: Any) -> None:
+    file = path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}, indent=2) + "\n")

@@ -1,0 +1,159 @@
+"""`python -m benchmarks.families`: every model family the whole way, and how far it ends from its restored twin.
+
+A tiny checkpoint of each family (real transformers classes, random weights, seeded) is compressed with both methods,
+verified, restored, and run beside its restored twin in vLLM, or in transformers where vLLM can't.
+"""
+
+import gc
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+
+from benchmarks.rows import Row, print_rows, write_rows
+from benchmarks.tiny_models import TINY_CONFIGS, save_tiny_model
+from compress_tools.architectures.base import MoEArchitecture
+from compress_tools.architectures.registry import ARCHITECTURES
+from compress_tools.config import make_config
+from compress_tools.pipeline import compress
+from compress_tools.restore import restore
+from compress_tools.verify import verify
+
+METHODS = ("prune", "low-rank")
+PROMPTS = [list(range(3 + start, 19 + 2 * start)) for start in range(6)]
+NEW_TOKENS = 12
+# fp32 sums in another order; a wrong center, residual or routing moves log-probabilities by 0.01 and more.
+MAX_DEVIATION = 1e-3
+
+
+@dataclass(frozen=True)
+class FamilyResult:
+    """One family and method.
+
+    Attributes:
+        engine: what ran it, ``vLLM`` or ``transformers``.
+        max_deviation: largest difference of log-probabilities to the restored twin, fp32, teacher-forced.
+        changed: the same between the restored twin and the source: what compression changed, for scale.
+    """
+
+    family: str
+    method: str
+    engine: str
+    max_deviation: float
+    changed: float
+
+
+def check_family(architecture: MoEArchitecture, method: str, folder: Path) -> FamilyResult:
+    """Compress, verify, restore, run both; the folder receives the checkpoints."""
+    family = architecture.model_type
+    source = save_tiny_model(family, folder / "source", torch.float32)
+    small, dense = folder / "small", folder / "dense"
+    compress(source, small, make_config(method=method))
+    verify(small, source)
+    restore(small, dense)
+    logprobs = vllm_logprobs if architecture.vllm else transformers_logprobs
+    found, twin, original = (logprobs(path) for path in (small, dense, source))
+    return FamilyResult(
+        family,
+        method,
+        "vLLM" if architecture.vllm else "transformers",
+        (found - twin).abs().max().item(),
+        (twin - original).abs().max().item(),
+    )
+
+
+def vllm_logprobs(path: Path, **options: Any) -> torch.Tensor:
+    """Log-probabilities that vLLM gives to every token of fixed prompts, ``[tokens]``, fp32; in this process."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm import LLM, SamplingParams
+
+    defaults = {
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "max_model_len": 64,
+        "trust_remote_code": True,
+        "enable_prefix_caching": False,
+    }
+    engine = LLM(str(path), **{**defaults, **options})
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+    outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False)
+    values = [
+        step[token].logprob
+        for prompt, output in zip(PROMPTS, outputs, strict=True)
+        for token, step in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
+    ]
+    del engine
+    gc.collect()
+    return torch.tensor(values)
+
+
+def transformers_logprobs(path: Path) -> torch.Tensor:
+    """The same from transformers; for an encoder-decoder the prompt is both input and target."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    encoder_decoder = AutoConfig.from_pretrained(path).is_encoder_decoder
+    auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+    model = auto.from_pretrained(path, dtype=torch.float32)
+    values = []
+    for prompt in PROMPTS:
+        tokens = torch.tensor([prompt])
+        inputs = {"decoder_input_ids": tokens} if encoder_decoder else {}
+        with torch.no_grad():
+            logits = model(input_ids=tokens, **inputs).logits[0, :-1]
+        values.append(logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0])
+    return torch.cat(values)
+
+
+def family_table(architectures: tuple[MoEArchitecture, ...] = ARCHITECTURES) -> str:
+    """The README's table, from the registry; tested means that the test suite takes the family the whole way."""
+    lines = ["| family | `model_type` | served by vLLM | in transformers | tested |", "|---|---|---|---|---|"]
+    for known in architectures:
+        where = "yes" if known.vllm else known.runs_in.removeprefix("transformers only: ")
+        in_transformers = "no class for it" if known.model_type == "deepseek" else "yes"
+        tested = "yes" if known.model_type in TINY_CONFIGS else "no"
+        served = where if known.vllm else f"no: {where}"
+        lines.append(f"| {known.title} | `{known.model_type}` | {served} | {in_transformers} | {tested} |")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--family", "families", multiple=True, help="model_type; default: all.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the rows to FILE.")
+@click.option("--table", is_flag=True, help="Print the README's family table and stop.")
+def main(families: tuple[str, ...], json_file: Path | None, table: bool) -> None:
+    """Take every family the whole way and print its deviation from the restored twin."""
+    if table:
+        print(family_table())
+        return
+    console = Console(stderr=True)
+    rows = []
+    for architecture in ARCHITECTURES:
+        if families and architecture.model_type not in families:
+            continue
+        for method in METHODS:
+            console.print(f"{architecture.title}, {method}", highlight=False)
+            with tempfile.TemporaryDirectory() as folder:
+                result = check_family(architecture, method, Path(folder))
+            rows.append(
+                Row.at_most(
+                    f"{result.family}, {method}, {result.engine}: max |dlogprob| to the restored twin",
+                    result.max_deviation,
+                    "",
+                    MAX_DEVIATION,
+                    changed_by_compression=result.changed,
+                )
+            )
+    print_rows(rows, "model families")
+    if json_file:
+        write_rows(rows, json_file)
+
+
+if __name__ == "__main__":
+    main()
