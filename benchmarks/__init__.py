@@ -1,0 +1,1 @@
+"""Measurements of this repository: `python -m benchmarks.NAME`, each with a table and `--json FILE`."""
