@@ -1,0 +1,21 @@
+"""vLLM plugin for ResMoE checkpoints: center and residuals stay compressed in memory."""
+
+
+def register() -> None:
+    """Entry point ``vllm.general_plugins``: called in every vLLM process; may run again, opens no device."""
+    import vllm
+
+    from resmoe_vllm.version import register_refusal, version_complaint
+
+    complaint = version_complaint(vllm.__version__)
+    if complaint is not None:
+        register_refusal(complaint)
+        return
+
+    from compress_tools.format.schema import QUANT_METHOD
+    from resmoe_vllm import compat, ops
+    from resmoe_vllm.config import ResMoEConfig
+
+    compat.allow_amx()
+    ops.register_op()
+    compat.register_quantization_config(QUANT_METHOD)(ResMoEConfig)

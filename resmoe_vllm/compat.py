@@ -1,0 +1,48 @@
+"""Every vLLM name this plugin uses, in one place. Paths are those of 0.30 <= vllm < 0.34 (see version.py)."""
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import direct_register_custom_op
+
+__all__ = [
+    "FusedMoEConfig",
+    "FusedMoEMethodBase",
+    "LinearBase",
+    "QuantizationConfig",
+    "QuantizeMethodBase",
+    "RoutedExperts",
+    "UnquantizedFusedMoEMethod",
+    "UnquantizedLinearMethod",
+    "allow_amx",
+    "direct_register_custom_op",
+    "extract_layer_index",
+    "is_dummy_load",
+    "platform_device",
+    "register_quantization_config",
+]
+
+
+def allow_amx() -> None:
+    """Ask the kernel for AMX tiles where the CPU has them; vLLM's bf16 attention needs them asked for."""
+    if current_platform.is_cpu() and torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
+
+
+def platform_device() -> str:
+    """Device type that vLLM puts weights on: "cpu", "cuda", ..."""
+    return current_platform.device_type
+
+
+def is_dummy_load() -> bool:
+    """Whether vLLM loads random weights (``--load-format dummy``) and so calls no weight loader."""
+    config = get_current_vllm_config_or_none()
+    return config is not None and config.load_config.load_format == "dummy"

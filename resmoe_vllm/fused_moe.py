@@ -1,0 +1,169 @@
+"""The fused MoE method of a compressed layer: parameters, loading, forward, and refusals by name."""
+
+import torch
+from torch import Tensor
+
+from compress_tools.errors import ConfigError, FormatError
+from compress_tools.format.schema import ResMoEFormat
+from resmoe_vllm import ops
+from resmoe_vllm.compat import (
+    FusedMoEConfig,
+    FusedMoEMethodBase,
+    RoutedExperts,
+    is_dummy_load,
+    platform_device,
+)
+from resmoe_vllm.weights import LayerLoader
+
+
+class ResMoEFusedMoEMethod(FusedMoEMethodBase):
+    """Serves one compressed MoE layer.
+
+    vLLM's runner routes before ``apply`` and scales, adds shared experts and all-reduces after it.
+
+    Args:
+        moe: vLLM's description of the layer.
+        fmt: the checkpoint's format block.
+        index: decoder layer index.
+    Raises:
+        ConfigError: vLLM is asked for something that compressed experts can't do.
+        FormatError: the model's sizes are not the checkpoint's.
+        KernelUnsupportedError: no kernel for the activation.
+    """
+
+    def __init__(self, moe: FusedMoEConfig, fmt: ResMoEFormat, index: int) -> None:
+        super().__init__(moe)
+        self.fmt = fmt
+        self.index = index
+        refuse_unsupported(moe, fmt, index)
+        self.activation = ops.check_activation(moe.activation.value)
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: object,
+    ) -> None:
+        """Register the layer's parameters.
+
+        Args:
+            layer: owner of the parameters.
+            num_experts: experts on this rank.
+            hidden_size: H.
+            intermediate_size_per_partition: I of this rank.
+            params_dtype: the model's dtype; weights are held in it.
+            extra_weight_attrs: vLLM's weight loader and others, not used.
+        Raises:
+            ConfigError: router weights on the input, or a clamped activation.
+            KernelUnsupportedError: no kernel for method, dtype and device.
+        """
+        where = f"layer {self.index}"
+        if layer.apply_router_weight_on_input:
+            raise ConfigError(
+                f"{where}: resmoe doesn't support models that apply router weights on the input"
+            )
+        if (layer.swiglu_limit, layer.swiglu_alpha, layer.swiglu_beta) != (None, None, None):
+            raise ConfigError(
+                f"{where}: resmoe doesn't support clamped or scaled SwiGLU (swiglu_limit, alpha, beta)"
+            )
+        loader = LayerLoader(
+            self.fmt,
+            self.index,
+            num_experts,
+            layer._map_global_expert_id_to_local_expert_id,
+            tp_size=self.moe.tp_size,
+            tp_rank=self.moe.tp_rank,
+        )
+        ops.select_kernel(loader.layout.method, params_dtype, platform_device())
+        loader.create_params(layer, params_dtype)
+        self.loader: LayerLoader | None = loader
+        self.dummy = is_dummy_load()
+        self.layout_key = loader.layout.key
+        self.param_names = tuple(loader.layout.params)
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Check that every tensor came, then let the loading state go.
+
+        Raises:
+            FormatError: tensors are missing.
+        """
+        if self.loader is None:
+            return
+        if self.dummy:
+            self.loader.load_dummies()
+        self.loader.check_complete()
+        self.loader = None
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
+        """None: only vLLM's own kernels use one."""
+        return None
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: object = None,
+        shared_experts_input: Tensor | None = None,
+    ) -> Tensor:
+        """This rank's partial sum over the routed experts.
+
+        Args:
+            layer: owner of the parameters.
+            x: hidden states ``[T, H]``.
+            topk_weights: fp32 ``[T, K]``.
+            topk_ids: global expert ids ``[T, K]``; -1 is skipped.
+            shared_experts: run by the runner, not used.
+            shared_experts_input: not used.
+        Returns:
+            ``[T, H]``, x's dtype, fresh.
+        """
+        return torch.ops.resmoe.fused_moe(
+            x,
+            topk_weights,
+            topk_ids,
+            layer.expert_map,
+            [getattr(layer, name) for name in self.param_names],
+            self.layout_key,
+            self.activation,
+        )
+
+
+def refuse_unsupported(moe: FusedMoEConfig, fmt: ResMoEFormat, index: int) -> None:
+    """Refuse, by name, what compressed experts can't do and sizes that aren't the checkpoint's.
+
+    Raises:
+        ConfigError: a vLLM option or kind of expert.
+        FormatError: sizes.
+    """
+    where = f"layer {index}"
+    parallel = moe.moe_parallel_config
+    if moe.is_lora_enabled:
+        raise ConfigError(
+            f"{where}: resmoe doesn't support LoRA on MoE layers; start vLLM without --enable-lora"
+        )
+    if parallel.enable_eplb:
+        raise ConfigError(f"{where}: resmoe doesn't support EPLB; start vLLM without --enable-eplb")
+    if parallel.use_all2all_kernels and parallel.all2all_backend != "allgather_reducescatter":
+        raise ConfigError(
+            f"{where}: resmoe doesn't support all2all backend {parallel.all2all_backend!r}; "
+            f"start vLLM with --all2all-backend allgather_reducescatter"
+        )
+    if moe.has_bias or fmt.biases:
+        raise ConfigError(f"{where}: resmoe doesn't support experts with biases")
+    if not moe.is_act_and_mul or "gate_proj" not in fmt.names.projections:
+        raise ConfigError(
+            f"{where}: resmoe in vLLM supports gated experts only (gate_proj, up_proj, down_proj)"
+        )
+    sizes = {
+        "num_experts": (fmt.num_experts, moe.num_experts),
+        "hidden_size": (fmt.hidden_size, moe.hidden_dim),
+        "intermediate_size": (fmt.intermediate_size, moe.intermediate_size),
+    }
+    for name, (expected, found) in sizes.items():
+        if expected != found:
+            raise FormatError(f"{where}: quantization_config says {name} {expected}, the model has {found}")

@@ -1,0 +1,81 @@
+"""The fused layer in plain torch calls: center once per token, residuals per routed expert.
+
+gate and up: ``[gate_c; up_c] x`` once per token, each chosen expert adds its residual's product, before the
+activation.
+down: ``sum_k g_k (down_c + D_k) a_k = down_c (sum_k g_k a_k) + sum_k g_k D_k a_k``; it is linear, so the
+center's product is taken once, of the weighted sum. Products are in the weights' dtype, which torch
+accumulates in fp32; sums, activation and router weights are fp32. A bitmap is decoded for one expert and
+projection at a time, and let go.
+"""
+
+import torch
+from torch import Tensor
+
+from compress_tools.format.codec import unpack_mask
+from compress_tools.format.schema import Projection
+from resmoe_vllm.kernels.activation import ACTIVATIONS
+from resmoe_vllm.kernels.routing import tokens_by_expert
+from resmoe_vllm.layout import BitmapWeights, ResMoEWeights
+
+
+def decode_bitmap(part: BitmapWeights, projection: Projection, expert: int, hidden_size: int) -> Tensor:
+    """One expert's residual, dense ``[I, H]`` in the values' dtype."""
+    keep = unpack_mask(part.mask[projection][expert], hidden_size)
+    values = part.expert_values(expert)[int(part.row_ptr[projection][expert, 0]) :]
+    return torch.zeros(keep.shape, dtype=values.dtype).masked_scatter_(keep, values)
+
+
+def residual_product(x: Tensor, weights: ResMoEWeights, projection: Projection, expert: int) -> Tensor:
+    """One expert's residual applied to its tokens.
+
+    Args:
+        x: ``[N, H]``, or ``[N, I]`` for down_proj; the weights' dtype.
+        weights: the layer.
+        projection: whose residual D ``[I, H]``.
+        expert: local expert.
+    Returns:
+        fp32 ``x D^T [N, I]``; for down_proj ``x D [N, H]``.
+    """
+    is_down = projection == "down_proj"
+    columns = weights.hidden_size if is_down else weights.intermediate_size
+    total = torch.zeros(x.shape[0], columns, dtype=torch.float32)
+    for part in weights.residual:
+        if projection not in part.projections:
+            continue
+        if isinstance(part, BitmapWeights):
+            dense = decode_bitmap(part, projection, expert, weights.hidden_size)
+            total += x @ dense if is_down else x @ dense.T
+        else:
+            u, v = part.u[expert], part.v[projection][expert]
+            total += (x @ u) @ v if is_down else (x @ v.T) @ u.T
+    return total
+
+
+def fused_moe(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    weights: ResMoEWeights,
+    activation: str,
+    expert_map: Tensor | None = None,
+) -> Tensor:
+    """See ``fused_moe_ref``; x on the CPU, of the weights' dtype."""
+    act = ACTIVATIONS[activation]
+    center = {
+        projection: x @ rows.T for projection, rows in weights.center.items() if projection != "down_proj"
+    }  # [T, I]
+    mixed = torch.zeros(x.shape[0], weights.intermediate_size, dtype=torch.float32)
+    out = torch.zeros(x.shape, dtype=torch.float32)
+    for expert, tokens, router_weights in tokens_by_expert(topk_ids, topk_weights, expert_map):
+        chosen = x[tokens]  # [N, H]
+        gate, up = (residual_product(chosen, weights, name, expert) for name in ("gate_proj", "up_proj"))
+        if "gate_proj" in center:
+            gate += center["gate_proj"][tokens]
+        if "up_proj" in center:
+            up += center["up_proj"][tokens]
+        hidden = act(gate) * up * router_weights[:, None]  # [N, I]
+        mixed.index_add_(0, tokens, hidden)
+        out.index_add_(0, tokens, residual_product(hidden.to(x.dtype), weights, "down_proj", expert))
+    if "down_proj" in weights.center:
+        out += mixed.to(x.dtype) @ weights.center["down_proj"]
+    return out.to(x.dtype)

@@ -1,0 +1,103 @@
+"""The custom op ``torch.ops.resmoe.fused_moe`` and the one table (method, dtype, device) -> kernel."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from compress_tools.errors import KernelUnsupportedError
+from resmoe_vllm.compat import direct_register_custom_op
+from resmoe_vllm.kernels import cpu
+from resmoe_vllm.kernels.activation import ACTIVATIONS
+from resmoe_vllm.layout import LayerLayout, parse_layout
+
+# (x [T, H], topk_weights [T, K], topk_ids [T, K], tensors, layout, activation, expert_map [E] or None) -> [T, H]
+Kernel = Callable[[Tensor, Tensor, Tensor, list[Tensor], LayerLayout, str, Tensor | None], Tensor]
+
+KERNELS: dict[tuple[str, torch.dtype, str], Kernel] = {
+    (method, dtype, "cpu"): cpu.fused_moe
+    for method in ("bitmap", "low_rank", "bitmap+low_rank")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+}
+
+# the library's life is the op's
+_LIBRARY = torch.library.Library("resmoe", "FRAGMENT")
+
+
+def select_kernel(method: str, dtype: torch.dtype, device: str) -> Kernel:
+    """Kernel for a layer.
+
+    Args:
+        method: ``LayerLayout.method``.
+        dtype: of x and weights.
+        device: device type.
+    Raises:
+        KernelUnsupportedError: there is none; lists what there is.
+    """
+    kernel = KERNELS.get((method, dtype, device))
+    if kernel is None:
+        known = sorted({f"{m} {str(t).removeprefix('torch.')} on {d}" for m, t, d in KERNELS})
+        raise KernelUnsupportedError(
+            f"resmoe has no kernel for {method} {str(dtype).removeprefix('torch.')} on {device}; "
+            f"it has: {', '.join(known)}"
+        )
+    return kernel
+
+
+def check_activation(activation: str) -> str:
+    """The activation, if kernels have it.
+
+    Raises:
+        KernelUnsupportedError: they don't.
+    """
+    if activation not in ACTIVATIONS:
+        raise KernelUnsupportedError(
+            f"resmoe has no activation {activation!r}; it has: {', '.join(sorted(ACTIVATIONS))}"
+        )
+    return activation
+
+
+def fused_moe(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    tensors: list[Tensor],
+    layout: str,
+    activation: str,
+) -> Tensor:
+    """Routed experts of one layer on one rank.
+
+    Args:
+        x: hidden states ``[T, H]``; fp32, bf16 or fp16.
+        topk_weights: router weights ``[T, K]``, fp32.
+        topk_ids: global expert ids ``[T, K]``; negative ones are skipped.
+        expert_map: ``[E]`` global -> local expert, -1 elsewhere; None when all experts are here.
+        tensors: the layer's parameters in the order of ``parse_layout(layout).params``.
+        layout: ``LayerLayout.key``.
+        activation: see ``check_activation``.
+    Returns:
+        ``[T, H]``, x's dtype, fresh; the partial sum of this rank.
+    """
+    parsed = parse_layout(layout)
+    kernel = select_kernel(parsed.method, x.dtype, x.device.type)
+    return kernel(x, topk_weights, topk_ids, tensors, parsed, activation, expert_map)
+
+
+def fused_moe_fake(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    tensors: list[Tensor],
+    layout: str,
+    activation: str,
+) -> Tensor:
+    """Shape and dtype of ``fused_moe``, for tracing."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def register_op() -> None:
+    """Define ``torch.ops.resmoe.fused_moe`` for the platform's device; repeatable."""
+    if not hasattr(torch.ops.resmoe, "fused_moe"):
+        direct_register_custom_op("fused_moe", fused_moe, fake_impl=fused_moe_fake, target_lib=_LIBRARY)
