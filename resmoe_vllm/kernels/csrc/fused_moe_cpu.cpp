@@ -14,6 +14,7 @@
 //
 // Bitmap rows: 64 columns at a time; a byte's first value is at base + the count of bits below it, all eight
 // prefix counts of a word come from one multiplication. AVX2: byte -> table of shuffles. AVX-512 VBMI2: vpexpandw.
+// An expert with one token multiplies while it decodes; with several, a row is decoded once for all of them.
 
 #include <immintrin.h>
 #include <math.h>
@@ -151,14 +152,18 @@ void axpy4(const float* a, const typename T::type* row, int64_t stride, float* y
 
 // ---- bitmap rows ---------------------------------------------------------------------------------------------
 
+// mask byte -> shuffle controls that spread packed 16-bit values to their lanes
 struct ShuffleTable {
-  alignas(16) uint8_t bytes[256][16];  // mask byte -> pshufb control that spreads packed 16-bit values to their lanes
+  alignas(32) uint8_t wide[256][32];    // to the upper half of 32-bit lanes: bf16 becomes fp32 by that alone
+  alignas(16) uint8_t narrow[256][16];  // to 16-bit lanes
   ShuffleTable() {
     for (int m = 0; m < 256; ++m)
-      for (int lane = 0, next = 0; lane < 8; ++lane) {
-        bool kept = m >> lane & 1;
-        bytes[m][2 * lane] = kept ? 2 * next : 0x80;
-        bytes[m][2 * lane + 1] = kept ? 2 * next + 1 : 0x80;
+      for (int lane = 0, next = 0; lane < kLanes; ++lane) {
+        const bool kept = m >> lane & 1;
+        const uint8_t low = kept ? 2 * next : 0x80, high = kept ? 2 * next + 1 : 0x80;
+        wide[m][4 * lane] = wide[m][4 * lane + 1] = 0x80;
+        wide[m][4 * lane + 2] = narrow[m][2 * lane] = low;
+        wide[m][4 * lane + 3] = narrow[m][2 * lane + 1] = high;
         next += kept;
       }
   }
@@ -173,47 +178,81 @@ inline uint64_t prefix_counts(uint64_t word) {
   return x * 0x0101010101010101u;
 }
 
+// Eight columns from packed values; reads 16 (fp32: up to 32) bytes from `values`.
 template <class T>
-inline __m256 expand8(const typename T::type* values, uint8_t mask) {
-  return T::widen(_mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)values), _mm_load_si128((const __m128i*)kShuffle.bytes[mask])));
+inline __m256 expand8(const typename T::type* values, uint8_t mask);
+template <>
+inline __m256 expand8<BF16>(const uint16_t* values, uint8_t mask) {
+  const __m256i packed = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)values));
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(packed, _mm256_load_si256((const __m256i*)kShuffle.wide[mask])));
+}
+template <>
+inline __m256 expand8<FP16>(const uint16_t* values, uint8_t mask) {
+  return FP16::widen(_mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)values), _mm_load_si128((const __m128i*)kShuffle.narrow[mask])));
 }
 template <>
 inline __m256 expand8<FP32>(const float* values, uint8_t mask) {
-  alignas(32) float lanes[8] = {};
-  for (int lane = 0; lane < 8; ++lane)
+  alignas(32) float lanes[kLanes] = {};
+  for (int lane = 0; lane < kLanes; ++lane)
     if (mask >> lane & 1) lanes[lane] = *values++;
   return _mm256_load_ps(lanes);
 }
 
-// Decode one row to fp32. `readable`: elements that may be read from `values` on; vectors never reach beyond.
-template <class T>
-void decode_row(const uint8_t* mask, const typename T::type* values, int64_t readable, int64_t n, float* out) {
+// Visit one row: vectors(column, __m256, j) for eight columns at a time, then scalars(column, float) for the rest.
+// `readable`: elements that may be read from `values` on; vectors never reach beyond.
+template <class T, class Vectors, class Scalars>
+inline void visit_row(const uint8_t* mask, const typename T::type* values, int64_t readable, int64_t n, Vectors vectors, Scalars scalars) {
   int64_t c = 0;
   for (; c + 64 <= n && readable >= 72; c += 64, mask += 8) {
     uint64_t word;
     memcpy(&word, mask, 8);
-    uint64_t counts = prefix_counts(word), below = counts << 8;
-#if defined(__AVX512VBMI2__) && defined(__AVX512BW__)
+    const uint64_t counts = prefix_counts(word);
+#if defined(__AVX512VBMI2__) && defined(__AVX512BW__) && defined(__AVX512VL__)
     if constexpr (sizeof(typename T::type) == 2) {
       for (int half = 0; half < 2; ++half) {
-        __mmask32 m = (__mmask32)(word >> (32 * half));
         const uint16_t* from = (const uint16_t*)values + (half ? (uint8_t)(counts >> 24) : 0);
-        __m512i w = _mm512_maskz_expand_epi16(m, _mm512_loadu_si512(from));
-        for (int q = 0; q < 4; ++q)
-          _mm256_storeu_ps(out + c + 32 * half + 8 * q, T::widen(q < 2 ? (q ? _mm512_extracti32x4_epi32(w, 1) : _mm512_castsi512_si128(w))
-                                                                      : (q == 2 ? _mm512_extracti32x4_epi32(w, 2) : _mm512_extracti32x4_epi32(w, 3))));
+        alignas(64) uint16_t lanes[32];
+        _mm512_store_si512(lanes, _mm512_maskz_expand_epi16((__mmask32)(word >> 32 * half), _mm512_loadu_si512(from)));
+        for (int j = 0; j < 4; ++j) vectors(c + 32 * half + kLanes * j, T::load(lanes + kLanes * j), j);
       }
     } else
 #endif
-      for (int j = 0; j < 8; ++j)
-        _mm256_storeu_ps(out + c + 8 * j, expand8<T>(values + (uint8_t)(below >> (8 * j)), (uint8_t)(word >> (8 * j))));
+    {
+      alignas(8) uint8_t below[8];  // bytes through memory: one load each, where shifting takes two steps
+      const uint64_t shifted = counts << 8;
+      memcpy(below, &shifted, 8);
+      for (int j = 0; j < 8; ++j) vectors(c + kLanes * j, expand8<T>(values + below[j], mask[j]), j);
+    }
     values += counts >> 56, readable -= counts >> 56;
   }
   for (; c < n; ++c) {
-    bool kept = mask[0] >> (c & 7) & 1;
-    out[c] = kept ? T::scalar(*values++) : 0.0f;
+    scalars(c, mask[0] >> (c & 7) & 1 ? T::scalar(*values++) : 0.0f);
     if ((c & 7) == 7) ++mask;
   }
+}
+
+template <class T>
+void decode_row(const uint8_t* mask, const typename T::type* values, int64_t readable, int64_t n, float* out) {
+  visit_row<T>(mask, values, readable, n, [&](int64_t c, __m256 w, int) { _mm256_storeu_ps(out + c, w); },
+               [&](int64_t c, float w) { out[c] = w; });
+}
+
+template <class T>
+float dot_row(const uint8_t* mask, const typename T::type* values, int64_t readable, int64_t n, const float* x) {
+  __m256 acc[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+  float rest = 0;
+  visit_row<T>(mask, values, readable, n,
+               [&](int64_t c, __m256 w, int j) { acc[j & 1] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + c), acc[j & 1]); },
+               [&](int64_t c, float w) { rest += w * x[c]; });
+  return rest + sum(_mm256_add_ps(acc[0], acc[1]));
+}
+
+template <class T>
+void axpy_row(float a, const uint8_t* mask, const typename T::type* values, int64_t readable, int64_t n, float* y) {
+  const __m256 va = _mm256_set1_ps(a);
+  visit_row<T>(mask, values, readable, n,
+               [&](int64_t c, __m256 w, int) { _mm256_storeu_ps(y + c, _mm256_fmadd_ps(va, w, _mm256_loadu_ps(y + c))); },
+               [&](int64_t c, float w) { y[c] += a * w; });
 }
 
 // ---- activation ----------------------------------------------------------------------------------------------
@@ -315,8 +354,13 @@ struct Run {
         for (int64_t g = 0; g < layer.num_bitmap; ++g)
           for (int p = 0; p < 2; ++p)
             if (layer.bitmap[g].mask[p]) {
-              decode(layer.bitmap[g], p, e, i, row.data());
+              const Row at = locate(layer.bitmap[g], p, e, i);
               float* into = p ? up.data() : gate.data();
+              if (next == q + 1) {
+                into[q] += dot_row<T>(at.mask, at.values, at.readable, H, x + token[q] * H);
+                continue;
+              }
+              decode_row<T>(at.mask, at.values, at.readable, H, row.data());
               for (int64_t s = q; s < next; ++s) into[s] += dot<FP32>(row.data(), x + token[s] * H, H);
             }
         for (int64_t s = q; s < next; ++s) {
@@ -332,7 +376,12 @@ struct Run {
           }
         for (int64_t g = 0; g < layer.num_bitmap; ++g)
           if (layer.bitmap[g].mask[2]) {
-            decode(layer.bitmap[g], 2, e, i, row.data());
+            const Row at = locate(layer.bitmap[g], 2, e, i);
+            if (next == q + 1) {
+              axpy_row<T>(gate[q], at.mask, at.values, at.readable, H, mine + token[q] * H);
+              continue;
+            }
+            decode_row<T>(at.mask, at.values, at.readable, H, row.data());
             for (int64_t s = q; s < next; ++s) axpy<FP32>(gate[s], row.data(), mine + token[s] * H, H);
           }
       }
@@ -393,10 +442,15 @@ struct Run {
     }
   }
 
-  void decode(const Bitmap& part, int p, int64_t e, int64_t i, float* row) const {
-    const int64_t start = (part.starts ? part.starts[e * part.starts_stride] : e * part.values_stride) + part.row_ptr[p][e * part.row_ptr_stride[p] + i];
-    decode_row<T>(part.mask[p] + e * part.mask_stride[p] + i * layer.mask_bytes, (const W*)part.values + start,
-                  part.num_values - start, layer.hidden, row);
+  struct Row {
+    const uint8_t* mask;
+    const W* values;
+    int64_t readable;
+  };
+  Row locate(const Bitmap& part, int p, int64_t e, int64_t i) const {
+    const int64_t expert_start = part.starts ? part.starts[e * part.starts_stride] : e * part.values_stride;
+    const int64_t start = expert_start + part.row_ptr[p][e * part.row_ptr_stride[p] + i];
+    return {part.mask[p] + e * part.mask_stride[p] + i * layer.mask_bytes, (const W*)part.values + start, part.num_values - start};
   }
 
   int64_t same_expert(int64_t q) const {
