@@ -1,0 +1,126 @@
+"""One compressed layer without a model: random experts, stored by the format, loaded by the plugin."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress_tools.format.codec import Rows, restore_expert
+from compress_tools.format.schema import LayerSpec, Projection, ResMoEFormat
+from compress_tools.format.tensors import DTYPES
+from resmoe_vllm.layout import PARAM_PREFIX, PROJECTION_OF_SHARD
+from resmoe_vllm.weights import LayerLoader
+from tests.resmoe_vllm.twins import (
+    DOWN,
+    GATE,
+    HF_NAMES,
+    PROJECTIONS,
+    UP,
+    bitmap,
+    compress_layer,
+    layer_spec,
+    low_rank,
+)
+
+SHARD_OF_PROJECTION = {projection: shard for shard, projection in PROJECTION_OF_SHARD.items()}
+Stored = dict[tuple[Projection, str], Tensor]
+
+
+def layer_kinds(size_i: int, size_h: int) -> dict[str, LayerSpec]:
+    """Specs by name: every grouping, with and without center, at about a third of the weights."""
+    rank, count = max(1, min(size_i, size_h) // 3), max(1, size_i * size_h // 3)
+    return {
+        "low_rank-joint": layer_spec(low_rank(rank, *PROJECTIONS)),
+        "low_rank-gate_up+down": layer_spec(low_rank(rank, GATE, UP), low_rank(1, DOWN)),
+        "low_rank-each": layer_spec(low_rank(1, GATE), low_rank(rank, UP), low_rank(rank, DOWN)),
+        "low_rank-no_center": layer_spec(low_rank(rank, *PROJECTIONS), center=()),
+        "bitmap-joint": layer_spec(bitmap(3 * count, *PROJECTIONS)),
+        "bitmap-gate_up+down": layer_spec(bitmap(2 * count + 1, GATE, UP), bitmap(count, DOWN)),
+        "bitmap-each": layer_spec(bitmap(1, GATE), bitmap(count, UP), bitmap(size_i * size_h, DOWN)),
+        "bitmap-down_first-center_up": layer_spec(
+            bitmap(2 * count, DOWN, GATE), bitmap(count, UP), center=(UP,)
+        ),
+        "both": layer_spec(low_rank(rank, *PROJECTIONS), bitmap(2 * count, UP, DOWN), bitmap(count, GATE)),
+    }
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A layer as the format stores it."""
+
+    fmt: ResMoEFormat
+    shared: Stored
+    experts: list[Stored]
+
+    @property
+    def spec(self) -> LayerSpec:
+        """Spec of the one layer."""
+        return self.fmt.layers[0]
+
+    def restored(self, expert: int) -> Rows:
+        """The format's own meaning of one expert, fp32."""
+        return restore_expert(self.spec, self.shared, self.experts[expert], self.fmt.hidden_size)
+
+
+def store_layer(
+    spec: LayerSpec, num_experts: int, size_i: int, size_h: int, dtype: str, seed: int = 0
+) -> StoredLayer:
+    """Random experts around a common center, compressed."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = size_h**-0.5
+    center = {projection: torch.randn(size_i, size_h, generator=generator) for projection in PROJECTIONS}
+    experts = [
+        {p: scale * (rows + torch.randn(rows.shape, generator=generator)) for p, rows in center.items()}
+        for _ in range(num_experts)
+    ]
+    fmt = ResMoEFormat(
+        written_by="tests",
+        dtype=dtype,
+        num_experts=num_experts,
+        hidden_size=size_h,
+        intermediate_size=size_i,
+        names=HF_NAMES,
+        layers={0: spec},
+    )
+    return StoredLayer(fmt, *compress_layer(experts, spec, DTYPES[dtype]))
+
+
+def hand_over(module: torch.nn.Module, key: tuple[Projection, str], expert: int, tensor: Tensor) -> bool:
+    """Give one stored tensor to the parameter that vLLM's loaders would pick."""
+    projection, suffix = key
+    param = getattr(module, f"{PARAM_PREFIX[projection]}_{suffix}")
+    return param.weight_loader(
+        param, tensor, suffix, shard_id=SHARD_OF_PROJECTION[projection], expert_id=expert, return_success=True
+    )
+
+
+def new_loader(
+    layer: StoredLayer,
+    local_experts: list[int] | None = None,
+    tp_size: int = 1,
+    tp_rank: int = 0,
+) -> tuple[torch.nn.Module, LayerLoader]:
+    """Parameters full of NaN, and their loader."""
+    local = list(range(layer.fmt.num_experts)) if local_experts is None else local_experts
+    local_of: Callable[[int], int] = lambda expert: local.index(expert) if expert in local else -1  # noqa: E731
+    loader = LayerLoader(layer.fmt, 0, len(local), local_of, tp_size, tp_rank)
+    module = torch.nn.Module()
+    loader.create_params(module, DTYPES[layer.fmt.dtype])
+    for param in module.parameters():
+        param.data.fill_(float("nan") if param.is_floating_point() else 77)
+    return module, loader
+
+
+def load_all(module: torch.nn.Module, loader: LayerLoader, layer: StoredLayer, reverse: bool = False) -> None:
+    """Hand over every tensor of the layer, in the writer's order or its reverse."""
+    jobs = [(key, 0, tensor) for key, tensor in layer.shared.items()]
+    jobs += [(key, e, tensor) for e, stored in enumerate(layer.experts) for key, tensor in stored.items()]
+    for key, expert, tensor in reversed(jobs) if reverse else jobs:
+        hand_over(module, key, expert, tensor)
+    loader.check_complete()
+
+
+def op_tensors(module: torch.nn.Module, loader: LayerLoader) -> list[Tensor]:
+    """The op's ``tensors`` argument."""
+    return [getattr(module, name) for name in loader.layout.params]
