@@ -37,10 +37,11 @@ find_python() {
   die "found no Python 3.11 or newer with the venv module; set PYTHON=/path/to/python"
 }
 
-# --no-compile: modules are compiled when first imported; compiling all of them now takes longer than that ever does.
+# pip compiles modules while it installs: where bytecode can't be written later (a container's user, or
+# PYTHONDONTWRITEBYTECODE) every start of a server would compile thousands of modules again, for a minute and more.
 # --no-deps: the pins are the whole environment, so nothing is left to resolve; `check` proves it.
 pip_install() {
-  "$venv/bin/python" -m pip install $quiet --disable-pip-version-check --no-input --no-compile --no-deps "$@"
+  "$venv/bin/python" -m pip install $quiet --disable-pip-version-check --no-input --no-deps "$@"
 }
 
 install_torch() {

@@ -7,6 +7,7 @@ from torch.nn.functional import gelu, silu
 
 from compress_tools.format.tensors import DTYPES
 from resmoe_vllm.kernels import torch_cpu
+from resmoe_vllm.kernels import cpp_cpu
 from resmoe_vllm.kernels.activation import ACTIVATIONS
 from resmoe_vllm.kernels.reference import fused_moe_ref
 from tests.resmoe_vllm.layers import StoredLayer, layer_kinds, load_all, new_loader, op_tensors, store_layer
@@ -205,3 +206,22 @@ def test_opcheck(loaded, kind: str, routing: str) -> None:
             torch.ops.resmoe.fused_moe, (x, weights, ids, mapping, tensors, loader.layout.key, "silu")
         )
         assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("kind", ["low_rank-joint", "low_rank-gate_up+down", "bitmap-joint", "both"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tokens_result_does_not_depend_on_its_batch(kind: str, dtype: str) -> None:
+    """Bit for bit, in the C++ kernel; torch's own products don't promise it."""
+    if cpp_cpu.load() is None:
+        pytest.skip("no C++ kernel here")
+    layer = store_layer(layer_kinds(40, 128)[kind], 4, 40, 128, dtype)
+    module, loader = new_loader(layer)
+    load_all(module, loader, layer)
+    x = hidden_states(11, 128, dtype)
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.rand(11, 4, generator=generator).argsort(1)[:, :2].int()
+    weights = torch.rand(11, 2, generator=generator)
+    together = run_op(x, weights, ids, module, loader)
+    for token in range(11):
+        one = slice(token, token + 1)
+        assert torch.equal(run_op(x[one], weights[one], ids[one], module, loader), together[one])
