@@ -31,7 +31,7 @@ PROMPT = 'def read_lines(path):\n    """'
 SAMPLE_TOKENS = 40
 SPEED_TOKENS = 96
 # The held-out text's beginning; enough that the models' order does not hang on a few tokens.
-PERPLEXITY_TOKENS = 16_384
+PERPLEXITY_TOKENS = 8_192
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ class DemoRow:
     startup_s: float
 
 
-def run_demo(
-    out_dir: str | Path = "demo-output", config: ReferenceModelConfig | None = None
-) -> list[DemoRow]:
+def run_demo(out_dir: str | Path = "demo-output", config: ReferenceModelConfig | None = None) -> list[DemoRow]:
     """The whole demo; its files are written to `out_dir`.
 
     Args:
@@ -145,7 +143,8 @@ def print_table(rows: list[DemoRow]) -> None:
             _bytes(row.expert_bytes_resident, first.expert_bytes_resident),
             format_value(row.perplexity, ""),
             f"{row.tokens_per_s:.1f}",
-            row.sample,
+            # One paragraph here; as it came in summary.json.
+            " ".join(row.sample.split()),
             end_section=True,
         )
     environment = collect_environment()

@@ -49,9 +49,7 @@ class FamilyResult:
     changed: float | None
 
 
-def check_family(
-    architecture: MoEArchitecture, method: str, folder: Path, measure_change: bool = True
-) -> FamilyResult:
+def check_family(architecture: MoEArchitecture, method: str, folder: Path, measure_change: bool = True) -> FamilyResult:
     """Compress, verify, restore, run both; the folder receives the checkpoints."""
     family = architecture.model_type
     source = save_tiny_model(family, folder / "source", torch.float32)

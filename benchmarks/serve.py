@@ -74,9 +74,7 @@ def make_models(preset: str, console: Console) -> dict[str, Path]:
     models = {name: CACHE / preset / name for name in ("original", "prune", "low-rank")}
     ensure_reference_model(preset_config(preset), models["original"], console)
     for method in ("prune", "low-rank"):
-        compress(
-            models["original"], models[method], "--method", method, "--retain-ratio", "0.25", console=console
-        )
+        compress(models["original"], models[method], "--method", method, "--retain-ratio", "0.25", console=console)
     return models
 
 

@@ -47,9 +47,7 @@ class Client:
 
     def complete(self, prompt: str, max_tokens: int) -> str:
         """A completion's text."""
-        answer = self._openai.completions.create(
-            model=self._model, prompt=prompt, max_tokens=max_tokens, temperature=0
-        )
+        answer = self._openai.completions.create(model=self._model, prompt=prompt, max_tokens=max_tokens, temperature=0)
         return answer.choices[0].text
 
     def token_logprobs(self, prompt: str, max_tokens: int) -> list[float]:

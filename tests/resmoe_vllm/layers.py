@@ -38,9 +38,7 @@ def layer_kinds(size_i: int, size_h: int) -> dict[str, LayerSpec]:
         "bitmap-joint": layer_spec(bitmap(3 * count, *PROJECTIONS)),
         "bitmap-gate_up+down": layer_spec(bitmap(2 * count + 1, GATE, UP), bitmap(count, DOWN)),
         "bitmap-each": layer_spec(bitmap(1, GATE), bitmap(count, UP), bitmap(size_i * size_h, DOWN)),
-        "bitmap-down_first-center_up": layer_spec(
-            bitmap(2 * count, DOWN, GATE), bitmap(count, UP), center=(UP,)
-        ),
+        "bitmap-down_first-center_up": layer_spec(bitmap(2 * count, DOWN, GATE), bitmap(count, UP), center=(UP,)),
         "both": layer_spec(low_rank(rank, *PROJECTIONS), bitmap(2 * count, UP, DOWN), bitmap(count, GATE)),
     }
 
@@ -63,9 +61,7 @@ class StoredLayer:
         return restore_expert(self.spec, self.shared, self.experts[expert], self.fmt.hidden_size)
 
 
-def store_layer(
-    spec: LayerSpec, num_experts: int, size_i: int, size_h: int, dtype: str, seed: int = 0
-) -> StoredLayer:
+def store_layer(spec: LayerSpec, num_experts: int, size_i: int, size_h: int, dtype: str, seed: int = 0) -> StoredLayer:
     """Random experts around a common center, compressed."""
     generator = torch.Generator().manual_seed(seed)
     scale = size_h**-0.5

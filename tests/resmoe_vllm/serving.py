@@ -73,19 +73,14 @@ def serve(folder: Path, **options: object) -> Served:
     from vllm import SamplingParams
 
     llm = start(folder, **options)
-    params = SamplingParams(
-        max_tokens=MAX_TOKENS, temperature=0, detokenize=False, logprobs=5, ignore_eos=True
-    )
+    params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0, detokenize=False, logprobs=5, ignore_eos=True)
     outputs = [out.outputs[0] for out in llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], params)]
     methods, sizes = llm.apply_model(inspect_layers)[0]
     del llm
     gc.collect()
     return Served(
         [list(out.token_ids) for out in outputs],
-        [
-            [{token: entry.logprob for token, entry in step.items()} for step in out.logprobs]
-            for out in outputs
-        ],
+        [[{token: entry.logprob for token, entry in step.items()} for step in out.logprobs] for out in outputs],
         methods,
         sizes,
     )

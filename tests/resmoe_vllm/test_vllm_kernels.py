@@ -6,8 +6,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from compress_tools.format.tensors import DTYPES
-from resmoe_vllm.kernels import torch_cpu
-from resmoe_vllm.kernels import cpp_cpu
+from resmoe_vllm.kernels import cpp_cpu, torch_cpu
 from resmoe_vllm.kernels.activation import ACTIVATIONS
 from resmoe_vllm.kernels.reference import fused_moe_ref
 from tests.resmoe_vllm.layers import StoredLayer, layer_kinds, load_all, new_loader, op_tensors, store_layer
@@ -93,9 +92,7 @@ def loaded():
     return get
 
 
-def dense_loop(
-    x: Tensor, weights: Tensor, ids: Tensor, layer: StoredLayer, activation: str = "silu"
-) -> Tensor:
+def dense_loop(x: Tensor, weights: Tensor, ids: Tensor, layer: StoredLayer, activation: str = "silu") -> Tensor:
     """Token by token, choice by choice, on restored experts; fp64."""
     act = {"silu": silu, "gelu": gelu, "gelu_tanh": lambda g: gelu(g, approximate="tanh")}[activation]
     out = torch.zeros(x.shape, dtype=torch.float64)

@@ -120,17 +120,13 @@ def test_other_sizes_are_refused(moe: Moe, message: str) -> None:
 
 
 def test_unknown_activation_is_refused() -> None:
-    with pytest.raises(
-        KernelUnsupportedError, match="no activation 'swigluoai'; it has: gelu, gelu_tanh, silu"
-    ):
+    with pytest.raises(KernelUnsupportedError, match="no activation 'swigluoai'; it has: gelu, gelu_tanh, silu"):
         create(Moe(activation=MoEActivation.SWIGLUOAI))
 
 
 def test_no_kernel_is_an_error_when_weights_are_created(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resmoe_vllm.fused_moe.platform_device", lambda: "cuda")
-    with pytest.raises(
-        KernelUnsupportedError, match="no kernel for low_rank bfloat16 on cuda; it has: .* on cpu"
-    ):
+    with pytest.raises(KernelUnsupportedError, match="no kernel for low_rank bfloat16 on cuda; it has: .* on cpu"):
         create(Moe(), dtype=torch.bfloat16)
     with pytest.raises(KernelUnsupportedError, match="float64"):
         ops.select_kernel("low_rank", torch.float64, "cpu")
@@ -160,9 +156,7 @@ def test_a_block_with_biases_is_refused() -> None:
 
 
 def test_a_block_without_gate_is_refused() -> None:
-    names = FMT.names.model_copy(
-        update={"projections": {p: n for p, n in FMT.names.projections.items() if p != GATE}}
-    )
+    names = FMT.names.model_copy(update={"projections": {p: n for p, n in FMT.names.projections.items() if p != GATE}})
     with pytest.raises(ConfigError, match="gated experts only"):
         ResMoEFusedMoEMethod(Moe(), FMT.model_copy(update={"names": names}), 0)
 
@@ -173,9 +167,7 @@ def test_tested_versions(version: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["0.29.1", "0.34.0", "1.0.0", "dev"])
-def test_other_versions_are_refused_when_a_checkpoint_is_opened(
-    version: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_versions_are_refused_when_a_checkpoint_is_opened(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.__version__", version)
     resmoe_vllm.register()
     try:

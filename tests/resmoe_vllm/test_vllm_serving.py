@@ -99,6 +99,17 @@ def test_two_expert_ranks_give_what_one_gives(small: tuple[Path, Path], served) 
     assert all(two.resident_bytes[index] < size for index, size in one.resident_bytes.items())
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a core per rank")
+def test_two_pipeline_stages_give_what_one_gives(small: tuple[Path, Path], served) -> None:
+    """Compiled: vLLM's CPU build crashes on eager pipeline stages, plain models too."""
+    one = served(small[0], dtype="float32")
+    options = {"pipeline_parallel_size": 2, "enforce_eager": False}
+    two = serve_in_subprocess(small[0], "0|1", dtype="float32", **options)
+    assert two.tokens == one.tokens
+    assert max(logprob_gaps(two, one)) < 1e-4
+
+
 def test_dummy_weights_are_served(small: tuple[Path, Path]) -> None:
     run = serve(small[0], dtype="float32", load_format="dummy")
     fmt = parse_format(json.loads((small[0] / "config.json").read_text())["quantization_config"])
@@ -134,9 +145,7 @@ EXPERT = "model.layers.0.block_sparse_moe.experts"
     ],
     ids=["missing", "expert_out_of_range", "wrong_suffix"],
 )
-def test_a_damaged_checkpoint_stops_vllm(
-    small, tmp_path: Path, old: str, new: str | None, message: str
-) -> None:
+def test_a_damaged_checkpoint_stops_vllm(small, tmp_path: Path, old: str, new: str | None, message: str) -> None:
     def change(tensors: dict) -> None:
         tensor = tensors.pop(f"{EXPERT}.{old}")
         if new is not None:

@@ -54,9 +54,7 @@ def test_tensor_ranks_share_the_values(kind: str) -> None:
     assert starts == 3 * SIZE_E * len(bitmaps)
 
 
-@pytest.mark.parametrize(
-    "missing", [("low_rank-joint", GATE, U), ("bitmap-joint", UP, MASK), ("both", UP, VALUES)]
-)
+@pytest.mark.parametrize("missing", [("low_rank-joint", GATE, U), ("bitmap-joint", UP, MASK), ("both", UP, VALUES)])
 @pytest.mark.parametrize("tp_size", [1, 3])
 def test_a_missing_tensor_is_named(missing: tuple, tp_size: int) -> None:
     kind, projection, suffix = missing
@@ -64,9 +62,7 @@ def test_a_missing_tensor_is_named(missing: tuple, tp_size: int) -> None:
     del layer.experts[2][projection, suffix]
     module, loader = new_loader(layer, tp_size=tp_size)
     name = f"model.layers.0.mlp.experts.2.{projection}.{suffix}"
-    with pytest.raises(
-        FormatError, match=rf"layer 0: 1 of \d+ tensors are missing, first {re.escape(name)};"
-    ):
+    with pytest.raises(FormatError, match=rf"layer 0: 1 of \d+ tensors are missing, first {re.escape(name)};"):
         load_all(module, loader, layer)
 
 
@@ -74,9 +70,7 @@ def test_a_missing_center_is_named() -> None:
     layer = stored("low_rank-joint")
     del layer.shared[DOWN, CENTER]
     module, loader = new_loader(layer, local_experts=[2, 3])
-    with pytest.raises(
-        FormatError, match=r"1 of .* first model\.layers\.0\.mlp\.experts\.0\.down_proj\.resmoe_center"
-    ):
+    with pytest.raises(FormatError, match=r"1 of .* first model\.layers\.0\.mlp\.experts\.0\.down_proj\.resmoe_center"):
         load_all(module, loader, layer)
 
 
@@ -161,9 +155,7 @@ def test_a_tensor_stored_twice_is_refused() -> None:
 def test_a_tensor_that_the_config_does_not_know_is_refused(key: tuple, expert: int, name: str) -> None:
     layer = stored("low_rank-joint")
     module, _ = new_loader(layer)
-    with pytest.raises(
-        FormatError, match=re.escape(name) + ": quantization_config has no such tensor in layer 0"
-    ):
+    with pytest.raises(FormatError, match=re.escape(name) + ": quantization_config has no such tensor in layer 0"):
         hand_over(module, key, expert, torch.zeros(1))
 
 

@@ -73,9 +73,7 @@ def tiny_mixtral(num_layers: int) -> PreTrainedModel:
 
 def tiny_olmoe(num_layers: int) -> PreTrainedModel:
     """Random OLMoE."""
-    config = OlmoeConfig(
-        **COMMON, num_hidden_layers=num_layers, intermediate_size=INTERMEDIATE, num_experts=EXPERTS
-    )
+    config = OlmoeConfig(**COMMON, num_hidden_layers=num_layers, intermediate_size=INTERMEDIATE, num_experts=EXPERTS)
     return OlmoeForCausalLM(config)
 
 
@@ -110,9 +108,7 @@ def bitmap(values: int, *projections: Projection) -> BitmapResidual:
     return BitmapResidual(projections=projections, values_per_expert=values)
 
 
-def layer_spec(
-    *residual: LowRankResidual | BitmapResidual, center: Sequence[Projection] = PROJECTIONS
-) -> LayerSpec:
+def layer_spec(*residual: LowRankResidual | BitmapResidual, center: Sequence[Projection] = PROJECTIONS) -> LayerSpec:
     """A layer with the given residual groups."""
     return LayerSpec(center=(DenseCenter(projections=tuple(center)),) if center else (), residual=residual)
 
@@ -145,8 +141,7 @@ def keep_largest(rows: Rows, count: int) -> Rows:
     keep[flat.topk(count).indices] = True
     sizes = [part.numel() for part in rows.values()]
     return {
-        projection: mask.view_as(part)
-        for (projection, part), mask in zip(rows.items(), keep.split(sizes), strict=True)
+        projection: mask.view_as(part) for (projection, part), mask in zip(rows.items(), keep.split(sizes), strict=True)
     }
 
 
@@ -169,10 +164,7 @@ def compress_layer(
     }
     stored = []
     for rows in experts:
-        left = {
-            p: r.float() - (shared[p, CENTER].float() if (p, CENTER) in shared else 0)
-            for p, r in rows.items()
-        }
+        left = {p: r.float() - (shared[p, CENTER].float() if (p, CENTER) in shared else 0) for p, r in rows.items()}
         tensors: dict[tuple[Projection, str], Tensor] = {}
         for part in spec.residual:
             group = {projection: left[projection] for projection in part.projections}
@@ -191,9 +183,7 @@ def compress_layer(
     return shared, stored
 
 
-def write_checkpoint(
-    folder: Path, config: PreTrainedConfig, tensors: dict[str, Tensor], block: dict | None
-) -> None:
+def write_checkpoint(folder: Path, config: PreTrainedConfig, tensors: dict[str, Tensor], block: dict | None) -> None:
     """config.json (with ``quantization_config`` if given) and one model.safetensors."""
     folder.mkdir(parents=True)
     fields = config.to_dict() | ({"quantization_config": block} if block else {})
@@ -239,9 +229,7 @@ def write_twins(
         shared, stored = compress_layer(experts, spec, DTYPES[dtype])
         compressed |= {tensor_name(fmt, index, None, *key): tensor for key, tensor in shared.items()}
         for expert, stem in enumerate(stems):
-            compressed |= {
-                tensor_name(fmt, index, expert, *key): tensor for key, tensor in stored[expert].items()
-            }
+            compressed |= {tensor_name(fmt, index, expert, *key): tensor for key, tensor in stored[expert].items()}
             restored = restore_expert(spec, shared, stored[expert], HIDDEN)
             for projection, disk in names.projections.items():
                 rows = restored[projection].T if projection == DOWN else restored[projection]

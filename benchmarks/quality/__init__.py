@@ -1,0 +1,1 @@
+"""What compression costs in quality, measured on models trained here."""
