@@ -12,7 +12,7 @@ from benchmarks.reference_models import preset_config
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_demo_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     config = preset_config("tiny", context_length=256, eval_tokens=512)
     run_demo(tmp_path, config)
     rows = {row["name"]: row for row in json.loads((tmp_path / "summary.json").read_text())["rows"]}
@@ -37,4 +37,4 @@ def test_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         assert row["server_command"].split()[3] == "--port"
         assert len(row["server_command"].split()) == 5
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
-    assert "held-out perplexity" in capsys.readouterr().out
+    assert "held-out perplexity" in capfd.readouterr().out

@@ -1,5 +1,7 @@
 """The server's process: what happens when it dies, hangs, or is stopped. Stand-ins here; vLLM in test_serving."""
 
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -84,3 +86,22 @@ def test_error_inside_the_block_stops_the_server(stand_in, tmp_path: Path):
     with pytest.raises(KeyboardInterrupt), server:
         raise KeyboardInterrupt
     assert not psutil.pid_exists(server._process.pid)
+
+
+def test_sigterm_to_the_benchmark_stops_the_server(stand_in, tmp_path: Path):
+    stand_in(SERVES)
+    code = """
+        import sys, time
+        from benchmarks.serving import server
+        server.vllm_command = lambda: sys.argv[1]
+        with server.VllmServer(sys.argv[2]) as running:
+            print(running._process.pid, flush=True)
+            time.sleep(600)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "vllm"), str(tmp_path)]
+    repo = Path(__file__).resolve().parents[2]
+    benchmark = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=repo)
+    server_pid = int(benchmark.stdout.readline())
+    benchmark.terminate()
+    assert benchmark.wait(60) == 143
+    assert not psutil.pid_exists(server_pid)
