@@ -109,7 +109,6 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_local_experts": 6,
             "num_experts_per_tok": 2,
             "head_dim": 32,
-            "rotary_dim": 32,  # vLLM reads it from published configs
         },
     ),
     "gpt_oss": (

@@ -29,4 +29,6 @@ MINIMAX_M2 = MoEArchitecture(
     projections=tuple(MIXTRAL_STYLE.items()),
     intermediate_size_keys=("intermediate_size",),
     renames=((r"\.mlp\.(gate\.|e_score)", r".block_sparse_moe.\1"),),
+    vllm=False,
+    runs_in="transformers only: vLLM's CPU build can't route its sigmoid scores, plain checkpoints included",
 )
