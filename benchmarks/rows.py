@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -66,7 +67,8 @@ def write_rows(rows: Iterable[Row], path: str | Path) -> None:
 
 def print_rows(rows: Iterable[Row], title: str, console: Console | None = None) -> None:
     """Print measured, target, and met or not; the hardware and versions stand below the table."""
-    console = console or Console()
+    # A pipe has no width of its own; 120 columns keep the lines whole in a log.
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
     environment = collect_environment()
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
     table.add_column("name", overflow="fold")

@@ -225,7 +225,10 @@ def main(
         raise click.UsageError("--train and --dev come together")
     console = Console(stderr=True)
     if train_file and dev_file:
-        train, dev = read_examples(train_file), read_examples(dev_file)
+        try:
+            train, dev = read_examples(train_file), read_examples(dev_file)
+        except CheckpointError as err:
+            raise click.UsageError(str(err)) from err
     else:
         train, dev = standard_library_task(seed, examples)
     rows = compare(train, dev, retain_ratio, experts, steps, seed, console)
