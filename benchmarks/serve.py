@@ -19,7 +19,8 @@ from benchmarks.reference_models import PRESETS, preset_config
 from benchmarks.rows import Row, print_rows, write_rows
 from benchmarks.serving.bench_client import Load, run_load
 from benchmarks.serving.server import VllmServer
-from compress_tools.errors import ResMoEError
+from compress_tools.checkpoint_reader import CheckpointReader
+from compress_tools.errors import ConfigError, ResMoEError
 
 MIB = 2**20
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "resmoe" / "benchmarks"
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=True)
     try:
         models = dict(args.model) if args.model else make_models(args.preset, console)
+        check_lengths(models, args.input_len + args.output_len)
         rows = []
         for name, model_dir in models.items():
             console.print(f"{name}: starting vllm serve {model_dir}", highlight=False)
@@ -76,6 +78,20 @@ def make_models(preset: str, console: Console) -> dict[str, Path]:
     for method in ("prune", "low-rank"):
         compress(models["original"], models[method], "--method", method, "--retain-ratio", "0.25", console=console)
     return models
+
+
+def check_lengths(models: dict[str, Path], tokens: int) -> None:
+    """Refuse lengths that a model's context can't hold, before any server is started.
+
+    Raises:
+        ConfigError: names the model and its limit.
+    """
+    for name, model_dir in models.items():
+        limit = CheckpointReader(model_dir).config.get("max_position_embeddings")
+        if limit is not None and tokens > limit:
+            raise ConfigError(
+                f"{name}: --input-len and --output-len are {tokens} tokens together, its context holds {limit}"
+            )
 
 
 def measure(name: str, server: VllmServer, args: argparse.Namespace, console: Console) -> list[Row]:

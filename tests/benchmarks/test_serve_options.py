@@ -25,3 +25,9 @@ def test_models_are_repeatable_and_rates_may_be_infinite(tmp_path: Path):
 def test_loads_are_told_apart_in_words():
     loads = [Load(math.inf, 8, 16, 16), Load(2, 8, 16, 16), Load(2, 8, 16, 16, max_concurrency=4)]
     assert len({str(load) for load in loads}) == 3
+
+
+def test_lengths_beyond_the_context_are_refused(tiny_mixtral: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--model", f"small={tiny_mixtral}", "--input-len", "100", "--output-len", "29"]
+    assert serve.main(options) == 2
+    assert "129 tokens together, its context holds 128" in capsys.readouterr().err
