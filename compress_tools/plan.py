@@ -131,15 +131,21 @@ def _format(source: MoESource, selected: list[int], config: CompressionConfig) -
     )
 
 
-def _shards(reader: CheckpointReader, fmt: ResMoEFormat, kept: list[str], selected: list[int]) -> tuple[Shard, ...]:
+def group_by_bytes(reader: CheckpointReader, names: list[str]) -> list[list[str]]:
+    """Split tensors that are copied through into shards of at most ``MAX_PASSTHROUGH_SHARD_BYTES``, in order."""
     groups: list[list[str]] = []
     size = MAX_PASSTHROUGH_SHARD_BYTES + 1
-    for name in kept:
+    for name in names:
         if size + reader.nbytes(name) > MAX_PASSTHROUGH_SHARD_BYTES:
             groups.append([])
             size = 0
         groups[-1].append(name)
         size += reader.nbytes(name)
+    return groups
+
+
+def _shards(reader: CheckpointReader, fmt: ResMoEFormat, kept: list[str], selected: list[int]) -> tuple[Shard, ...]:
+    groups = group_by_bytes(reader, kept)
     contents: list[tuple[int | None, tuple[str, ...]]] = [(None, tuple(group)) for group in groups]
     contents += [(layer, tuple(layer_tensors(fmt, layer))) for layer in selected]
     total = len(contents)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compress_tools.checkpoint_reader import CheckpointReader
 from compress_tools.errors import FormatError, NumericalError
-from compress_tools.format.codec import Rows, decode_residual, mask_row_counts, restore_expert, unpack_mask
+from compress_tools.format.codec import Rows, mask_row_counts, restore_expert, unpack_mask
 from compress_tools.format.schema import BitmapResidual, Projection, parse_format
 from compress_tools.format.tensors import (
     BIAS,
@@ -50,15 +50,13 @@ class ResMoECheckpoint:
             self.fmt.layers[layer], self.shared(layer), self.stored(layer, expert), self.fmt.hidden_size
         )
 
-    def residual(self, layer: int, expert: int) -> Rows:
-        """One expert's decoded residual, fp32 ``[I, H]`` rows for each projection."""
-        return decode_residual(self.fmt.layers[layer], self.stored(layer, expert), self.fmt.hidden_size)
-
     def biases(self, layer: int, expert: int) -> dict[Projection, Tensor] | None:
         """One expert's biases by projection, in the row order of the restored expert; None without biases."""
+        if not self.fmt.biases:
+            return None
         stored = self.stored(layer, expert)
         found = {projection: tensor for (projection, suffix), tensor in stored.items() if suffix == BIAS}
-        return found or None
+        return found
 
     def shared(self, layer: int) -> StoredTensors:
         """A layer's shared tensors by (projection, suffix)."""

@@ -4,11 +4,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from compress_tools.architectures.layouts import dense_tensors
 from compress_tools.architectures.registry import find_architecture
 from compress_tools.checkpoint_writer import CheckpointWriter
 from compress_tools.design_matrix import rows_to_expert
 from compress_tools.format.tensors import dense_layer_bytes, is_resmoe_name
 from compress_tools.pipeline import versions
+from compress_tools.plan import group_by_bytes
 from compress_tools.progress import ProgressListener, Silent
 from compress_tools.report import CARD_NAME, RECIPE_NAME, REPORT_NAME, TIMINGS_NAME
 from compress_tools.resmoe_checkpoint import ResMoECheckpoint
@@ -40,7 +42,8 @@ def restore(
     )
     kept = [name for name in reader.names if not is_resmoe_name(name)]
     layers = sorted(fmt.layers)
-    total = 1 + len(layers)
+    groups = group_by_bytes(reader, kept)
+    total = len(groups) + len(layers)
     progress.start(total)
     shards: dict[str, tuple[str, ...]] = {}
 
@@ -50,15 +53,16 @@ def restore(
         shards[filename] = tuple(tensors)
         progress.shard_done()
 
-    write(1, {name: reader.get(name) for name in kept})
-    for number, layer in enumerate(layers, start=2):
+    for number, names in enumerate(groups, start=1):
+        write(number, {name: reader.get(name) for name in names})
+    for number, layer in enumerate(layers, start=len(groups) + 1):
         progress.stage(f"layer {layer}: restoring", fmt.num_experts)
         experts = []
         for expert in range(fmt.num_experts):
             rows = {p: rows.to(checkpoint.dtype) for p, rows in checkpoint.expert(layer, expert).items()}
             experts.append(rows_to_expert(rows, checkpoint.biases(layer, expert)))
             progress.step()
-        write(number, architecture.dense_tensors(fmt.names, layer, experts))
+        write(number, dense_tensors(architecture, fmt.names, layer, experts))
     for file in reader.other_files():
         relative = file.relative_to(reader.path)
         if str(relative) not in NOT_COPIED:

@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress_tools.architectures.base import ExpertWeights, MoEArchitecture
+from compress_tools.architectures.layouts import interleave
 from compress_tools.architectures.registry import find_architecture
 from compress_tools.design_matrix import rows_to_expert
 from compress_tools.errors import CheckpointError
@@ -140,7 +141,7 @@ def gate_function(dense: nn.Module) -> GateFunction:
         act = next(iter(dense.values())).act
         return lambda gate, up: act(up)
     if hasattr(dense, "gate_up_proj_bias"):
-        return lambda gate, up: dense._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2))
+        return lambda gate, up: dense._apply_gate(interleave(gate, up))
     return lambda gate, up: dense.act_fn(gate) * up
 
 
@@ -152,11 +153,9 @@ def fill_experts(dense: nn.Module, experts: list[ExpertWeights]) -> nn.Module:
                 dense[f"expert_{number}"].wi.weight.copy_(weights.up)
                 dense[f"expert_{number}"].wo.weight.copy_(weights.down)
             elif hasattr(dense, "gate_up_proj_bias"):
-                dense.gate_up_proj[number].copy_(torch.stack([weights.gate.T, weights.up.T], dim=-1).flatten(-2))
+                dense.gate_up_proj[number].copy_(interleave(weights.gate.T, weights.up.T))
                 biases = weights.biases
-                dense.gate_up_proj_bias[number].copy_(
-                    torch.stack([biases["gate_proj"], biases["up_proj"]], dim=-1).flatten()
-                )
+                dense.gate_up_proj_bias[number].copy_(interleave(biases["gate_proj"], biases["up_proj"]))
                 dense.down_proj[number].copy_(weights.down.T)
                 dense.down_proj_bias[number].copy_(biases["down_proj"])
             else:

@@ -138,9 +138,3 @@ class MoEArchitecture:
         last = self.num_layers(config)
         indices = (by_text[text] if texts else int(text) for text in found)
         return sorted(index for index in indices if texts or last is None or index < last)
-
-    def dense_tensors(self, names: ExpertNames, layer: int, experts: list[ExpertWeights]) -> dict[str, Tensor]:
-        """All experts of a layer as the family's usual checkpoint tensors (for ``resmoe restore``)."""
-        from compress_tools.architectures.layouts import dense_tensors
-
-        return dense_tensors(self, names, layer, experts)

@@ -152,6 +152,11 @@ def open_source(reader: CheckpointReader) -> MoESource:
     return source
 
 
+def interleave(gate: Tensor, up: Tensor) -> Tensor:
+    """GPT-OSS's order: gate and up alternate in the last dimension, ``[..., I]`` twice to ``[..., 2I]``."""
+    return torch.stack([gate, up], dim=-1).flatten(-2)
+
+
 def dense_tensors(
     architecture: MoEArchitecture, names: ExpertNames, layer: int, experts: list[ExpertWeights]
 ) -> dict[str, Tensor]:
@@ -163,10 +168,6 @@ def dense_tensors(
             for projection in names.projections
         }
     stem = architecture.fused.experts.replace("{layer}", str(layer))
-
-    def interleave(gate: Tensor, up: Tensor) -> Tensor:
-        return torch.stack([gate, up], dim=-1).flatten(-2)
-
     return {
         f"{stem}.{FUSED_GATE_UP}": torch.stack([interleave(w.gate.T, w.up.T) for w in experts]),
         f"{stem}.{FUSED_GATE_UP}{FUSED_BIAS}": torch.stack(
