@@ -1,33 +1,17 @@
 """The whole way in order, one MoE layer at a time: read, find the center, code the residuals, write."""
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from compress_tools import __version__
-from compress_tools.barycenter import CenterResult, find_center
 from compress_tools.checkpoint_reader import CheckpointReader
 from compress_tools.checkpoint_writer import CheckpointWriter, free_bytes
 from compress_tools.config import CompressionConfig
-from compress_tools.design_matrix import design_to_rows, expert_to_rows, rows_to_design
 from compress_tools.errors import CheckpointError, ConfigError
-from compress_tools.format.codec import restore_expert
-from compress_tools.format.schema import LayerSpec
-from compress_tools.format.tensors import (
-    BIAS,
-    CENTER,
-    DTYPES,
-    dense_layer_bytes,
-    layer_bytes,
-    layer_tensors,
-    tensor_name,
-)
+from compress_tools.layer_compression import compress_layer
 from compress_tools.plan import CompressionPlan, Shard, make_plan
 from compress_tools.progress import ProgressListener, Silent
 from compress_tools.report import (
@@ -39,8 +23,6 @@ from compress_tools.report import (
     LayerReport,
     model_card,
 )
-from compress_tools.residuals.base import StoredTensors
-from compress_tools.residuals.registry import METHODS
 
 
 def compress(
@@ -96,91 +78,6 @@ def compress(
 def versions() -> dict[str, str]:
     """Versions that can change the bytes."""
     return {"resmoe": __version__, "torch": torch.__version__}
-
-
-def compress_layer(
-    plan: CompressionPlan,
-    config: CompressionConfig,
-    layer: int,
-    progress: ProgressListener,
-) -> tuple[dict[str, Tensor], LayerReport, dict[str, float]]:
-    """One MoE layer: tensors by name, its report, seconds by stage."""
-    fmt, sizes, projections = plan.fmt, plan.source.sizes, plan.source.projections
-    dtype = DTYPES[fmt.dtype]
-    spec = fmt.layers[layer]
-    clock = _Clock()
-
-    with clock.stage("read"):
-        progress.stage(f"layer {layer}: reading", sizes.num_experts)
-        design = torch.empty(sizes.num_experts, sizes.intermediate_size, len(projections) * sizes.hidden_size)
-        biases: list[dict[Any, Tensor]] = []
-        for expert in range(sizes.num_experts):
-            weights = plan.source.read_expert(layer, expert)
-            design[expert] = rows_to_design(expert_to_rows(weights))
-            biases.append(weights.biases or {})
-            progress.step()
-        design = design.to(config.device)
-
-    with clock.stage("center"):
-        progress.stage(f"layer {layer}: center", None)
-        found = find_center(
-            design, config.center, config.max_iterations, config.tolerance, config.workers, progress.step
-        )
-
-    with clock.stage("residual"):
-        progress.stage(f"layer {layer}: residuals", sizes.num_experts)
-        tensors: dict[str, Tensor] = {}
-        shared: StoredTensors = {}
-        if found.center is not None:
-            for projection, rows in design_to_rows(found.center.to(dtype).cpu(), projections).items():
-                shared[projection, CENTER] = rows.contiguous()
-        for (projection, suffix), tensor in shared.items():
-            tensors[tensor_name(fmt, layer, None, projection, suffix)] = tensor
-        # The residual is taken against the center as stored, so that its rounding is not lost.
-        center = found.center.to(dtype).float() if found.center is not None else None
-        errors: list[float] = []
-        for expert in range(sizes.num_experts):
-            aligned = design[expert][found.perm[expert].to(design.device)]
-            residual = aligned - center if center is not None else aligned
-            stored = _encode(config, spec, residual, dtype)
-            for projection, bias in biases[expert].items():
-                # down's bias belongs to the output, whose order does not change.
-                ordered = bias if projection == "down_proj" else bias[found.perm[expert]]
-                stored[projection, BIAS] = ordered.to(dtype).contiguous()
-            for (projection, suffix), tensor in stored.items():
-                tensors[tensor_name(fmt, layer, expert, projection, suffix)] = tensor
-            restored = rows_to_design(_ordered(restore_expert(spec, shared, stored, sizes.hidden_size), projections))
-            errors.append((aligned.cpu() - restored).double().square().sum().item())
-            progress.step()
-
-    energy = sum(expert.double().square().sum().item() for expert in design)
-    report = LayerReport(
-        layer=layer,
-        approximation_error=sum(errors) / len(errors) / sizes.intermediate_size,
-        relative_error=sum(errors) / energy,
-        residual_energy=_residual_energy(found, energy),
-        bytes_before=dense_layer_bytes(fmt),
-        bytes_after=layer_bytes(fmt, layer),
-        center_start=found.start,
-        center_objective=found.objective,
-        assignment_gap=found.gap,
-    )
-    ordered = {name: tensors[name] for name in layer_tensors(fmt, layer)}
-    return ordered, report, clock.seconds
-
-
-def _encode(config: CompressionConfig, spec: LayerSpec, residual: Tensor, dtype: torch.dtype) -> StoredTensors:
-    """Code a residual by the layer's single part."""
-    (part,) = spec.residual
-    return METHODS[config.method].encode(residual, part, dtype, config.seed)
-
-
-def _ordered(rows: dict[Any, Tensor], projections: tuple[Any, ...]) -> dict[Any, Tensor]:
-    return {projection: rows[projection] for projection in projections}
-
-
-def _residual_energy(found: CenterResult, energy: float) -> float:
-    return found.objective[-1] / energy if energy else 0.0
 
 
 def _write(
@@ -250,17 +147,3 @@ def _check_space(writer: CheckpointWriter, plan: CompressionPlan) -> None:
         raise CheckpointError(
             f"{writer.dst}: needs {needed} bytes, {free} are free; make room, then run again with --resume"
         )
-
-
-class _Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

@@ -83,6 +83,11 @@ def decode_residual(layer: LayerSpec, stored: Stored, hidden_size: int) -> Rows:
     return total
 
 
+def restore_center(layer: LayerSpec, shared: Stored) -> Rows:
+    """The center that every expert of the layer shares, fp32 ``[I, H]`` for each projection; empty without one."""
+    return {projection: shared[projection, CENTER].float() for part in layer.center for projection in part.projections}
+
+
 def restore_expert(layer: LayerSpec, shared: Stored, stored: Stored, hidden_size: int) -> Rows:
     """Restored expert: center + decoded residual, added in fp32, in design-matrix orientation.
 
@@ -95,7 +100,6 @@ def restore_expert(layer: LayerSpec, shared: Stored, stored: Stored, hidden_size
         fp32 ``[I, H]`` for each projection.
     """
     rows = decode_residual(layer, stored, hidden_size)
-    for part in layer.center:
-        for projection in part.projections:
-            rows[projection] = rows[projection] + shared[projection, CENTER].float()
+    for projection, center in restore_center(layer, shared).items():
+        rows[projection] = rows[projection] + center
     return rows
