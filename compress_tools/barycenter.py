@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress_tools.alignment import align_experts
+from compress_tools.alignment import align_experts, squared_distance
+from compress_tools.clock import StageClock
 from compress_tools.errors import NumericalError
 
 
@@ -40,8 +41,8 @@ def identity_perm(num_experts: int, num_rows: int) -> Tensor:
 
 
 def mean_of_aligned(design: Tensor, perm: Tensor) -> Tensor:
-    """Mean of the aligned experts, ``[I, D]``; summed in fp32, one expert at a time."""
-    total = torch.zeros_like(design[0])
+    """Mean of the aligned experts, ``[I, D]`` fp32; summed in fp32, one expert at a time."""
+    total = torch.zeros(design.shape[1:], dtype=torch.float32, device=design.device)
     for expert, rows in enumerate(perm):
         total += design[expert][rows.to(design.device)]
     return total / len(design)
@@ -49,10 +50,7 @@ def mean_of_aligned(design: Tensor, perm: Tensor) -> Tensor:
 
 def spread(design: Tensor, perm: Tensor, center: Tensor) -> float:
     """Sum over experts of squared distances between aligned rows and center rows, float64."""
-    return sum(
-        (design[expert][rows.to(design.device)] - center).double().square().sum().item()
-        for expert, rows in enumerate(perm)
-    )
+    return sum(squared_distance(design[expert][rows.to(design.device)], center) for expert, rows in enumerate(perm))
 
 
 def barycenter(
@@ -61,27 +59,30 @@ def barycenter(
     tolerance: float = 1e-4,
     workers: int = 1,
     advance: Callable[[], None] = lambda: None,
+    clock: StageClock | None = None,
 ) -> CenterResult:
     """Fixed point: align every expert to the center, set the center to the mean of the aligned, repeat.
 
     Args:
-        design: design matrices ``[E, I, D]``, fp32.
+        design: design matrices ``[E, I, D]``, any float dtype; arithmetic in fp32.
         max_iterations: most iterations of each start.
         tolerance: stop once an iteration lowers the objective by less than this share.
         workers: assignments solved in parallel.
         advance: called after each assignment.
+        clock: told of "cost matrix", "assignment" and "center".
     Returns:
         the better of the two starts; ``objective`` is ``sum_k ||T_k W_k - center||_F^2``.
     Raises:
         NumericalError: a cost is not finite, or the objective rises by more than rounding explains.
     """
+    clock = clock or StageClock()
+    limits = (max_iterations, tolerance, workers, advance, clock)
     identity = identity_perm(len(design), design.shape[1])
-    starts = {"expert 0": design[0], "mean": mean_of_aligned(design, identity)}
-    results = [
-        _fixed_point(design, center, name, max_iterations, tolerance, workers, advance)
-        for name, center in starts.items()
-    ]
-    return min(results, key=lambda result: result.objective[-1])
+    first = _fixed_point(design, design[0].float(), "expert 0", *limits)
+    if torch.equal(first.perm, identity):
+        return first  # its center is the mean: the second start would begin where the first one ended
+    second = _fixed_point(design, mean_of_aligned(design, identity), "mean", *limits)
+    return min(first, second, key=lambda result: result.objective[-1])
 
 
 def _fixed_point(
@@ -92,26 +93,27 @@ def _fixed_point(
     tolerance: float,
     workers: int,
     advance: Callable[[], None],
+    clock: StageClock,
 ) -> CenterResult:
     objective: list[float] = []
-    perm, gap = None, 0.0
+    perm, proof, gap = identity_perm(len(design), design.shape[1]), None, 0.0
     for _ in range(max_iterations):
-        alignment = align_experts(design, center, workers, advance)
-        new_perm = alignment.perm
-        if perm is not None and torch.equal(new_perm, perm):
+        alignment = align_experts(design, center, workers, advance, perm, proof, clock)
+        if objective and torch.equal(alignment.perm, perm):
+            gap = alignment.gap.max().item()
             break
-        new_center = mean_of_aligned(design, new_perm)
-        value = spread(design, new_perm, new_center)
+        with clock.stage("center"):
+            new_center = mean_of_aligned(design, alignment.perm)
+            value = spread(design, alignment.perm, new_center)
         if objective and value > objective[-1] * (1 + 1e-6) + 1e-12:
             raise NumericalError(f"barycenter objective rose from {objective[-1]} to {value}")
         if objective and value >= objective[-1]:
             break
         previous = objective[-1] if objective else None
-        perm, center, gap = new_perm, new_center, alignment.gap.max().item()
+        perm, center, proof, gap = alignment.perm, new_center, alignment.proof, alignment.gap.max().item()
         objective.append(value)
         if value == 0 or (previous is not None and previous - value < tolerance * previous):
             break
-    assert perm is not None  # max_iterations >= 1
     return CenterResult(center, perm, objective, start, gap)
 
 
@@ -122,12 +124,25 @@ def find_center(
     tolerance: float,
     workers: int,
     advance: Callable[[], None] = lambda: None,
+    clock: StageClock | None = None,
 ) -> CenterResult:
-    """The center of the asked kind: ``barycenter``, ``mean`` (no alignment) or ``none``."""
+    """The center of the asked kind, and the row order that goes with it.
+
+    ``barycenter``; or, for comparison: ``git-rebasin`` (every expert matched to expert 0 once, then the mean: weight
+    matching of arXiv:2209.04836 for one hidden layer), ``mean`` (no alignment), ``none`` (no center).
+    See ``barycenter`` for arguments.
+    """
+    clock = clock or StageClock()
     if kind == "barycenter":
-        return barycenter(design, max_iterations, tolerance, workers, advance)
-    perm = identity_perm(len(design), design.shape[1])
+        return barycenter(design, max_iterations, tolerance, workers, advance, clock)
+    perm, gap = identity_perm(len(design), design.shape[1]), 0.0
     if kind == "none":
-        return CenterResult(None, perm, [design.double().square().sum().item()])
-    center = mean_of_aligned(design, perm)
-    return CenterResult(center, perm, [spread(design, perm, center)])
+        with clock.stage("center"):
+            zero = torch.zeros((), device=design.device).expand(design.shape[1:])
+            return CenterResult(None, perm, [sum(squared_distance(expert, zero) for expert in design)])
+    if kind == "git-rebasin":
+        alignment = align_experts(design, design[0].float(), workers, advance, perm, None, clock)
+        perm, gap = alignment.perm, alignment.gap.max().item()
+    with clock.stage("center"):
+        center = mean_of_aligned(design, perm)
+        return CenterResult(center, perm, [spread(design, perm, center)], gap=gap)

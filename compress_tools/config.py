@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from compress_tools.errors import ConfigError
 
 Method = Literal["prune", "low-rank"]
-Center = Literal["barycenter", "mean", "none"]
+Center = Literal["barycenter", "git-rebasin", "mean", "none"]
 
 
 class CompressionConfig(BaseModel):
@@ -31,7 +31,11 @@ class CompressionConfig(BaseModel):
         "all",
         description="Which MoE layers: all; top:N, bottom:N (N layers nearest the output, the input); or 0-3,7.",
     )
-    center: Center = Field("barycenter", description="Center expert: Wasserstein barycenter, plain mean, or none.")
+    center: Center = Field(
+        "barycenter",
+        description="Center expert: Wasserstein barycenter; or, for comparison, the mean after Git Re-Basin's matching "
+        "to expert 0, the plain mean, or none.",
+    )
     max_iterations: int = Field(25, ge=1, description="Most barycenter fixed-point iterations of each start.")
     tolerance: float = Field(
         1e-4,

@@ -25,6 +25,12 @@ def rows_to_design(rows: Rows) -> Tensor:
     return torch.cat([rows[projection].float() for projection in rows], dim=1)
 
 
+def fill_design(design: Tensor, rows: Rows) -> None:
+    """Write the projections' rows into ``design`` ``[I, P*H]``, in its dtype."""
+    for part, projection in zip(design.chunk(len(rows), dim=1), rows, strict=True):
+        part.copy_(rows[projection])
+
+
 def design_to_rows(design: Tensor, projections: tuple[Projection, ...]) -> Rows:
     """Split ``[..., P*H]`` into ``[..., H]`` for each projection; views."""
     return dict(zip(projections, design.chunk(len(projections), dim=-1), strict=True))

@@ -1,23 +1,52 @@
 """One MoE layer from weights to stored tensors: read, find the center, code the residuals, measure the error."""
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compress_tools.alignment import squared_distance
 from compress_tools.barycenter import CenterResult, find_center
+from compress_tools.clock import StageClock
 from compress_tools.config import CompressionConfig
-from compress_tools.design_matrix import expert_to_rows, rows_to_design
+from compress_tools.design_matrix import expert_to_rows, fill_design, rows_to_design
 from compress_tools.format.codec import restore_center, restore_expert
+from compress_tools.format.schema import LayerSpec, Projection
 from compress_tools.format.tensors import BIAS, DTYPES, dense_layer_bytes, layer_bytes, layer_tensors, tensor_name
 from compress_tools.plan import CompressionPlan
 from compress_tools.progress import ProgressListener
 from compress_tools.report import LayerReport
 from compress_tools.residuals.base import StoredTensors
 from compress_tools.residuals.registry import encode_center, encode_residual
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One MoE layer's experts, as read.
+
+    Attributes:
+        design: design matrices ``[E, I, P*H]`` in the source's dtype, on the device that computes.
+        biases: for each expert its biases by projection; empty where there are none.
+    """
+
+    design: Tensor
+    biases: list[dict[Projection, Tensor]]
+
+
+@dataclass(frozen=True)
+class CodedLayer:
+    """One MoE layer's stored tensors.
+
+    Attributes:
+        shared: the center's tensors by (projection, suffix).
+        experts: each expert's tensors by (projection, suffix).
+        errors: for each expert ``||aligned - restored||_F^2``, float64.
+    """
+
+    shared: StoredTensors
+    experts: list[StoredTensors]
+    errors: list[float]
 
 
 def compress_layer(
@@ -27,85 +56,85 @@ def compress_layer(
     progress: ProgressListener,
 ) -> tuple[dict[str, Tensor], LayerReport, dict[str, float]]:
     """One MoE layer: tensors by name, its report, seconds by stage."""
-    fmt, sizes, projections = plan.fmt, plan.source.sizes, plan.source.projections
-    dtype = DTYPES[fmt.dtype]
-    spec = fmt.layers[layer]
-    clock = _Clock()
-
-    with clock.stage("read"):
-        progress.stage(f"layer {layer}: reading", sizes.num_experts)
-        design = torch.empty(sizes.num_experts, sizes.intermediate_size, len(projections) * sizes.hidden_size)
-        biases: list[dict[Any, Tensor]] = []
-        for expert in range(sizes.num_experts):
-            weights = plan.source.read_expert(layer, expert)
-            design[expert] = rows_to_design(expert_to_rows(weights))
-            biases.append(weights.biases or {})
-            progress.step()
-        design = design.to(config.device)
-
-    with clock.stage("center"):
-        progress.stage(f"layer {layer}: center", None)
-        found = find_center(
-            design, config.center, config.max_iterations, config.tolerance, config.workers, progress.step
-        )
-
-    with clock.stage("residual"):
-        progress.stage(f"layer {layer}: residuals", sizes.num_experts)
-        shared: StoredTensors = {}
-        center = None
-        if found.center is not None:
-            shared = encode_center(spec, found.center, dtype)
-            # The residual is taken against the center as stored, so that its rounding is not lost.
-            center = rows_to_design(_ordered(restore_center(spec, shared), projections)).to(design.device)
-        tensors = {tensor_name(fmt, layer, None, *key): tensor for key, tensor in shared.items()}
-        errors: list[float] = []
-        for expert in range(sizes.num_experts):
-            aligned = design[expert][found.perm[expert].to(design.device)]
-            residual = aligned - center if center is not None else aligned
-            stored = encode_residual(spec, residual, dtype, config.seed)
-            for projection, bias in biases[expert].items():
-                # down's bias belongs to the output, whose order does not change.
-                ordered = bias if projection == "down_proj" else bias[found.perm[expert]]
-                stored[projection, BIAS] = ordered.to(dtype).contiguous()
-            for (projection, suffix), tensor in stored.items():
-                tensors[tensor_name(fmt, layer, expert, projection, suffix)] = tensor
-            restored = rows_to_design(_ordered(restore_expert(spec, shared, stored, sizes.hidden_size), projections))
-            errors.append((aligned.cpu() - restored).double().square().sum().item())
-            progress.step()
-
-    energy = sum(expert.double().square().sum().item() for expert in design)
+    fmt, clock = plan.fmt, StageClock()
+    weights = read_layer(plan, layer, config.device, progress, clock)
+    progress.stage(f"layer {layer}: center", None)
+    found = find_center(
+        weights.design, config.center, config.max_iterations, config.tolerance, config.workers, progress.step, clock
+    )
+    coded = code_layer(plan, layer, fmt.layers[layer], weights, found, config.seed, progress, clock)
+    energy = sum(squared_distance(expert, expert.new_zeros(()).expand_as(expert)) for expert in weights.design)
     report = LayerReport(
         layer=layer,
-        approximation_error=sum(errors) / len(errors) / sizes.intermediate_size,
-        relative_error=sum(errors) / energy,
-        residual_energy=_residual_energy(found, energy),
+        approximation_error=sum(coded.errors) / len(coded.errors) / fmt.intermediate_size,
+        relative_error=sum(coded.errors) / energy,
+        residual_energy=found.objective[-1] / energy if energy else 0.0,
         bytes_before=dense_layer_bytes(fmt),
         bytes_after=layer_bytes(fmt, layer),
         center_start=found.start,
         center_objective=found.objective,
         assignment_gap=found.gap,
     )
-    ordered = {name: tensors[name] for name in layer_tensors(fmt, layer)}
-    return ordered, report, clock.seconds
+    named = {tensor_name(fmt, layer, None, *key): tensor for key, tensor in coded.shared.items()}
+    for expert, stored in enumerate(coded.experts):
+        named.update({tensor_name(fmt, layer, expert, *key): tensor for key, tensor in stored.items()})
+    return {name: named[name] for name in layer_tensors(fmt, layer)}, report, clock.seconds
+
+
+def read_layer(
+    plan: CompressionPlan, layer: int, device: str, progress: ProgressListener, clock: StageClock
+) -> LayerWeights:
+    """Read one layer's experts; one expert at a time is held beside the result."""
+    sizes, columns = plan.source.sizes, len(plan.source.projections) * plan.source.sizes.hidden_size
+    with clock.stage("read"):
+        progress.stage(f"layer {layer}: reading", sizes.num_experts)
+        design = torch.empty(
+            sizes.num_experts, sizes.intermediate_size, columns, dtype=DTYPES[plan.fmt.dtype], device=device
+        )
+        biases: list[dict[Projection, Tensor]] = []
+        for expert in range(sizes.num_experts):
+            weights = plan.source.read_expert(layer, expert)
+            fill_design(design[expert], expert_to_rows(weights))
+            biases.append(weights.biases or {})
+            progress.step()
+    return LayerWeights(design, biases)
+
+
+def code_layer(
+    plan: CompressionPlan,
+    layer: int,
+    spec: LayerSpec,
+    weights: LayerWeights,
+    found: CenterResult,
+    seed: int,
+    progress: ProgressListener,
+    clock: StageClock,
+) -> CodedLayer:
+    """Code one layer by its spec, and measure each expert's error on what is stored."""
+    sizes, projections, dtype = plan.source.sizes, plan.source.projections, DTYPES[plan.fmt.dtype]
+    shared: StoredTensors = {}
+    center = None
+    experts: list[StoredTensors] = []
+    errors: list[float] = []
+    with clock.stage("residual"):
+        progress.stage(f"layer {layer}: residuals", sizes.num_experts)
+        if found.center is not None:
+            shared = encode_center(spec, found.center, dtype)
+            # The residual is taken against the center as stored, so that its rounding is not lost.
+            center = rows_to_design(_ordered(restore_center(spec, shared), projections)).to(weights.design.device)
+        for design, biases, perm in zip(weights.design, weights.biases, found.perm, strict=True):
+            aligned = design[perm.to(design.device)].float()
+            stored = encode_residual(spec, aligned if center is None else aligned - center, dtype, seed)
+            for projection, bias in biases.items():
+                # down's bias belongs to the output, whose order does not change.
+                ordered = bias if projection == "down_proj" else bias[perm]
+                stored[projection, BIAS] = ordered.to(dtype).contiguous()
+            restored = rows_to_design(_ordered(restore_expert(spec, shared, stored, sizes.hidden_size), projections))
+            errors.append(squared_distance(aligned.cpu(), restored))
+            experts.append(stored)
+            progress.step()
+    return CodedLayer(shared, experts, errors)
 
 
 def _ordered(rows: dict[Any, Tensor], projections: tuple[Any, ...]) -> dict[Any, Tensor]:
     return {projection: rows[projection] for projection in projections}
-
-
-def _residual_energy(found: CenterResult, energy: float) -> float:
-    return found.objective[-1] / energy if energy else 0.0
-
-
-class _Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

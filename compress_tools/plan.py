@@ -1,7 +1,6 @@
 """What a compression will write, known before any weight is read: format block, shards, sizes, peak memory."""
 
 from dataclasses import dataclass
-from math import ceil
 from typing import Any
 
 from compress_tools import __version__
@@ -10,7 +9,7 @@ from compress_tools.checkpoint_reader import CheckpointReader
 from compress_tools.config import CompressionConfig, select_layers
 from compress_tools.errors import CheckpointError
 from compress_tools.format.schema import DenseCenter, LayerSpec, ResMoEFormat
-from compress_tools.format.tensors import dense_layer_bytes, layer_bytes, layer_params, layer_tensors
+from compress_tools.format.tensors import DTYPES, dense_layer_bytes, layer_bytes, layer_params, layer_tensors
 from compress_tools.residuals.registry import METHODS
 
 MAX_PASSTHROUGH_SHARD_BYTES = 2 * 10**9
@@ -157,7 +156,10 @@ def _shards(reader: CheckpointReader, fmt: ResMoEFormat, kept: list[str], select
 
 def _peak_memory(fmt: ResMoEFormat, selected: list[int], workers: int) -> int:
     rows, columns = fmt.intermediate_size, len(fmt.names.projections) * fmt.hidden_size
-    design = 4 * rows * columns
-    costs = (2 * workers + 2) * 8 * rows * rows
+    matrix = rows * columns
+    experts = fmt.num_experts * matrix * DTYPES[fmt.dtype].itemsize
+    # Center, one expert, its aligned form, its residual and one temporary, fp32.
+    aligning = 4 * 2 * matrix + (3 * workers + 1) * 4 * rows * rows
+    coding = 4 * 5 * matrix + 4 * 2 * min(rows, columns) ** 2
     stored = max((layer_bytes(fmt, layer) for layer in selected), default=0)
-    return design * fmt.num_experts + ceil(3 * design) + costs + stored
+    return experts + max(aligning, coding + stored)

@@ -51,3 +51,30 @@ def test_not_worse_than_pot(experts: int, rows: int, columns: int) -> None:
     support = ot.lp.free_support_barycenter(measures, weights, measures[0].copy(), numItermax=100, stopThr=0)
     theirs = sum(ot.emd2(weights[0], weights[0], ot.dist(support, cloud)) for cloud in measures) * rows
     assert barycenter(design, max_iterations=100, tolerance=0.0).objective[-1] <= theirs * (1 + 1e-6)
+
+
+def test_git_rebasin_center_is_the_mean_after_one_matching_to_expert_0() -> None:
+    design = random_design(4, 40, 6, seed=3)
+    found = find_center(design, "git-rebasin", 25, 0.0, 1)
+    assert torch.equal(found.perm[0], torch.arange(40))
+    aligned = torch.stack([expert[perm] for expert, perm in zip(design, found.perm, strict=True)])
+    torch.testing.assert_close(found.center, aligned.mean(0))
+    mean = find_center(design, "mean", 1, 0.0, 1)
+    best = barycenter(design, tolerance=0.0)
+    assert best.objective[-1] <= found.objective[-1] < mean.objective[-1]
+
+
+def test_noisy_copies_keep_their_order_and_need_one_start() -> None:
+    base, *others = random_design(5, 300, 64, seed=2)
+    design = torch.stack([base + 0.2 * other for other in others])
+    found = barycenter(design)
+    assert torch.equal(found.perm, torch.arange(300).expand(4, 300))
+    torch.testing.assert_close(found.center, design.mean(0))
+    assert found.start == "expert 0"
+
+
+def test_bf16_weights_give_the_center_of_their_values() -> None:
+    design = random_design(3, 40, 12, seed=4).bfloat16()
+    low, full = barycenter(design), barycenter(design.float())
+    assert torch.equal(low.perm, full.perm)
+    assert torch.equal(low.center, full.center)

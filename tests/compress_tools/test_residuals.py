@@ -8,9 +8,9 @@ from compress_tools.format.codec import decode_residual
 from compress_tools.format.schema import LayerSpec
 from compress_tools.format.tensors import VALUES
 from compress_tools.residuals.budget import affordable_rank
-from compress_tools.residuals.low_rank import left_singular_vectors
 from compress_tools.residuals.prune import largest_magnitudes
 from compress_tools.residuals.registry import METHODS
+from compress_tools.svd import left_singular_vectors
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
