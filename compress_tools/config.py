@@ -11,6 +11,11 @@ Method = Literal["prune", "low-rank"]
 Center = Literal["barycenter", "git-rebasin", "mean", "none"]
 
 
+def default_workers() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class CompressionConfig(BaseModel):
     """The recipe. ``device`` and ``workers`` change how fast it goes, not what it makes."""
 
@@ -46,9 +51,7 @@ class CompressionConfig(BaseModel):
     seed: int = Field(0, ge=0, description="Seed of randomised steps.")
     device: str = Field("cpu", description="Where products and factorisations run: cpu, cuda, cuda:N.")
     workers: int = Field(
-        default_factory=lambda: (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        ),
+        default_factory=default_workers,
         ge=1,
         description="Assignments solved in parallel. [default: the number of cores]",
     )

@@ -1,0 +1,1 @@
+"""The compression engine at the true shapes of published models."""

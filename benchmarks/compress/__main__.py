@@ -1,0 +1,131 @@
+"""`python -m benchmarks.compress`: the engine on one layer at true shapes, stage by stage; and against POT's solver.
+
+All of it takes one to two hours on 2 cores; `--shape` and `--kind` choose. Each layer runs in a process of its own,
+so that its peak memory is its own.
+"""
+
+import json
+import multiprocessing
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import get_args
+
+import click
+
+from benchmarks.compress.pot import CASES, Comparison, compare
+from benchmarks.compress.run import STAGES, LayerRun, run_layer
+from benchmarks.compress.source import Kind, write_source
+from benchmarks.rows import Row, print_rows, write_rows
+from benchmarks.shapes import SHAPES
+from compress_tools.config import default_workers
+
+# Part of the project's goals: minutes for near-copied and for unrelated experts, and peak memory in GB.
+TARGETS = {
+    "DeepSeekMoE-16B": (3, 10, 4),
+    "Qwen3-30B-A3B": (3, 10, 4),
+    "Mixtral-8x7B": (10, 60, 12),
+}
+KINDS = get_args(Kind)
+
+
+def layer_rows(run: LayerRun) -> list[Row]:
+    """One layer's figures: targets first, then each stage against its limit."""
+    minutes_near, minutes_unrelated, peak_gb = TARGETS[run.shape]
+    case = {"shape": run.shape, "kind": run.kind}
+    stem = f"{run.shape}, {run.kind}"
+    total = sum(run.seconds.values()) / 60
+    target = minutes_near if run.kind == "near-copied" else minutes_unrelated
+    rows = [
+        Row.at_most(f"{stem}: alignment, center, both residuals, read and write", total, "min", target, **asdict(run)),
+        Row.at_most(f"{stem}: peak memory", run.peak_gb, "GB", peak_gb, **case),
+        Row.at_most(f"{stem}: relative duality gap", run.gap, "", 1e-6, **case),
+    ]
+    if run.excess is not None:
+        rows.append(Row.at_most(f"{stem}: SVD error over the exact tail", 100 * run.excess, "%", 0.1, **case))
+    for stage in STAGES:
+        seconds, limit = run.seconds.get(stage, 0.0), run.limit_s.get(stage)
+        beside = f" (limit {limit:.1f} s)" if limit is not None else ""
+        rows.append(Row(f"  {stage}{beside}", seconds, "s", context={**case, "limit_s": limit}))
+    return rows
+
+
+def pot_rows(found: Comparison) -> list[Row]:
+    """Ours against POT's, on one input."""
+    stem = f"{found.experts} x {found.rows} x {found.columns}, {found.kind}"
+    note = ", truncated" if found.pot_truncated else ""
+    return [
+        Row.at_most(
+            f"{stem}: objective, share of POT's{note}", found.our_objective / found.pot_objective, "", 1 + 1e-6,
+            **asdict(found),
+        ),
+        Row(f"{stem}: time, {found.our_s:.2f} s, POT {found.pot_s:.2f} s", found.pot_s / found.our_s, "x faster"),
+    ]  # fmt: skip
+
+
+@click.command()
+@click.option("--shape", "shapes", multiple=True, type=click.Choice(list(TARGETS)), help="Default: all.")
+@click.option("--kind", "kinds", multiple=True, type=click.Choice(KINDS), help="Default: both.")
+@click.option("--pot/--no-pot", "with_pot", default=True, show_default=True, help="Compare with POT's own solver.")
+@click.option("--workers", default=default_workers, type=click.IntRange(min=1), help="Default: the number of cores.")
+@click.option("--check-svd/--no-check-svd", default=None, help="Exact tail of one expert. Default: not for Mixtral.")
+@click.option("--work-dir", type=click.Path(path_type=Path, file_okay=False), help="Default: a temporary directory.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the rows to FILE.")
+@click.option("--one", hidden=True, nargs=2, type=str, help="Run one shape and kind here; print JSON.")
+def main(
+    shapes: tuple[str, ...],
+    kinds: tuple[Kind, ...],
+    with_pot: bool,
+    workers: int,
+    check_svd: bool | None,
+    work_dir: Path | None,
+    json_file: Path | None,
+    one: tuple[str, Kind] | None,
+) -> None:
+    """Measure the compression engine."""
+    if one:
+        print(json.dumps(asdict(_measure(*one, workers, bool(check_svd), work_dir))))
+        return
+    rows: list[Row] = []
+    if with_pot:
+        for case in CASES:
+            rows += pot_rows(compare(*case, workers=workers))
+            click.echo(f"{rows[-2].name}: {rows[-2].value:.6f}; {rows[-1].name}", err=True)
+    for name in shapes or TARGETS:
+        for kind in kinds or KINDS:
+            check = name != "Mixtral-8x7B" if check_svd is None else check_svd
+            rows += layer_rows(_in_a_process(name, kind, workers, check, work_dir))
+            click.echo(f"{rows[-len(STAGES) - 3].name}: done", err=True)
+            if json_file:
+                write_rows(rows, json_file)
+    print_rows(rows, "Compression of one layer")
+    if json_file:
+        write_rows(rows, json_file)
+
+
+def _in_a_process(name: str, kind: Kind, workers: int, check_svd: bool, work_dir: Path | None) -> LayerRun:
+    command = [sys.executable, "-m", "benchmarks.compress", "--one", name, kind, "--workers", str(workers)]
+    command += ["--check-svd"] if check_svd else ["--no-check-svd"]
+    command += ["--work-dir", str(work_dir)] if work_dir else []
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return LayerRun(**json.loads(done.stdout))
+
+
+def _measure(name: str, kind: Kind, workers: int, check_svd: bool, work_dir: Path | None) -> LayerRun:
+    if work_dir:
+        work_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=work_dir) as scratch:
+        source = Path(scratch) / "source"
+        # In a process of its own: what making the weights takes is no part of the peak.
+        making = multiprocessing.get_context("spawn").Process(target=write_source, args=(source, SHAPES[name], kind))
+        making.start()
+        making.join()
+        if making.exitcode:
+            raise SystemExit(making.exitcode)
+        return run_layer(source, Path(scratch), SHAPES[name], kind, workers, check_svd)
+
+
+if __name__ == "__main__":
+    main()

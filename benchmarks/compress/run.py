@@ -1,0 +1,156 @@
+"""Compress one layer as `resmoe compress` does, by both methods on one center; time, work and memory by stage."""
+
+import os
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.compress.source import Kind
+from benchmarks.shapes import MoEShape
+from compress_tools.barycenter import find_center
+from compress_tools.checkpoint_reader import CheckpointReader
+from compress_tools.checkpoint_writer import CheckpointWriter
+from compress_tools.clock import StageClock
+from compress_tools.config import make_config
+from compress_tools.format.tensors import layer_tensors, tensor_name
+from compress_tools.layer_compression import code_layer, read_layer
+from compress_tools.plan import make_plan
+from compress_tools.progress import Silent
+from compress_tools.svd import left_singular_vectors, tail_energy
+
+METHODS = ("prune", "low-rank")
+STAGES = ("read", "cost matrix", "assignment", "center", "residual prune", "residual low-rank", "write")
+
+
+@dataclass(frozen=True)
+class LayerRun:
+    """What one layer took.
+
+    Attributes:
+        seconds: by stage; "assignment" is what the products did not hide.
+        limit_s: by stage, its products at the measured rate of a large fp32 product, or its bytes at the measured
+            rate of a copy or of the disk.
+        peak_gb: peak resident memory of the process, 1e9 bytes.
+        objective: the barycenter objective after each iteration.
+        start: the start that won.
+        gap: largest relative duality gap.
+        errors: relative error by method.
+        excess: relative excess of the low-rank route's error over the exact tail, expert 0; None if not asked for.
+    """
+
+    shape: str
+    kind: Kind
+    seconds: dict[str, float]
+    limit_s: dict[str, float]
+    peak_gb: float
+    objective: list[float]
+    start: str
+    gap: float
+    errors: dict[str, float]
+    excess: float | None
+    gflops: float
+    copy_gb_s: float
+    disk_gb_s: float
+
+
+def product_rate(size: int = 4096) -> float:
+    """fp32 operations per second of a large product, best of three."""
+    left, right = torch.randn(size, size), torch.randn(size, size)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def copy_rate(num_bytes: int = 2**29) -> float:
+    """Bytes per second of a copy in memory, read and write counted once each; best of three."""
+    source, target = torch.ones(num_bytes, dtype=torch.uint8), torch.empty(num_bytes, dtype=torch.uint8)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        target.copy_(source)
+        best = min(best, time.perf_counter() - start)
+    return num_bytes / best
+
+
+def disk_rate(directory: Path, num_bytes: int = 2**28) -> float:
+    """Bytes per second of a synced write."""
+    file = directory / "rate.bin"
+    content = os.urandom(num_bytes)
+    start = time.perf_counter()
+    with file.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    rate = num_bytes / (time.perf_counter() - start)
+    file.unlink()
+    return rate
+
+
+def run_layer(source: Path, work: Path, shape: MoEShape, kind: Kind, workers: int, check_svd: bool) -> LayerRun:
+    """Read, align, code and write the checkpoint at ``source`` into ``work``."""
+    rates = product_rate(), copy_rate(), disk_rate(work)
+    reader, silent, clock = CheckpointReader(source), Silent(), StageClock()
+    plans = {method: make_plan(reader, make_config(method=method, workers=workers)) for method in METHODS}
+    config = make_config(workers=workers)
+    weights = read_layer(plans["prune"], 0, "cpu", silent, clock)
+    with FlopCounterMode(display=False) as counter:
+        found = find_center(weights.design, "barycenter", config.max_iterations, config.tolerance, workers, clock=clock)
+    work_done = {"cost matrix": counter.get_total_flops()}
+    energy = sum(expert.float().square().sum(dtype=torch.float64).item() for expert in weights.design)
+    errors, written = {}, 0
+    for method, plan in plans.items():
+        coding = StageClock()
+        with FlopCounterMode(display=False) as counter:
+            coded = code_layer(plan, 0, plan.fmt.layers[0], weights, found, config.seed, silent, coding)
+        clock.seconds[f"residual {method}"] = coding.seconds["residual"]
+        work_done[f"residual {method}"] = counter.get_total_flops()
+        errors[method] = sum(coded.errors) / energy
+        tensors = {tensor_name(plan.fmt, 0, None, *key): tensor for key, tensor in coded.shared.items()}
+        for expert, stored in enumerate(coded.experts):
+            tensors.update({tensor_name(plan.fmt, 0, expert, *key): tensor for key, tensor in stored.items()})
+        del coded
+        written += sum(tensor.nbytes for tensor in tensors.values())
+        with clock.stage("write"):
+            writer = CheckpointWriter(work / method, {"benchmark": method})
+            writer.write_shard("layer.safetensors", {name: tensors[name] for name in layer_tensors(plan.fmt, 0)}, {})
+        del tensors
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    limit = {stage: operations / rates[0] for stage, operations in work_done.items()}
+    limit["read"] = weights.design.nbytes / rates[1]
+    # Each round adds every expert up, and takes its distance from the mean.
+    limit["center"] = len(found.objective) * 2 * weights.design.nbytes / rates[1]
+    limit["write"] = written / rates[2]
+    # Pruning makes no products: each expert in fp32 is read and written a few times at the least twice.
+    limit["residual prune"] = 2 * 2 * weights.design.nbytes / rates[1]
+    return LayerRun(
+        shape=shape.name,
+        kind=kind,
+        seconds=clock.seconds,
+        limit_s=limit,
+        peak_gb=peak,
+        objective=[value / energy for value in found.objective],
+        start=found.start,
+        gap=found.gap,
+        errors=errors,
+        excess=_svd_excess(plans["low-rank"].fmt.layers[0].residual[0].rank, weights.design[0], found)
+        if check_svd
+        else None,
+        gflops=rates[0] / 1e9,
+        copy_gb_s=rates[1] / 1e9,
+        disk_gb_s=rates[2] / 1e9,
+    )
+
+
+def _svd_excess(rank: int, design: torch.Tensor, found: object) -> float:
+    """How much more than the exact tail the chosen route loses on expert 0's residual, relative."""
+    residual = design[found.perm[0]].float() - found.center
+    left = left_singular_vectors(residual, rank)
+    lost = residual - left @ (left.T @ residual)
+    return lost.square().sum(dtype=torch.float64).item() / tail_energy(residual, rank) - 1
