@@ -9,7 +9,7 @@ from compress_tools.architectures.registry import find_architecture
 from compress_tools.checkpoint_writer import CheckpointWriter
 from compress_tools.design_matrix import rows_to_expert
 from compress_tools.format.tensors import dense_layer_bytes, is_resmoe_name
-from compress_tools.pipeline import versions
+from compress_tools.identity import versions
 from compress_tools.plan import group_by_bytes
 from compress_tools.progress import ProgressListener, Silent
 from compress_tools.report import CARD_NAME, RECIPE_NAME, REPORT_NAME, TIMINGS_NAME

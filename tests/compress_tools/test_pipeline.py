@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.tiny_models import TINY_CONFIGS, save_tiny_model
 from compress_tools.checkpoint_reader import INDEX_NAME, CheckpointReader
-from compress_tools.checkpoint_writer import STATE_DIR, staging_path
+from compress_tools.staging import STATE_DIR, staging_path
 from compress_tools.config import CompressionConfig, make_config, select_layers
 from compress_tools.errors import (
     CheckpointError,
@@ -27,7 +27,7 @@ from compress_tools.errors import (
     UnsupportedArchitectureError,
 )
 from compress_tools.pipeline import compress
-from compress_tools.report import TIMINGS_NAME
+from compress_tools.report import TIMINGS_NAME, LayerReport
 from compress_tools.resmoe_checkpoint import ResMoECheckpoint
 from compress_tools.restore import restore
 from compress_tools.verify import verify
@@ -146,6 +146,7 @@ def interrupted(source: Path, target: Path) -> Path:
         def start(self, total: int) -> None: ...
         def stage(self, text: str, total: int | None) -> None: ...
         def step(self) -> None: ...
+        def layer_done(self, report: LayerReport, seconds: dict[str, float]) -> None: ...
         def say(self, text: str) -> None: ...
         def shard_done(self) -> None:
             raise Stop
