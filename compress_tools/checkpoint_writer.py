@@ -21,6 +21,7 @@ from compress_tools.staging import (
     STATE_DIR,
     check_destination,
     check_identity,
+    destination,
     discard,
     is_occupied,
     publish,
@@ -51,9 +52,10 @@ class CheckpointWriter:
     def __init__(
         self, dst: str | Path, identity: dict[str, Any], *, resume: bool = False, overwrite: bool = False
     ) -> None:
-        self.dst = Path(dst).absolute()
+        self.dst = destination(dst)
         self.staging = staging_path(self.dst)
-        self.identity = identity
+        # As it comes back from a file, so that a resumed run writes the same.
+        self.identity: dict[str, Any] = json.loads(json.dumps(identity, sort_keys=True))
         self.is_whole = False
         self._state = self.staging / STATE_DIR
         check_destination(self.dst)
@@ -71,7 +73,7 @@ class CheckpointWriter:
             raise CheckpointError(f"{self.dst}: not empty; choose another directory or pass --overwrite")
         if self.staging.exists():
             if resume:
-                self.identity = check_identity(self.staging, identity) or identity
+                self.identity = check_identity(self.staging, identity) or self.identity
             elif overwrite:
                 with _writing(self.staging):
                     discard(self.staging, self.dst)
@@ -81,9 +83,9 @@ class CheckpointWriter:
             self._state.mkdir(parents=True, exist_ok=True)
             for leftover in (*self.staging.glob("*.tmp"), *self._state.glob("*.tmp")):
                 leftover.unlink()
+            _write_text(self._state / IDENTITY_NAME, json.dumps(self.identity, indent=2, sort_keys=True))
             if self._may_replace:
                 (self._state / MAY_REPLACE_NAME).touch()
-            _write_text(self._state / IDENTITY_NAME, json.dumps(self.identity, indent=2, sort_keys=True))
 
     def record(self, filename: str) -> dict[str, Any] | None:
         """The record of a shard that an earlier run wrote whole, or None; ``bytes`` is the file's size."""
@@ -127,6 +129,8 @@ class CheckpointWriter:
                 shutil.copyfile(source, temporary)
                 _sync(temporary)
             os.replace(temporary, self.staging / filename)
+            # Renaming one link of a file to another does nothing: a killed call had linked it already.
+            temporary.unlink(missing_ok=True)
             self._write_record(filename, record)
 
     def write_text(self, filename: str, text: str) -> None:

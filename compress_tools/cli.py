@@ -87,7 +87,7 @@ def compress(
         _print_plan(src, config, as_json)
         return
     if part is not None:
-        with _progress(as_json, slice_path(Path(dst), part)) as progress:
+        with _progress(as_json, slice_path(dst, part)) as progress:
             path = compress_slice(src, dst, config, part, resume=resume, overwrite=overwrite, progress=progress)
         _print(
             {"path": str(path), "slice": [part.number, part.count]},
@@ -95,7 +95,7 @@ def compress(
             lambda: f"Written to {path}. Once all {part.count} are there: [bold]resmoe merge {dst}[/bold]",
         )
         return
-    with _progress(as_json, Path(dst)) as progress:
+    with _progress(as_json, dst) as progress:
         report = run(src, dst, config, resume=resume, overwrite=overwrite, progress=progress)
     _print_report(report, dst, as_json)
 
@@ -115,7 +115,7 @@ def merge(dst: str, slices: tuple[str, ...], remove_slices: bool, resume: bool, 
     from compress_tools.merge import merge as run
 
     _check_exclusive(resume, overwrite)
-    with _progress(as_json, Path(dst)) as progress:
+    with _progress(as_json, dst) as progress:
         report = run(dst, slices, resume=resume, overwrite=overwrite, remove_slices=remove_slices, progress=progress)
     _print_report(report, dst, as_json)
 
@@ -160,14 +160,16 @@ def verify(path: str, against: str | None, workers: int, as_json: bool) -> None:
 @cli.command()
 @click.argument("src")
 @click.argument("dst")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same source.")
 @overwrite_option
 @json_option
-def restore(src: str, dst: str, overwrite: bool, as_json: bool) -> None:
+def restore(src: str, dst: str, resume: bool, overwrite: bool, as_json: bool) -> None:
     """Write the dense Hugging Face checkpoint DST that the ResMoE checkpoint SRC stands for."""
     from compress_tools.restore import restore as run
 
-    with _progress(as_json) as progress:
-        total_bytes = run(src, dst, overwrite=overwrite, progress=progress)
+    _check_exclusive(resume, overwrite)
+    with _progress(as_json, dst) as progress:
+        total_bytes = run(src, dst, resume=resume, overwrite=overwrite, progress=progress)
     _print({"path": dst, "total_bytes": total_bytes}, as_json, lambda: f"Written to {dst}: {total_bytes} bytes.")
 
 
@@ -184,10 +186,10 @@ def demo(out_dir: str) -> None:
     run_demo(out_dir)
 
 
-def main() -> None:
-    """Run the command; its exit codes are STYLE's: 0 ok, 2 usage, 3 architecture, 4 checkpoint, 5 numerics, 1 bug."""
+def main(command: click.Command = cli) -> None:
+    """Run a command; its exit codes are STYLE's: 0 ok, 2 usage, 3 architecture, 4 checkpoint, 5 numerics, 1 bug."""
     try:
-        cli.main(standalone_mode=False)
+        command.main(standalone_mode=False)
     except click.exceptions.Abort:
         print("resmoe: interrupted; `--resume` goes on from the last whole shard", file=sys.stderr)
         sys.exit(130)
@@ -209,7 +211,7 @@ def _check_exclusive(resume: bool, overwrite: bool) -> None:
 
 
 @contextmanager
-def _progress(quiet: bool, dst: Path | None = None) -> Iterator[ProgressListener]:
+def _progress(quiet: bool, dst: str | Path | None = None) -> Iterator[ProgressListener]:
     """Bars on a terminal, lines where stderr is none, neither if quiet; and the log file of ``dst``."""
     live = not quiet and sys.stderr.isatty()
     with logged(None if dst is None else log_path(dst), to_stderr=not quiet and not live) as lines:

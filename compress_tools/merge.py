@@ -15,7 +15,7 @@ from compress_tools.outline import Outline
 from compress_tools.progress import ProgressListener, Silent
 from compress_tools.report import CompressionReport
 from compress_tools.slices import SliceManifest, read_slice
-from compress_tools.staging import STATE_DIR, is_occupied, staging_path
+from compress_tools.staging import STATE_DIR, destination, is_occupied, staging_path
 
 
 def merge(
@@ -45,15 +45,15 @@ def merge(
             or the disk is full.
     """
     progress = progress or Silent()
-    dst = Path(dst).absolute()
+    dst = destination(dst)
     _check_free(dst, overwrite)
     manifests = _read_all(dst, [Path(path).absolute() for path in slices] or find_slices(dst))
     first = manifests[0]
     owners = {filename: manifest for manifest in manifests for filename in manifest.records}
+    # A shard that an interrupted merge took need not be in its slice any more.
+    begun = dst if (dst / STATE_DIR).exists() else staging_path(dst)
     for filename, owner in owners.items():
-        taken = staging_path(dst) / filename
-        # A shard that an interrupted merge took need not be in its slice any more.
-        if not (resume and taken.is_file() and taken.stat().st_size == owner.records[filename]["bytes"]):
+        if not (resume and owner.has_shard(filename, begun)):
             owner.check_shard(filename)
     writer = CheckpointWriter(dst, first.identity, resume=resume, overwrite=overwrite)
     if writer.is_whole:

@@ -81,7 +81,7 @@ def compress_slice(
     progress = progress or Silent()
     job = _prepare(Path(src), Path(dst), config, src)
     shards = shards_of(job.plan, part)
-    target = slice_path(Path(dst).absolute(), part)
+    target = slice_path(dst, part)
     writer = CheckpointWriter(target, job.identity, resume=resume, overwrite=overwrite)
     if not writer.is_whole:
         records = _write_shards(job, shards, writer, progress)

@@ -10,16 +10,17 @@ from compress_tools.config import Slice
 from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.outline import Outline
 from compress_tools.plan import CompressionPlan, Shard
-from compress_tools.staging import staging_path
+from compress_tools.staging import destination, staging_path
 
 MANIFEST_NAME = "resmoe_slice.json"
 # Files of the source that are not weights, in the first slice.
 FILES_DIR = "files"
 
 
-def slice_path(dst: Path, part: Slice) -> Path:
+def slice_path(dst: str | Path, part: Slice) -> Path:
     """Where a slice of ``dst`` goes: beside it. It has no config.json, so nothing takes it for a checkpoint."""
-    return dst.with_name(f"{dst.name}.shard-{part.number}-of-{part.count}")
+    path = destination(dst)
+    return path.with_name(f"{path.name}.shard-{part.number}-of-{part.count}")
 
 
 def shards_of(plan: CompressionPlan, part: Slice) -> list[Shard]:
@@ -53,18 +54,18 @@ class SliceManifest:
     outline: Outline
     records: dict[str, dict[str, Any]]
 
-    def check_shard(self, filename: str) -> Path:
-        """A shard's path, once it is known to be there at its recorded size.
+    def has_shard(self, filename: str, directory: Path) -> bool:
+        """Whether a shard lies in ``directory`` at its recorded size."""
+        file = directory / filename
+        return file.is_file() and file.stat().st_size == self.records[filename]["bytes"]
 
-        Raises:
-            CheckpointError: missing, or of another size.
-        """
-        file = self.path / filename
-        size = file.stat().st_size if file.is_file() else None
-        if size != self.records[filename]["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes, expected {self.records[filename]['bytes']}"
-            raise CheckpointError(f"{file}: {found}; copy or make the slice again")
-        return file
+    def check_shard(self, filename: str) -> None:
+        """Raises CheckpointError if a shard is missing from the slice, or of another size."""
+        if not self.has_shard(filename, self.path):
+            raise CheckpointError(
+                f"{self.path / filename}: missing, or not of {self.records[filename]['bytes']} bytes; copy or make the "
+                "slice again"
+            )
 
     def files(self) -> dict[Path, Path]:
         """Files to copy through: relative output path to where it lies. Empty but in the first slice."""

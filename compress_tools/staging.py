@@ -17,6 +17,18 @@ REPLACED_NAME = "replaced"
 MAY_REPLACE_NAME = "overwrite"
 
 
+def destination(dst: str | Path) -> Path:
+    """The absolute path of an output directory, without ``..``: its name and its parent are used.
+
+    Raises:
+        CheckpointError: it has no name.
+    """
+    path = Path(os.path.abspath(dst))
+    if not path.name:
+        raise CheckpointError(f"{dst}: is the root of a file system; choose a directory inside it")
+    return path
+
+
 def staging_path(dst: Path) -> Path:
     """Where a checkpoint is put together: beside the destination, so that the last step is a rename."""
     return dst.with_name(dst.name + ".partial")
@@ -24,14 +36,12 @@ def staging_path(dst: Path) -> Path:
 
 def log_path(dst: str | Path) -> Path:
     """The log file of every run that wrote, or tries to write, ``dst``: beside it, so never part of it."""
-    absolute = Path(dst).absolute()
-    return absolute.with_name(absolute.name + ".log")
+    path = destination(dst)
+    return path.with_name(path.name + ".log")
 
 
 def check_destination(dst: Path) -> None:
     """Raises CheckpointError where the last rename could not succeed."""
-    if not dst.name:
-        raise CheckpointError(f"{dst}: is the root of a file system; choose a directory inside it")
     if dst.exists() and not dst.is_dir():
         raise CheckpointError(f"{dst}: exists and is not a directory")
     if dst.is_mount():
