@@ -33,7 +33,7 @@ class LiveProgress(AbstractContextManager["LiveProgress"]):
         )
         self._whole = self._bars.add_task("shards", total=None)
         self._stage = self._bars.add_task("", total=None, visible=False)
-        self._live = Live(get_renderable=self._render, console=console or Console(stderr=True), transient=True)
+        self._live = Live(get_renderable=self.renderable, console=console or Console(stderr=True), transient=True)
 
     def __enter__(self) -> Self:
         self._live.start()
@@ -70,7 +70,8 @@ class LiveProgress(AbstractContextManager["LiveProgress"]):
         """See ``ProgressListener``."""
         self._live.console.print(text, highlight=False, markup=False)
 
-    def _render(self) -> Group:
+    def renderable(self) -> Group:
+        """What is on the screen now."""
         self._bars.update(self._whole, left=self._eta.whole_s)
         self._bars.update(self._stage, left=self._eta.stage_s)
         parts: list[Table | Progress] = [self._bars]

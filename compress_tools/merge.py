@@ -105,6 +105,9 @@ def _read_all(dst: Path, paths: list[Path]) -> list[SliceManifest]:
             f"{'is' if len(missing) == 1 else 'are'} missing; make them with `resmoe compress --shard`, or name "
             "their directories"
         )
+    held = {filename for manifest in manifests for filename in manifest.records}
+    if lacking := sorted(first.outline.shards.keys() - held):
+        raise CheckpointError(f"{dst}: no slice has {lacking[0]}; make the slices again")
     return [by_number[number] for number in sorted(by_number)]
 
 
