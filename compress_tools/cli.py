@@ -43,9 +43,6 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-resume_option = click.option(
-    "--resume", is_flag=True, help="Go on with an interrupted run of the same source and recipe."
-)
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace DST and what an unfinished run left.")
 
 
@@ -67,7 +64,7 @@ def cli() -> None:
     "--shard", metavar="I/N", help="Make slice I of N, a directory beside DST; `resmoe merge DST` joins all of them."
 )
 @click.option("--dry-run", is_flag=True, help="Print sizes and peak memory; write nothing.")
-@resume_option
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same source and recipe.")
 @overwrite_option
 @json_option
 def compress(
