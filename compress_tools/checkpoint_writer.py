@@ -24,6 +24,7 @@ from compress_tools.staging import (
     destination,
     discard,
     is_occupied,
+    is_published,
     publish,
     staging_path,
     tidy,
@@ -59,8 +60,7 @@ class CheckpointWriter:
         self.is_whole = False
         self._state = self.staging / STATE_DIR
         check_destination(self.dst)
-        if (self.dst / STATE_DIR).is_dir():
-            # Published, but not tidied.
+        if is_published(self.dst):
             self.is_whole = resume
             if resume and (self.dst / STATE_DIR / IDENTITY_NAME).exists():
                 check_identity(self.dst, identity)

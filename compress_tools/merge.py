@@ -15,7 +15,7 @@ from compress_tools.outline import Outline
 from compress_tools.progress import ProgressListener, Silent
 from compress_tools.report import CompressionReport
 from compress_tools.slices import SliceManifest, read_slice
-from compress_tools.staging import STATE_DIR, destination, is_occupied, staging_path
+from compress_tools.staging import destination, is_occupied, is_published, staging_path
 
 
 def merge(
@@ -51,7 +51,7 @@ def merge(
     first = manifests[0]
     owners = {filename: manifest for manifest in manifests for filename in manifest.records}
     # A shard that an interrupted merge took need not be in its slice any more.
-    begun = dst if (dst / STATE_DIR).exists() else staging_path(dst)
+    begun = dst if is_published(dst) else staging_path(dst)
     for filename, owner in owners.items():
         if not (resume and owner.has_shard(filename, begun)):
             owner.check_shard(filename)
@@ -69,7 +69,7 @@ def merge(
 
 def _check_free(dst: Path, overwrite: bool) -> None:
     """What the writer checks, before slices are looked for: a finished merge may have removed them."""
-    unfinished = staging_path(dst).exists() or (dst / STATE_DIR).exists()
+    unfinished = staging_path(dst).exists() or is_published(dst)
     if is_occupied(dst) and not overwrite and not unfinished:
         raise CheckpointError(f"{dst}: not empty; choose another directory or pass --overwrite")
 

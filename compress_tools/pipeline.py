@@ -18,7 +18,7 @@ from compress_tools.outline import Outline, make_outline
 from compress_tools.plan import CompressionPlan, Shard, make_plan
 from compress_tools.progress import ProgressListener, Silent
 from compress_tools.report import CompressionReport, LayerReport
-from compress_tools.slices import finish_slice, shards_of, slice_path
+from compress_tools.slices import files_of, finish_slice, shards_of, slice_path
 
 
 def compress(
@@ -49,7 +49,7 @@ def compress(
     writer = CheckpointWriter(dst, job.identity, resume=resume, overwrite=overwrite)
     if writer.is_whole:
         return read_report(writer.dst, job.outline)
-    records = _write_shards(job, list(job.plan.shards), writer, progress)
+    records = _write_shards(job, list(job.plan.shards), job.files, writer, progress)
     return finish(writer, job.outline, job.files, records)
 
 
@@ -84,8 +84,9 @@ def compress_slice(
     target = slice_path(dst, part)
     writer = CheckpointWriter(target, job.identity, resume=resume, overwrite=overwrite)
     if not writer.is_whole:
-        records = _write_shards(job, shards, writer, progress)
-        finish_slice(writer, part, job.outline, job.files, records)
+        files = files_of(job.files, part)
+        records = _write_shards(job, shards, files, writer, progress)
+        finish_slice(writer, part, job.outline, files, records)
     return target
 
 
@@ -116,10 +117,10 @@ def _prepare(src: Path, dst: Path, config: CompressionConfig, spelled: str | Pat
 
 
 def _write_shards(
-    job: _Job, shards: list[Shard], writer: CheckpointWriter, progress: ProgressListener
+    job: _Job, shards: list[Shard], files: dict[Path, Path], writer: CheckpointWriter, progress: ProgressListener
 ) -> dict[str, dict[str, Any]]:
     records = {shard.filename: record for shard in shards if (record := writer.record(shard.filename)) is not None}
-    check_space(writer, sum(_file_bytes(job, shard) for shard in shards if shard.filename not in records), job.files)
+    check_space(writer, sum(_file_bytes(job, shard) for shard in shards if shard.filename not in records), files)
     begun, here = writer.identity[MACHINE], job.identity[MACHINE]
     progress.start(len(shards))
     if records:

@@ -26,7 +26,7 @@ from compress_tools.pipeline import compress_slice
 from compress_tools.plan import make_plan
 from compress_tools.report import CompressionReport
 from compress_tools.slices import shards_of, slice_path
-from compress_tools.staging import STATE_DIR, destination, is_occupied, log_path, staging_path
+from compress_tools.staging import destination, is_occupied, is_published, log_path, staging_path
 
 # A lost worker or node is tried again this often; what it wrote is kept.
 MAX_RETRIES = 5
@@ -45,7 +45,7 @@ def make_slice_here(src: str, dst: str, config: CompressionConfig, part: Slice, 
         the slice's directory.
     """
     target = slice_path(dst, part)
-    if target.is_dir() and not (target / STATE_DIR).exists():
+    if target.is_dir() and not is_published(target):
         # Made by an earlier run; merge checks that it is of this recipe and source.
         return str(target)
     with torch_threads(threads), logged(log_path(target), to_stderr=False) as progress:
@@ -88,7 +88,7 @@ def compress_on_cluster(
     parts = [Slice(number, shards) for number in range(1, shards + 1)]
     # What can be refused is refused before a cluster is asked for anything.
     shards_of(make_plan(CheckpointReader(source), config), parts[0])
-    if is_occupied(target) and not staging_path(target).exists() and not (target / STATE_DIR).exists():
+    if is_occupied(target) and not staging_path(target).exists() and not is_published(target):
         raise CheckpointError(f"{target}: not empty; choose another directory")
     started_here = not ray.is_initialized()
     if started_here:

@@ -10,11 +10,10 @@ from compress_tools.config import Slice
 from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.outline import Outline
 from compress_tools.plan import CompressionPlan, Shard
-from compress_tools.staging import destination, staging_path
+from compress_tools.staging import MANIFEST_NAME, destination, staging_path
 
-MANIFEST_NAME = "resmoe_slice.json"
 # Files of the source that are not weights, in the first slice.
-FILES_DIR = "files"
+FILES_DIR = Path("files")
 
 
 def slice_path(dst: str | Path, part: Slice) -> Path:
@@ -34,6 +33,11 @@ def shards_of(plan: CompressionPlan, part: Slice) -> list[Shard]:
     if part.count > len(layers):
         raise ConfigError(f"--shard {part}: {len(layers)} layers are to be compressed, so at most {len(layers)} slices")
     return part.of(copied) + part.of(layers)
+
+
+def files_of(files: dict[Path, Path], part: Slice) -> dict[Path, Path]:
+    """The files that a slice copies through, relative output path to source path: the first slice has them all."""
+    return {FILES_DIR / relative: file for relative, file in files.items()} if part.number == 1 else {}
 
 
 @dataclass(frozen=True)
@@ -80,20 +84,19 @@ def finish_slice(
     files: dict[Path, Path],
     records: dict[str, dict[str, Any]],
 ) -> None:
-    """Write the manifest, and in the first slice the files to copy through, and publish.
+    """Write the manifest and the files to copy through, and publish.
 
     Args:
         writer: holds every shard of the slice.
         part: which slice.
         outline: of the whole checkpoint.
-        files: files to copy through: relative output path to source path.
+        files: what ``files_of`` gives.
         records: of the slice's shards, by file.
     Raises:
         CheckpointError: the disk is full or fails; can be resumed.
     """
-    if part.number == 1:
-        for relative, file in files.items():
-            writer.copy_file(file, FILES_DIR / relative)
+    for relative, file in files.items():
+        writer.copy_file(file, relative)
     content = {
         "slice": [part.number, part.count],
         "identity": writer.identity,

@@ -6,10 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from compress_tools.checkpoint_reader import CONFIG_NAME
 from compress_tools.errors import CheckpointError
 from compress_tools.identity import differences
 
 STATE_DIR = ".resmoe-state"
+# A slice's last file; a checkpoint's is config.json.
+MANIFEST_NAME = "resmoe_slice.json"
 IDENTITY_NAME = "identity.json"
 # In the state directory: the destination that --overwrite replaces, between the two renames at the end ...
 REPLACED_NAME = "replaced"
@@ -53,6 +56,14 @@ def check_destination(dst: Path) -> None:
 def is_occupied(directory: Path) -> bool:
     """Whether there is a directory with something in it."""
     return directory.is_dir() and any(directory.iterdir())
+
+
+def is_published(dst: Path) -> bool:
+    """Whether ``dst`` is whole but for its state, which a killed run did not get to remove.
+
+    A directory with state but without its last file is an unfinished one that somebody renamed.
+    """
+    return (dst / STATE_DIR).is_dir() and any((dst / name).is_file() for name in (CONFIG_NAME, MANIFEST_NAME))
 
 
 def check_identity(directory: Path, identity: dict[str, Any]) -> dict[str, Any] | None:

@@ -234,6 +234,19 @@ def test_a_torn_shard_is_written_again(tiny_mixtral: Path, tmp_path: Path) -> No
     verify(tmp_path / "small", tiny_mixtral)
 
 
+def test_an_unfinished_directory_renamed_by_hand_is_not_taken_for_whole(tiny_mixtral: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    assert killed_after_one_layer(tiny_mixtral, small, QUICK)
+    staging_path(small).rename(small)
+    before = contents(small)
+    with pytest.raises(CheckpointError, match="not empty"):
+        compress(tiny_mixtral, small, QUICK, resume=True)
+    assert contents(small) == before
+    small.rename(staging_path(small))
+    compress(tiny_mixtral, small, QUICK, resume=True)
+    verify(small, tiny_mixtral)
+
+
 def test_an_interrupted_replacement_is_put_back_or_finished(tiny_mixtral: Path, tmp_path: Path) -> None:
     """Killed between the two renames: the old checkpoint is in the state directory, and nothing at its place."""
     small = tmp_path / "small"
