@@ -14,13 +14,21 @@ from torch import Tensor
 
 from compress_tools.checkpoint_reader import CONFIG_NAME, INDEX_NAME
 from compress_tools.errors import CheckpointError
-
-STATE_DIR = ".resmoe-state"
-
-
-def staging_path(dst: Path) -> Path:
-    """Where a checkpoint is put together: beside the destination, so that the last step is a rename."""
-    return dst.with_name(dst.name + ".partial")
+from compress_tools.staging import (
+    IDENTITY_NAME,
+    MAY_REPLACE_NAME,
+    REPLACED_NAME,
+    STATE_DIR,
+    check_destination,
+    check_identity,
+    destination,
+    discard,
+    is_occupied,
+    is_published,
+    publish,
+    staging_path,
+    tidy,
+)
 
 
 class CheckpointWriter:
@@ -32,59 +40,98 @@ class CheckpointWriter:
     Args:
         dst: the directory to be.
         identity: what determines the output; a staging directory of another identity is refused.
-        resume: go on with a staging directory.
+        resume: go on with a staging directory; it keeps its own permission to replace ``dst``.
         overwrite: replace an existing ``dst`` (at the end) and staging directory (now).
+    Attributes:
+        identity: of the run that is gone on with, else as given.
+        is_whole: an earlier run, killed while it tidied up, had written everything; nothing is left to do.
     Raises:
-        CheckpointError: ``dst`` is not empty, a staging directory is in the way, or of another identity.
+        CheckpointError: ``dst`` is not empty, can't be renamed to, or a staging directory is in the way, or of
+            another identity.
     """
 
     def __init__(
         self, dst: str | Path, identity: dict[str, Any], *, resume: bool = False, overwrite: bool = False
     ) -> None:
-        self.dst = Path(dst).absolute()
+        self.dst = destination(dst)
         self.staging = staging_path(self.dst)
-        self._overwrite = overwrite
-        if self.dst.exists() and not self.dst.is_dir():
-            raise CheckpointError(f"{self.dst}: exists and is not a directory")
-        if self.dst.is_dir() and any(self.dst.iterdir()) and not overwrite:
+        # As it comes back from a file, so that a resumed run writes the same.
+        self.identity: dict[str, Any] = json.loads(json.dumps(identity, sort_keys=True))
+        self.is_whole = False
+        self._state = self.staging / STATE_DIR
+        check_destination(self.dst)
+        if is_published(self.dst):
+            self.is_whole = resume
+            if resume and (self.dst / STATE_DIR / IDENTITY_NAME).exists():
+                check_identity(self.dst, identity)
+            with _writing(self.dst):
+                tidy(self.dst)
+            if resume:
+                return
+        self._may_replace = overwrite or (resume and (self._state / MAY_REPLACE_NAME).exists())
+        if is_occupied(self.dst) and not self._may_replace:
             raise CheckpointError(f"{self.dst}: not empty; choose another directory or pass --overwrite")
-        identity_file = self.staging / STATE_DIR / "identity.json"
         if self.staging.exists():
             if resume:
-                self._check_identity(identity_file, identity)
+                self.identity = check_identity(self.staging, identity) or self.identity
             elif overwrite:
-                shutil.rmtree(self.staging)
+                with _writing(self.staging):
+                    discard(self.staging, self.dst)
             else:
-                raise CheckpointError(
-                    f"{self.staging}: an earlier run did not finish; pass --resume to go on, "
-                    "or --overwrite to start again"
-                )
+                self._refuse_unfinished()
         with _writing(self.staging):
-            identity_file.parent.mkdir(parents=True, exist_ok=True)
-            _write_text(identity_file, json.dumps(identity, indent=2, sort_keys=True))
+            self._state.mkdir(parents=True, exist_ok=True)
+            for leftover in (*self.staging.glob("*.tmp"), *self._state.glob("*.tmp")):
+                leftover.unlink()
+            _write_text(self._state / IDENTITY_NAME, json.dumps(self.identity, indent=2, sort_keys=True))
+            if self._may_replace:
+                (self._state / MAY_REPLACE_NAME).touch()
 
     def record(self, filename: str) -> dict[str, Any] | None:
-        """The record of a shard that an earlier run wrote, or None."""
+        """The record of a shard that an earlier run wrote whole, or None; ``bytes`` is the file's size."""
         file = self._record_file(filename)
-        if not file.is_file() or not (self.staging / filename).is_file():
+        shard = self.staging / filename
+        if not file.is_file() or not shard.is_file():
             return None
-        return json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return record if record["bytes"] == shard.stat().st_size else None
 
-    def write_shard(self, filename: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    def write_shard(self, filename: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> dict[str, Any]:
         """Write one shard, then its record.
 
+        Returns:
+            the record as written.
         Raises:
             CheckpointError: the disk is full or fails; what was written so far can be resumed.
         """
-        target = self.staging / filename
-        temporary = target.with_suffix(".tmp")
+        temporary = (self.staging / filename).with_suffix(".tmp")
         with _writing(self.staging):
             save_file(tensors, temporary, metadata={"format": "pt"})
             # safetensors makes private files; a server often runs as another user.
             temporary.chmod(0o666 & ~_umask())
             _sync(temporary)
-            os.replace(temporary, target)
-            _write_text(self._record_file(filename), json.dumps(record))
+            os.replace(temporary, self.staging / filename)
+            return self._write_record(filename, record)
+
+    def take_shard(self, source: Path, filename: str, record: dict[str, Any]) -> None:
+        """Make a shard that lies elsewhere part of this checkpoint, then write its record.
+
+        The file is linked; where the file system can't, it is copied. ``source`` stays.
+
+        Raises:
+            CheckpointError: the disk is full or fails; what was taken so far can be resumed.
+        """
+        temporary = (self.staging / filename).with_suffix(".tmp")
+        with _writing(self.staging):
+            try:
+                os.link(source, temporary)
+            except OSError:
+                shutil.copyfile(source, temporary)
+                _sync(temporary)
+            os.replace(temporary, self.staging / filename)
+            # Renaming one link of a file to another does nothing: a killed call had linked it already.
+            temporary.unlink(missing_ok=True)
+            self._write_record(filename, record)
 
     def write_text(self, filename: str, text: str) -> None:
         """Write a small file."""
@@ -115,33 +162,46 @@ class CheckpointWriter:
             {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))},
         )
         self.write_json(CONFIG_NAME, config)
+        self.publish()
+
+    def publish(self) -> None:
+        """Rename the staging directory to the destination."""
         with _writing(self.staging):
-            shutil.rmtree(self.staging / STATE_DIR)
-            if not self.dst.exists():
-                os.replace(self.staging, self.dst)
-                return
-            replaced = self.dst.with_name(self.dst.name + ".replaced")
-            os.replace(self.dst, replaced)
-            os.replace(self.staging, self.dst)
-            shutil.rmtree(replaced)
+            publish(self.staging, self.dst, may_replace=self._may_replace)
 
     def _record_file(self, filename: str) -> Path:
-        return self.staging / STATE_DIR / f"{filename}.json"
+        return self._state / f"{filename}.json"
 
-    def _check_identity(self, file: Path, identity: dict[str, Any]) -> None:
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as err:
-            raise CheckpointError(
-                f"{self.staging}: not resumable, its identity is unreadable; pass --overwrite"
-            ) from err
-        expected = json.loads(json.dumps(identity))
-        different = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
-        if different:
-            raise CheckpointError(
-                f"{self.staging}: was started from another {', '.join(different)}; resume with the same "
-                "source, recipe and version, or pass --overwrite to start again"
-            )
+    def _write_record(self, filename: str, record: dict[str, Any]) -> dict[str, Any]:
+        whole = {**record, "bytes": (self.staging / filename).stat().st_size}
+        _write_text(self._record_file(filename), json.dumps(whole))
+        return whole
+
+    def _refuse_unfinished(self) -> None:
+        replaced = self._state / REPLACED_NAME
+        kept = f" (the checkpoint that it replaces is safe in {replaced})" if replaced.exists() else ""
+        raise CheckpointError(
+            f"{self.staging}: an earlier run did not finish{kept}; pass --resume to go on, "
+            "or --overwrite to start again"
+        )
+
+
+def check_space(writer: CheckpointWriter, shard_bytes: int, files: dict[Path, Path]) -> None:
+    """Refuse to begin what can't be finished.
+
+    Args:
+        writer: opened; leftovers of a killed write are gone.
+        shard_bytes: bytes of the shards that are still to be written.
+        files: files that will be copied through: relative output path to source path.
+    Raises:
+        CheckpointError: the file system has fewer free bytes.
+    """
+    copied = sum(file.stat().st_size for relative, file in files.items() if not (writer.staging / relative).is_file())
+    needed, free = shard_bytes + copied, free_bytes(writer.staging)
+    if needed > free:
+        raise CheckpointError(
+            f"{writer.dst}: needs {needed} bytes more, {free} are free; make room, then run again with --resume"
+        )
 
 
 def free_bytes(path: Path) -> int:

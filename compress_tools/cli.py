@@ -2,9 +2,10 @@
 
 import json
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import click
@@ -12,9 +13,14 @@ from pydantic_core import PydanticUndefined
 from rich.console import Console
 
 from compress_tools import __version__, tables
-from compress_tools.config import CompressionConfig, make_config
+from compress_tools.config import CompressionConfig, make_config, make_slice
 from compress_tools.errors import ConfigError, ResMoEError
-from compress_tools.progress import RichProgress, Silent
+from compress_tools.live_progress import LiveProgress
+from compress_tools.log_progress import logged
+from compress_tools.progress import ProgressListener, Together
+from compress_tools.report import CompressionReport
+from compress_tools.slices import slice_path
+from compress_tools.staging import log_path
 
 # A pipe has no width of its own; 120 columns keep the tables whole in a log.
 out = Console(width=None if sys.stdout.isatty() else 120)
@@ -54,25 +60,61 @@ def cli() -> None:
 @click.argument("src")
 @click.argument("dst")
 @recipe_options
+@click.option(
+    "--shard", metavar="I/N", help="Make slice I of N, a directory beside DST; `resmoe merge DST` joins all of them."
+)
 @click.option("--dry-run", is_flag=True, help="Print sizes and peak memory; write nothing.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same source and recipe.")
 @overwrite_option
 @json_option
-def compress(src: str, dst: str, dry_run: bool, resume: bool, overwrite: bool, as_json: bool, **options: Any) -> None:
-    """Compress the MoE checkpoint SRC into the ResMoE checkpoint DST."""
+def compress(
+    src: str, dst: str, shard: str | None, dry_run: bool, resume: bool, overwrite: bool, as_json: bool, **options: Any
+) -> None:
+    """Compress the MoE checkpoint SRC into the ResMoE checkpoint DST.
+
+    A log is kept in DST.log.
+    """
     from compress_tools.pipeline import compress as run
+    from compress_tools.pipeline import compress_slice
 
     config = _config(options)
-    if resume and overwrite:
-        raise ConfigError("--resume and --overwrite exclude each other")
+    part = None if shard is None else make_slice(shard)
+    _check_exclusive(resume, overwrite)
     if dry_run:
         _print_plan(src, config, as_json)
         return
-    with _progress(as_json) as progress:
+    if part is not None:
+        with _progress(as_json, slice_path(dst, part)) as progress:
+            path = compress_slice(src, dst, config, part, resume=resume, overwrite=overwrite, progress=progress)
+        _print(
+            {"path": str(path), "slice": [part.number, part.count]},
+            as_json,
+            lambda: f"Written to {path}. Once all {part.count} are there: [bold]resmoe merge {dst}[/bold]",
+        )
+        return
+    with _progress(as_json, dst) as progress:
         report = run(src, dst, config, resume=resume, overwrite=overwrite, progress=progress)
-    _print(report.content(), as_json, lambda: tables.report_table(report))
-    if not as_json:
-        out.print(f"Written to {dst}. Next: [bold]vllm serve {dst}[/bold]", highlight=False)
+    _print_report(report, dst, as_json)
+
+
+@cli.command()
+@click.argument("dst")
+@click.argument("slices", nargs=-1)
+@click.option("--remove-slices", is_flag=True, help="Remove the slices, shard by shard as they are taken.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted merge.")
+@overwrite_option
+@json_option
+def merge(dst: str, slices: tuple[str, ...], remove_slices: bool, resume: bool, overwrite: bool, as_json: bool) -> None:
+    """Join the SLICES of `resmoe compress SRC DST --shard I/N` into DST; by default those beside DST.
+
+    On one file system shards are hard links: the slices cost no disk beside DST and may be removed.
+    """
+    from compress_tools.merge import merge as run
+
+    _check_exclusive(resume, overwrite)
+    with _progress(as_json, dst) as progress:
+        report = run(dst, slices, resume=resume, overwrite=overwrite, remove_slices=remove_slices, progress=progress)
+    _print_report(report, dst, as_json)
 
 
 @cli.command()
@@ -115,14 +157,16 @@ def verify(path: str, against: str | None, workers: int, as_json: bool) -> None:
 @cli.command()
 @click.argument("src")
 @click.argument("dst")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same source.")
 @overwrite_option
 @json_option
-def restore(src: str, dst: str, overwrite: bool, as_json: bool) -> None:
+def restore(src: str, dst: str, resume: bool, overwrite: bool, as_json: bool) -> None:
     """Write the dense Hugging Face checkpoint DST that the ResMoE checkpoint SRC stands for."""
     from compress_tools.restore import restore as run
 
-    with _progress(as_json) as progress:
-        total_bytes = run(src, dst, overwrite=overwrite, progress=progress)
+    _check_exclusive(resume, overwrite)
+    with _progress(as_json, dst) as progress:
+        total_bytes = run(src, dst, resume=resume, overwrite=overwrite, progress=progress)
     _print({"path": dst, "total_bytes": total_bytes}, as_json, lambda: f"Written to {dst}: {total_bytes} bytes.")
 
 
@@ -139,10 +183,10 @@ def demo(out_dir: str) -> None:
     run_demo(out_dir)
 
 
-def main() -> None:
-    """Run the command; its exit codes are STYLE's: 0 ok, 2 usage, 3 architecture, 4 checkpoint, 5 numerics, 1 bug."""
+def main(command: click.Command = cli) -> None:
+    """Run a command; its exit codes are STYLE's: 0 ok, 2 usage, 3 architecture, 4 checkpoint, 5 numerics, 1 bug."""
     try:
-        cli.main(standalone_mode=False)
+        command.main(standalone_mode=False)
     except click.exceptions.Abort:
         print("resmoe: interrupted; `--resume` goes on from the last whole shard", file=sys.stderr)
         sys.exit(130)
@@ -158,8 +202,21 @@ def _config(options: dict[str, Any]) -> CompressionConfig:
     return make_config(**{name: value for name, value in options.items() if value is not None})
 
 
-def _progress(quiet: bool) -> Any:
-    return nullcontext(Silent()) if quiet or not sys.stderr.isatty() else RichProgress()
+def _check_exclusive(resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other; a resumed run replaces what it was told to")
+
+
+@contextmanager
+def _progress(quiet: bool, dst: str | Path | None = None) -> Iterator[ProgressListener]:
+    """Bars on a terminal, lines where stderr is none, neither if quiet; and the log file of ``dst``."""
+    live = not quiet and sys.stderr.isatty()
+    with logged(None if dst is None else log_path(dst), to_stderr=not quiet and not live) as lines:
+        if live:
+            with LiveProgress() as bars:
+                yield Together(bars, lines)
+        else:
+            yield lines
 
 
 def _print(content: Any, as_json: bool, human: Callable[[], Any]) -> None:
@@ -167,6 +224,12 @@ def _print(content: Any, as_json: bool, human: Callable[[], Any]) -> None:
         print(json.dumps(content, indent=2))
     else:
         out.print(human(), highlight=False)
+
+
+def _print_report(report: CompressionReport, dst: str, as_json: bool) -> None:
+    _print(report.content(), as_json, lambda: tables.report_table(report))
+    if not as_json:
+        out.print(f"Written to {dst}. Next: [bold]vllm serve {dst}[/bold]", highlight=False)
 
 
 def _print_plan(src: str, config: CompressionConfig, as_json: bool) -> None:

@@ -1,12 +1,15 @@
 """What the user asks for: one validated object, made before any weight is read. The CLI's options derive from it."""
 
 import os
-from typing import Literal
+import re
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compress_tools.errors import ConfigError
 
+T = TypeVar("T")
 Method = Literal["prune", "low-rank"]
 Center = Literal["barycenter", "git-rebasin", "mean", "none"]
 
@@ -73,6 +76,35 @@ def make_config(**options: object) -> CompressionConfig:
         first = err.errors()[0]
         option = "--" + str(first["loc"][0]).replace("_", "-")
         raise ConfigError(f"{option}: {first['msg']}, found {first['input']!r}") from err
+
+
+@dataclass(frozen=True)
+class Slice:
+    """``--shard number/count``: one of ``count`` parts of the work, numbered from 1."""
+
+    number: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    def of(self, items: list[T]) -> list[T]:
+        """This part of ``items``: neighbours, and as many as in any other part, or one more."""
+        return items[len(items) * (self.number - 1) // self.count : len(items) * self.number // self.count]
+
+
+def make_slice(text: str) -> Slice:
+    """Read ``--shard``.
+
+    Args:
+        text: ``i/n`` with ``1 <= i <= n``.
+    Raises:
+        ConfigError: names the value found and the rule.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text.strip(), re.ASCII)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ConfigError(f"--shard {text}: expected I/N with 1 <= I <= N, such as 1/4")
+    return Slice(int(match[1]), int(match[2]))
 
 
 def select_layers(selection: str, moe_layers: list[int]) -> list[int]:

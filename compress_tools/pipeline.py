@@ -1,28 +1,24 @@
 """The whole way in order, one MoE layer at a time: read, find the center, code the residuals, write."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compress_tools import __version__
 from compress_tools.checkpoint_reader import CheckpointReader
-from compress_tools.checkpoint_writer import CheckpointWriter, free_bytes
-from compress_tools.config import CompressionConfig
-from compress_tools.errors import CheckpointError, ConfigError
+from compress_tools.checkpoint_writer import CheckpointWriter, check_space
+from compress_tools.config import CompressionConfig, Slice
+from compress_tools.errors import ConfigError
+from compress_tools.finishing import finish, output_name_of_file, read_report
+from compress_tools.format.tensors import layer_bytes
+from compress_tools.identity import MACHINE, machine, torch_threads, versions
 from compress_tools.layer_compression import compress_layer
+from compress_tools.outline import Outline, make_outline
 from compress_tools.plan import CompressionPlan, Shard, make_plan
 from compress_tools.progress import ProgressListener, Silent
-from compress_tools.report import (
-    CARD_NAME,
-    RECIPE_NAME,
-    REPORT_NAME,
-    TIMINGS_NAME,
-    CompressionReport,
-    LayerReport,
-    model_card,
-)
+from compress_tools.report import CompressionReport, LayerReport
+from compress_tools.slices import files_of, finish_slice, shards_of, slice_path
 
 
 def compress(
@@ -42,86 +38,137 @@ def compress(
         config: the recipe.
         resume: go on with an interrupted run.
         overwrite: replace ``dst``.
-        progress: told of shards and stages.
+        progress: told of shards, layers and stages.
     Returns:
         the report that is also written to ``dst``.
     Raises:
         ConfigError, UnsupportedArchitectureError, CheckpointError, NumericalError: see errors.py.
     """
     progress = progress or Silent()
-    src, dst = Path(src), Path(dst)
+    job = _prepare(Path(src), Path(dst), config, src)
+    writer = CheckpointWriter(dst, job.identity, resume=resume, overwrite=overwrite)
+    if writer.is_whole:
+        return read_report(writer.dst, job.outline)
+    records = _write_shards(job, list(job.plan.shards), job.files, writer, progress)
+    return finish(writer, job.outline, job.files, records)
+
+
+def compress_slice(
+    src: str | Path,
+    dst: str | Path,
+    config: CompressionConfig,
+    part: Slice,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: ProgressListener | None = None,
+) -> Path:
+    """Make one slice of what ``compress`` makes; ``merge`` joins all of them.
+
+    Args:
+        src: source directory; only read.
+        dst: the whole checkpoint's directory to be; the slice goes beside it, and appears when it is whole.
+        config: the recipe.
+        part: which slice.
+        resume: go on with an interrupted run.
+        overwrite: replace the slice.
+        progress: told of shards, layers and stages.
+    Returns:
+        the slice's directory.
+    Raises:
+        ConfigError, UnsupportedArchitectureError, CheckpointError, NumericalError: see errors.py.
+    """
+    progress = progress or Silent()
+    job = _prepare(Path(src), Path(dst), config, src)
+    shards = shards_of(job.plan, part)
+    target = slice_path(dst, part)
+    writer = CheckpointWriter(target, job.identity, resume=resume, overwrite=overwrite)
+    if not writer.is_whole:
+        files = files_of(job.files, part)
+        records = _write_shards(job, shards, files, writer, progress)
+        finish_slice(writer, part, job.outline, files, records)
+    return target
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A validated request: nothing is left to refuse but the disk."""
+
+    config: CompressionConfig
+    plan: CompressionPlan
+    outline: Outline
+    identity: dict[str, Any]
+    files: dict[Path, Path]
+
+
+def _prepare(src: Path, dst: Path, config: CompressionConfig, spelled: str | Path) -> _Job:
     _check_device(config.device)
     reader = CheckpointReader(src)
-    if dst.absolute().resolve() == src.absolute().resolve():
-        raise ConfigError(f"{dst}: source and destination are the same directory")
+    _check_apart(src, dst)
     plan = make_plan(reader, config)
-    identity = {"source": reader.fingerprint(), "recipe": config.recipe(), "version": versions()}
-    writer = CheckpointWriter(dst, identity, resume=resume, overwrite=overwrite)
-    _check_space(writer, plan)
-    progress.start(len(plan.shards))
-    layers: list[LayerReport] = []
-    seconds: dict[str, dict[str, float]] = {}
-    for shard in plan.shards:
-        record = writer.record(shard.filename)
-        if record is None:
-            record = _write(plan, config, shard, writer, progress)
-        if shard.layer is not None:
-            layers.append(LayerReport(**record["layer"]))
-            seconds[str(shard.layer)] = record["seconds"]
-            progress.say(f"layer {shard.layer}: relative error {layers[-1].relative_error:.6f}")
-        progress.shard_done()
-    report = CompressionReport(layers, plan.expert_bytes_before, plan.expert_bytes_after, plan.other_bytes, seconds)
-    _finish(reader, src, dst, config, plan, report, writer)
-    return report
+    identity = {
+        "source": reader.fingerprint(),
+        "recipe": config.recipe(),
+        "version": versions(),
+        MACHINE: machine(config.device),
+    }
+    files = {output_name_of_file(file.relative_to(reader.path)): file for file in reader.other_files()}
+    return _Job(config, plan, make_outline(spelled, config, plan), identity, files)
 
 
-def versions() -> dict[str, str]:
-    """Versions that can change the bytes."""
-    return {"resmoe": __version__, "torch": torch.__version__}
+def _write_shards(
+    job: _Job, shards: list[Shard], files: dict[Path, Path], writer: CheckpointWriter, progress: ProgressListener
+) -> dict[str, dict[str, Any]]:
+    records = {shard.filename: record for shard in shards if (record := writer.record(shard.filename)) is not None}
+    check_space(writer, sum(_file_bytes(job, shard) for shard in shards if shard.filename not in records), files)
+    begun, here = writer.identity[MACHINE], job.identity[MACHINE]
+    progress.start(len(shards))
+    if records:
+        progress.say(f"resuming: {len(records)} of {len(shards)} shards are written")
+    if {**begun, "threads": 0} != {**here, "threads": 0}:
+        progress.say(f"begun on {begun}, goes on on {here}: the result is as good, but its last bits may differ")
+    with torch_threads(begun["threads"]):
+        for shard in shards:
+            if shard.filename not in records:
+                records[shard.filename] = _write(job, shard, writer, progress)
+            record = records[shard.filename]
+            if shard.layer is not None:
+                progress.layer_done(LayerReport(**record["layer"]), record["seconds"])
+            progress.shard_done()
+    return records
 
 
-def _write(
-    plan: CompressionPlan,
-    config: CompressionConfig,
-    shard: Shard,
-    writer: CheckpointWriter,
-    progress: ProgressListener,
-) -> dict[str, Any]:
+def _write(job: _Job, shard: Shard, writer: CheckpointWriter, progress: ProgressListener) -> dict[str, Any]:
     record: dict[str, Any] = {}
+    source = job.plan.source
     if shard.layer is None:
         progress.stage("copying other tensors", len(shard.names))
         tensors = {}
         for name in shard.names:
-            tensors[plan.source.output_name(name)] = plan.source.reader.get(name)
+            tensors[source.output_name(name)] = source.reader.get(name)
             progress.step()
+        progress.stage("writing other tensors", None)
     else:
-        tensors, layer_report, seconds = compress_layer(plan, config, shard.layer, progress)
+        tensors, layer_report, seconds = compress_layer(job.plan, job.config, shard.layer, progress)
         record = {"layer": asdict(layer_report), "seconds": seconds}
-    writer.write_shard(shard.filename, tensors, record)
-    return record
+        progress.stage(f"layer {shard.layer}: writing", None)
+    return writer.write_shard(shard.filename, tensors, record)
 
 
-def _finish(
-    reader: CheckpointReader,
-    src: Path,
-    dst: Path,
-    config: CompressionConfig,
-    plan: CompressionPlan,
-    report: CompressionReport,
-    writer: CheckpointWriter,
-) -> None:
-    for file in reader.other_files():
-        relative = file.relative_to(reader.path)
-        writer.copy_file(file, Path("SOURCE_README.md") if str(relative) == CARD_NAME else relative)
-    writer.write_json(RECIPE_NAME, {**config.recipe(), "resolved_layers": sorted(plan.fmt.layers)})
-    writer.write_json(REPORT_NAME, report.content())
-    writer.write_json(TIMINGS_NAME, report.seconds)
-    writer.write_text(CARD_NAME, model_card(src, dst, config, plan, report))
-    writer.finish(
-        {**reader.config, "quantization_config": plan.fmt.model_dump(mode="json")},
-        {shard.filename: tuple(map(plan.source.output_name, shard.names)) for shard in plan.shards},
-        report.expert_bytes_after + report.other_bytes,
-    )
+def _file_bytes(job: _Job, shard: Shard) -> int:
+    """Bytes of an output file, its header estimated from above."""
+    header = sum(len(name) + 128 for name in shard.names) + 1024
+    if shard.layer is not None:
+        return layer_bytes(job.plan.fmt, shard.layer) + header
+    return sum(map(job.plan.source.reader.nbytes, shard.names)) + header
+
+
+def _check_apart(src: Path, dst: Path) -> None:
+    source, target = src.absolute().resolve(), dst.absolute().resolve()
+    if source == target:
+        raise ConfigError(f"{dst}: source and destination are the same directory")
+    if source in target.parents or target in source.parents:
+        raise ConfigError(f"{dst}: source and destination lie one inside the other; choose a place outside {src}")
 
 
 def _check_device(device: str) -> None:
@@ -133,17 +180,3 @@ def _check_device(device: str) -> None:
         raise ConfigError(f"--device {device}: this machine has no usable CUDA device; use --device cpu")
     if kind not in ("cpu", "cuda"):
         raise ConfigError(f"--device {device}: expected cpu, cuda or cuda:N")
-
-
-def _check_space(writer: CheckpointWriter, plan: CompressionPlan) -> None:
-    written = sum(
-        (writer.staging / shard.filename).stat().st_size
-        for shard in plan.shards
-        if (writer.staging / shard.filename).is_file()
-    )
-    needed = plan.expert_bytes_after + plan.other_bytes - written
-    free = free_bytes(writer.staging)
-    if needed > free:
-        raise CheckpointError(
-            f"{writer.dst}: needs {needed} bytes, {free} are free; make room, then run again with --resume"
-        )

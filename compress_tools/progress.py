@@ -1,17 +1,8 @@
-"""Progress of long work: a protocol the engine calls, a silent form, and rich bars on stderr."""
+"""Progress of long work: a protocol the engine calls, a silent form, and several listeners as one."""
 
-from contextlib import AbstractContextManager
-from typing import Protocol, Self
+from typing import Protocol
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from compress_tools.report import LayerReport
 
 
 class ProgressListener(Protocol):
@@ -27,6 +18,10 @@ class ProgressListener(Protocol):
 
     def step(self) -> None:
         """One step of the stage is done."""
+        ...
+
+    def layer_done(self, report: LayerReport, seconds: dict[str, float]) -> None:
+        """One layer is written; ``seconds`` by stage. Its ``shard_done`` follows."""
         ...
 
     def shard_done(self) -> None:
@@ -50,6 +45,9 @@ class Silent:
     def step(self) -> None:
         """See ``ProgressListener``."""
 
+    def layer_done(self, report: LayerReport, seconds: dict[str, float]) -> None:
+        """See ``ProgressListener``."""
+
     def shard_done(self) -> None:
         """See ``ProgressListener``."""
 
@@ -57,45 +55,38 @@ class Silent:
         """See ``ProgressListener``."""
 
 
-class RichProgress(AbstractContextManager["RichProgress"]):
-    """Two bars on stderr: shards, and steps of the current stage."""
+class Together:
+    """Passes every event on to each of several listeners."""
 
-    def __init__(self) -> None:
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
-        self._whole = self._bars.add_task("shards", total=None)
-        self._stage = self._bars.add_task("", total=None, visible=False)
-
-    def __enter__(self) -> Self:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.update(self._stage, visible=False)
-        self._bars.stop()
+    def __init__(self, *listeners: ProgressListener) -> None:
+        self._listeners = listeners
 
     def start(self, total: int) -> None:
         """See ``ProgressListener``."""
-        self._bars.update(self._whole, total=total)
+        for listener in self._listeners:
+            listener.start(total)
 
     def stage(self, text: str, total: int | None) -> None:
         """See ``ProgressListener``."""
-        self._bars.reset(self._stage, description=text, total=total, visible=True)
+        for listener in self._listeners:
+            listener.stage(text, total)
 
     def step(self) -> None:
         """See ``ProgressListener``."""
-        self._bars.advance(self._stage)
+        for listener in self._listeners:
+            listener.step()
+
+    def layer_done(self, report: LayerReport, seconds: dict[str, float]) -> None:
+        """See ``ProgressListener``."""
+        for listener in self._listeners:
+            listener.layer_done(report, seconds)
 
     def shard_done(self) -> None:
         """See ``ProgressListener``."""
-        self._bars.advance(self._whole)
+        for listener in self._listeners:
+            listener.shard_done()
 
     def say(self, text: str) -> None:
         """See ``ProgressListener``."""
-        self._bars.console.print(text, highlight=False, markup=False)
+        for listener in self._listeners:
+            listener.say(text)

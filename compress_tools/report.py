@@ -1,11 +1,9 @@
 """What a compression did: per-layer error and size, written beside the weights."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from compress_tools.config import CompressionConfig
-from compress_tools.plan import CompressionPlan
+from compress_tools.outline import Outline
 
 RECIPE_NAME = "resmoe_recipe.json"
 REPORT_NAME = "resmoe_report.json"
@@ -69,15 +67,13 @@ class CompressionReport:
         }
 
 
-def command_line(src: Path, dst: Path, config: CompressionConfig) -> str:
+def command_line(outline: Outline, dst_name: str) -> str:
     """The ``resmoe compress`` command that repeats a run, every option spelled out."""
-    options = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in config.recipe().items())
-    return f"resmoe compress {src} {dst.name} {options}"
+    options = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in outline.recipe.items())
+    return f"resmoe compress {outline.source} {dst_name} {options}"
 
 
-def model_card(
-    src: Path, dst: Path, config: CompressionConfig, plan: CompressionPlan, report: CompressionReport
-) -> str:
+def model_card(outline: Outline, dst_name: str, report: CompressionReport) -> str:
     """README.md of the compressed checkpoint."""
     content = report.content()
     before, after, other = report.expert_bytes_before, report.expert_bytes_after, report.other_bytes
@@ -91,14 +87,14 @@ library_name: vllm
 tags: [resmoe, moe, compressed]
 ---
 
-# {dst.name}
+# {dst_name}
 
-`{src.name}` ({plan.source.architecture.title}), experts compressed by ResMoE (arXiv:2503.06881): one center
+`{outline.source_name}` ({outline.title}), experts compressed by ResMoE (arXiv:2503.06881): one center
 expert for each MoE layer, and for each expert a compressed residual. One-shot, no data, no retraining.
 
 ```
-{command_line(src, dst, config)}
-vllm serve {dst.name}
+{command_line(outline, dst_name)}
+vllm serve {dst_name}
 ```
 
 | | bytes before | bytes after | ratio |
@@ -107,7 +103,7 @@ vllm serve {dst.name}
 | everything else | {other} | {other} | 1 |
 | whole checkpoint | {before + other} | {after + other} | {content["total_bytes_ratio"]:.4f} |
 
-{len(report.layers)} of {len(plan.source.layers)} MoE layers are compressed. Error: `||T_k W_k - restored_k||_F^2 / I`,
+{len(report.layers)} of {outline.moe_layers} MoE layers are compressed. Error: `||T_k W_k - restored_k||_F^2 / I`,
 mean over experts, and relative to `||W_k||_F^2`.
 
 | layer | error | relative | bytes before | bytes after |

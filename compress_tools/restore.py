@@ -1,5 +1,7 @@
 """A ResMoE checkpoint back to a dense Hugging Face checkpoint, expert by expert."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -9,7 +11,7 @@ from compress_tools.architectures.registry import find_architecture
 from compress_tools.checkpoint_writer import CheckpointWriter
 from compress_tools.design_matrix import rows_to_expert
 from compress_tools.format.tensors import dense_layer_bytes, is_resmoe_name
-from compress_tools.pipeline import versions
+from compress_tools.identity import versions
 from compress_tools.plan import group_by_bytes
 from compress_tools.progress import ProgressListener, Silent
 from compress_tools.report import CARD_NAME, RECIPE_NAME, REPORT_NAME, TIMINGS_NAME
@@ -19,13 +21,19 @@ NOT_COPIED = {RECIPE_NAME, REPORT_NAME, TIMINGS_NAME, CARD_NAME}
 
 
 def restore(
-    src: str | Path, dst: str | Path, *, overwrite: bool = False, progress: ProgressListener | None = None
+    src: str | Path,
+    dst: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: ProgressListener | None = None,
 ) -> int:
     """Write the dense checkpoint that a ResMoE checkpoint stands for.
 
     Args:
         src: ResMoE checkpoint.
         dst: output directory; appears when it is whole.
+        resume: go on with an interrupted run.
         overwrite: replace ``dst`` and what an unfinished run left.
         progress: told of shards.
     Returns:
@@ -37,37 +45,44 @@ def restore(
     checkpoint = ResMoECheckpoint(src)
     reader, fmt = checkpoint.reader, checkpoint.fmt
     architecture = find_architecture(reader.config)
-    writer = CheckpointWriter(
-        dst, {"source": reader.fingerprint(), "recipe": "restore", "version": versions()}, overwrite=overwrite
-    )
+    identity = {"source": reader.fingerprint(), "recipe": "restore", "version": versions()}
+    writer = CheckpointWriter(dst, identity, resume=resume, overwrite=overwrite)
     kept = [name for name in reader.names if not is_resmoe_name(name)]
     layers = sorted(fmt.layers)
+    total_bytes = sum(reader.nbytes(name) for name in kept) + len(layers) * dense_layer_bytes(fmt)
+    if writer.is_whole:
+        return total_bytes
     groups = group_by_bytes(reader, kept)
     total = len(groups) + len(layers)
     progress.start(total)
     shards: dict[str, tuple[str, ...]] = {}
 
-    def write(number: int, tensors: dict[str, Tensor]) -> None:
+    def write(number: int, make: Callable[[], dict[str, Tensor]]) -> None:
         filename = f"model-{number:05d}-of-{total:05d}.safetensors"
-        writer.write_shard(filename, tensors, {})
-        shards[filename] = tuple(tensors)
+        record = writer.record(filename)
+        if record is None:
+            tensors = make()
+            record = writer.write_shard(filename, tensors, {"names": list(tensors)})
+        shards[filename] = tuple(record["names"])
         progress.shard_done()
 
-    for number, names in enumerate(groups, start=1):
-        write(number, {name: reader.get(name) for name in names})
-    for number, layer in enumerate(layers, start=len(groups) + 1):
+    def dense_layer(layer: int) -> dict[str, Tensor]:
         progress.stage(f"layer {layer}: restoring", fmt.num_experts)
         experts = []
         for expert in range(fmt.num_experts):
             rows = {p: rows.to(checkpoint.dtype) for p, rows in checkpoint.expert(layer, expert).items()}
             experts.append(rows_to_expert(rows, checkpoint.biases(layer, expert)))
             progress.step()
-        write(number, dense_tensors(architecture, fmt.names, layer, experts))
+        return dense_tensors(architecture, fmt.names, layer, experts)
+
+    for number, names in enumerate(groups, start=1):
+        write(number, lambda names=names: {name: reader.get(name) for name in names})
+    for number, layer in enumerate(layers, start=len(groups) + 1):
+        write(number, partial(dense_layer, layer))
     for file in reader.other_files():
         relative = file.relative_to(reader.path)
         if str(relative) not in NOT_COPIED:
             writer.copy_file(file, Path(CARD_NAME) if str(relative) == "SOURCE_README.md" else relative)
-    total_bytes = sum(reader.nbytes(name) for name in kept) + len(layers) * dense_layer_bytes(fmt)
     config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
     writer.finish(config, shards, total_bytes)
     return total_bytes

@@ -4,7 +4,7 @@ from rich.table import Table
 
 from compress_tools.inspection import Inspection
 from compress_tools.plan import CompressionPlan
-from compress_tools.report import CompressionReport
+from compress_tools.report import CompressionReport, LayerReport
 from compress_tools.verify import LayerVerdict
 
 
@@ -24,10 +24,10 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def report_table(report: CompressionReport) -> Table:
-    """Per-layer error and size of a compression."""
+def layer_table(layers: list[LayerReport]) -> Table:
+    """Per-layer error and size."""
     table = _table("compressed", "layer", "error", "relative error", "residual energy", "before", "after", "ratio")
-    for layer in report.layers:
+    for layer in layers:
         table.add_row(
             str(layer.layer),
             f"{layer.approximation_error:.5g}",
@@ -37,6 +37,12 @@ def report_table(report: CompressionReport) -> Table:
             human_bytes(layer.bytes_after),
             f"{layer.bytes_after / layer.bytes_before:.3f}",
         )
+    return table
+
+
+def report_table(report: CompressionReport) -> Table:
+    """Per-layer error and size of a compression, and its totals."""
+    table = layer_table(report.layers)
     before, after, other = report.expert_bytes_before, report.expert_bytes_after, report.other_bytes
     table.add_section()
     table.add_row(

@@ -63,6 +63,26 @@ def test_the_whole_way(resmoe: Resmoe, tiny_mixtral: Path, tmp_path: Path) -> No
         assert "layer" in stdout
 
 
+def test_slices_and_merge(resmoe: Resmoe, tiny_mixtral: Path, tmp_path: Path) -> None:
+    target = tmp_path / "small"
+    for shard in ("2/2", "1/2"):
+        code, stdout, stderr = resmoe(
+            "compress", tiny_mixtral, target, "--shard", shard, "--center", "mean", "--resume"
+        )
+        assert code == 0, stderr
+        assert f"resmoe merge {target}" in stdout.replace("\n", "")
+    code, stdout, stderr = resmoe("merge", target, "--remove-slices", "--json")
+    assert code == 0, stderr
+    assert [layer["layer"] for layer in json.loads(stdout)["layers"]] == [0, 1, 2]
+    assert resmoe("verify", target, "--against", tiny_mixtral)[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "small",
+        "small.log",
+        "small.shard-1-of-2.log",
+        "small.shard-2-of-2.log",
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [
@@ -75,6 +95,15 @@ def test_the_whole_way(resmoe: Resmoe, tiny_mixtral: Path, tmp_path: Path) -> No
         (["compress", "{model}", "{new}", "--device", "banana"], 2, "--device banana"),
         (["compress", "{model}", "{model}"], 2, "same directory"),
         (["compress", "{model}"], 2, "Missing argument"),
+        (["compress", "{model}", "{new}", "--shard", "5/4"], 2, "--shard 5/4: expected I/N"),
+        (["compress", "{model}", "{new}", "--shard", "0/4"], 2, "--shard 0/4: expected I/N"),
+        (["compress", "{model}", "{new}", "--shard", "a/b"], 2, "--shard a/b: expected I/N"),
+        (["compress", "{model}", "{new}", "--shard", "1/4"], 2, "at most 3 slices"),
+        (["compress", "{model}", "/"], 4, "root of a file system"),
+        (["merge", "{new}"], 4, "no slices new.shard-I-of-N"),
+        (["merge", "{new}", "{model}"], 4, "not a slice"),
+        (["merge", "{new}", "--resume", "--overwrite"], 2, "exclude each other"),
+        (["merge"], 2, "Missing argument"),
         (["inspect", "{model}"], 4, "not a ResMoE checkpoint"),
         (["verify", "{missing}"], 4, "no such directory"),
         (["restore", "{model}", "{new}"], 4, "not a ResMoE checkpoint"),
@@ -89,4 +118,4 @@ def test_refusals(
     found, stdout, stderr = resmoe(*(word.format(**names) for word in words))
     assert (found, stdout) == (code, ""), stderr
     assert sentence in stderr
-    assert not (tmp_path / "new").exists()
+    assert not list(tmp_path.iterdir())

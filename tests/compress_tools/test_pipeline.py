@@ -1,13 +1,7 @@
 """Compress, verify, restore: real checkpoints by transformers, equal bytes after a kill, every refusal."""
 
 import json
-import os
-import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.tiny_models import TINY_CONFIGS, save_tiny_model
 from compress_tools.checkpoint_reader import INDEX_NAME, CheckpointReader
-from compress_tools.checkpoint_writer import STATE_DIR, staging_path
 from compress_tools.config import CompressionConfig, make_config, select_layers
 from compress_tools.errors import (
     CheckpointError,
@@ -30,6 +23,7 @@ from compress_tools.pipeline import compress
 from compress_tools.report import TIMINGS_NAME
 from compress_tools.resmoe_checkpoint import ResMoECheckpoint
 from compress_tools.restore import restore
+from compress_tools.staging import staging_path
 from compress_tools.verify import verify
 
 # Switch is an encoder-decoder: test_transformers_loader.py. transformers has no class for the original DeepSeekMoE.
@@ -111,64 +105,6 @@ def test_same_bytes_for_any_number_of_workers(method: str, tiny_mixtral: Path, t
     assert contents(tmp_path / "1" / "small") == contents(tmp_path / "3" / "small")
 
 
-def compress_command(source: Path, target: Path) -> list[str]:
-    return [sys.executable, "-m", "compress_tools", "compress", str(source), str(target)]
-
-
-@pytest.mark.parametrize("written", [1, 2, 3])
-def test_killed_and_resumed_gives_the_same_bytes(written: int, tmp_path: Path) -> None:
-    source = save_tiny_model("mixtral", tmp_path / "source", torch.float32, intermediate_size=256, num_local_experts=8)
-    whole, cut = tmp_path / "whole" / "small", tmp_path / "cut" / "small"
-    compress(source, whole, make_config(workers=2))
-    process = subprocess.Popen(compress_command(source, cut), stdout=subprocess.DEVNULL)
-    record = staging_path(cut) / STATE_DIR / f"model-{written:05d}-of-00004.safetensors.json"
-    deadline = time.monotonic() + 60
-    while not record.exists() and time.monotonic() < deadline:
-        time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert record.exists()
-    assert not cut.exists(), "killed too late to test anything"
-    with pytest.raises(CheckpointError, match="--resume"):
-        compress(source, cut, make_config())
-    compress(source, cut, make_config(), resume=True)
-    assert contents(whole) == contents(cut)
-    assert not staging_path(cut).exists()
-
-
-def interrupted(source: Path, target: Path) -> Path:
-    """A staging directory with its first shard written."""
-
-    class Stop(Exception):
-        pass
-
-    class StopAfterOne:
-        def start(self, total: int) -> None: ...
-        def stage(self, text: str, total: int | None) -> None: ...
-        def step(self) -> None: ...
-        def say(self, text: str) -> None: ...
-        def shard_done(self) -> None:
-            raise Stop
-
-    with pytest.raises(Stop):
-        compress(source, target, make_config(), progress=StopAfterOne())
-    return staging_path(target)
-
-
-def test_resume_refuses_another_recipe_and_another_source(tiny_mixtral: Path, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(tiny_mixtral, source)
-    interrupted(source, tmp_path / "small")
-    with pytest.raises(CheckpointError, match="another recipe"):
-        compress(source, tmp_path / "small", make_config(retain_ratio=0.5), resume=True)
-    shard = sorted(source.glob("*.safetensors"))[0]
-    os.utime(shard, (1, 1))
-    with pytest.raises(CheckpointError, match="another source"):
-        compress(source, tmp_path / "small", make_config(), resume=True)
-    compress(source, tmp_path / "small", make_config(), overwrite=True)
-    verify(tmp_path / "small", source)
-
-
 def test_overwrite_replaces_and_without_it_nothing_is_touched(tiny_mixtral: Path, tmp_path: Path) -> None:
     target = tmp_path / "small"
     target.mkdir()
@@ -179,49 +115,6 @@ def test_overwrite_replaces_and_without_it_nothing_is_touched(tiny_mixtral: Path
     compress(tiny_mixtral, target, make_config(), overwrite=True)
     assert not (target / "precious.txt").exists()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["small"]
-
-
-def limit_file_size() -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
-
-def test_a_write_that_fails_leaves_a_resumable_state(tiny_mixtral: Path, tmp_path: Path) -> None:
-    target = tmp_path / "small"
-    failed = subprocess.run(
-        compress_command(tiny_mixtral, target), capture_output=True, text=True, preexec_fn=limit_file_size
-    )
-    assert failed.returncode == 4, failed.stderr
-    assert "--resume" in failed.stderr
-    assert "Traceback" not in failed.stderr
-    assert not target.exists()
-    compress(tiny_mixtral, target, make_config(), resume=True)
-    verify(target, tiny_mixtral)
-
-
-def test_a_disk_too_small_is_refused_before_any_work(tiny_mixtral: Path, tmp_path: Path) -> None:
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", mount], capture_output=True).returncode:
-        pytest.skip("may not mount a small file system here")
-    try:
-        with pytest.raises(CheckpointError, match="free; make room"):
-            compress(tiny_mixtral, mount / "small", make_config())
-        assert not (mount / "small").exists()
-    finally:
-        subprocess.run(["umount", mount], check=True)
-
-
-def test_truncated_shard(tiny_mixtral: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_mixtral, tmp_path / "source")
-    shard = sorted((tmp_path / "source").glob("*.safetensors"))[-1]
-    shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=shard.name):
-        compress(tmp_path / "source", tmp_path / "small", make_config())
-    shard.unlink()
-    with pytest.raises(CheckpointError, match="missing"):
-        compress(tmp_path / "source", tmp_path / "small", make_config())
-    assert not staging_path(tmp_path / "small").exists()
 
 
 def rewritten(source: Path, target: Path, change: dict[str, torch.Tensor | None]) -> Path:

@@ -1,0 +1,152 @@
+"""One compression on a Ray cluster: slices as tasks, then a merge.
+
+    pip install 'resmoe[ray]'
+    python -m compress_tools.ray_cluster SRC DST --shards 8 --method low-rank
+
+SRC and DST must be the same directories on every node (a shared file system). Each task is
+``resmoe compress SRC DST --shard I/N --resume``: a node that dies costs at most the layer it worked on, and the same
+command goes on where it stopped.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from compress_tools import tables
+from compress_tools.checkpoint_reader import CheckpointReader
+from compress_tools.cli import main, out, recipe_options
+from compress_tools.config import CompressionConfig, Slice, make_config
+from compress_tools.errors import CheckpointError, ConfigError, ResMoEError
+from compress_tools.identity import torch_threads
+from compress_tools.log_progress import logged
+from compress_tools.merge import merge
+from compress_tools.pipeline import compress_slice
+from compress_tools.plan import make_plan
+from compress_tools.report import CompressionReport
+from compress_tools.slices import shards_of, slice_path
+from compress_tools.staging import destination, is_occupied, is_published, log_path, staging_path
+
+# A lost worker or node is tried again this often; what it wrote is kept.
+MAX_RETRIES = 5
+
+
+def make_slice_here(src: str, dst: str, config: CompressionConfig, part: Slice, threads: int) -> str:
+    """What one task does on its node; ``DST.shard-I-of-N.log`` tells how far it is.
+
+    Args:
+        src: source directory.
+        dst: the whole checkpoint's directory.
+        config: the recipe.
+        part: which slice.
+        threads: torch's; the last bits depend on their number, so it is the same in all tasks.
+    Returns:
+        the slice's directory.
+    """
+    target = slice_path(dst, part)
+    if target.is_dir() and not is_published(target):
+        # Made by an earlier run; merge checks that it is of this recipe and source.
+        return str(target)
+    with torch_threads(threads), logged(log_path(target), to_stderr=False) as progress:
+        return str(compress_slice(src, dst, config, part, resume=True, progress=progress))
+
+
+def compress_on_cluster(
+    src: str | Path,
+    dst: str | Path,
+    config: CompressionConfig,
+    shards: int,
+    *,
+    address: str | None = None,
+    cpus_per_task: int = 1,
+    gpus_per_task: float = 0,
+    keep_slices: bool = False,
+) -> CompressionReport:
+    """Compress ``src`` into ``dst`` in ``shards`` slices, as tasks of a Ray cluster.
+
+    Args:
+        src: source directory, the same on every node.
+        dst: output directory, the same on every node.
+        config: the recipe; ``workers`` assignments run in parallel in each task.
+        shards: number of slices; at most the number of layers to be compressed.
+        address: of the cluster, as ``ray.init`` takes it; None starts Ray on this machine.
+        cpus_per_task: CPUs that Ray reserves for a task, and torch's threads in it.
+        gpus_per_task: GPUs that Ray reserves for a task.
+        keep_slices: leave the slices beside ``dst``.
+    Returns:
+        the report that is also written to ``dst``.
+    Raises:
+        ConfigError: Ray is not installed, or the request does not fit the model.
+        ResMoEError: a slice failed; the others are finished first, so that the next run has them.
+    """
+    try:
+        import ray
+    except ImportError as err:
+        raise ConfigError("Ray is not installed: pip install 'resmoe[ray]'") from err
+    source, target = Path(src).absolute(), destination(dst)
+    parts = [Slice(number, shards) for number in range(1, shards + 1)]
+    # What can be refused is refused before a cluster is asked for anything.
+    shards_of(make_plan(CheckpointReader(source), config), parts[0])
+    if is_occupied(target) and not staging_path(target).exists() and not is_published(target):
+        raise CheckpointError(f"{target}: not empty; choose another directory")
+    started_here = not ray.is_initialized()
+    if started_here:
+        ray.init(address=address)
+    try:
+        task = ray.remote(make_slice_here).options(
+            num_cpus=cpus_per_task, num_gpus=gpus_per_task, max_retries=MAX_RETRIES
+        )
+        running = {task.remote(str(source), str(target), config, part, cpus_per_task): part for part in parts}
+        failures: list[ResMoEError] = []
+        pending = list(running)
+        while pending:
+            (done,), pending = ray.wait(pending)
+            try:
+                print(f"slice {running[done]} is whole: {ray.get(done)}", file=sys.stderr)
+            except ray.exceptions.RayError as err:
+                failures.append(_as_our_own(running[done], err))
+                print(f"slice {running[done]} failed: {failures[-1]}", file=sys.stderr)
+        if failures:
+            raise failures[0]
+    finally:
+        if started_here:
+            ray.shutdown()
+    with logged(log_path(target), to_stderr=False) as progress:
+        made = [slice_path(target, part) for part in parts]
+        return merge(target, made, resume=True, remove_slices=not keep_slices, progress=progress)
+
+
+def _as_our_own(part: Slice, err: Exception) -> ResMoEError:
+    """A task's own refusal as it was raised there; anything else as one error that says which slice."""
+    cause = getattr(err, "cause", None)
+    return cause if isinstance(cause, ResMoEError) else ResMoEError(f"slice {part} failed on its node: {err}")
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.argument("src")
+@click.argument("dst")
+@click.option("--shards", type=click.IntRange(min=1), required=True, help="Number of slices, one Ray task each.")
+@click.option("--address", help="Ray cluster, such as auto or ray://head:10001.  [default: Ray on this machine]")
+@click.option(
+    "--cpus-per-task",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="CPUs of a task: torch's threads, and --workers unless given. A node's tasks share its memory: see `plan`.",
+)
+@click.option("--gpus-per-task", type=click.FloatRange(min=0), default=0, show_default=True, help="GPUs of a task.")
+@click.option("--keep-slices", is_flag=True, help="Leave the slices beside DST.")
+@recipe_options
+def cli(src: str, dst: str, **options: Any) -> None:
+    """Compress the MoE checkpoint SRC into DST on a Ray cluster. The same command goes on after a failure."""
+    own = {name: options.pop(name) for name in ("shards", "address", "cpus_per_task", "gpus_per_task", "keep_slices")}
+    options["workers"] = options["workers"] or own["cpus_per_task"]
+    config = make_config(**{name: value for name, value in options.items() if value is not None})
+    report = compress_on_cluster(src, dst, config, own.pop("shards"), **own)
+    out.print(tables.report_table(report), highlight=False)
+    out.print(f"Written to {dst}. Next: [bold]vllm serve {dst}[/bold]", highlight=False)
+
+
+if __name__ == "__main__":
+    main(cli)
