@@ -1,14 +1,16 @@
 """What the user asks for: one validated object, made before any weight is read. The CLI's options derive from it."""
 
 import os
-from typing import Literal
+from typing import Literal, TypeVar
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compress_tools.errors import ConfigError
 
 Method = Literal["prune", "low-rank"]
 Center = Literal["barycenter", "mean", "none"]
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
 class CompressionConfig(BaseModel):
@@ -60,12 +62,37 @@ def make_config(**options: object) -> CompressionConfig:
     Raises:
         ConfigError: names the option, the value found and the rule.
     """
+    return validated(CompressionConfig, options)
+
+
+def validated(model: type[AnyModel], options: dict[str, object]) -> AnyModel:
+    """An options model from keyword options; its field names are the CLI's options.
+
+    Raises:
+        ConfigError: names the option, the value found and the rule.
+    """
     try:
-        return CompressionConfig(**options)
+        return model(**options)
     except ValidationError as err:
         first = err.errors()[0]
         option = "--" + str(first["loc"][0]).replace("_", "-")
         raise ConfigError(f"{option}: {first['msg']}, found {first['input']!r}") from err
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this machine does not have.
+
+    Raises:
+        ConfigError: not a device, or no usable CUDA device.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as err:
+        raise ConfigError(f"--device {device}: not a device; expected cpu, cuda or cuda:N") from err
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {device}: this machine has no usable CUDA device; use --device cpu")
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device}: expected cpu, cuda or cuda:N")
 
 
 def select_layers(selection: str, moe_layers: list[int]) -> list[int]:
