@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from compress_tools.errors import ConfigError
-from compress_tools.probe import SHARES, Curves, ProbeResult
 from compress_tools.probe_coders import CODERS
+from compress_tools.probe_result import SHARES, Curves, ProbeResult
 from compress_tools.probe_verdict import center_title
 
 _LINES = {"residual": ("#2563eb", "-"), "weight": ("#6b7280", "-"), "random": ("#111827", ":")}

@@ -3,8 +3,8 @@
 from rich.console import Group
 from rich.table import Table
 
-from compress_tools.probe import SHARES, LayerProbe, ProbeResult
 from compress_tools.probe_coders import CODERS
+from compress_tools.probe_result import SHARES, LayerProbe, ProbeResult
 from compress_tools.probe_verdict import Prediction, center_title
 
 # Shares of singular values and of entries that the table shows; JSON and picture have the whole curves.

@@ -16,18 +16,11 @@ from compress_tools.cli import cli
 from compress_tools.design_matrix import design_to_rows
 from compress_tools.errors import ConfigError
 from compress_tools.format.codec import decode_bitmap, decode_low_rank
-from compress_tools.probe import SHARES, mean_correction, probe
-from compress_tools.probe_coders import (
-    CODERS,
-    GROUP,
-    LowRankCoder,
-    MeasuredMatrix,
-    PruneCoder,
-    QuantiseCoder,
-    quantise,
-    quantised_bits,
-)
+from compress_tools.probe import probe
+from compress_tools.probe_coders import CODERS, LowRankCoder, PruneCoder, QuantiseCoder
 from compress_tools.probe_config import make_probe_config, spaced
+from compress_tools.probe_matrix import GROUP, MeasuredMatrix, quantise, quantised_bits
+from compress_tools.probe_result import SHARES, mean_correction
 from compress_tools.probe_sample import nearest_rows
 from compress_tools.probe_verdict import Prediction, judge
 from compress_tools.residuals.registry import METHODS
