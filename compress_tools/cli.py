@@ -17,6 +17,8 @@ from compress_tools.config import CompressionConfig, make_config, make_slice
 from compress_tools.errors import ConfigError, ResMoEError
 from compress_tools.live_progress import LiveProgress
 from compress_tools.log_progress import logged
+from compress_tools.probe_config import ProbeConfig
+from compress_tools.probe_tables import probe_tables
 from compress_tools.progress import ProgressListener, Together
 from compress_tools.report import CompressionReport
 from compress_tools.slices import slice_path
@@ -35,6 +37,23 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--" + name.replace("_", "-"),
             name,
             type=click.Choice(choices) if choices else field.annotation,
+            default=default,
+            show_default=default is not None,
+            help=field.description,
+        )(command)
+    return command
+
+
+def probe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command one option for each field of ``ProbeConfig``; types and ranges are checked there."""
+    for name, field in reversed(ProbeConfig.model_fields.items()):
+        many = name == "bytes_ratio"
+        default = field.default if isinstance(field.default, int | str) else None
+        command = click.option(
+            "--" + name.replace("_", "-"),
+            name,
+            type=float if many else str if field.annotation is str else int,
+            multiple=many,
             default=default,
             show_default=default is not None,
             help=field.description,
@@ -124,6 +143,27 @@ def merge(dst: str, slices: tuple[str, ...], remove_slices: bool, resume: bool, 
 def plan(src: str, as_json: bool, **options: Any) -> None:
     """Say what `resmoe compress SRC` would write: params, bytes, peak memory. Reads no weight, writes nothing."""
     _print_plan(src, _config(options), as_json)
+
+
+@cli.command("probe")
+@click.argument("src")
+@probe_options
+@click.option("--picture", type=click.Path(dir_okay=False), metavar="FILE.png", help="Draw curves and errors.")
+@json_option
+def probe_command(src: str, picture: str | None, as_json: bool, **options: Any) -> None:
+    """Is a center worth it? Measure sampled experts of the MoE checkpoint SRC, before compressing anything."""
+    from compress_tools.probe import probe
+    from compress_tools.probe_config import make_probe_config
+    from compress_tools.probe_picture import check_picture_path, draw_probe
+
+    config = make_probe_config(**{name: value for name, value in options.items() if value is not None})
+    if picture is not None:
+        check_picture_path(picture)
+    with _progress(as_json) as progress:
+        found = probe(src, config, progress)
+    if picture is not None:
+        draw_probe(found, picture)
+    _print(found.content(), as_json, lambda: probe_tables(found))
 
 
 @cli.command("inspect")

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from compress_tools.errors import ConfigError
 
 T = TypeVar("T")
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
 Method = Literal["prune", "low-rank"]
 Center = Literal["barycenter", "git-rebasin", "mean", "none"]
 
@@ -70,8 +71,17 @@ def make_config(**options: object) -> CompressionConfig:
     Raises:
         ConfigError: names the option, the value found and the rule.
     """
+    return validated(CompressionConfig, options)
+
+
+def validated(model: type[AnyModel], options: dict[str, object]) -> AnyModel:
+    """An options model from keyword options; its field names are the CLI's options.
+
+    Raises:
+        ConfigError: names the option, the value found and the rule.
+    """
     try:
-        return CompressionConfig(**options)
+        return model(**options)
     except ValidationError as err:
         first = err.errors()[0]
         option = "--" + str(first["loc"][0]).replace("_", "-")
@@ -105,6 +115,24 @@ def make_slice(text: str) -> Slice:
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise ConfigError(f"--shard {text}: expected I/N with 1 <= I <= N, such as 1/4")
     return Slice(int(match[1]), int(match[2]))
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this machine does not have.
+
+    Raises:
+        ConfigError: not a device, or no usable CUDA device.
+    """
+    import torch  # seconds of loading, which `resmoe --help` need not take
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as err:
+        raise ConfigError(f"--device {device}: not a device; expected cpu, cuda or cuda:N") from err
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {device}: this machine has no usable CUDA device; use --device cpu")
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device}: expected cpu, cuda or cuda:N")
 
 
 def select_layers(selection: str, moe_layers: list[int]) -> list[int]:

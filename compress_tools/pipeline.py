@@ -4,11 +4,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from compress_tools.checkpoint_reader import CheckpointReader
 from compress_tools.checkpoint_writer import CheckpointWriter, check_space
-from compress_tools.config import CompressionConfig, Slice
+from compress_tools.config import CompressionConfig, Slice, check_device
 from compress_tools.errors import ConfigError
 from compress_tools.finishing import finish, output_name_of_file, read_report
 from compress_tools.format.tensors import layer_bytes
@@ -102,7 +100,7 @@ class _Job:
 
 
 def _prepare(src: Path, dst: Path, config: CompressionConfig, spelled: str | Path) -> _Job:
-    _check_device(config.device)
+    check_device(config.device)
     reader = CheckpointReader(src)
     _check_apart(src, dst)
     plan = make_plan(reader, config)
@@ -169,14 +167,3 @@ def _check_apart(src: Path, dst: Path) -> None:
         raise ConfigError(f"{dst}: source and destination are the same directory")
     if source in target.parents or target in source.parents:
         raise ConfigError(f"{dst}: source and destination lie one inside the other; choose a place outside {src}")
-
-
-def _check_device(device: str) -> None:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as err:
-        raise ConfigError(f"--device {device}: not a device; expected cpu, cuda or cuda:N") from err
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {device}: this machine has no usable CUDA device; use --device cpu")
-    if kind not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {device}: expected cpu, cuda or cuda:N")
