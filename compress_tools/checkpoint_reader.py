@@ -69,6 +69,10 @@ class CheckpointReader:
         except (SafetensorError, OSError) as err:
             raise CheckpointError(f"{self.path / self._shard_of[name]}: can't read {name!r}[{index}]: {err}") from err
 
+    def release(self) -> None:
+        """Unmap the shards, so that pages already read count for this process no more; the next read maps again."""
+        self._handles.clear()
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
         return tuple(self._handle(name).get_slice(name).get_shape())
@@ -113,7 +117,10 @@ class CheckpointReader:
     def _handle(self, name: str) -> Any:
         if name not in self._shard_of:
             raise CheckpointError(f"{self.path}: tensor {name!r} is missing")
-        return self._handles[self._shard_of[name]]
+        shard = self._shard_of[name]
+        if shard not in self._handles:
+            self._handles[shard] = self._map(shard)
+        return self._handles[shard]
 
     def _read_json(self, name: str) -> dict[str, Any]:
         file = self.path / name
@@ -139,19 +146,21 @@ class CheckpointReader:
         raise CheckpointError(f"{self.path}: no {INDEX_NAME} and no {SINGLE_NAME}; only safetensors are read")
 
     def _open(self, shard: str) -> None:
+        handle = self._handles[shard] = self._map(shard)
+        for name in handle.keys():
+            if self._weight_map is None or self._weight_map.get(name) == shard:
+                self._shard_of[name] = shard
+
+    def _map(self, shard: str) -> Any:
         file = self.path / shard
         if not file.is_file():
             raise CheckpointError(f"{file}: shard named by {INDEX_NAME} is missing")
         try:
-            handle = safe_open(file, framework="pt", device="cpu")
+            return safe_open(file, framework="pt", device="cpu")
         except (SafetensorError, OSError) as err:
             raise CheckpointError(
                 f"{file}: truncated or corrupt shard: {err}{first_cut_tensor(file)}; download it again"
             ) from err
-        self._handles[shard] = handle
-        for name in handle.keys():
-            if self._weight_map is None or self._weight_map.get(name) == shard:
-                self._shard_of[name] = shard
 
     def _check_index(self) -> None:
         if self._weight_map is None:

@@ -95,7 +95,9 @@ def read_layer(
         for expert in range(sizes.num_experts):
             weights = plan.source.read_expert(layer, expert)
             fill_design(design[expert], expert_to_rows(weights))
-            biases.append(weights.biases or {})
+            biases.append({projection: bias.clone() for projection, bias in (weights.biases or {}).items()})
+            del weights
+            plan.source.reader.release()
             progress.step()
     return LayerWeights(design, biases)
 

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.compress.source import Kind
 from benchmarks.shapes import MoEShape
+from compress_tools.alignment import squared_distance
 from compress_tools.barycenter import find_center
 from compress_tools.checkpoint_reader import CheckpointReader
 from compress_tools.checkpoint_writer import CheckpointWriter
@@ -103,7 +104,7 @@ def run_layer(source: Path, work: Path, shape: MoEShape, kind: Kind, workers: in
     with FlopCounterMode(display=False) as counter:
         found = find_center(weights.design, "barycenter", config.max_iterations, config.tolerance, workers, clock=clock)
     work_done = {"cost matrix": counter.get_total_flops()}
-    energy = sum(expert.float().square().sum(dtype=torch.float64).item() for expert in weights.design)
+    energy = sum(squared_distance(expert, torch.zeros(()).expand_as(expert)) for expert in weights.design)
     errors, written = {}, 0
     for method, plan in plans.items():
         coding = StageClock()
