@@ -13,6 +13,9 @@ from compress_tools.assignment import MAX_GAP, Certificate, certify, solve_assig
 from compress_tools.clock import StageClock
 from compress_tools.errors import NumericalError
 
+# From this many rows on, the whole product costs more than the few passes that may prove a guess without it.
+PROVE_FROM_ROWS = 4096
+
 # An earlier permutation that is still optimal shows it within a few sweeps; beyond these, solving is cheaper.
 _WARM_SWEEPS = 6
 
@@ -81,7 +84,8 @@ def align_experts(
             with clock.stage("cost matrix"):
                 weights = design[expert].float()
                 known = guess[expert] if guess is not None else None
-                match = _proved(center, weights, known) if known is not None else None
+                provable = known is not None and len(center) >= PROVE_FROM_ROWS
+                match = _proved(center, weights, known) if provable else None
                 if match is None:
                     gain = center @ weights.T  # [I center, I expert], fp32
                     if not torch.isfinite(gain).all():
@@ -127,12 +131,12 @@ def _solve(
     warm: Certificate | None,
 ) -> _Match:
     scale = center_energy + _energy(weights)
-    start = warm.column_potential if warm is not None else None
 
     def finish(columns: Tensor, sweeps: int) -> _Match:
         distance = squared_distance(center, weights[columns.to(weights.device)])
         # Rounding of fp32 products bounds what a distance can mean; equal rows have distance 0 and gap 0.
         meaning = max(distance, 1e-9 * scale)
+        start = warm.column_potential if warm is not None else None
         proof = certify(gain, columns, 0.1 * MAX_GAP * meaning / 2, sweeps, start)
         gap = max(2 * proof.gap / meaning, 0.0) if meaning else 0.0
         return _Match(columns, distance, gap, proof)

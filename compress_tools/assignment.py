@@ -86,11 +86,15 @@ def certify(
         columns: ``[I]`` int64, row i is matched to ``columns[i]``.
         tolerance: stop sweeping once potentials grow by no more than this in sum.
         max_sweeps: most sweeps.
-        start: column potentials ``[I]`` float64 to sweep from, such as those of a like problem.
+        start: column potentials ``[I]`` float64 to sweep from, such as those of a like problem; by default half the
+            matched gains, which are feasible at once where the rows are noisy copies of each other.
     """
     rows = torch.arange(len(gain))
     matched = gain[rows, columns].double()
-    potential = torch.zeros(len(gain), dtype=torch.float64) if start is None else start.clone()  # v, by column
+    potential = torch.empty_like(matched)  # v, by column
+    potential[columns] = matched / 2
+    if start is not None:
+        potential.copy_(start)
     for _ in range(max_sweeps):
         before = potential.sum()
         for block in rows.split(_ROWS_AT_ONCE):
