@@ -45,9 +45,9 @@ def compress_layer(
 
     with clock.stage("center"):
         progress.stage(f"layer {layer}: center", None)
-        found = find_center(
-            design, config.center, config.max_iterations, config.tolerance, config.workers, progress.step
-        )
+        # Without a center there is nothing to align to: rows keep their order, which is the plain baseline's.
+        kind = config.center if spec.center else "none"
+        found = find_center(design, kind, config.max_iterations, config.tolerance, config.workers, progress.step)
 
     with clock.stage("residual"):
         progress.stage(f"layer {layer}: residuals", sizes.num_experts)
@@ -56,20 +56,23 @@ def compress_layer(
         if found.center is not None:
             shared = encode_center(spec, found.center, dtype)
             # The residual is taken against the center as stored, so that its rounding is not lost.
-            center = rows_to_design(_ordered(restore_center(spec, shared), projections)).to(design.device)
+            restored_center = restore_center(spec, shared, sizes.hidden_size)
+            absent = torch.zeros(sizes.intermediate_size, sizes.hidden_size)
+            center = rows_to_design({p: restored_center.get(p, absent) for p in projections}).to(design.device)
         tensors = {tensor_name(fmt, layer, None, *key): tensor for key, tensor in shared.items()}
         errors: list[float] = []
         for expert in range(sizes.num_experts):
             aligned = design[expert][found.perm[expert].to(design.device)]
             residual = aligned - center if center is not None else aligned
-            stored = encode_residual(spec, residual, dtype, config.seed)
+            own = spec.of_expert(expert)
+            stored = encode_residual(own, residual, dtype, config.seed)
             for projection, bias in biases[expert].items():
                 # down's bias belongs to the output, whose order does not change.
                 ordered = bias if projection == "down_proj" else bias[found.perm[expert]]
                 stored[projection, BIAS] = ordered.to(dtype).contiguous()
             for (projection, suffix), tensor in stored.items():
                 tensors[tensor_name(fmt, layer, expert, projection, suffix)] = tensor
-            restored = rows_to_design(_ordered(restore_expert(spec, shared, stored, sizes.hidden_size), projections))
+            restored = rows_to_design(_ordered(restore_expert(own, shared, stored, sizes.hidden_size), projections))
             errors.append((aligned.cpu() - restored).double().square().sum().item())
             progress.step()
 

@@ -1,17 +1,17 @@
 """What a compression will write, known before any weight is read: format block, shards, sizes, peak memory."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
 from typing import Any
 
 from compress_tools import __version__
 from compress_tools.architectures.layouts import MoESource, open_source
 from compress_tools.checkpoint_reader import CheckpointReader
 from compress_tools.config import CompressionConfig, select_layers
-from compress_tools.errors import CheckpointError
-from compress_tools.format.schema import DenseCenter, LayerSpec, ResMoEFormat
+from compress_tools.errors import CheckpointError, ConfigError
+from compress_tools.format.schema import LayerSpec, ResMoEFormat
 from compress_tools.format.tensors import dense_layer_bytes, layer_bytes, layer_params, layer_tensors
-from compress_tools.residuals.registry import METHODS
+from compress_tools.residuals.recipes import uniform_spec
 
 MAX_PASSTHROUGH_SHARD_BYTES = 2 * 10**9
 SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -74,9 +74,16 @@ class CompressionPlan:
         }
 
 
-def make_plan(reader: CheckpointReader, config: CompressionConfig) -> CompressionPlan:
+def make_plan(
+    reader: CheckpointReader, config: CompressionConfig, specs: Mapping[int, LayerSpec] | None = None
+) -> CompressionPlan:
     """Validate source against request and lay the output out. Reads no weight.
 
+    Args:
+        reader: the source checkpoint.
+        config: the request.
+        specs: how each layer is stored, by decoder layer index, in place of ``config``'s layers, method and center
+            bits; default: ``uniform_spec`` for each of ``config.layers``.
     Raises:
         UnsupportedArchitectureError: not an MoE, or of an unknown family.
         CheckpointError: an expert is missing or misshapen; the source is already quantised.
@@ -89,8 +96,12 @@ def make_plan(reader: CheckpointReader, config: CompressionConfig) -> Compressio
             + (", or `resmoe restore` it first" if method == "resmoe" else "")
         )
     source = open_source(reader)
-    selected = select_layers(config.layers, list(source.layers))
-    fmt = _format(source, selected, config)
+    if specs is None:
+        specs = _uniform_specs(source, config)
+    elif unknown := set(specs) - set(source.layers):
+        raise ConfigError(f"layers {sorted(unknown)} have no experts; MoE layers are {list(source.layers)}")
+    selected = sorted(specs)
+    fmt = _format(source, specs)
     replaced = {name for layer in selected for name in source.expected(layer)}
     kept = [name for name in reader.names if name not in replaced]
     before = sum(reader.nbytes(name) for layer in source.layers for name in source.expected(layer))
@@ -107,18 +118,19 @@ def make_plan(reader: CheckpointReader, config: CompressionConfig) -> Compressio
     )
 
 
-def _format(source: MoESource, selected: list[int], config: CompressionConfig) -> ResMoEFormat:
-    reader, sizes, projections = source.reader, source.sizes, source.projections
-    dtypes = {reader.dtype(name) for layer in selected for name in source.expected(layer)}
+def _uniform_specs(source: MoESource, config: CompressionConfig) -> dict[int, LayerSpec]:
+    sizes = source.sizes
+    spec = uniform_spec(config, source.projections, sizes.intermediate_size, sizes.hidden_size)
+    return dict.fromkeys(select_layers(config.layers, list(source.layers)), spec)
+
+
+def _format(source: MoESource, specs: Mapping[int, LayerSpec]) -> ResMoEFormat:
+    reader, sizes = source.reader, source.sizes
+    dtypes = {reader.dtype(name) for layer in specs for name in source.expected(layer)}
     if len(dtypes) != 1 or not dtypes <= set(SAFETENSORS_DTYPES):
         raise CheckpointError(
             f"{reader.path}: experts are stored as {sorted(dtypes)}; expected one of {sorted(SAFETENSORS_DTYPES)}"
         )
-    residual = METHODS[config.method].spec(
-        projections, sizes.intermediate_size, len(projections) * sizes.hidden_size, config.retain_ratio
-    )
-    center = () if config.center == "none" else (DenseCenter(projections=projections),)
-    layer = LayerSpec(center=center, residual=(residual,))
     return ResMoEFormat(
         written_by=f"resmoe {__version__}",
         dtype=SAFETENSORS_DTYPES[dtypes.pop()],
@@ -127,7 +139,7 @@ def _format(source: MoESource, selected: list[int], config: CompressionConfig) -
         intermediate_size=sizes.intermediate_size,
         biases=source.architecture.biased,
         names=source.names,
-        layers=dict.fromkeys(selected, layer),
+        layers=dict(sorted(specs.items())),
     )
 
 
@@ -159,5 +171,8 @@ def _peak_memory(fmt: ResMoEFormat, selected: list[int], workers: int) -> int:
     rows, columns = fmt.intermediate_size, len(fmt.names.projections) * fmt.hidden_size
     design = 4 * rows * columns
     costs = (2 * workers + 2) * 8 * rows * rows
+    # Beside all experts: center, aligned expert, residual, what earlier parts left, a part decoded, and masks and
+    # codes of one more between them.
+    working = 6 * design
     stored = max((layer_bytes(fmt, layer) for layer in selected), default=0)
-    return design * fmt.num_experts + ceil(3 * design) + costs + stored
+    return design * fmt.num_experts + working + costs + stored

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compress_tools.errors import FormatError
-from compress_tools.format.codec import mask_row_counts, pack_mask
+from compress_tools.format.packing import mask_row_counts, pack_mask
 from compress_tools.format.schema import BitmapResidual, Projection, ResMoEFormat
 from compress_tools.format.tensors import (
     CENTER_EXPERT,

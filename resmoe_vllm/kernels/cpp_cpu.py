@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from compress_tools.errors import KernelUnsupportedError
-from compress_tools.format.codec import pack_mask
+from compress_tools.format.packing import pack_mask
 from resmoe_vllm.kernels.routing import local_ids
 from resmoe_vllm.layout import BitmapWeights, LayerLayout, LowRankWeights, ResMoEWeights
 

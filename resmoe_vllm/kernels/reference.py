@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from compress_tools.format.codec import unpack_mask
+from compress_tools.format.packing import unpack_mask
 from compress_tools.format.schema import Projection
 from resmoe_vllm.kernels.activation import ACTIVATIONS
 from resmoe_vllm.kernels.routing import local_ids

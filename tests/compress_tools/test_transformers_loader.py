@@ -71,7 +71,7 @@ def test_base_model_and_uncompressed_layers(tiny_mixtral: Path, tmp_path: Path) 
 def test_a_broken_checkpoint_is_refused(tiny_olmoe: Path, tmp_path: Path) -> None:
     compress(tiny_olmoe, tmp_path / "small", make_config())
     config = (tmp_path / "small" / "config.json").read_text()
-    (tmp_path / "small" / "config.json").write_text(config.replace('"format_version": 1', '"format_version": 9'))
+    (tmp_path / "small" / "config.json").write_text(config.replace('"format_version": 2', '"format_version": 9'))
     with pytest.raises(FormatError, match="format_version 9"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "small")
 
