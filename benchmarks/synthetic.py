@@ -33,7 +33,7 @@ def synthetic_format(shape: MoEShape, method: str, retain_ratio: float, dtype: s
 
 def synthetic_layer(fmt: ResMoEFormat, index: int, seed: int = 0) -> tuple[LayerLayout, list[Tensor]]:
     """One layer's parameters as the plugin holds them: (layout, tensors in the op's order)."""
-    layout = parse_layout(layout_key(fmt, index, tp_size=1))
+    layout = parse_layout(layout_key(fmt, fmt.layers[index], tp_size=1))
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for name, (columns, dtype, shared) in layout.params.items():

@@ -231,7 +231,7 @@ def row_pointer_bytes(fmt: ResMoEFormat, index: int) -> int:
 def group_map_bytes(fmt: ResMoEFormat, index: int) -> int:
     """Bytes a loader adds in memory to a layer of several groups: an int32 for each expert and group (SPEC.md, 5)."""
     groups = fmt.layers[index].groups
-    return 4 * fmt.num_experts * len(groups) if groups else 0
+    return 4 * fmt.num_experts * len(groups) if groups and len(groups) > 1 else 0
 
 
 def dense_layer_bytes(fmt: ResMoEFormat, itemsize: int | None = None) -> int:

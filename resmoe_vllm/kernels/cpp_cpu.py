@@ -21,8 +21,9 @@ from torch import Tensor
 
 from compress_tools.errors import KernelUnsupportedError
 from compress_tools.format.packing import pack_mask
+from resmoe_vllm.kernel_weights import BitmapWeights, LowRankWeights, ResMoEWeights
 from resmoe_vllm.kernels.routing import local_ids
-from resmoe_vllm.layout import BitmapWeights, LayerLayout, LowRankWeights, ResMoEWeights
+from resmoe_vllm.layout import LayerLayout
 
 SOURCE = Path(__file__).parent / "csrc" / "fused_moe_cpu.cpp"
 # No contraction: the compiler may not fuse a scalar tail in one loop and not in another, so sums stay the same sums.
