@@ -55,6 +55,9 @@ def layer_kinds(size_i: int, size_h: int) -> dict[str, LayerSpec]:
         "quantized-3bit": layer_spec(quantized(3, *PROJECTIONS, by=32), bits=4),
         "quantized-4bit-no_center": layer_spec(quantized(4, *PROJECTIONS, by=64), center=()),
         "quantized-8bit-each": layer_spec(quantized(8, DOWN), low_rank(rank, UP), row_bitmap(few, GATE)),
+        "quantized-8bit+low_rank+bitmap": layer_spec(
+            quantized(8, DOWN, UP, by=32), low_rank(rank, UP, GATE), bitmap(count, DOWN), center=(UP, DOWN), bits=3
+        ),
         "low_rank+quantized": layer_spec(low_rank(rank, *PROJECTIONS), quantized(2, *PROJECTIONS, by=32), bits=8),
         "low_rank+bitmap+quantized": layer_spec(
             low_rank(rank, DOWN, UP, bits=8), bitmap(count, UP, bits=4), quantized(3, GATE, UP), center=(UP,)

@@ -24,7 +24,14 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 1.5e-2, "float16": 2e-3}
 
 KINDS = tuple(layer_kinds(3, 3))
 # Every kind through the torch kernel; through the op those of the C++ kernel, and a few of the others.
-OP_KINDS = [*KINDS[: KINDS.index("both") + 1], "bitmap-4bit", "low_rank+bitmap+quantized"]
+OP_KINDS = [
+    *KINDS[: KINDS.index("both") + 1],
+    "quantized-2bit",
+    "quantized-3bit",
+    "quantized-4bit-no_center",
+    "quantized-8bit+low_rank+bitmap",
+    "low_rank+bitmap+quantized",
+]
 # (E, I, H) and why
 SIZES = {
     "E4-I33-H67": (4, 33, 67),  # odd; a mask row of two words, the second almost empty
@@ -261,7 +268,7 @@ def test_opcheck(loaded, kind: str, routing: str) -> None:
         assert set(results.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("kind", ["low_rank-joint", "low_rank-gate_up+down", "bitmap-joint", "both"])
+@pytest.mark.parametrize("kind", ["low_rank-joint", "low_rank-gate_up+down", "bitmap-joint", "both", "quantized-3bit"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_tokens_result_does_not_depend_on_its_batch(kind: str, dtype: str) -> None:
     """Bit for bit, in the C++ kernel; torch's own products don't promise it."""
