@@ -17,7 +17,7 @@ from compress_tools.format.codec import (
     restore_right_factor,
 )
 from compress_tools.format.schema import LayerSpec, Projection
-from compress_tools.format.tensors import BIAS, follows_model_dtype
+from compress_tools.format.tensors import BIAS, CENTER, follows_model_dtype
 from compress_tools.residuals.base import StoredTensors
 from compress_tools.residuals.registry import design_projections
 
@@ -80,6 +80,13 @@ class FactoredExperts(nn.Module):
         """One restored expert, fp32 ``[I, H]`` rows for each projection."""
         return restore_expert(self.spec.of_expert(expert), self.shared(), self.stored(expert), self.hidden_size)
 
+    def _center(self, dtype: torch.dtype) -> Rows:
+        shared = self.shared()
+        if all(part.method == "dense" for part in self.spec.center):
+            return {p: tensor for (p, suffix), tensor in shared.items() if suffix == CENTER}
+        restored = restore_center(self.spec, shared, self.hidden_size)
+        return {p: rows.to(dtype) for p, rows in restored.items()}
+
     def biases(self, expert: int) -> dict[Projection, Tensor]:
         """One expert's biases; empty without."""
         return {p: tensor for (p, suffix), tensor in self.stored(expert).items() if suffix == BIAS}
@@ -94,10 +101,7 @@ class FactoredExperts(nn.Module):
         Returns:
             ``[T, H]`` in the dtype of ``hidden_states``; products in that dtype, sums in fp32.
         """
-        center = {
-            p: rows.to(hidden_states.dtype)
-            for p, rows in restore_center(self.spec, self.shared(), self.hidden_size).items()
-        }
+        center = self._center(hidden_states.dtype)
         inner = [p for p in design_projections(self.spec) if p != "down_proj"]
         common = {p: (hidden_states @ center[p].T).float() if p in center else None for p in inner}
         mixed = torch.zeros(len(hidden_states), self.intermediate_size, device=hidden_states.device)

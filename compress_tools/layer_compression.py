@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress_tools.barycenter import CenterResult, find_center
+from compress_tools.barycenter import find_center
 from compress_tools.config import CompressionConfig
 from compress_tools.design_matrix import expert_to_rows, rows_to_design
 from compress_tools.format.codec import restore_center, restore_expert
@@ -61,9 +61,11 @@ def compress_layer(
             center = rows_to_design({p: restored_center.get(p, absent) for p in projections}).to(design.device)
         tensors = {tensor_name(fmt, layer, None, *key): tensor for key, tensor in shared.items()}
         errors: list[float] = []
+        residual_energy = 0.0
         for expert in range(sizes.num_experts):
             aligned = design[expert][found.perm[expert].to(design.device)]
             residual = aligned - center if center is not None else aligned
+            residual_energy += residual.double().square().sum().item()
             own = spec.of_expert(expert)
             stored = encode_residual(own, residual, dtype, config.seed)
             for projection, bias in biases[expert].items():
@@ -81,7 +83,7 @@ def compress_layer(
         layer=layer,
         approximation_error=sum(errors) / len(errors) / sizes.intermediate_size,
         relative_error=sum(errors) / energy,
-        residual_energy=_residual_energy(found, energy),
+        residual_energy=residual_energy / energy if energy else 0.0,
         bytes_before=dense_layer_bytes(fmt),
         bytes_after=layer_bytes(fmt, layer),
         center_start=found.start,
@@ -94,10 +96,6 @@ def compress_layer(
 
 def _ordered(rows: dict[Any, Tensor], projections: tuple[Any, ...]) -> dict[Any, Tensor]:
     return {projection: rows[projection] for projection in projections}
-
-
-def _residual_energy(found: CenterResult, energy: float) -> float:
-    return found.objective[-1] / energy if energy else 0.0
 
 
 class _Clock:

@@ -100,6 +100,10 @@ def make_plan(
         specs = _uniform_specs(source, config)
     elif unknown := set(specs) - set(source.layers):
         raise ConfigError(f"layers {sorted(unknown)} have no experts; MoE layers are {list(source.layers)}")
+    if not specs:
+        raise ConfigError("no layer is to be compressed")
+    if config.center == "none" and (centered := [layer for layer, spec in specs.items() if spec.center]):
+        raise ConfigError(f"layers {sorted(centered)} are to have a center, which --center none does not make")
     selected = sorted(specs)
     fmt = _format(source, specs)
     replaced = {name for layer in selected for name in source.expected(layer)}

@@ -43,7 +43,7 @@ def largest_of_each_row(matrix: Tensor, count: int) -> Tensor:
     threshold = magnitude.kthvalue(matrix.shape[1] - count + 1, dim=1, keepdim=True).values
     keep = magnitude > threshold
     ties = magnitude == threshold
-    return keep | ties & (ties.cumsum(1) <= count - keep.sum(1, keepdim=True))
+    return keep | ties & (ties.cumsum(1, dtype=torch.int32) <= count - keep.sum(1, keepdim=True))
 
 
 class Prune:

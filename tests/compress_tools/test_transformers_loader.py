@@ -113,6 +113,18 @@ def test_a_spec_for_a_layer_without_experts_is_refused(tiny_mixtral: Path) -> No
     spec = LayerSpec(center=(), residual=(QuantizedResidual(projections=PROJECTIONS, bits=2),))
     with pytest.raises(ConfigError, match=r"layers \[7\] have no experts"):
         make_plan(CheckpointReader(tiny_mixtral), make_config(), {7: spec})
+    with pytest.raises(ConfigError, match="no layer"):
+        make_plan(CheckpointReader(tiny_mixtral), make_config(), {})
+
+
+def test_a_spec_with_a_center_needs_one_to_be_found(tiny_mixtral: Path) -> None:
+    few = (QuantizedResidual(projections=PROJECTIONS, bits=2),)
+    specs = {
+        0: LayerSpec(center=(), residual=few),
+        1: LayerSpec(center=(QuantizedCenter(projections=PROJECTIONS, bits=8),), residual=few),
+    }
+    with pytest.raises(ConfigError, match=r"layers \[1\] are to have a center, which --center none"):
+        make_plan(CheckpointReader(tiny_mixtral), make_config(center="none"), specs)
 
 
 @pytest.mark.parametrize("coding", ["low-rank", *VERSION_2])
