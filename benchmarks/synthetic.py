@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import MoEShape
-from compress_tools.format.codec import mask_row_counts, pack_mask
-from compress_tools.format.schema import DenseCenter, ExpertNames, LayerSpec, ResMoEFormat
+from compress_tools.config import make_config
+from compress_tools.format.packing import mask_row_counts, pack_mask
+from compress_tools.format.schema import ExpertNames, ResMoEFormat
 from compress_tools.format.tensors import DTYPES, MASK, VALUES
-from compress_tools.residuals.registry import METHODS
+from compress_tools.residuals.recipes import uniform_spec
 from resmoe_vllm.layout import ROW_PTR, LayerLayout, layout_key, parse_layout
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -15,8 +16,8 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 def synthetic_format(shape: MoEShape, method: str, retain_ratio: float, dtype: str, layers: int) -> ResMoEFormat:
     """The format block of ``layers`` equal layers, as ``resmoe compress`` would write it."""
-    part = METHODS[method].spec(PROJECTIONS, shape.intermediate, 3 * shape.hidden, retain_ratio)
-    spec = LayerSpec(center=(DenseCenter(projections=PROJECTIONS),), residual=(part,))
+    config = make_config(method=method, retain_ratio=retain_ratio)
+    spec = uniform_spec(config, PROJECTIONS, shape.intermediate, shape.hidden)
     return ResMoEFormat(
         written_by="synthetic",
         dtype=dtype,
@@ -32,7 +33,7 @@ def synthetic_format(shape: MoEShape, method: str, retain_ratio: float, dtype: s
 
 def synthetic_layer(fmt: ResMoEFormat, index: int, seed: int = 0) -> tuple[LayerLayout, list[Tensor]]:
     """One layer's parameters as the plugin holds them: (layout, tensors in the op's order)."""
-    layout = parse_layout(layout_key(fmt, index, tp_size=1))
+    layout = parse_layout(layout_key(fmt, fmt.layers[index], tp_size=1))
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for name, (columns, dtype, shared) in layout.params.items():

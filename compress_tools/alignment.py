@@ -1,7 +1,7 @@
 """Match each expert's rows to the center's at least squared distance. Sole caller of the assignment solvers."""
 
+import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from compress_tools.alignment_guess import is_certainly_optimal
 from compress_tools.assignment import MAX_GAP, Certificate, certify, solve_assignment
 from compress_tools.clock import StageClock
 from compress_tools.errors import NumericalError
+from compress_tools.parallel import in_parallel
 
 # From this many rows on, the whole product costs more than the few passes that may prove a guess without it.
 PROVE_FROM_ROWS = 4096
@@ -63,52 +64,64 @@ def align_experts(
     the guess tested on it, and only then solved for. Every result is certified, whichever way it came.
 
     Args:
-        design: design matrices ``[E, I, D]``, any float dtype; products and distances in fp32, sums in float64.
+        design: design matrices ``[E, I, D]``, any float dtype; products in fp32.
         center: center rows ``[I, D]``, fp32, same device.
-        workers: assignments solved in parallel (threads; the solver releases the lock).
+        workers: experts matched side by side.
         advance: called after each expert.
         guess: permutations ``[E, I]`` that may be right, such as the last iteration's.
         proof: ``Alignment.proof`` of an earlier center.
-        clock: told of "cost matrix" and "assignment" (what the products did not hide).
+        clock: told of "cost matrix" and "assignment".
     Returns:
         permutations, squared distances, and certified gaps.
     Raises:
         NumericalError: a cost is not finite, or no solver comes within ``MAX_GAP``; names the expert.
     """
-    clock = clock or StageClock()
-    center_energy = _energy(center)
-    matches: list[_Match | Future[_Match]] = []
-    # Products run one after another so that their bytes don't depend on the number of workers.
-    with ThreadPoolExecutor(workers) as pool:
-        for expert in range(len(design)):
-            with clock.stage("cost matrix"):
-                weights = design[expert].float()
-                known = guess[expert] if guess is not None else None
-                provable = known is not None and len(center) >= PROVE_FROM_ROWS
-                match = _proved(center, weights, known) if provable else None
-                if match is None:
-                    gain = center @ weights.T  # [I center, I expert], fp32
-                    if not torch.isfinite(gain).all():
-                        raise NumericalError(f"expert {expert}: the alignment cost overflows fp32")
-            if match is not None:
-                matches.append(match)
-                advance()
-                continue
-            warm = proof[expert] if proof is not None else None
-            job = pool.submit(_solve, expert, center, design[expert], gain.cpu(), center_energy, known, warm)
-            job.add_done_callback(lambda _: advance())
-            matches.append(job)
-            del gain, weights
-            with clock.stage("assignment"):
-                _wait_for_all_but(matches, workers)
-        with clock.stage("assignment"):
-            found = [match.result() if isinstance(match, Future) else match for match in matches]
+    center_energy = squared_norm(center)
+
+    def match(expert: int) -> tuple[_Match, StageClock]:
+        known = guess[expert] if guess is not None else None
+        warm = proof[expert] if proof is not None else None
+        own = StageClock()
+        found = _match(expert, design[expert], center, center_energy, known, warm, own)
+        advance()
+        return found, own
+
+    start = time.perf_counter()
+    results = in_parallel(match, range(len(design)), workers)
+    if clock is not None:
+        clock.share_out(time.perf_counter() - start, [own for _, own in results])
+    found = [match for match, _ in results]
     return Alignment(
         torch.stack([match.perm for match in found]),
         torch.tensor([match.distance for match in found], dtype=torch.float64),
         torch.tensor([match.gap for match in found], dtype=torch.float64),
         tuple(match.proof for match in found),
     )
+
+
+def _match(
+    expert: int,
+    weights: Tensor,
+    center: Tensor,
+    center_energy: float,
+    guess: Tensor | None,
+    warm: Certificate | None,
+    clock: StageClock,
+) -> _Match:
+    """One expert ``weights`` [I, D] against the center."""
+    with clock.stage("cost matrix"):
+        wide = weights.float()
+        if guess is not None and len(center) >= PROVE_FROM_ROWS:
+            match = _proved(center, wide, guess)
+            if match is not None:
+                return match
+        clock.count("cost matrix", 2 * len(center) * center.numel())
+        gain = (center @ wide.T).cpu()  # [I center, I expert], fp32
+        del wide
+        if not torch.isfinite(gain).all():
+            raise NumericalError(f"expert {expert}: the alignment cost overflows fp32")
+    with clock.stage("assignment"):
+        return _solve(expert, center, weights, gain, center_energy, guess, warm)
 
 
 def _proved(center: Tensor, weights: Tensor, guess: Tensor) -> _Match | None:
@@ -130,7 +143,7 @@ def _solve(
     guess: Tensor | None,
     warm: Certificate | None,
 ) -> _Match:
-    scale = center_energy + _energy(weights)
+    scale = center_energy + squared_norm(weights)
 
     def finish(columns: Tensor, sweeps: int) -> _Match:
         distance = squared_distance(center, weights[columns.to(weights.device)])
@@ -157,19 +170,12 @@ def _solve(
     raise NumericalError(f"expert {expert}: assignment not certified optimal: relative duality gap {match.gap:.3g}")
 
 
-def _wait_for_all_but(matches: "list[_Match | Future[_Match]]", count: int) -> None:
-    """Wait until at most ``count`` jobs are not done: each holds a cost matrix."""
-    jobs = [match for match in matches if isinstance(match, Future)]
-    for job in jobs[: len(jobs) - count]:
-        job.result()
-
-
 def squared_distance(left: Tensor, right: Tensor) -> float:
-    """``||left - right||_F^2``: differences in fp32, squares and their sum in float64, by blocks of rows."""
+    """``||left - right||_F^2``: rows in fp32, their sum in float64, by blocks of rows."""
     pairs = zip(left.split(_ROWS_AT_ONCE), right.split(_ROWS_AT_ONCE), strict=True)
-    return sum((a.float() - b.float()).double().square().sum().item() for a, b in pairs)
+    return sum((a.float() - b.float()).square_().sum(1).double().sum().item() for a, b in pairs)
 
 
-def _energy(matrix: Tensor) -> float:
-    """Sum of squares in float64, without a float64 copy of the whole."""
-    return sum(block.double().square().sum().item() for block in matrix.split(_ROWS_AT_ONCE))
+def squared_norm(matrix: Tensor) -> float:
+    """``||matrix||_F^2``, as ``squared_distance``."""
+    return sum(rows.float().square().sum(1).double().sum().item() for rows in matrix.split(_ROWS_AT_ONCE))

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress_tools.alignment import align_experts, squared_distance
+from compress_tools.alignment import align_experts, squared_distance, squared_norm
 from compress_tools.clock import StageClock
 from compress_tools.errors import NumericalError
+from compress_tools.parallel import in_parallel
+
+_ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -40,17 +43,26 @@ def identity_perm(num_experts: int, num_rows: int) -> Tensor:
     return torch.arange(num_rows).expand(num_experts, num_rows).clone()
 
 
-def mean_of_aligned(design: Tensor, perm: Tensor) -> Tensor:
-    """Mean of the aligned experts, ``[I, D]`` fp32; summed in fp32, one expert at a time."""
+def mean_of_aligned(design: Tensor, perm: Tensor, workers: int = 1) -> Tensor:
+    """Mean of the aligned experts, ``[I, D]`` fp32; summed in fp32, in the order of the experts."""
     total = torch.zeros(design.shape[1:], dtype=torch.float32, device=design.device)
-    for expert, rows in enumerate(perm):
-        total += design[expert][rows.to(design.device)]
+    perm = perm.to(design.device)
+
+    def add(rows: slice) -> None:
+        for expert, order in enumerate(perm):
+            total[rows] += design[expert][order[rows]]
+
+    in_parallel(add, [slice(start, start + _ROWS_AT_ONCE) for start in range(0, len(total), _ROWS_AT_ONCE)], workers)
     return total / len(design)
 
 
-def spread(design: Tensor, perm: Tensor, center: Tensor) -> float:
+def spread(design: Tensor, perm: Tensor, center: Tensor, workers: int = 1) -> float:
     """Sum over experts of squared distances between aligned rows and center rows, float64."""
-    return sum(squared_distance(design[expert][rows.to(design.device)], center) for expert, rows in enumerate(perm))
+
+    def distance(expert: int) -> float:
+        return squared_distance(design[expert][perm[expert].to(design.device)], center)
+
+    return sum(in_parallel(distance, range(len(design)), workers))
 
 
 def barycenter(
@@ -81,7 +93,7 @@ def barycenter(
     first = _fixed_point(design, design[0].float(), "expert 0", *limits)
     if torch.equal(first.perm, identity):
         return first  # its center is the mean: the second start would begin where the first one ended
-    second = _fixed_point(design, mean_of_aligned(design, identity), "mean", *limits)
+    second = _fixed_point(design, mean_of_aligned(design, identity, workers), "mean", *limits)
     return min(first, second, key=lambda result: result.objective[-1])
 
 
@@ -103,8 +115,8 @@ def _fixed_point(
             gap = alignment.gap.max().item()
             break
         with clock.stage("center"):
-            new_center = mean_of_aligned(design, alignment.perm)
-            value = spread(design, alignment.perm, new_center)
+            new_center = mean_of_aligned(design, alignment.perm, workers)
+            value = spread(design, alignment.perm, new_center, workers)
         if objective and value > objective[-1] * (1 + 1e-6) + 1e-12:
             raise NumericalError(f"barycenter objective rose from {objective[-1]} to {value}")
         if objective and value >= objective[-1]:
@@ -138,11 +150,10 @@ def find_center(
     perm, gap = identity_perm(len(design), design.shape[1]), 0.0
     if kind == "none":
         with clock.stage("center"):
-            zero = torch.zeros((), device=design.device).expand(design.shape[1:])
-            return CenterResult(None, perm, [sum(squared_distance(expert, zero) for expert in design)])
+            return CenterResult(None, perm, [sum(in_parallel(squared_norm, design, workers))])
     if kind == "git-rebasin":
         alignment = align_experts(design, design[0].float(), workers, advance, perm, None, clock)
         perm, gap = alignment.perm, alignment.gap.max().item()
     with clock.stage("center"):
-        center = mean_of_aligned(design, perm)
-        return CenterResult(center, perm, [spread(design, perm, center)], gap=gap)
+        center = mean_of_aligned(design, perm, workers)
+        return CenterResult(center, perm, [spread(design, perm, center, workers)], gap=gap)

@@ -3,21 +3,28 @@
 import os
 import re
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compress_tools.errors import ConfigError
 
 T = TypeVar("T")
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
-Method = Literal["prune", "low-rank"]
+Method = Literal["prune", "low-rank", "quantize", "low-rank+quantize"]
 Center = Literal["barycenter", "git-rebasin", "mean", "none"]
 
 
 def default_workers() -> int:
     """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_LOW_RANK_SHARE = {"low-rank+quantize": 0.02}
+
+
+def _default_ratio(given: dict[str, Any]) -> float:
+    return _LOW_RANK_SHARE.get(given.get("method", ""), 0.25)
 
 
 class CompressionConfig(BaseModel):
@@ -27,14 +34,31 @@ class CompressionConfig(BaseModel):
 
     method: Method = Field(
         "prune",
-        description="Residual coder: magnitude pruning (bitmap + values) or low rank (joint SVD of the design matrix).",
+        description="Residual coder: magnitude pruning (bitmap + values), low rank (SVD), quantisation of every "
+        "weight, or low rank with its remainder quantised.",
     )
     retain_ratio: float = Field(
-        0.25,
+        default_factory=_default_ratio,
         gt=0,
         le=1,
         allow_inf_nan=False,
-        description="Share of each residual's parameters that is kept, in (0, 1]; 1 is lossless up to rounding.",
+        description="Share of each residual's parameters that pruning or low rank keeps, in (0, 1]; 1 is lossless up "
+        "to rounding. [default: 0.25; with low-rank+quantize 0.02]",
+    )
+    bits: Literal[2, 3, 4, 8] = Field(4, description="Bits of each weight's code (quantize, low-rank+quantize).")
+    group_size: Literal[0, 32, 64, 128] = Field(
+        128,
+        description="Columns that share a scale wherever codes are stored; 0: the whole row. Factors always take whole "
+        "rows.",
+    )
+    value_bits: Literal[16, 8, 4] = Field(16, description="Bits of a kept value (prune); 16 is the model's dtype.")
+    prune_rows: Literal["global", "equal"] = Field(
+        "global",
+        description="Keep the largest values of the whole design matrix, or equally many in every row (prune).",
+    )
+    factor_bits: Literal[16, 8] = Field(16, description="Bits of the factors (low-rank); 16 is the model's dtype.")
+    low_rank_form: Literal["joint", "per-projection"] = Field(
+        "joint", description="One SVD of gate, up and down with U shared, or one SVD for each (low-rank)."
     )
     layers: str = Field(
         "all",
@@ -45,6 +69,7 @@ class CompressionConfig(BaseModel):
         description="Center expert: Wasserstein barycenter; or, for comparison, the mean after Git Re-Basin's matching "
         "to expert 0, the plain mean, or none.",
     )
+    center_bits: Literal[16, 8, 4] = Field(16, description="Bits of the center; 16 is the model's dtype.")
     max_iterations: int = Field(25, ge=1, description="Most barycenter fixed-point iterations of each start.")
     tolerance: float = Field(
         1e-4,
@@ -59,6 +84,34 @@ class CompressionConfig(BaseModel):
         ge=1,
         description="Assignments solved in parallel. [default: the number of cores]",
     )
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> Self:
+        prunes, factors, quantizes = self.method == "prune", "low-rank" in self.method, "quantize" in self.method
+        applies = {
+            "retain_ratio": prunes or factors,
+            "bits": quantizes,
+            "group_size": quantizes or (prunes and self.value_bits != 16) or self.center_bits != 16,
+            "value_bits": prunes,
+            "prune_rows": prunes,
+            "factor_bits": factors,
+            "low_rank_form": factors,
+            "center_bits": self.center != "none",
+        }
+        for name, has_effect in applies.items():
+            field = type(self).model_fields[name]
+            default = 0.25 if name == "retain_ratio" else field.default
+            if not has_effect and getattr(self, name) != default:
+                option = "--" + name.replace("_", "-")
+                raise ValueError(f"{option} {getattr(self, name)} has no effect with {self._why_not(name)}")
+        return self
+
+    def _why_not(self, name: str) -> str:
+        if name == "center_bits":
+            return "--center none"
+        if name == "group_size":
+            return f"--method {self.method}, which stores no codes here"
+        return f"--method {self.method}"
 
     def recipe(self) -> dict[str, object]:
         """What determines the output: every field but ``device`` and ``workers``."""
@@ -84,6 +137,8 @@ def validated(model: type[AnyModel], options: dict[str, object]) -> AnyModel:
         return model(**options)
     except ValidationError as err:
         first = err.errors()[0]
+        if not first["loc"]:
+            raise ConfigError(str(first["ctx"]["error"])) from err
         option = "--" + str(first["loc"][0]).replace("_", "-")
         raise ConfigError(f"{option}: {first['msg']}, found {first['input']!r}") from err
 

@@ -8,13 +8,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from compress_tools.format.codec import Rows, decode_residual, restore_expert
+from compress_tools.format.codec import (
+    Rows,
+    decode_residual,
+    restore_center,
+    restore_expert,
+    restore_left_factor,
+    restore_right_factor,
+)
 from compress_tools.format.schema import LayerSpec, Projection
-from compress_tools.format.tensors import BIAS, CENTER, U, V
+from compress_tools.format.tensors import BIAS, CENTER, follows_model_dtype
 from compress_tools.residuals.base import StoredTensors
+from compress_tools.residuals.registry import design_projections
 
 # (gate [T, I] or None, up [T, I]) -> [T, I]
 GateFunction = Callable[[Tensor | None, Tensor], Tensor]
+Key = tuple[Projection, str]
 
 
 class FactoredExperts(nn.Module):
@@ -27,7 +36,7 @@ class FactoredExperts(nn.Module):
         shared: shared tensors by (projection, suffix).
         experts: each expert's stored tensors by (projection, suffix).
         gate_function: the activation, from gate and up to the down projection's input.
-        dtype: dtype of center, values and factors; masks stay uint8.
+        dtype: dtype of what is stored in the checkpoint's dtype; masks, codes and scales stay as stored.
     """
 
     def __init__(
@@ -44,11 +53,19 @@ class FactoredExperts(nn.Module):
         self.spec, self.num_experts = spec, len(experts)
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.gate_function = gate_function
-        self._shared_keys, self._expert_keys = tuple(shared), tuple(experts[0])
+        self._shared_keys = tuple(shared)
         for key, tensor in shared.items():
-            self.register_buffer(_buffer_name(key), _as(tensor, dtype))
-        for key in self._expert_keys:
-            self.register_buffer(_buffer_name(key), torch.stack([_as(stored[key], dtype) for stored in experts]))
+            self.register_buffer(_buffer_name(key), _as(key, tensor, dtype))
+        # expert -> (its group, its row in the group's tensors)
+        self._places: dict[int, tuple[int, int]] = {}
+        self._expert_keys: list[tuple[Key, ...]] = []
+        for number, group in enumerate(spec.expert_groups(len(experts))):
+            self._expert_keys.append(tuple(experts[group.experts[0]]))
+            for row, expert in enumerate(group.experts):
+                self._places[expert] = number, row
+            for key in self._expert_keys[number]:
+                stacked = torch.stack([_as(key, experts[expert][key], dtype) for expert in group.experts])
+                self.register_buffer(_buffer_name(key, number), stacked)
 
     def shared(self) -> StoredTensors:
         """The layer's shared tensors."""
@@ -56,11 +73,19 @@ class FactoredExperts(nn.Module):
 
     def stored(self, expert: int) -> StoredTensors:
         """One expert's stored tensors."""
-        return {key: getattr(self, _buffer_name(key))[expert] for key in self._expert_keys}
+        number, row = self._places[expert]
+        return {key: getattr(self, _buffer_name(key, number))[row] for key in self._expert_keys[number]}
 
     def restored(self, expert: int) -> Rows:
         """One restored expert, fp32 ``[I, H]`` rows for each projection."""
-        return restore_expert(self.spec, self.shared(), self.stored(expert), self.hidden_size)
+        return restore_expert(self.spec.of_expert(expert), self.shared(), self.stored(expert), self.hidden_size)
+
+    def _center(self, dtype: torch.dtype) -> Rows:
+        shared = self.shared()
+        if all(part.method == "dense" for part in self.spec.center):
+            return {p: tensor for (p, suffix), tensor in shared.items() if suffix == CENTER}
+        restored = restore_center(self.spec, shared, self.hidden_size)
+        return {p: rows.to(dtype) for p, rows in restored.items()}
 
     def biases(self, expert: int) -> dict[Projection, Tensor]:
         """One expert's biases; empty without."""
@@ -76,8 +101,8 @@ class FactoredExperts(nn.Module):
         Returns:
             ``[T, H]`` in the dtype of ``hidden_states``; products in that dtype, sums in fp32.
         """
-        center = {p: tensor for (p, suffix), tensor in self.shared().items() if suffix == CENTER}
-        inner = [p for p in ("gate_proj", "up_proj") if any(p in part.projections for part in self.spec.residual)]
+        center = self._center(hidden_states.dtype)
+        inner = [p for p in design_projections(self.spec) if p != "down_proj"]
         common = {p: (hidden_states @ center[p].T).float() if p in center else None for p in inner}
         mixed = torch.zeros(len(hidden_states), self.intermediate_size, device=hidden_states.device)
         output = torch.zeros(hidden_states.shape, device=hidden_states.device)
@@ -107,10 +132,10 @@ class _ExpertProducts:
 
     def __init__(self, layer: FactoredExperts, expert: int, dtype: torch.dtype) -> None:
         self._stored = layer.stored(expert)
-        self._parts = layer.spec.residual
-        self._factored = all(part.method == "low_rank" for part in self._parts)
+        self._spec, self._hidden_size, self._dtype = layer.spec.of_expert(expert), layer.hidden_size, dtype
+        self._factored = all(part.method == "low_rank" for part in self._spec.residual)
         if not self._factored:
-            decoded = decode_residual(layer.spec, self._stored, layer.hidden_size)
+            decoded = decode_residual(self._spec, self._stored, layer.hidden_size)
             self._decoded = {p: rows.to(dtype) for p, rows in decoded.items()}
 
     def into(self, projection: Projection, x: Tensor) -> Tensor:
@@ -127,15 +152,19 @@ class _ExpertProducts:
 
     def _factors(self, projection: Projection) -> list[tuple[Tensor, Tensor]]:
         return [
-            (self._stored[part.projections[0], U], self._stored[projection, V])
-            for part in self._parts
+            (
+                restore_left_factor(part, self._stored).to(self._dtype),
+                restore_right_factor(part, self._stored, projection, self._hidden_size).to(self._dtype),
+            )
+            for part in self._spec.residual
             if projection in part.projections
         ]
 
 
-def _buffer_name(key: tuple[Projection, str]) -> str:
-    return "_".join(key)
+def _buffer_name(key: Key, group: int | None = None) -> str:
+    name = "_".join(key)
+    return name if group is None else f"{name}_{group}"
 
 
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def _as(key: Key, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if follows_model_dtype(key[1]) else tensor

@@ -3,8 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from compress_tools.format.schema import LayerSpec
-from compress_tools.format.tensors import dense_layer_bytes, is_resmoe_name, layer_bytes, row_pointer_bytes
+from compress_tools.format.schema import CenterPart, LayerSpec, ResidualPart
+from compress_tools.format.tensors import (
+    dense_layer_bytes,
+    group_map_bytes,
+    is_resmoe_name,
+    layer_bytes,
+    row_pointer_bytes,
+)
 from compress_tools.resmoe_checkpoint import ResMoECheckpoint
 
 
@@ -43,13 +49,41 @@ class Inspection:
 
 
 def describe_coding(layer: LayerSpec) -> str:
-    """A layer's coding in words: ``dense center + bitmap (1234 values)``."""
-    words = [f"{part.method} center" for part in layer.center] or ["no center"]
-    for part in layer.residual:
-        size = f"{part.values_per_expert} values" if part.method == "bitmap" else f"rank {part.rank}"
-        group = "joint" if len(part.projections) > 1 else part.projections[0]
-        words.append(f"{part.method} ({size}, {group})")
-    return " + ".join(words)
+    """A layer's coding in words: ``dense center + bitmap (1234 values, joint)``."""
+    center = [f"{_describe(part)} center" for part in layer.center] or ["no center"]
+    if layer.groups is None:
+        return " + ".join([*center, *map(_describe_residual, layer.residual)])
+    groups = [
+        f"{len(group.experts)} experts {' + '.join(map(_describe_residual, group.residual))}" for group in layer.groups
+    ]
+    return f"{' + '.join(center)} + [{'; '.join(groups)}]"
+
+
+def _describe(part: CenterPart | ResidualPart) -> str:
+    if part.method == "dense":
+        return part.method
+    if part.method == "quantized":
+        return f"{part.bits}-bit{_describe_group(part.group_size)}"
+    if part.method == "low_rank":
+        words = [f"rank {part.rank}", *([f"{part.factor_bits}-bit factors"] if part.factor_bits else [])]
+    else:
+        count = (
+            f"{part.values_per_expert} values"
+            if part.method == "bitmap"
+            else f"{part.values_per_row} values in every row"
+        )
+        words = [count, *([f"{part.value_bits}-bit{_describe_group(part.group_size)}"] if part.value_bits else [])]
+    return f"{part.method} ({', '.join(words)}"
+
+
+def _describe_group(group_size: int | None) -> str:
+    return "" if group_size is None else f" by {group_size}"
+
+
+def _describe_residual(part: ResidualPart) -> str:
+    group = "joint" if len(part.projections) > 1 else part.projections[0]
+    words = _describe(part)
+    return f"{words}, {group})" if part.method != "quantized" else f"quantized ({words}, {group})"
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -66,7 +100,7 @@ def inspect(path: str | Path) -> Inspection:
             describe_coding(fmt.layers[index]),
             dense_layer_bytes(fmt),
             layer_bytes(fmt, index),
-            layer_bytes(fmt, index) + row_pointer_bytes(fmt, index),
+            layer_bytes(fmt, index) + row_pointer_bytes(fmt, index) + group_map_bytes(fmt, index),
         )
         for index in sorted(fmt.layers)
     ]

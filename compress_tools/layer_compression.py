@@ -1,19 +1,19 @@
 """One MoE layer from weights to stored tensors: read, find the center, code the residuals, measure the error."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress_tools.alignment import squared_distance
+from compress_tools.alignment import squared_distance, squared_norm
 from compress_tools.barycenter import CenterResult, find_center
 from compress_tools.clock import StageClock
 from compress_tools.config import CompressionConfig
-from compress_tools.design_matrix import expert_to_rows, fill_design, rows_to_design
+from compress_tools.design_matrix import design_to_rows, expert_to_rows, fill_design, rows_to_design
 from compress_tools.format.codec import restore_center, restore_expert
 from compress_tools.format.schema import LayerSpec, Projection
 from compress_tools.format.tensors import BIAS, DTYPES, dense_layer_bytes, layer_bytes, layer_tensors, tensor_name
+from compress_tools.parallel import in_parallel
 from compress_tools.plan import CompressionPlan
 from compress_tools.progress import ProgressListener
 from compress_tools.report import LayerReport
@@ -41,12 +41,14 @@ class CodedLayer:
     Attributes:
         shared: the center's tensors by (projection, suffix).
         experts: each expert's tensors by (projection, suffix).
-        errors: for each expert ``||aligned - restored||_F^2``, float64.
+        errors: for each expert ``||aligned - restored||_F^2``.
+        residual_energies: for each expert ``||aligned - center||_F^2``, the center as stored.
     """
 
     shared: StoredTensors
     experts: list[StoredTensors]
     errors: list[float]
+    residual_energies: list[float]
 
 
 def compress_layer(
@@ -57,18 +59,21 @@ def compress_layer(
 ) -> tuple[dict[str, Tensor], LayerReport, dict[str, float]]:
     """One MoE layer: tensors by name, its report, seconds by stage."""
     fmt, clock = plan.fmt, StageClock()
+    spec = fmt.layers[layer]
     weights = read_layer(plan, layer, config.device, progress, clock)
     progress.stage(f"layer {layer}: center", None)
+    # Without a center there is nothing to align to: rows keep their order, which is the plain baseline's.
+    kind = config.center if spec.center else "none"
     found = find_center(
-        weights.design, config.center, config.max_iterations, config.tolerance, config.workers, progress.step, clock
+        weights.design, kind, config.max_iterations, config.tolerance, config.workers, progress.step, clock
     )
-    coded = code_layer(plan, layer, fmt.layers[layer], weights, found, config.seed, progress, clock)
-    energy = sum(squared_distance(expert, expert.new_zeros(()).expand_as(expert)) for expert in weights.design)
+    coded = code_layer(plan, layer, spec, weights, found, config.seed, config.workers, progress, clock)
+    energy = sum(in_parallel(squared_norm, weights.design, config.workers))
     report = LayerReport(
         layer=layer,
         approximation_error=sum(coded.errors) / len(coded.errors) / fmt.intermediate_size,
         relative_error=sum(coded.errors) / energy,
-        residual_energy=found.objective[-1] / energy if energy else 0.0,
+        residual_energy=sum(coded.residual_energies) / energy if energy else 0.0,
         bytes_before=dense_layer_bytes(fmt),
         bytes_after=layer_bytes(fmt, layer),
         center_start=found.start,
@@ -109,34 +114,45 @@ def code_layer(
     weights: LayerWeights,
     found: CenterResult,
     seed: int,
+    workers: int,
     progress: ProgressListener,
     clock: StageClock,
 ) -> CodedLayer:
-    """Code one layer by its spec, and measure each expert's error on what is stored."""
+    """Code one layer by its spec, experts side by side, and measure each expert's error on what is stored."""
     sizes, projections, dtype = plan.source.sizes, plan.source.projections, DTYPES[plan.fmt.dtype]
     shared: StoredTensors = {}
     center = None
-    experts: list[StoredTensors] = []
-    errors: list[float] = []
+    if found.center is not None:
+        shared = encode_center(spec, found.center, dtype)
+        # The residual is taken against the center as stored, so that its rounding is not lost.
+        restored_center = restore_center(spec, shared, sizes.hidden_size)
+        absent = torch.zeros(sizes.intermediate_size, sizes.hidden_size)
+        center = rows_to_design({p: restored_center.get(p, absent) for p in projections}).to(weights.design.device)
+
+    def code(expert: int) -> tuple[StoredTensors, float, float]:
+        perm = found.perm[expert]
+        aligned = weights.design[expert][perm.to(weights.design.device)]
+        residual = aligned.float() if center is None else aligned - center
+        own = spec.of_expert(expert)
+        stored = encode_residual(own, residual, dtype, seed)
+        energy = squared_norm(residual)
+        del residual
+        for projection, bias in weights.biases[expert].items():
+            # down's bias belongs to the output, whose order does not change.
+            ordered = bias if projection == "down_proj" else bias[perm]
+            stored[projection, BIAS] = ordered.to(dtype).contiguous()
+        restored = restore_expert(own, shared, stored, sizes.hidden_size)
+        rows = design_to_rows(aligned.cpu(), projections)
+        error = sum(squared_distance(rows[projection], restored[projection]) for projection in projections)
+        progress.step()
+        return stored, error, energy
+
     with clock.stage("residual"):
         progress.stage(f"layer {layer}: residuals", sizes.num_experts)
-        if found.center is not None:
-            shared = encode_center(spec, found.center, dtype)
-            # The residual is taken against the center as stored, so that its rounding is not lost.
-            center = rows_to_design(_ordered(restore_center(spec, shared), projections)).to(weights.design.device)
-        for design, biases, perm in zip(weights.design, weights.biases, found.perm, strict=True):
-            aligned = design[perm.to(design.device)].float()
-            stored = encode_residual(spec, aligned if center is None else aligned - center, dtype, seed)
-            for projection, bias in biases.items():
-                # down's bias belongs to the output, whose order does not change.
-                ordered = bias if projection == "down_proj" else bias[perm]
-                stored[projection, BIAS] = ordered.to(dtype).contiguous()
-            restored = rows_to_design(_ordered(restore_expert(spec, shared, stored, sizes.hidden_size), projections))
-            errors.append(squared_distance(aligned.cpu(), restored))
-            experts.append(stored)
-            progress.step()
-    return CodedLayer(shared, experts, errors)
-
-
-def _ordered(rows: dict[Any, Tensor], projections: tuple[Any, ...]) -> dict[Any, Tensor]:
-    return {projection: rows[projection] for projection in projections}
+        coded = in_parallel(code, range(sizes.num_experts), workers)
+    return CodedLayer(
+        shared,
+        [stored for stored, _, _ in coded],
+        [error for _, error, _ in coded],
+        [energy for _, _, energy in coded],
+    )

@@ -1,5 +1,6 @@
 """What a compression will write, known before any weight is read: format block, shards, sizes, peak memory."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,10 +8,10 @@ from compress_tools import __version__
 from compress_tools.architectures.layouts import MoESource, open_source
 from compress_tools.checkpoint_reader import CheckpointReader
 from compress_tools.config import CompressionConfig, select_layers
-from compress_tools.errors import CheckpointError
-from compress_tools.format.schema import DenseCenter, LayerSpec, ResMoEFormat
+from compress_tools.errors import CheckpointError, ConfigError
+from compress_tools.format.schema import LayerSpec, ResMoEFormat
 from compress_tools.format.tensors import DTYPES, dense_layer_bytes, layer_bytes, layer_params, layer_tensors
-from compress_tools.residuals.registry import METHODS
+from compress_tools.residuals.recipes import uniform_spec
 
 MAX_PASSTHROUGH_SHARD_BYTES = 2 * 10**9
 SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -73,9 +74,16 @@ class CompressionPlan:
         }
 
 
-def make_plan(reader: CheckpointReader, config: CompressionConfig) -> CompressionPlan:
+def make_plan(
+    reader: CheckpointReader, config: CompressionConfig, specs: Mapping[int, LayerSpec] | None = None
+) -> CompressionPlan:
     """Validate source against request and lay the output out. Reads no weight.
 
+    Args:
+        reader: the source checkpoint.
+        config: the request.
+        specs: how each layer is stored, by decoder layer index, in place of ``config``'s layers, method and center
+            bits; default: ``uniform_spec`` for each of ``config.layers``.
     Raises:
         UnsupportedArchitectureError: not an MoE, or of an unknown family.
         CheckpointError: an expert is missing or misshapen; the source is already quantised.
@@ -88,8 +96,16 @@ def make_plan(reader: CheckpointReader, config: CompressionConfig) -> Compressio
             + (", or `resmoe restore` it first" if method == "resmoe" else "")
         )
     source = open_source(reader)
-    selected = select_layers(config.layers, list(source.layers))
-    fmt = _format(source, selected, config)
+    if specs is None:
+        specs = _uniform_specs(source, config)
+    elif unknown := set(specs) - set(source.layers):
+        raise ConfigError(f"layers {sorted(unknown)} have no experts; MoE layers are {list(source.layers)}")
+    if not specs:
+        raise ConfigError("no layer is to be compressed")
+    if config.center == "none" and (centered := [layer for layer, spec in specs.items() if spec.center]):
+        raise ConfigError(f"layers {sorted(centered)} are to have a center, which --center none does not make")
+    selected = sorted(specs)
+    fmt = _format(source, specs)
     replaced = {name for layer in selected for name in source.expected(layer)}
     kept = [name for name in reader.names if name not in replaced]
     before = sum(reader.nbytes(name) for layer in source.layers for name in source.expected(layer))
@@ -106,18 +122,19 @@ def make_plan(reader: CheckpointReader, config: CompressionConfig) -> Compressio
     )
 
 
-def _format(source: MoESource, selected: list[int], config: CompressionConfig) -> ResMoEFormat:
-    reader, sizes, projections = source.reader, source.sizes, source.projections
-    dtypes = {reader.dtype(name) for layer in selected for name in source.expected(layer)}
+def _uniform_specs(source: MoESource, config: CompressionConfig) -> dict[int, LayerSpec]:
+    sizes = source.sizes
+    spec = uniform_spec(config, source.projections, sizes.intermediate_size, sizes.hidden_size)
+    return dict.fromkeys(select_layers(config.layers, list(source.layers)), spec)
+
+
+def _format(source: MoESource, specs: Mapping[int, LayerSpec]) -> ResMoEFormat:
+    reader, sizes = source.reader, source.sizes
+    dtypes = {reader.dtype(name) for layer in specs for name in source.expected(layer)}
     if len(dtypes) != 1 or not dtypes <= set(SAFETENSORS_DTYPES):
         raise CheckpointError(
             f"{reader.path}: experts are stored as {sorted(dtypes)}; expected one of {sorted(SAFETENSORS_DTYPES)}"
         )
-    residual = METHODS[config.method].spec(
-        projections, sizes.intermediate_size, len(projections) * sizes.hidden_size, config.retain_ratio
-    )
-    center = () if config.center == "none" else (DenseCenter(projections=projections),)
-    layer = LayerSpec(center=center, residual=(residual,))
     return ResMoEFormat(
         written_by=f"resmoe {__version__}",
         dtype=SAFETENSORS_DTYPES[dtypes.pop()],
@@ -126,7 +143,7 @@ def _format(source: MoESource, selected: list[int], config: CompressionConfig) -
         intermediate_size=sizes.intermediate_size,
         biases=source.architecture.biased,
         names=source.names,
-        layers=dict.fromkeys(selected, layer),
+        layers=dict(sorted(specs.items())),
     )
 
 
@@ -158,8 +175,8 @@ def _peak_memory(fmt: ResMoEFormat, selected: list[int], workers: int) -> int:
     rows, columns = fmt.intermediate_size, len(fmt.names.projections) * fmt.hidden_size
     matrix = rows * columns
     experts = fmt.num_experts * matrix * DTYPES[fmt.dtype].itemsize
-    # Center, one expert, its aligned form, its residual and one temporary, fp32.
-    aligning = 4 * 2 * matrix + (3 * workers + 1) * 4 * rows * rows
-    coding = 4 * 5 * matrix + 4 * 2 * min(rows, columns) ** 2
+    # For each worker, fp32: an expert, its aligned form or its residual and what coding leaves; cost matrices.
+    aligning = 4 * matrix + workers * (4 * 2 * matrix + 3 * 4 * rows * rows)
+    coding = workers * (4 * 5 * matrix + 4 * 2 * min(rows, columns) ** 2)
     stored = max((layer_bytes(fmt, layer) for layer in selected), default=0)
     return experts + max(aligning, coding + stored)

@@ -19,7 +19,7 @@ class LayerReport:
         layer: decoder layer index.
         approximation_error: the paper's ``||T_k W_k - restored_k||_F^2 / I``, mean over experts.
         relative_error: ``sum_k ||T_k W_k - restored_k||_F^2 / sum_k ||W_k||_F^2``.
-        residual_energy: ``sum_k ||T_k W_k - center||_F^2 / sum_k ||W_k||_F^2``, before coding.
+        residual_energy: ``sum_k ||T_k W_k - center||_F^2 / sum_k ||W_k||_F^2``, center as stored, before coding.
         bytes_before: bytes of the layer's experts in the source.
         bytes_after: bytes of center, residuals and masks.
         center_start: which start of the fixed point won.

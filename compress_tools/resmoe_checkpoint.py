@@ -8,8 +8,9 @@ from torch import Tensor
 
 from compress_tools.checkpoint_reader import CheckpointReader
 from compress_tools.errors import FormatError, NumericalError
-from compress_tools.format.codec import Rows, mask_row_counts, restore_expert, unpack_mask
-from compress_tools.format.schema import BitmapResidual, Projection, parse_format
+from compress_tools.format.codec import Rows, restore_expert
+from compress_tools.format.packing import mask_row_counts, pack_codes, unpack_codes, unpack_mask
+from compress_tools.format.schema import BitmapResidual, Projection, RowBitmapResidual, parse_format
 from compress_tools.format.tensors import (
     BIAS,
     DTYPES,
@@ -17,6 +18,7 @@ from compress_tools.format.tensors import (
     TensorSpec,
     expert_tensors,
     is_resmoe_name,
+    is_scale,
     layer_tensors,
     shared_tensors,
     tensor_name,
@@ -47,7 +49,10 @@ class ResMoECheckpoint:
     def expert(self, layer: int, expert: int) -> Rows:
         """One restored expert, fp32 ``[I, H]`` rows for each projection."""
         return restore_expert(
-            self.fmt.layers[layer], self.shared(layer), self.stored(layer, expert), self.fmt.hidden_size
+            self.fmt.layers[layer].of_expert(expert),
+            self.shared(layer),
+            self.stored(layer, expert),
+            self.fmt.hidden_size,
         )
 
     def biases(self, layer: int, expert: int) -> dict[Projection, Tensor] | None:
@@ -67,7 +72,7 @@ class ResMoECheckpoint:
         return self._read(layer, expert_tensors(self.fmt, self.fmt.layers[layer], expert))
 
     def check_values(self, layer: int) -> None:
-        """Read a whole layer: finite everywhere, masks with as many bits as values and clean padding.
+        """Read a whole layer: finite everywhere, masks with as many bits as values, clean padding.
 
         Raises:
             NumericalError: NaN or Inf; names the tensor.
@@ -79,9 +84,15 @@ class ResMoECheckpoint:
                 raise NumericalError(f"{self.reader.path}: {name!r} holds NaN or Inf")
             if spec.suffix == MASK:
                 self._check_padding(name, tensor)
-        for part in self.fmt.layers[layer].residual:
-            if isinstance(part, BitmapResidual):
-                for expert in range(self.fmt.num_experts):
+            if is_scale(spec.suffix) and (tensor < 0).any():
+                raise FormatError(f"{self.reader.path}: {name!r} holds a negative scale")
+            if spec.codes is not None and not torch.equal(
+                pack_codes(unpack_codes(tensor, *spec.codes), spec.codes[0]), tensor
+            ):
+                raise FormatError(f"{self.reader.path}: {name!r}: padding codes are set")
+        for expert in range(self.fmt.num_experts):
+            for part in self.fmt.layers[layer].of_expert(expert).residual:
+                if part.method in ("bitmap", "bitmap_rows"):
                     self._check_mask_bits(layer, expert, part)
 
     def _read(self, layer: int, specs: Iterable[TensorSpec]) -> StoredTensors:
@@ -116,16 +127,20 @@ class ResMoECheckpoint:
         if used != mask_row_counts(mask).sum():
             raise FormatError(f"{self.reader.path}: {name!r}: padding bits are set")
 
-    def _check_mask_bits(self, layer: int, expert: int, part: BitmapResidual) -> None:
-        bits = sum(
-            int(mask_row_counts(self.reader.get(tensor_name(self.fmt, layer, expert, p, MASK))).sum())
-            for p in part.projections
-        )
-        if bits != part.values_per_expert:
-            raise FormatError(
-                f"{self.reader.path}: layer {layer}, expert {expert}: masks keep {bits} values, "
-                f"the config says {part.values_per_expert}"
-            )
+    def _check_mask_bits(self, layer: int, expert: int, part: BitmapResidual | RowBitmapResidual) -> None:
+        where = f"{self.reader.path}: layer {layer}, expert {expert}"
+        counts = [
+            mask_row_counts(self.reader.get(tensor_name(self.fmt, layer, expert, p, MASK))) for p in part.projections
+        ]
+        if part.method == "bitmap":
+            if (bits := sum(int(own.sum()) for own in counts)) != part.values_per_expert:
+                raise FormatError(f"{where}: masks keep {bits} values, the config says {part.values_per_expert}")
+        else:
+            for own in counts:
+                if (wrong := own[own != part.values_per_row]).numel():
+                    raise FormatError(
+                        f"{where}: a row keeps {int(wrong[0])} values, the config says {part.values_per_row}"
+                    )
 
     @property
     def dtype(self) -> torch.dtype:

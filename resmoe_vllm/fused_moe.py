@@ -13,7 +13,7 @@ from resmoe_vllm.compat import (
     is_dummy_load,
     platform_device,
 )
-from resmoe_vllm.weights import LayerLoader
+from resmoe_vllm.weights import GroupCall, LayerLoader
 
 
 class ResMoEFusedMoEMethod(FusedMoEMethodBase):
@@ -51,14 +51,14 @@ class ResMoEFusedMoEMethod(FusedMoEMethodBase):
 
         Args:
             layer: owner of the parameters.
-            num_experts: experts on this rank.
+            num_experts: experts on this rank; the loader asks vLLM which.
             hidden_size: H.
             intermediate_size_per_partition: I of this rank.
             params_dtype: the model's dtype; weights are held in it.
             extra_weight_attrs: vLLM's weight loader and others, not used.
         Raises:
             ConfigError: router weights on the input, or a clamped activation.
-            KernelUnsupportedError: no kernel for method, dtype and device.
+            KernelUnsupportedError: no kernel for coders, dtype and device.
         """
         where = f"layer {self.index}"
         if layer.apply_router_weight_on_input:
@@ -68,17 +68,15 @@ class ResMoEFusedMoEMethod(FusedMoEMethodBase):
         loader = LayerLoader(
             self.fmt,
             self.index,
-            num_experts,
             layer._map_global_expert_id_to_local_expert_id,
             tp_size=self.moe.tp_size,
             tp_rank=self.moe.tp_rank,
         )
-        ops.select_kernel(loader.layout.method, params_dtype, platform_device())
-        loader.create_params(layer, params_dtype)
+        for group in loader.groups:
+            ops.select_kernel(group.layout.coders, params_dtype, platform_device())
+        self.calls = loader.create_params(layer, params_dtype)
         self.loader: LayerLoader | None = loader
         self.dummy = is_dummy_load()
-        self.layout_key = loader.layout.key
-        self.param_names = tuple(loader.layout.params)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Check that every tensor came, then let the loading state go.
@@ -118,13 +116,20 @@ class ResMoEFusedMoEMethod(FusedMoEMethodBase):
         Returns:
             ``[T, H]``, x's dtype, fresh.
         """
+        if len(self.calls) == 1:
+            return self._run(layer, self.calls[0], x, topk_weights, topk_ids)
+        # Each group of experts sees its own routed pairs, center included: the sum has every pair once.
+        partial = [self._run(layer, call, x, topk_weights, topk_ids) for call in self.calls]
+        return torch.stack(partial).sum(0, dtype=torch.float32).to(x.dtype)
+
+    def _run(self, layer: RoutedExperts, call: GroupCall, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         return torch.ops.resmoe.fused_moe(
             x,
             topk_weights,
             topk_ids,
-            layer.expert_map,
-            [getattr(layer, name) for name in self.param_names],
-            self.layout_key,
+            layer.expert_map if call.expert_map is None else getattr(layer, call.expert_map),
+            [getattr(layer, name) for name in call.params],
+            call.layout_key,
             self.activation,
         )
 

@@ -1,6 +1,8 @@
-"""The custom op ``torch.ops.resmoe.fused_moe`` and the one table (method, dtype, device) -> kernel."""
+"""The custom op ``torch.ops.resmoe.fused_moe`` and the one table of kernels."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,34 +16,71 @@ from resmoe_vllm.layout import LayerLayout, parse_layout
 # (x [T, H], topk_weights [T, K], topk_ids [T, K], tensors, layout, activation, expert_map [E] or None) -> [T, H]
 Kernel = Callable[[Tensor, Tensor, Tensor, list[Tensor], LayerLayout, str, Tensor | None], Tensor]
 
-KERNELS: dict[tuple[str, torch.dtype, str], Kernel] = {
-    (method, dtype, "cpu"): cpu.fused_moe
-    for method in ("bitmap", "low_rank", "bitmap+low_rank")
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)
-}
+CODERS = frozenset(
+    {
+        "bitmap",
+        "bitmap_codes",  # with value_bits
+        "bitmap_rows",
+        "bitmap_rows_codes",
+        "low_rank",
+        "low_rank_codes",  # with factor_bits
+        "quantized",
+        "quantized_center",
+    }
+)
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One row of the kernel table.
+
+    Attributes:
+        kernel: runs layers whose coders are all among ``coders``.
+        coders: a subset of ``CODERS``.
+        dtypes: of x and of weights in the model's dtype.
+        device: device type.
+    """
+
+    kernel: Kernel
+    coders: frozenset[str]
+    dtypes: tuple[torch.dtype, ...]
+    device: str
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# The first row that fits is taken.
+KERNELS = (
+    KernelRow(cpu.fused_moe, frozenset({"bitmap", "low_rank", "quantized", "quantized_center"}), _FLOATS, "cpu"),
+    KernelRow(cpu.fused_moe_decoding, CODERS, _FLOATS, "cpu"),
+)
 
 # the library's life is the op's
 _LIBRARY = torch.library.Library("resmoe", "FRAGMENT")
 
 
-def select_kernel(method: str, dtype: torch.dtype, device: str) -> Kernel:
+@cache
+def select_kernel(coders: frozenset[str], dtype: torch.dtype, device: str) -> Kernel:
     """Kernel for a layer.
 
     Args:
-        method: ``LayerLayout.method``.
+        coders: ``LayerLayout.coders``.
         dtype: of x and weights.
         device: device type.
     Raises:
         KernelUnsupportedError: there is none; lists what there is.
     """
-    kernel = KERNELS.get((method, dtype, device))
-    if kernel is None:
-        known = sorted({f"{m} {str(t).removeprefix('torch.')} on {d}" for m, t, d in KERNELS})
-        raise KernelUnsupportedError(
-            f"resmoe has no kernel for {method} {str(dtype).removeprefix('torch.')} on {device}; "
-            f"it has: {', '.join(known)}"
-        )
-    return kernel
+    for row in KERNELS:
+        if coders <= row.coders and dtype in row.dtypes and device == row.device:
+            return row.kernel
+    known = [f"{'+'.join(sorted(row.coders))} on {row.device} in {_names(row.dtypes)}" for row in KERNELS]
+    raise KernelUnsupportedError(
+        f"resmoe has no kernel for {'+'.join(sorted(coders))} in {_names((dtype,))} on {device}; "
+        f"it has: {'; '.join(known)}"
+    )
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def check_activation(activation: str) -> str:
@@ -80,7 +119,7 @@ def fused_moe(
         ``[T, H]``, x's dtype, fresh; the partial sum of this rank.
     """
     parsed = parse_layout(layout)
-    kernel = select_kernel(parsed.method, x.dtype, x.device.type)
+    kernel = select_kernel(parsed.coders, x.dtype, x.device.type)
     return kernel(x, topk_weights, topk_ids, tensors, parsed, activation, expert_map)
 
 

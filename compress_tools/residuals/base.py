@@ -1,4 +1,4 @@
-"""What a residual method is, and the table of them."""
+"""What a residual coder is."""
 
 from typing import Protocol
 
@@ -10,30 +10,17 @@ from compress_tools.format.schema import Projection, ResidualPart
 StoredTensors = dict[tuple[Projection, str], Tensor]
 
 
-class ResidualMethod(Protocol):
-    """A way to store a residual in fewer bytes."""
+class ResidualCoder(Protocol):
+    """Stores one part of a residual in fewer bytes."""
 
-    name: str
-
-    def spec(
-        self, projections: tuple[Projection, ...], num_rows: int, num_columns: int, retain_ratio: float
-    ) -> ResidualPart:
-        """The part that a budget buys.
-
-        Args:
-            projections: the group that is coded together.
-            num_rows: I.
-            num_columns: columns of the whole group, ``len(projections) * H``.
-            retain_ratio: share of the parameters kept, in (0, 1].
-        """
-        ...
+    method: str
 
     def encode(self, residual: Tensor, part: ResidualPart, dtype: torch.dtype, seed: int) -> StoredTensors:
-        """Code one expert's residual.
+        """Code what one expert's earlier parts left.
 
         Args:
-            residual: ``[I, P*H]`` fp32, columns in design-matrix order.
-            part: from ``spec``.
+            residual: ``[I, P*H]`` fp32, the columns of the part's projections, in its order.
+            part: how; its ``method`` is the coder's.
             dtype: dtype of stored values or factors.
             seed: seed of randomised steps.
         Returns:

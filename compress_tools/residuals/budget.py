@@ -17,6 +17,18 @@ def kept_values(num_rows: int, num_columns: int, retain_ratio: float) -> int:
     return count
 
 
+def kept_per_row(num_columns: int, retain_ratio: float) -> int:
+    """Values that pruning keeps of each row: ``floor(ratio * H)``.
+
+    Raises:
+        ConfigError: the ratio keeps nothing.
+    """
+    count = floor(retain_ratio * num_columns)
+    if count < 1:
+        raise ConfigError(f"--retain-ratio {retain_ratio} keeps no value of a row of {num_columns} columns")
+    return count
+
+
 def affordable_rank(num_rows: int, num_columns: int, retain_ratio: float) -> int:
     """Rank whose factors hold ``ratio`` of an ``[I, D]`` matrix's parameters: ``floor(ratio*I*D / (I+D))``.
 

@@ -1,33 +1,37 @@
-"""Low rank in the paper's joint form: one SVD of the design matrix, U shared by gate, up and down."""
+"""Low rank: one SVD for all projections with U shared (the paper's joint form), or one for each projection."""
 
 import torch
 from torch import Tensor
 
 from compress_tools.design_matrix import design_to_rows
-from compress_tools.format.schema import LowRankResidual, Projection
-from compress_tools.format.tensors import U, V
+from compress_tools.format.codec import restore_left_factor
+from compress_tools.format.schema import LowRankResidual
+from compress_tools.format.tensors import U_CODES, U_SCALES, V_CODES, V_SCALES, U, V
 from compress_tools.residuals.base import StoredTensors
-from compress_tools.residuals.budget import affordable_rank
+from compress_tools.residuals.quantize import pack_rows
 from compress_tools.svd import left_singular_vectors
 
 
 class LowRank:
-    """``--method low-rank``."""
+    """Part ``low_rank``: U shared by the part's projections (all: the paper's joint form), or one part for each."""
 
-    name = "low-rank"
-
-    def spec(
-        self, projections: tuple[Projection, ...], num_rows: int, num_columns: int, retain_ratio: float
-    ) -> LowRankResidual:
-        """See ``ResidualMethod.spec``."""
-        return LowRankResidual(projections=projections, rank=affordable_rank(num_rows, num_columns, retain_ratio))
+    method = "low_rank"
 
     def encode(self, residual: Tensor, part: LowRankResidual, dtype: torch.dtype, seed: int) -> StoredTensors:
-        """See ``ResidualMethod.encode``. V is the least-squares fit to U as rounded."""
-        left = left_singular_vectors(residual, part.rank, seed).to(dtype).contiguous()
-        wide = left.float()
+        """See ``ResidualCoder.encode``. V is the least-squares fit to U as stored."""
+        first = part.projections[0]
+        stored: StoredTensors = {}
+        left = left_singular_vectors(residual, part.rank, seed)
+        if part.factor_bits is None:
+            stored[first, U] = left.to(dtype).contiguous().cpu()
+        else:
+            stored[first, U_CODES], stored[first, U_SCALES] = pack_rows(left, part.factor_bits, None)
+        wide = restore_left_factor(part, stored).to(residual.device)
         right = torch.linalg.solve(wide.T @ wide, wide.T @ residual)  # [R, P*H]
-        stored: StoredTensors = {(part.projections[0], U): left.cpu()}
-        for projection, rows in design_to_rows(right.to(dtype).cpu(), part.projections).items():
-            stored[projection, V] = rows.contiguous()
+        for projection, rows in design_to_rows(right, part.projections).items():
+            if part.factor_bits is None:
+                stored[projection, V] = rows.to(dtype).contiguous().cpu()
+            else:
+                codes, scales = pack_rows(rows, part.factor_bits, None)
+                stored[projection, V_CODES], stored[projection, V_SCALES] = codes, scales
         return stored

@@ -1,13 +1,22 @@
-"""Magnitude pruning, unstructured over the whole design matrix (the paper's UP), stored as bitmap + values."""
+"""Magnitude pruning, stored as bitmap + values: unstructured over the group (the paper's UP), or equally many per row.
 
+Equal counts give fixed strides, no row pointers and tensor-parallel slices of equal size. They cost 0.1 % of the error
+on a gaussian residual, 2 % on a trained model, a fifth where row norms differ by a third (NOTES.md).
+"""
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from compress_tools.design_matrix import design_to_rows
-from compress_tools.format.codec import encode_bitmap
-from compress_tools.format.schema import BitmapResidual, Projection
+from compress_tools.format.codec import Rows, encode_bitmap, encode_row_bitmap
+from compress_tools.format.packing import pack_codes
+from compress_tools.format.schema import BitmapResidual, RowBitmapResidual
+from compress_tools.format.tensors import ROW_VALUE_CODES, ROW_VALUES, VALUE_CODES, VALUE_SCALES, VALUES
 from compress_tools.residuals.base import StoredTensors
-from compress_tools.residuals.budget import kept_values
+from compress_tools.residuals.quantizer import quantize_rows
+
+_TIES_AT_ONCE = 1 << 24
 
 
 def largest_magnitudes(matrix: Tensor, count: int) -> Tensor:
@@ -22,29 +31,91 @@ def largest_magnitudes(matrix: Tensor, count: int) -> Tensor:
     magnitude = matrix.abs().flatten()
     if count == magnitude.numel():
         return torch.ones_like(matrix, dtype=torch.bool)
-    threshold = magnitude.kthvalue(magnitude.numel() - count + 1).values
+    threshold = _kth_largest(magnitude, count)
     keep = magnitude > threshold
-    ties = (magnitude == threshold).nonzero().flatten()
-    keep[ties[: count - int(keep.sum())]] = True
+    missing = count - int(keep.sum())
+    for start in range(0, magnitude.numel(), _TIES_AT_ONCE):
+        chunk = slice(start, start + _TIES_AT_ONCE)
+        ties = (magnitude[chunk] == threshold).nonzero().flatten()[:missing]
+        keep[chunk][ties] = True
+        missing -= len(ties)
+        if not missing:
+            break
     return keep.view(matrix.shape)
 
 
+def _kth_largest(magnitude: Tensor, count: int) -> Tensor:
+    """The ``count``-th largest of ``[N]``; on a CPU numpy's selection takes a tenth of the time of torch's."""
+    if magnitude.device.type != "cpu":
+        return magnitude.kthvalue(magnitude.numel() - count + 1).values
+    rank = magnitude.numel() - count
+    return torch.from_numpy(np.partition(magnitude.numpy(), rank)[rank : rank + 1])[0]
+
+
+def largest_of_each_row(matrix: Tensor, count: int) -> Tensor:
+    """Mask of exactly ``count`` entries of largest magnitude of each row; ties go to the lower column.
+
+    Args:
+        matrix: ``[I, C]``.
+        count: 1..C.
+    Returns:
+        bool ``[I, C]``.
+    """
+    magnitude = matrix.abs()
+    if count == matrix.shape[1]:
+        return torch.ones_like(matrix, dtype=torch.bool)
+    threshold = magnitude.kthvalue(matrix.shape[1] - count + 1, dim=1, keepdim=True).values
+    keep = magnitude > threshold
+    ties = magnitude == threshold
+    return keep | ties & (ties.cumsum(1, dtype=torch.int32) <= count - keep.sum(1, keepdim=True))
+
+
 class Prune:
-    """``--method prune``."""
+    """Part ``bitmap``."""
 
-    name = "prune"
-
-    def spec(
-        self, projections: tuple[Projection, ...], num_rows: int, num_columns: int, retain_ratio: float
-    ) -> BitmapResidual:
-        """See ``ResidualMethod.spec``."""
-        return BitmapResidual(
-            projections=projections, values_per_expert=kept_values(num_rows, num_columns, retain_ratio)
-        )
+    method = "bitmap"
 
     def encode(self, residual: Tensor, part: BitmapResidual, dtype: torch.dtype, seed: int) -> StoredTensors:
-        """See ``ResidualMethod.encode``."""
-        keep = largest_magnitudes(residual, part.values_per_expert).cpu()
-        return encode_bitmap(
-            design_to_rows(residual.cpu(), part.projections), design_to_rows(keep, part.projections), dtype
+        """See ``ResidualCoder.encode``."""
+        rows = design_to_rows(residual, part.projections)
+        keep = design_to_rows(largest_magnitudes(residual, part.values_per_expert), part.projections)
+        if part.value_bits is None:
+            return _on_cpu(encode_bitmap(rows, keep, dtype))
+        codes, stored = _coded_values(rows, keep, part)
+        masks = encode_bitmap(codes, keep, torch.uint8)
+        stream = masks.pop((part.projections[0], VALUES))
+        return _on_cpu({**masks, **stored, (part.projections[0], VALUE_CODES): pack_codes(stream, part.value_bits)})
+
+
+class PruneRows:
+    """Part ``bitmap_rows``."""
+
+    method = "bitmap_rows"
+
+    def encode(self, residual: Tensor, part: RowBitmapResidual, dtype: torch.dtype, seed: int) -> StoredTensors:
+        """See ``ResidualCoder.encode``."""
+        rows = design_to_rows(residual, part.projections)
+        keep = {projection: largest_of_each_row(own, part.values_per_row) for projection, own in rows.items()}
+        if part.value_bits is None:
+            return _on_cpu(encode_row_bitmap(rows, keep, dtype))
+        codes, stored = _coded_values(rows, keep, part)
+        stored |= encode_row_bitmap(codes, keep, torch.uint8)
+        for projection in part.projections:
+            own = stored.pop((projection, ROW_VALUES))
+            stored[projection, ROW_VALUE_CODES] = pack_codes(own, part.value_bits)
+        return _on_cpu(stored)
+
+
+def _coded_values(rows: Rows, keep: Rows, part: BitmapResidual | RowBitmapResidual) -> tuple[Rows, StoredTensors]:
+    """Codes ``[I, H]`` for each projection, and the scales as stored."""
+    codes: Rows = {}
+    stored: StoredTensors = {}
+    for projection in part.projections:
+        codes[projection], stored[projection, VALUE_SCALES] = quantize_rows(
+            rows[projection], part.value_bits, part.group_size, keep[projection]
         )
+    return codes, stored
+
+
+def _on_cpu(stored: StoredTensors) -> StoredTensors:
+    return {key: tensor.cpu() for key, tensor in stored.items()}

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from compress_tools.errors import KernelUnsupportedError
-from compress_tools.format.codec import pack_mask
+from compress_tools.format.packing import pack_codes, pack_mask
+from compress_tools.format.schema import Projection
+from resmoe_vllm.kernel_weights import BitmapWeights, Coded, LowRankWeights, QuantizedWeights, ResMoEWeights
 from resmoe_vllm.kernels.routing import local_ids
-from resmoe_vllm.layout import BitmapWeights, LayerLayout, LowRankWeights, ResMoEWeights
+from resmoe_vllm.layout import LayerLayout
 
 SOURCE = Path(__file__).parent / "csrc" / "fused_moe_cpu.cpp"
 # No contraction: the compiler may not fuse a scalar tail in one loop and not in another, so sums stay the same sums.
@@ -69,6 +71,19 @@ class _Bitmap(ctypes.Structure):
     ]
 
 
+class _Quantized(ctypes.Structure):
+    """Mirrors ``struct Quantized``."""
+
+    _fields_ = [
+        ("codes", Pointers),
+        ("scales", Pointers),
+        ("codes_stride", Strides),
+        ("scales_stride", Strides),
+        ("bits", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+    ]
+
+
 class _Layer(ctypes.Structure):
     """Mirrors ``struct Layer``."""
 
@@ -81,6 +96,10 @@ class _Layer(ctypes.Structure):
         ("num_low_rank", ctypes.c_int64),
         ("bitmap", ctypes.c_void_p),
         ("num_bitmap", ctypes.c_int64),
+        ("quantized", ctypes.c_void_p),
+        ("num_quantized", ctypes.c_int64),
+        ("center_codes", ctypes.c_void_p),
+        ("num_center_codes", ctypes.c_int64),
         ("dtype", ctypes.c_int32),
         ("activation", ctypes.c_int32),
     ]
@@ -119,6 +138,8 @@ def load() -> ctypes.CDLL | None:
         ctypes.c_int,
     ]
     library.resmoe_decode_row.argtypes = [ctypes.c_int32, pointer, pointer, size, size, pointer]
+    library.resmoe_decode_codes.argtypes = [pointer, size, size, pointer]
+    library.resmoe_decode_codes.restype = None
     library.resmoe_struct_bytes.restype = size
     _self_test(library)
     return library
@@ -134,7 +155,7 @@ def fused_moe(
     activation: str,
     expert_map: Tensor | None = None,
 ) -> Tensor:
-    """See ``fused_moe_ref``; weights of one dtype, contiguous, on the CPU; sums and activations in fp32."""
+    """See ``fused_moe_ref``; weights in one dtype or codes, contiguous, on the CPU; sums and activations in fp32."""
     layer = _layer(tensors, layout, activation)
     ids, order = local_ids(topk_ids, expert_map).flatten().sort(stable=True)
     skipped = int((ids < 0).sum())
@@ -165,17 +186,30 @@ class _Pointers:
     def __init__(self, weights: ResMoEWeights, activation: str) -> None:
         low_rank = [_low_rank(part) for part in weights.residual if isinstance(part, LowRankWeights)]
         bitmap = [_bitmap(part) for part in weights.residual if isinstance(part, BitmapWeights)]
-        self._arrays = (_LowRank * len(low_rank))(*low_rank), (_Bitmap * len(bitmap))(*bitmap)
+        quantized = [_quantized(part.rows) for part in weights.residual if isinstance(part, QuantizedWeights)]
+        coded = [(p, center) for p, center in weights.center.items() if isinstance(center, Coded)]
+        center_codes = [_quantized({p: center}) for p, center in coded]
+        dense_center = {p: center for p, center in weights.center.items() if isinstance(center, Tensor)}
+        self._arrays = (
+            (_LowRank * len(low_rank))(*low_rank),
+            (_Bitmap * len(bitmap))(*bitmap),
+            (_Quantized * len(quantized))(*quantized),
+            (_Quantized * len(center_codes))(*center_codes),
+        )
         masks = [part.mask for part in weights.residual if isinstance(part, BitmapWeights)]
         self.struct = _Layer(
             weights.hidden_size,
             weights.intermediate_size,
             next(iter(masks[0].values())).shape[-1] if masks else 0,
-            Pointers(*(_pointer(weights.center.get(p)) for p in PROJECTIONS)),
+            Pointers(*(_pointer(dense_center.get(p)) for p in PROJECTIONS)),
             ctypes.addressof(self._arrays[0]),
             len(low_rank),
             ctypes.addressof(self._arrays[1]),
             len(bitmap),
+            ctypes.addressof(self._arrays[2]),
+            len(quantized),
+            ctypes.addressof(self._arrays[3]),
+            len(center_codes),
             DTYPES[_dtype(weights)],
             ACTIVATIONS[activation],
         )
@@ -221,13 +255,33 @@ def _bitmap(part: BitmapWeights) -> _Bitmap:
     )
 
 
+def _quantized(rows: dict[Projection, Coded]) -> _Quantized:
+    """A residual's ``[E, I, H]`` for each projection, or a center's ``[I, H]``: one expert, stride 0."""
+    coded = [rows.get(p) for p in PROJECTIONS]
+    first = next(iter(rows.values()))
+    group = first.columns + 8 if first.group_size is None else first.group_size
+    return _Quantized(
+        Pointers(*(None if own is None else own.codes.data_ptr() for own in coded)),
+        Pointers(*(None if own is None else own.scales.data_ptr() for own in coded)),
+        Strides(*(0 if own is None or own.codes.dim() == 2 else own.codes.stride(0) for own in coded)),
+        Strides(*(0 if own is None or own.scales.dim() == 2 else own.scales.stride(0) for own in coded)),
+        first.bits,
+        group,
+    )
+
+
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
 def _dtype(weights: ResMoEWeights) -> torch.dtype:
-    part = weights.residual[0]
-    return part.values.dtype if isinstance(part, BitmapWeights) else part.u.dtype
+    """What weights in the model's dtype are in; any where there are none."""
+    for part in weights.residual:
+        if isinstance(part, BitmapWeights):
+            return part.values.dtype
+        if isinstance(part, LowRankWeights):
+            return part.u.dtype
+    return next((center.dtype for center in weights.center.values() if isinstance(center, Tensor)), torch.float32)
 
 
 def _missing_cpu_flags() -> list[str]:
@@ -263,8 +317,8 @@ def _build() -> Path:
 
 
 def _self_test(library: ctypes.CDLL) -> None:
-    """Struct layout, and bitmap decoding against torch: which instructions decode depends on the processor."""
-    if library.resmoe_struct_bytes() != sum(map(ctypes.sizeof, (_LowRank, _Bitmap, _Layer))):
+    """Struct layout, and decoding of bitmaps and codes against torch: the instructions depend on the processor."""
+    if library.resmoe_struct_bytes() != sum(map(ctypes.sizeof, (_LowRank, _Bitmap, _Quantized, _Layer))):
         raise KernelUnsupportedError("resmoe's C++ kernel and cpp_cpu.py disagree on their structs")
     columns = 333
     keep = torch.rand(columns, generator=torch.Generator().manual_seed(0)) < 0.4
@@ -278,3 +332,13 @@ def _self_test(library: ctypes.CDLL) -> None:
             expected = torch.zeros(columns).masked_scatter_(keep, values.to(dtype).float())
             if not torch.equal(out, expected):
                 raise KernelUnsupportedError(f"resmoe's C++ kernel decodes {dtype} bitmaps wrongly on this processor")
+    for bits in (2, 3, 4, 8):
+        for group_size in (None, 32):
+            codes = torch.randint(2**bits, (3, columns), generator=torch.Generator().manual_seed(bits)).byte()
+            scales = torch.rand(3, 1 if group_size is None else -(-columns // 32)).bfloat16()
+            rows = Coded(pack_codes(codes, bits), scales, bits, columns, group_size)
+            struct = _quantized({"gate_proj": rows})
+            out = torch.empty(columns + 8)
+            library.resmoe_decode_codes(ctypes.addressof(struct), 1, columns, out.data_ptr())
+            if not torch.equal(out[:columns], rows.to(torch.float32)[1]):
+                raise KernelUnsupportedError(f"resmoe's C++ kernel decodes {bits}-bit codes wrongly on this processor")

@@ -3,31 +3,51 @@
 import torch
 from torch import Tensor
 
-from compress_tools.format.codec import unpack_mask
+from compress_tools.format.packing import unpack_mask
 from compress_tools.format.schema import Projection
+from resmoe_vllm.kernel_weights import (
+    BitmapWeights,
+    LowRankWeights,
+    QuantizedWeights,
+    ResMoEWeights,
+    RowBitmapWeights,
+    expert_scales,
+)
 from resmoe_vllm.kernels.activation import ACTIVATIONS
 from resmoe_vllm.kernels.routing import local_ids
-from resmoe_vllm.layout import BitmapWeights, ResMoEWeights
 
 
-def decode_bitmap_ref(part: BitmapWeights, projection: Projection, expert: int, hidden_size: int) -> Tensor:
-    """One expert's residual, fp32 ``[I, H]``; each row is found by its own row pointer."""
+def decode_bitmap_ref(
+    part: BitmapWeights | RowBitmapWeights, projection: Projection, expert: int, hidden_size: int
+) -> Tensor:
+    """One expert's residual, fp32 ``[I, H]``; each row is found by its own row pointer, or in a row of its own."""
     keep = unpack_mask(part.mask[projection][expert], hidden_size)
-    position = part.row_ptr[projection][expert].long()[:, None] + keep.cumsum(1) - 1
-    values = part.expert_values(expert).float()
-    return torch.where(keep, values[position.clamp(0, values.numel() - 1)], 0.0)
+    if not keep.any():  # a rank may hold none of an expert's values
+        return torch.zeros(keep.shape, device=keep.device)
+    position = keep.cumsum(1) - 1
+    if isinstance(part, BitmapWeights):
+        position = position + part.row_ptr[projection][expert].long()[:, None]
+        values = part.expert_values(expert).float()
+        found = values[position.clamp(0, values.numel() - 1)]
+    else:
+        found = part.expert_values(projection, expert).float().gather(1, position.clamp(min=0))
+    if part.value_bits is not None:
+        found = found * expert_scales(part, projection, expert, hidden_size)
+    return torch.where(keep, found, 0.0)
 
 
 def restore_ref(weights: ResMoEWeights, projection: Projection, expert: int) -> Tensor:
     """Center + residual of one expert, fp32 ``[I, H]``."""
-    terms = [weights.center[projection].float()] if projection in weights.center else []
+    terms = [weights.center[projection].to(torch.float32)] if projection in weights.center else []
     for part in weights.residual:
         if projection not in part.projections:
             continue
-        if isinstance(part, BitmapWeights):
-            terms.append(decode_bitmap_ref(part, projection, expert, weights.hidden_size))
+        if isinstance(part, LowRankWeights):
+            terms.append(part.u[expert].to(torch.float32) @ part.v[projection][expert].to(torch.float32))
+        elif isinstance(part, QuantizedWeights):
+            terms.append(part.rows[projection][expert].to(torch.float32))
         else:
-            terms.append(part.u[expert].float() @ part.v[projection][expert].float())
+            terms.append(decode_bitmap_ref(part, projection, expert, weights.hidden_size))
     return torch.stack(terms).sum(0)
 
 

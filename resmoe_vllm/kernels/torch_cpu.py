@@ -1,12 +1,13 @@
-"""The fused layer in plain torch calls: center once per token, residuals per routed expert.
+"""The fused layer in plain torch calls, for every coder: center once per token, residuals per routed expert.
 
 gate and up: ``[gate_c; up_c] x`` once per token, each chosen expert adds its residual's product, before the
 activation.
 down: ``sum_k g_k (down_c + D_k) a_k = down_c (sum_k g_k a_k) + sum_k g_k D_k a_k``; it is linear, so the
 center's product is taken once, of the weighted sum. Products are in the weights' dtype where the processor
 multiplies it, which torch accumulates in fp32, and in fp32 elsewhere: a processor without bf16 or fp16
-products takes ten times as long for them. Sums, activation and router weights are fp32. A bitmap is decoded
-for one expert and projection at a time, and let go.
+products takes ten times as long for them. Sums, activation and router weights are fp32. What is not low rank is
+decoded and added up for one expert and projection at a time, multiplied as a dense tile, and let go; a center in
+codes is decoded for each call.
 """
 
 import functools
@@ -14,18 +15,45 @@ import functools
 import torch
 from torch import Tensor
 
-from compress_tools.format.codec import unpack_mask
+from compress_tools.format.packing import unpack_mask
 from compress_tools.format.schema import Projection
+from resmoe_vllm.kernel_weights import (
+    BitmapWeights,
+    LowRankWeights,
+    QuantizedWeights,
+    ResMoEWeights,
+    RowBitmapWeights,
+    expert_scales,
+)
 from resmoe_vllm.kernels.activation import ACTIVATIONS
 from resmoe_vllm.kernels.routing import tokens_by_expert
-from resmoe_vllm.layout import BitmapWeights, ResMoEWeights
 
 
-def decode_bitmap(part: BitmapWeights, projection: Projection, expert: int, hidden_size: int) -> Tensor:
-    """One expert's residual, dense ``[I, H]`` in the values' dtype."""
+def decode_bitmap(
+    part: BitmapWeights | RowBitmapWeights, projection: Projection, expert: int, hidden_size: int
+) -> Tensor:
+    """One expert's residual, dense ``[I, H]``: in the values' dtype, of codes in fp32."""
     keep = unpack_mask(part.mask[projection][expert], hidden_size)
-    values = part.expert_values(expert)[int(part.row_ptr[projection][expert, 0]) :]
-    return torch.zeros(keep.shape, dtype=values.dtype).masked_scatter_(keep, values)
+    if isinstance(part, RowBitmapWeights):
+        values = part.expert_values(projection, expert)
+    else:
+        values = part.expert_values(expert)[int(part.row_ptr[projection][expert, 0]) :]
+    dense = torch.zeros(keep.shape, dtype=values.dtype).masked_scatter_(keep, values)
+    return dense if part.value_bits is None else dense * expert_scales(part, projection, expert, hidden_size)
+
+
+def decode_tile(weights: ResMoEWeights, projection: Projection, expert: int, dtype: torch.dtype) -> Tensor | None:
+    """Sum of one expert's parts that are not low rank, ``[I, H]`` in ``dtype``; None where there are none."""
+    tile: Tensor | None = None
+    for part in weights.residual:
+        if isinstance(part, LowRankWeights) or projection not in part.projections:
+            continue
+        if isinstance(part, QuantizedWeights):
+            own = part.rows[projection][expert].to(torch.float32)
+        else:
+            own = decode_bitmap(part, projection, expert, weights.hidden_size)
+        tile = own if tile is None else tile.float() + own
+    return None if tile is None else tile.to(dtype)
 
 
 @functools.cache
@@ -52,13 +80,11 @@ def residual_product(x: Tensor, weights: ResMoEWeights, projection: Projection, 
     is_down = projection == "down_proj"
     columns = weights.hidden_size if is_down else weights.intermediate_size
     total = torch.zeros(x.shape[0], columns, dtype=torch.float32)
+    tile = decode_tile(weights, projection, expert, x.dtype)
+    if tile is not None:
+        total += x @ tile if is_down else x @ tile.T
     for part in weights.residual:
-        if projection not in part.projections:
-            continue
-        if isinstance(part, BitmapWeights):
-            dense = decode_bitmap(part, projection, expert, weights.hidden_size).to(x.dtype)
-            total += x @ dense if is_down else x @ dense.T
-        else:
+        if isinstance(part, LowRankWeights) and projection in part.projections:
             u, v = part.u[expert].to(x.dtype), part.v[projection][expert].to(x.dtype)
             total += (x @ u) @ v if is_down else (x @ v.T) @ u.T
     return total

@@ -90,6 +90,8 @@ def test_slices_and_merge(resmoe: Resmoe, tiny_mixtral: Path, tmp_path: Path) ->
         (["compress", "{model}", "{new}", "--retain-ratio", "1.5"], 2, "--retain-ratio"),
         (["compress", "{model}", "{new}", "--retain-ratio", "much"], 2, "not a valid float"),
         (["compress", "{model}", "{new}", "--method", "magic"], 2, "'prune', 'low-rank'"),
+        (["compress", "{model}", "{new}", "--bits", "3"], 2, "--bits 3 has no effect with --method prune"),
+        (["compress", "{model}", "{new}", "--method", "quantize", "--bits", "5"], 2, "'5' is not one of"),
         (["compress", "{model}", "{new}", "--layers", "9"], 2, "MoE layers are 0-2"),
         (["compress", "{model}", "{new}", "--resume", "--overwrite"], 2, "exclude each other"),
         (["compress", "{model}", "{new}", "--device", "banana"], 2, "--device banana"),

@@ -53,9 +53,10 @@ def test_keeping_everything_keeps_the_model(family: str, method: str, tmp_path: 
     torch.testing.assert_close(logits(tmp_path / "dense"), logits(source), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["prune", "low-rank"])
+@pytest.mark.parametrize("method", ["prune", "low-rank", "quantize", "low-rank+quantize"])
 def test_report_says_what_verify_finds(method: str, tiny_olmoe: Path, tmp_path: Path) -> None:
-    report = compress(tiny_olmoe, tmp_path / "small", make_config(method=method))
+    more = {"retain_ratio": 0.1} if method == "low-rank+quantize" else {}
+    report = compress(tiny_olmoe, tmp_path / "small", make_config(method=method, **more))
     verdicts = verify(tmp_path / "small", tiny_olmoe)
     for layer, verdict in zip(report.layers, verdicts, strict=True):
         assert verdict.relative_error == pytest.approx(layer.relative_error, rel=1e-4)
@@ -204,6 +205,45 @@ def test_models_it_does_not_know(tiny_olmoe: Path, tmp_path: Path) -> None:
 def test_refused_options(options: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="--" + next(iter(options)).replace("_", "-")):
         make_config(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"bits": 3}, "--bits 3 has no effect with --method prune"),
+        ({"method": "low-rank", "value_bits": 8}, "--value-bits 8 has no effect with --method low-rank"),
+        ({"method": "quantize", "prune_rows": "equal"}, "--prune-rows equal has no effect with --method quantize"),
+        ({"method": "quantize", "retain_ratio": 0.5}, "--retain-ratio 0.5 has no effect with --method quantize"),
+        ({"factor_bits": 8}, "--factor-bits 8 has no effect with --method prune"),
+        ({"low_rank_form": "per-projection"}, "--low-rank-form per-projection has no effect with --method prune"),
+        ({"center": "none", "center_bits": 8}, "--center-bits 8 has no effect with --center none"),
+        ({"group_size": 32}, "--group-size 32 has no effect with --method prune, which stores no codes here"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_options_without_effect_are_refused(options: dict[str, object], found: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{found}$"):
+        make_config(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"value_bits": 8, "group_size": 32},
+        {"center_bits": 8, "group_size": 0},
+        {"method": "low-rank+quantize", "bits": 2, "factor_bits": 8, "retain_ratio": 0.1},
+        {"method": "quantize", "bits": 8, "group_size": 64},
+    ],
+    ids=str,
+)
+def test_the_recipe_repeats_the_config(options: dict[str, object]) -> None:
+    config = make_config(**options)
+    assert make_config(**config.recipe()).recipe() == config.recipe()
+
+
+def test_the_low_rank_share_is_small_beside_codes() -> None:
+    assert make_config(method="low-rank").retain_ratio == 0.25
+    assert make_config(method="low-rank+quantize").retain_ratio == 0.02
 
 
 @pytest.mark.parametrize(

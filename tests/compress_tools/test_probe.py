@@ -13,9 +13,10 @@ from torch import Tensor
 
 from benchmarks.tiny_models import save_tiny_model
 from compress_tools.cli import cli
+from compress_tools.config import make_config
 from compress_tools.design_matrix import design_to_rows
 from compress_tools.errors import ConfigError
-from compress_tools.format.codec import decode_bitmap, decode_low_rank
+from compress_tools.format.codec import decode_residual
 from compress_tools.probe import probe
 from compress_tools.probe_coders import CODERS, LowRankCoder, PruneCoder, QuantiseCoder
 from compress_tools.probe_config import make_probe_config, spaced
@@ -23,7 +24,8 @@ from compress_tools.probe_matrix import GROUP, MeasuredMatrix, quantise, quantis
 from compress_tools.probe_result import SHARES, mean_correction
 from compress_tools.probe_sample import nearest_rows
 from compress_tools.probe_verdict import Prediction, judge
-from compress_tools.residuals.registry import METHODS
+from compress_tools.residuals.recipes import uniform_spec
+from compress_tools.residuals.registry import encode_residual
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -143,13 +145,12 @@ def test_predictions_are_the_real_coders_errors(shape: tuple[int, int]) -> None:
         assert outcome is not None
         # The mask's rows are padded to 64 bits; what is left of the 6 bits buys values or factors.
         mask_bits = 64 / hidden_size if method == "prune" else 0
-        part = METHODS[method].spec(PROJECTIONS, rows, columns, (bits - mask_bits) / 16)
-        stored = METHODS[method].encode(matrix, part, torch.bfloat16, 0)
-        decoded = (
-            decode_low_rank(PROJECTIONS, stored)
-            if method == "low-rank"
-            else decode_bitmap(PROJECTIONS, stored, hidden_size)
+        ratio = (bits - mask_bits) / 16
+        spec = uniform_spec(
+            make_config(method=method, retain_ratio=ratio, center="none"), PROJECTIONS, rows, hidden_size
         )
+        stored = encode_residual(spec, matrix, torch.bfloat16, 0)
+        decoded = decode_residual(spec, stored, hidden_size)
         split = design_to_rows(matrix, PROJECTIONS)
         lost = sum((decoded[name] - split[name]).double().square().sum().item() for name in PROJECTIONS)
         assert outcome.error == pytest.approx(lost / measured.energy, rel=1e-3)

@@ -19,8 +19,11 @@ from tests.resmoe_vllm.twins import (
     UP,
     bitmap,
     compress_layer,
+    grouped_spec,
     layer_spec,
     low_rank,
+    quantized,
+    row_bitmap,
 )
 
 SHARD_OF_PROJECTION = {projection: shard for shard, projection in PROJECTION_OF_SHARD.items()}
@@ -30,6 +33,7 @@ Stored = dict[tuple[Projection, str], Tensor]
 def layer_kinds(size_i: int, size_h: int) -> dict[str, LayerSpec]:
     """Specs by name: every grouping, with and without center, at about a third of the weights."""
     rank, count = max(1, min(size_i, size_h) // 3), max(1, size_i * size_h // 3)
+    few = max(1, size_h // 3)
     return {
         "low_rank-joint": layer_spec(low_rank(rank, *PROJECTIONS)),
         "low_rank-gate_up+down": layer_spec(low_rank(rank, GATE, UP), low_rank(1, DOWN)),
@@ -40,7 +44,37 @@ def layer_kinds(size_i: int, size_h: int) -> dict[str, LayerSpec]:
         "bitmap-each": layer_spec(bitmap(1, GATE), bitmap(count, UP), bitmap(size_i * size_h, DOWN)),
         "bitmap-down_first-center_up": layer_spec(bitmap(2 * count, DOWN, GATE), bitmap(count, UP), center=(UP,)),
         "both": layer_spec(low_rank(rank, *PROJECTIONS), bitmap(2 * count, UP, DOWN), bitmap(count, GATE)),
+        "low_rank-8bit": layer_spec(low_rank(rank, GATE, UP, bits=8), low_rank(1, DOWN)),
+        "bitmap-8bit": layer_spec(bitmap(3 * count, *PROJECTIONS, bits=8)),
+        "bitmap-4bit": layer_spec(bitmap(2 * count + 1, UP, DOWN, bits=4, by=32), bitmap(count, GATE, bits=8)),
+        "bitmap_rows": layer_spec(row_bitmap(few, *PROJECTIONS), center=(DOWN, GATE)),
+        "bitmap_rows-8_and_4bit": layer_spec(
+            row_bitmap(few, GATE, bits=8), row_bitmap(size_h, UP, DOWN, bits=4, by=32)
+        ),
+        "quantized-2bit": layer_spec(quantized(2, *PROJECTIONS), bits=8),
+        "quantized-3bit": layer_spec(quantized(3, *PROJECTIONS, by=32), bits=4),
+        "quantized-4bit-no_center": layer_spec(quantized(4, *PROJECTIONS, by=64), center=()),
+        "quantized-8bit-each": layer_spec(quantized(8, DOWN), low_rank(rank, UP), row_bitmap(few, GATE)),
+        "quantized-8bit+low_rank+bitmap": layer_spec(
+            quantized(8, DOWN, UP, by=32), low_rank(rank, UP, GATE), bitmap(count, DOWN), center=(UP, DOWN), bits=3
+        ),
+        "low_rank+quantized": layer_spec(low_rank(rank, *PROJECTIONS), quantized(2, *PROJECTIONS, by=32), bits=8),
+        "low_rank+bitmap+quantized": layer_spec(
+            low_rank(rank, DOWN, UP, bits=8), bitmap(count, UP, bits=4), quantized(3, GATE, UP), center=(UP,)
+        ),
     }
+
+
+def grouped_layer(size_i: int, size_h: int) -> LayerSpec:
+    """Four experts in three groups, each coded otherwise, none in order."""
+    rank, count = max(1, min(size_i, size_h) // 3), max(1, size_i * size_h // 3)
+    return grouped_spec(
+        ((3, 0), (quantized(2, *PROJECTIONS, by=32),)),
+        ((2,), (bitmap(2 * count, GATE, DOWN), bitmap(count, UP, bits=4), low_rank(rank, DOWN))),
+        ((1,), (quantized(4, GATE, UP), low_rank(rank, DOWN, UP, bits=8))),
+        center=(UP, DOWN),
+        bits=8,
+    )
 
 
 @dataclass(frozen=True)
@@ -58,7 +92,7 @@ class StoredLayer:
 
     def restored(self, expert: int) -> Rows:
         """The format's own meaning of one expert, fp32."""
-        return restore_expert(self.spec, self.shared, self.experts[expert], self.fmt.hidden_size)
+        return restore_expert(self.spec.of_expert(expert), self.shared, self.experts[expert], self.fmt.hidden_size)
 
 
 def store_layer(spec: LayerSpec, num_experts: int, size_i: int, size_h: int, dtype: str, seed: int = 0) -> StoredLayer:
@@ -96,13 +130,15 @@ def new_loader(
     local_experts: list[int] | None = None,
     tp_size: int = 1,
     tp_rank: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.nn.Module, LayerLoader]:
-    """Parameters full of NaN, and their loader."""
+    """Parameters full of NaN, and their loader; ``module.calls`` says how to call the op."""
     local = list(range(layer.fmt.num_experts)) if local_experts is None else local_experts
     local_of: Callable[[int], int] = lambda expert: local.index(expert) if expert in local else -1  # noqa: E731
-    loader = LayerLoader(layer.fmt, 0, len(local), local_of, tp_size, tp_rank)
+    loader = LayerLoader(layer.fmt, 0, local_of, tp_size, tp_rank)
     module = torch.nn.Module()
-    loader.create_params(module, DTYPES[layer.fmt.dtype])
+    calls = loader.create_params(module, dtype or DTYPES[layer.fmt.dtype])
+    module.calls = calls
     for param in module.parameters():
         param.data.fill_(float("nan") if param.is_floating_point() else 77)
     return module, loader
@@ -117,6 +153,6 @@ def load_all(module: torch.nn.Module, loader: LayerLoader, layer: StoredLayer, r
     loader.check_complete()
 
 
-def op_tensors(module: torch.nn.Module, loader: LayerLoader) -> list[Tensor]:
-    """The op's ``tensors`` argument."""
-    return [getattr(module, name) for name in loader.layout.params]
+def op_tensors(module: torch.nn.Module, call: int = 0) -> list[Tensor]:
+    """The op's ``tensors`` argument for one of the layer's calls."""
+    return [getattr(module, name) for name in module.calls[call].params]

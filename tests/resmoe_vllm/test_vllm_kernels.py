@@ -9,12 +9,29 @@ from compress_tools.format.tensors import DTYPES
 from resmoe_vllm.kernels import cpp_cpu, torch_cpu
 from resmoe_vllm.kernels.activation import ACTIVATIONS
 from resmoe_vllm.kernels.reference import fused_moe_ref
-from tests.resmoe_vllm.layers import StoredLayer, layer_kinds, load_all, new_loader, op_tensors, store_layer
+from tests.resmoe_vllm.layers import (
+    StoredLayer,
+    grouped_layer,
+    layer_kinds,
+    load_all,
+    new_loader,
+    op_tensors,
+    store_layer,
+)
 
 # largest error allowed, as a share of the largest output
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1.5e-2, "float16": 2e-3}
 
 KINDS = tuple(layer_kinds(3, 3))
+# Every kind through the torch kernel; through the op those of the C++ kernel, and a few of the others.
+OP_KINDS = [
+    *KINDS[: KINDS.index("both") + 1],
+    "quantized-2bit",
+    "quantized-3bit",
+    "quantized-4bit-no_center",
+    "quantized-8bit+low_rank+bitmap",
+    "low_rank+bitmap+quantized",
+]
 # (E, I, H) and why
 SIZES = {
     "E4-I33-H67": (4, 33, 67),  # odd; a mask row of two words, the second almost empty
@@ -53,13 +70,13 @@ def make_routing(num_experts: int, name: str, seed: int = 1) -> tuple[Tensor, Te
 
 def run_op(x, weights, ids, module, loader, activation="silu", expert_map=None) -> Tensor:
     """``torch.ops.resmoe.fused_moe``."""
-    tensors = op_tensors(module, loader)
-    return torch.ops.resmoe.fused_moe(x, weights, ids, expert_map, tensors, loader.layout.key, activation)
+    (call,) = module.calls
+    return torch.ops.resmoe.fused_moe(x, weights, ids, expert_map, op_tensors(module), call.layout_key, activation)
 
 
 def run_ref(x, weights, ids, module, loader, activation="silu", expert_map=None) -> Tensor:
     """``fused_moe_ref`` on the same parameters."""
-    bound = loader.layout.bind(op_tensors(module, loader))
+    bound = loader.groups[0].layout.bind(op_tensors(module))
     return fused_moe_ref(x, weights, ids, bound, activation, expert_map)
 
 
@@ -120,7 +137,7 @@ def test_reference_is_restore_expert_and_a_dense_loop(loaded, kind: str, size: s
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OP_KINDS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_op_is_the_reference(loaded, kind: str, size: str, routing: str, dtype: str) -> None:
     layer, module, loader = loaded(kind, size, dtype)
@@ -140,7 +157,7 @@ def test_op_is_the_reference(loaded, kind: str, size: str, routing: str, dtype: 
 def test_torch_kernel_is_the_reference(loaded, kind: str, size: str, dtype: str) -> None:
     """Every routing; the op may pick another kernel for so few tokens."""
     layer, module, loader = loaded(kind, size, dtype)
-    bound = loader.layout.bind(op_tensors(module, loader))
+    bound = loader.groups[0].layout.bind(op_tensors(module))
     for routing in ROUTINGS:
         weights, ids = make_routing(layer.fmt.num_experts, routing)
         x = hidden_states(ids.shape[0], layer.fmt.hidden_size, dtype)
@@ -190,22 +207,68 @@ def test_tensor_ranks_add_up(loaded, kind: str, reverse: bool) -> None:
     assert_near(total, run_op(x, weights, ids, module, loader), "float32")
 
 
+@pytest.fixture(scope="module")
+def grouped() -> StoredLayer:
+    """Four experts in three groups, E4 I33 H67, fp32."""
+    return store_layer(grouped_layer(33, 67), 4, 33, 67, "float32")
+
+
+def run_groups(x: Tensor, weights: Tensor, ids: Tensor, module: torch.nn.Module) -> Tensor:
+    """Sum over the groups, each with its own map of experts."""
+    total = torch.zeros(x.shape)
+    for number, call in enumerate(module.calls):
+        tensors, expert_map = op_tensors(module, number), getattr(module, call.expert_map)
+        total += torch.ops.resmoe.fused_moe(x, weights, ids, expert_map, tensors, call.layout_key, "silu")
+    return total
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_groups_of_experts_add_up(grouped: StoredLayer, routing: str) -> None:
+    module, loader = new_loader(grouped)
+    load_all(module, loader, grouped)
+    assert len(module.calls) == 3
+    weights, ids = make_routing(4, routing)
+    x = hidden_states(ids.shape[0], 67, "float32")
+    expected = dense_loop(x, weights, ids, grouped).float()
+    assert_near(run_groups(x, weights, ids, module), expected, "float32")
+
+
+@pytest.mark.parametrize("ranks", ["tensor", "expert"])
+def test_ranks_of_groups_add_up(grouped: StoredLayer, ranks: str) -> None:
+    parallel = {
+        "tensor": [{"tp_size": 3, "tp_rank": rank} for rank in range(3)],
+        # the first rank has no expert of the third group, the second none of the second
+        "expert": [{"local_experts": [2, 3]}, {"local_experts": [0, 1]}],
+    }[ranks]
+    weights, ids = make_routing(4, "T13-K2")
+    x = hidden_states(13, 67, "float32")
+    total = torch.zeros(13, 67)
+    calls = []
+    for options in parallel:
+        part, loader = new_loader(grouped, **options)
+        load_all(part, loader, grouped, reverse=True)
+        calls.append(len(part.calls))
+        total += run_groups(x, weights, ids, part)
+    assert calls == ([3, 3, 3] if ranks == "tensor" else [2, 2])
+    assert_near(total, dense_loop(x, weights, ids, grouped).float(), "float32")
+
+
 @pytest.mark.parametrize("routing", ["T0-K2", "T13-K2"])
-@pytest.mark.parametrize("kind", ["low_rank-joint", "bitmap-joint", "both"])
+@pytest.mark.parametrize("kind", ["low_rank-joint", "bitmap-joint", "both", "low_rank+bitmap+quantized"])
 def test_opcheck(loaded, kind: str, routing: str) -> None:
     layer, module, loader = loaded(kind, "E4-I33-H67", "float32")
     weights, ids = make_routing(4, routing)
     x = hidden_states(ids.shape[0], 67, "float32")
-    tensors = [tensor.detach() for tensor in op_tensors(module, loader)]
+    tensors = [tensor.detach() for tensor in op_tensors(module)]
     expert_map = torch.tensor([2, -1, 0, 1], dtype=torch.int32)
     for mapping in (None, expert_map):
         results = torch.library.opcheck(
-            torch.ops.resmoe.fused_moe, (x, weights, ids, mapping, tensors, loader.layout.key, "silu")
+            torch.ops.resmoe.fused_moe, (x, weights, ids, mapping, tensors, module.calls[0].layout_key, "silu")
         )
         assert set(results.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("kind", ["low_rank-joint", "low_rank-gate_up+down", "bitmap-joint", "both"])
+@pytest.mark.parametrize("kind", ["low_rank-joint", "low_rank-gate_up+down", "bitmap-joint", "both", "quantized-3bit"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_tokens_result_does_not_depend_on_its_batch(kind: str, dtype: str) -> None:
     """Bit for bit, in the C++ kernel; torch's own products don't promise it."""

@@ -64,7 +64,8 @@ def create(moe: Moe, dtype: torch.dtype = torch.float32, **layer_fields: Any) ->
 
 def test_what_agrees_is_served() -> None:
     method = create(Moe())
-    assert method.param_names == (
+    (call,) = method.calls
+    assert call.params == (
         "w13_resmoe_center",
         "w2_resmoe_center",
         "w13_resmoe_u",
@@ -126,16 +127,16 @@ def test_unknown_activation_is_refused() -> None:
 
 def test_no_kernel_is_an_error_when_weights_are_created(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resmoe_vllm.fused_moe.platform_device", lambda: "cuda")
-    with pytest.raises(KernelUnsupportedError, match="no kernel for low_rank bfloat16 on cuda; it has: .* on cpu"):
+    with pytest.raises(KernelUnsupportedError, match="no kernel for low_rank in bfloat16 on cuda; it has: .* on cpu"):
         create(Moe(), dtype=torch.bfloat16)
     with pytest.raises(KernelUnsupportedError, match="float64"):
-        ops.select_kernel("low_rank", torch.float64, "cpu")
+        ops.select_kernel(frozenset({"low_rank"}), torch.float64, "cpu")
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"format_version": 2}, "format_version 2 is not readable by this version, which reads 1"),
+        ({"format_version": 3}, "format_version 3 is not readable by this version, which reads 1 and 2"),
         ({"format_version": None}, "format_version None is not readable"),
         ({"bits": 4}, "quantization_config: bits: Extra inputs are not permitted"),
         ({"dtype": "int8"}, "quantization_config: dtype"),

@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from compress_tools.errors import FormatError
 from compress_tools.format.schema import parse_format
-from compress_tools.format.tensors import layer_bytes, row_pointer_bytes
+from compress_tools.format.tensors import group_map_bytes, layer_bytes, row_pointer_bytes
 from tests.resmoe_vllm.serving import logprob_gaps, serve, serve_in_subprocess, start
 from tests.resmoe_vllm.twins import (
     ALL_KINDS,
     EXPERTS,
     NUM_LAYERS,
     PROJECTIONS,
+    VERSION_2_KINDS,
     bitmap,
     layer_spec,
     low_rank,
@@ -40,6 +41,19 @@ def test_fp32_tokens_and_logprobs_are_the_twins(pairs, served, family: str) -> N
     compressed, twin = (served(folder, dtype="float32") for folder in pairs(family, "float32"))
     assert compressed.tokens == twin.tokens
     assert max(logprob_gaps(compressed, twin)) < 1e-4
+
+
+def test_coders_mixed_over_layers_and_experts_give_the_twins_tokens(tmp_path: Path, served) -> None:
+    """Format version 2: codes, coded values and factors, equal rows, sums of parts, groups of experts."""
+    compressed_folder, twin_folder = write_twins(tmp_path / "mixed", "mixtral", "float32", VERSION_2_KINDS, 4)
+    compressed, twin = (served(folder, dtype="float32") for folder in (compressed_folder, twin_folder))
+    assert compressed.tokens == twin.tokens
+    assert max(logprob_gaps(compressed, twin)) < 1e-4
+    fmt = parse_format(json.loads((compressed_folder / "config.json").read_text())["quantization_config"])
+    for index in VERSION_2_KINDS:
+        assert compressed.methods[index] == "ResMoEFusedMoEMethod"
+        memory_only = row_pointer_bytes(fmt, index) + group_map_bytes(fmt, index)
+        assert compressed.resident_bytes[index] == layer_bytes(fmt, index) + memory_only
 
 
 def test_bf16_logprobs_are_as_near_the_truth_as_the_twins(pairs, served) -> None:
@@ -159,9 +173,9 @@ def test_another_format_version_stops_vllm(small, tmp_path: Path) -> None:
     shutil.copytree(small[0], tmp_path / "version")
     path = tmp_path / "version" / "config.json"
     config = json.loads(path.read_text())
-    config["quantization_config"]["format_version"] = 2
+    config["quantization_config"]["format_version"] = 3
     path.write_text(json.dumps(config))
-    with pytest.raises(FormatError, match="format_version 2 is not readable by this version, which reads 1"):
+    with pytest.raises(FormatError, match="format_version 3 is not readable by this version, which reads 1 and 2"):
         start(tmp_path / "version", dtype="float32")
 
 

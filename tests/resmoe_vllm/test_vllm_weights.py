@@ -7,9 +7,21 @@ import pytest
 import torch
 
 from compress_tools.errors import FormatError
-from compress_tools.format.tensors import CENTER, MASK, VALUES, U, V, layer_bytes, row_pointer_bytes
+from compress_tools.format.tensors import (
+    CENTER,
+    CODES,
+    MASK,
+    VALUES,
+    U,
+    V,
+    group_map_bytes,
+    layer_bytes,
+    row_pointer_bytes,
+)
+from resmoe_vllm.kernels.reference import restore_ref
 from tests.resmoe_vllm.layers import (
     StoredLayer,
+    grouped_layer,
     hand_over,
     layer_kinds,
     load_all,
@@ -21,21 +33,69 @@ from tests.resmoe_vllm.twins import DOWN, GATE, UP
 
 SIZE_E, SIZE_I, SIZE_H = 4, 33, 67
 KINDS = layer_kinds(SIZE_I, SIZE_H)
+WITH_GROUPS = KINDS | {"groups": grouped_layer(SIZE_I, SIZE_H)}
 
 
 def stored(kind: str, dtype: str = "float32") -> StoredLayer:
     """One layer of E4, I33, H67."""
-    return store_layer(KINDS[kind], SIZE_E, SIZE_I, SIZE_H, dtype)
+    return store_layer(WITH_GROUPS[kind], SIZE_E, SIZE_I, SIZE_H, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WITH_GROUPS)
 def test_resident_bytes_are_the_formats(kind: str, dtype: str) -> None:
     layer = stored(kind, dtype)
     module, loader = new_loader(layer)
     load_all(module, loader, layer)
-    resident = sum(param.untyped_storage().nbytes() for param in module.parameters())
-    assert resident == layer_bytes(layer.fmt, 0) + row_pointer_bytes(layer.fmt, 0)
+    resident = sum(tensor.untyped_storage().nbytes() for tensor in (*module.parameters(), *module.buffers()))
+    memory_only = row_pointer_bytes(layer.fmt, 0) + group_map_bytes(layer.fmt, 0)
+    assert resident == layer_bytes(layer.fmt, 0) + memory_only
+
+
+def test_the_models_dtype_leaves_codes_and_scales_as_they_are() -> None:
+    """fp16 has no room for the scales of tiny residuals, fp32 would double them."""
+    layer = stored("low_rank+bitmap+quantized", "bfloat16")
+    module, _ = new_loader(layer, dtype=torch.float16)
+    kinds = {name.split("_resmoe_")[1]: param.dtype for name, param in module.named_parameters()}
+    assert kinds["center"] == torch.float16
+    assert {kind for suffix, kind in kinds.items() if suffix.endswith("scales")} == {torch.bfloat16}
+    assert {kind for suffix, kind in kinds.items() if suffix.endswith("codes")} == {torch.uint8}
+
+
+def test_expert_ranks_hold_their_groups_only() -> None:
+    layer = stored("groups")
+    module, loader = new_loader(layer, local_experts=[0, 1])
+    load_all(module, loader, layer)
+    rows = {group.experts: len(group.rows) for group in loader.groups}
+    assert rows == {(3, 0): 1, (2,): 0, (1,): 1}
+    assert [call.expert_map for call in module.calls] == ["resmoe_expert_map_0", "resmoe_expert_map_2"]
+    assert module.resmoe_expert_map_0.tolist() == [0, -1, -1, -1]
+    assert module.resmoe_expert_map_2.tolist() == [-1, 0, -1, -1]
+
+
+def test_a_missing_tensor_of_a_group_is_named() -> None:
+    layer = stored("groups")
+    del layer.experts[1][GATE, CODES]
+    module, loader = new_loader(layer)
+    with pytest.raises(
+        FormatError, match=r"layer 0: 1 of \d+ tensors are missing, first .*experts\.1\.gate_proj.*codes"
+    ):
+        load_all(module, loader, layer)
+
+
+def test_a_tensor_of_another_group_is_refused() -> None:
+    layer = stored("groups")
+    module, _ = new_loader(layer)
+    with pytest.raises(FormatError, match=r"experts\.2\.gate_proj\.resmoe_codes: quantization_config has no such"):
+        hand_over(module, (GATE, CODES), 2, layer.experts[0][GATE, CODES])
+
+
+def test_rows_of_unequal_counts_are_refused() -> None:
+    layer = stored("bitmap_rows")
+    layer.experts[3][DOWN, MASK][5, 0] ^= 1
+    module, loader = new_loader(layer)
+    with pytest.raises(FormatError, match=r"experts\.3\.down_proj\.resmoe_mask: a row keeps 2[13] values, expected 22"):
+        load_all(module, loader, layer)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -46,12 +106,29 @@ def test_tensor_ranks_share_the_values(kind: str) -> None:
     for rank in range(3):
         module, loader = new_loader(layer, tp_size=3, tp_rank=rank)
         load_all(module, loader, layer)
-        assert (loader.staged_values, loader.row_counts) == ({}, {})
-        values += sum(p.numel() for name, p in module.named_parameters() if name.endswith(VALUES))
+        assert (loader.groups[0].staged_values, loader.groups[0].row_counts) == ({}, {})
+        values += sum(p.numel() for name, p in module.named_parameters() if name.endswith(f"_{VALUES}"))
         starts += sum(p.numel() for name, p in module.named_parameters() if name.endswith("starts"))
     bitmaps = [part for part in layer.spec.residual if part.method == "bitmap"]
-    assert values == SIZE_E * sum(part.values_per_expert for part in bitmaps)
+    assert values == SIZE_E * sum(part.values_per_expert for part in bitmaps if part.value_bits is None)
     assert starts == 3 * SIZE_E * len(bitmaps)
+
+
+@pytest.mark.parametrize("kind", ["bitmap_rows-8_and_4bit", "quantized-3bit", "low_rank+quantized", "low_rank-8bit"])
+def test_tensor_ranks_hold_slices_of_rows(kind: str) -> None:
+    """Everything whose first dimension is I is cut; V is on every rank."""
+    layer = stored(kind)
+    whole, loader = new_loader(layer)
+    load_all(whole, loader, layer)
+    whole_weights = loader.groups[0].layout.bind(op_tensors(whole))
+    for rank in range(3):
+        module, loader = new_loader(layer, tp_size=3, tp_rank=rank)
+        load_all(module, loader, layer)
+        weights = loader.groups[0].layout.bind(op_tensors(module))
+        for projection in (GATE, UP, DOWN):
+            for expert in range(SIZE_E):
+                rows = restore_ref(whole_weights, projection, expert)[11 * rank : 11 * (rank + 1)]
+                assert torch.equal(restore_ref(weights, projection, expert), rows)
 
 
 @pytest.mark.parametrize("missing", [("low_rank-joint", GATE, U), ("bitmap-joint", UP, MASK), ("both", UP, VALUES)])
@@ -171,7 +248,7 @@ def test_tensors_of_other_ranks_are_left_alone() -> None:
     module, loader = new_loader(layer, local_experts=[1])
     assert hand_over(module, (GATE, U), 0, layer.experts[0][GATE, U]) is False
     assert hand_over(module, (GATE, CENTER), 0, layer.shared[GATE, CENTER]) is True
-    assert loader.loaded == {(GATE, CENTER, 0)}
+    assert loader.groups[0].loaded == {(GATE, CENTER, 0)}
 
 
 @pytest.mark.parametrize("tp_size", [1, 3])
@@ -183,7 +260,7 @@ def test_dummy_weights_are_whole(kind: str, tp_size: int) -> None:
     loader.check_complete()
     weights, ids = torch.ones(2, 1), torch.tensor([[0], [3]])
     out = torch.ops.resmoe.fused_moe(
-        torch.ones(2, SIZE_H), weights, ids, None, op_tensors(module, loader), loader.layout.key, "silu"
+        torch.ones(2, SIZE_H), weights, ids, None, op_tensors(module), module.calls[0].layout_key, "silu"
     )
     assert out.isfinite().all()
     assert out.abs().max() > 0

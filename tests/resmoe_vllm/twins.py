@@ -22,17 +22,49 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from compress_tools.format.codec import Rows, encode_bitmap, restore_expert
+from compress_tools.format.codec import (
+    Rows,
+    decode_part,
+    encode_bitmap,
+    encode_row_bitmap,
+    restore_center,
+    restore_expert,
+)
+from compress_tools.format.packing import pack_codes
 from compress_tools.format.schema import (
     BitmapResidual,
     DenseCenter,
+    ExpertGroup,
     ExpertNames,
     LayerSpec,
     LowRankResidual,
     Projection,
+    QuantizedCenter,
+    QuantizedResidual,
+    ResidualPart,
     ResMoEFormat,
+    RowBitmapResidual,
 )
-from compress_tools.format.tensors import CENTER, DTYPES, U, V, tensor_name
+from compress_tools.format.tensors import (
+    CENTER,
+    CENTER_CODES,
+    CENTER_SCALES,
+    CODES,
+    DTYPES,
+    ROW_VALUE_CODES,
+    ROW_VALUES,
+    SCALES,
+    U_CODES,
+    U_SCALES,
+    V_CODES,
+    V_SCALES,
+    VALUE_CODES,
+    VALUE_SCALES,
+    VALUES,
+    U,
+    V,
+    tensor_name,
+)
 
 GATE, UP, DOWN = PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, VOCAB = 128, 96, 4, 2, 256
@@ -98,19 +130,49 @@ FAMILIES: dict[str, tuple[Callable[[int], PreTrainedModel], ExpertNames]] = {
 }
 
 
-def low_rank(rank: int, *projections: Projection) -> LowRankResidual:
+def low_rank(rank: int, *projections: Projection, bits: int | None = None) -> LowRankResidual:
     """A low-rank group."""
-    return LowRankResidual(projections=projections, rank=rank)
+    return LowRankResidual(projections=projections, rank=rank, factor_bits=bits)
 
 
-def bitmap(values: int, *projections: Projection) -> BitmapResidual:
-    """A bitmap group."""
-    return BitmapResidual(projections=projections, values_per_expert=values)
+def bitmap(values: int, *projections: Projection, bits: int | None = None, by: int | None = None) -> BitmapResidual:
+    """A bitmap group; ``bits`` of a value, ``by`` columns that share a scale."""
+    return BitmapResidual(projections=projections, values_per_expert=values, value_bits=bits, group_size=by)
 
 
-def layer_spec(*residual: LowRankResidual | BitmapResidual, center: Sequence[Projection] = PROJECTIONS) -> LayerSpec:
-    """A layer with the given residual groups."""
-    return LayerSpec(center=(DenseCenter(projections=tuple(center)),) if center else (), residual=residual)
+def row_bitmap(
+    values: int, *projections: Projection, bits: int | None = None, by: int | None = None
+) -> RowBitmapResidual:
+    """A bitmap group with ``values`` in every row."""
+    return RowBitmapResidual(projections=projections, values_per_row=values, value_bits=bits, group_size=by)
+
+
+def quantized(bits: int, *projections: Projection, by: int | None = None) -> QuantizedResidual:
+    """A quantised group."""
+    return QuantizedResidual(projections=projections, bits=bits, group_size=by)
+
+
+def layer_spec(*residual: ResidualPart, center: Sequence[Projection] = PROJECTIONS, bits: int = 16) -> LayerSpec:
+    """A layer with the given residual groups, and a center of ``bits`` bits."""
+    return LayerSpec(center=_center(center, bits), residual=residual)
+
+
+def grouped_spec(
+    *groups: tuple[tuple[int, ...], tuple[ResidualPart, ...]],
+    center: Sequence[Projection] = PROJECTIONS,
+    bits: int = 16,
+) -> LayerSpec:
+    """A layer whose experts are coded in groups: (experts, residual) each."""
+    coded = tuple(ExpertGroup(experts=experts, residual=residual) for experts, residual in groups)
+    return LayerSpec(center=_center(center, bits), groups=coded)
+
+
+def _center(center: Sequence[Projection], bits: int) -> tuple[DenseCenter | QuantizedCenter, ...]:
+    if not center:
+        return ()
+    if bits == 16:
+        return (DenseCenter(projections=tuple(center)),)
+    return (QuantizedCenter(projections=tuple(center), bits=bits, group_size=64),)
 
 
 # every grouping, each kind of center, several ranks and counts in one model; layer 3 is left uncompressed
@@ -124,6 +186,19 @@ ALL_KINDS: dict[int, LayerSpec] = {
     7: layer_spec(low_rank(24, DOWN, GATE), bitmap(5000, UP, DOWN), low_rank(64, UP), center=()),
 }
 NUM_LAYERS = 8
+
+# what version 2 of the format added, mixed over the layers and over the experts of a layer
+VERSION_2_KINDS: dict[int, LayerSpec] = {
+    0: layer_spec(quantized(4, *PROJECTIONS, by=64), bits=8),
+    1: grouped_spec(
+        ((0, 3), (quantized(8, GATE, UP), row_bitmap(70, DOWN, bits=8))),
+        ((1,), (low_rank(48, *PROJECTIONS, bits=8), quantized(3, *PROJECTIONS, by=32))),
+        ((2,), (bitmap(20000, *PROJECTIONS, bits=4, by=32),)),
+        bits=4,
+    ),
+    2: layer_spec(row_bitmap(80, *PROJECTIONS), center=(GATE, DOWN)),
+    3: layer_spec(low_rank(40, *PROJECTIONS), quantized(2, UP, GATE), bitmap(6000, DOWN, bits=8), center=()),
+}
 
 
 def truncated_svd(rows: Rows, rank: int, dtype: torch.dtype) -> dict[tuple[Projection, str], Tensor]:
@@ -145,6 +220,64 @@ def keep_largest(rows: Rows, count: int) -> Rows:
     }
 
 
+def to_codes(rows: Tensor, bits: int, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Codes uint8 ``[I, C]``, not packed, and scales, by the largest magnitude: the plainest quantiser there is."""
+    padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % (group_size or rows.shape[1])))
+    groups = padded.unflatten(1, (-1, group_size or rows.shape[1]))
+    scales = (groups.abs().amax(-1) / (2**bits - 1) * 2).clamp_min(1e-12).bfloat16()
+    codes = (groups / scales.float().unsqueeze(-1) + (2**bits - 1) / 2).round().clamp(0, 2**bits - 1)
+    return codes.byte().flatten(1)[:, : rows.shape[1]], scales
+
+
+def coded(key: tuple[Projection, str], scales_key: tuple[Projection, str], rows: Tensor, bits: int, by: int | None):
+    """Packed codes and scales of a matrix, by name."""
+    codes, scales = to_codes(rows, bits, by)
+    return {key: pack_codes(codes, bits), scales_key: scales}
+
+
+def encode_part(part: ResidualPart, rows: Rows, dtype: torch.dtype) -> dict[tuple[Projection, str], Tensor]:
+    """One part of one expert, as the format stores it; ``rows`` of the part's projections."""
+    stored: dict[tuple[Projection, str], Tensor] = {}
+    first = part.projections[0]
+    if part.method == "quantized":
+        for p, own in rows.items():
+            stored |= coded((p, CODES), (p, SCALES), own, part.bits, part.group_size)
+    elif part.method == "low_rank":
+        stored = truncated_svd(rows, part.rank, dtype)
+        if part.factor_bits is not None:
+            stored = coded((first, U_CODES), (first, U_SCALES), stored.pop((first, U)).float(), 8, None) | {
+                key: tensor
+                for (p, _), own in stored.items()
+                for key, tensor in coded((p, V_CODES), (p, V_SCALES), own.float(), 8, None).items()
+            }
+    else:
+        by_row = part.method == "bitmap_rows"
+        keep = (
+            {p: keep_largest_of_rows(own, part.values_per_row) for p, own in rows.items()}
+            if by_row
+            else keep_largest(rows, part.values_per_expert)
+        )
+        encode, plain, in_codes = (
+            (encode_row_bitmap, ROW_VALUES, ROW_VALUE_CODES) if by_row else (encode_bitmap, VALUES, VALUE_CODES)
+        )
+        if part.value_bits is None:
+            return encode(rows, keep, dtype)
+        codes = {p: to_codes(own * keep[p], part.value_bits, part.group_size) for p, own in rows.items()}
+        for (p, suffix), tensor in encode({p: own for p, (own, _) in codes.items()}, keep, torch.uint8).items():
+            if suffix == plain:
+                stored[p, in_codes] = pack_codes(tensor, part.value_bits)
+            else:
+                stored[p, suffix] = tensor
+        stored |= {(p, VALUE_SCALES): scales for p, (_, scales) in codes.items()}
+    return stored
+
+
+def keep_largest_of_rows(rows: Tensor, count: int) -> Tensor:
+    """Mask of the ``count`` largest entries of each row."""
+    keep = torch.zeros(rows.shape, dtype=torch.bool)
+    return keep.scatter_(1, rows.abs().topk(count, 1).indices, True)
+
+
 def compress_layer(
     experts: list[Rows], spec: LayerSpec, dtype: torch.dtype
 ) -> tuple[dict[tuple[Projection, str], Tensor], list[dict[tuple[Projection, str], Tensor]]]:
@@ -157,28 +290,25 @@ def compress_layer(
     Returns:
         shared tensors, and the tensors of each expert, by (projection, suffix).
     """
-    shared = {
-        (projection, CENTER): torch.stack([rows[projection].float() for rows in experts]).mean(0).to(dtype)
-        for part in spec.center
-        for projection in part.projections
-    }
-    stored = []
-    for rows in experts:
-        left = {p: r.float() - (shared[p, CENTER].float() if (p, CENTER) in shared else 0) for p, r in rows.items()}
-        tensors: dict[tuple[Projection, str], Tensor] = {}
-        for part in spec.residual:
-            group = {projection: left[projection] for projection in part.projections}
-            if part.method == "low_rank":
-                made = truncated_svd(group, part.rank, dtype)
-                u = made[part.projections[0], U].float()
-                for projection in part.projections:
-                    left[projection] = left[projection] - u @ made[projection, V].float()
+    shared: dict[tuple[Projection, str], Tensor] = {}
+    for part in spec.center:
+        for p in part.projections:
+            mean = torch.stack([rows[p].float() for rows in experts]).mean(0)
+            if part.method == "dense":
+                shared[p, CENTER] = mean.to(dtype)
             else:
-                keep = keep_largest(group, part.values_per_expert)
-                made = encode_bitmap(group, keep, dtype)
-                for projection in part.projections:
-                    left[projection] = left[projection].masked_fill(keep[projection], 0)
-            tensors.update(made)
+                shared |= coded((p, CENTER_CODES), (p, CENTER_SCALES), mean, part.bits, part.group_size)
+    hidden_size = experts[0][DOWN].shape[1]
+    center = restore_center(spec, shared, hidden_size)
+    stored = []
+    for expert, rows in enumerate(experts):
+        left = {p: own.float() - center.get(p, 0) for p, own in rows.items()}
+        tensors: dict[tuple[Projection, str], Tensor] = {}
+        for part in spec.of_expert(expert).residual:
+            made = encode_part(part, {p: left[p] for p in part.projections}, dtype)
+            for p, decoded in decode_part(part, made, hidden_size).items():
+                left[p] = left[p] - decoded
+            tensors |= made
         stored.append(tensors)
     return shared, stored
 
@@ -230,7 +360,7 @@ def write_twins(
         compressed |= {tensor_name(fmt, index, None, *key): tensor for key, tensor in shared.items()}
         for expert, stem in enumerate(stems):
             compressed |= {tensor_name(fmt, index, expert, *key): tensor for key, tensor in stored[expert].items()}
-            restored = restore_expert(spec, shared, stored[expert], HIDDEN)
+            restored = restore_expert(spec.of_expert(expert), shared, stored[expert], HIDDEN)
             for projection, disk in names.projections.items():
                 rows = restored[projection].T if projection == DOWN else restored[projection]
                 twin[f"{stem}.{disk}.weight"] = rows.to(DTYPES[dtype])

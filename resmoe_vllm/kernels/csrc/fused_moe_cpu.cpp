@@ -15,6 +15,9 @@
 // Bitmap rows: 64 columns at a time; a byte's first value is at base + the count of bits below it, all eight
 // prefix counts of a word come from one multiplication. AVX2: byte -> table of shuffles. AVX-512 VBMI2: vpexpandw.
 // An expert with one token multiplies while it decodes; with several, a row is decoded once for all of them.
+//
+// Rows of codes (residual or center): eight columns are `bits` bytes, their codes shifted apart into eight lanes. Padding
+// makes every row whole octets, so a row is decoded to its last octet without reading beyond it.
 
 #include <immintrin.h>
 #include <math.h>
@@ -53,6 +56,15 @@ struct Bitmap {             // one group's pruned values
   int64_t num_values;       // elements of the whole buffer: where reading must stop
 };
 
+struct Quantized {          // one part of codes and scales: residual, or center (strides 0)
+  const uint8_t* codes[kProjections];    // [E, I, bits * ceil(H/8)]; null where the part does not cover it
+  const uint16_t* scales[kProjections];  // bf16 [E, I, groups]
+  int64_t codes_stride[kProjections];    // bytes from one expert to the next
+  int64_t scales_stride[kProjections];   // elements
+  int64_t bits;
+  int64_t group;            // columns that share a scale, a multiple of 8; H or more: the whole row
+};
+
 struct Layer {
   int64_t hidden, intermediate, mask_bytes;
   const void* center[kProjections];  // [I, H], down transposed; null without
@@ -60,6 +72,10 @@ struct Layer {
   int64_t num_low_rank;
   const Bitmap* bitmap;
   int64_t num_bitmap;
+  const Quantized* quantized;
+  int64_t num_quantized;
+  const Quantized* center_codes;
+  int64_t num_center_codes;
   int32_t dtype, activation;
 };
 
@@ -286,6 +302,54 @@ void axpy_row(float a, const uint8_t* mask, const typename T::type* values, int6
                [&](int64_t c, float w) { y[c] += a * w; });
 }
 
+// ---- rows of codes -------------------------------------------------------------------------------------------
+
+template <int Bits>
+inline __m256i codes8(const uint8_t* row, int64_t octet, int64_t octets) {
+  if constexpr (Bits == 8) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(row + 8 * octet)));
+  } else if constexpr (Bits == 4) {
+    uint32_t word;
+    memcpy(&word, row + 4 * octet, 4);
+    const __m256i apart = _mm256_srlv_epi32(_mm256_set1_epi32(word), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+    return _mm256_and_si256(apart, _mm256_set1_epi32(15));
+  } else {  // two bits, and for three a plane of high bits behind them
+    uint16_t word;
+    memcpy(&word, row + 2 * octet, 2);
+    const __m256i apart = _mm256_srlv_epi32(_mm256_set1_epi32(word), _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14));
+    const __m256i low = _mm256_and_si256(apart, _mm256_set1_epi32(3));
+    if constexpr (Bits == 2) return low;
+    const __m256i high = _mm256_sllv_epi32(_mm256_set1_epi32(row[2 * octets + octet]), _mm256_setr_epi32(2, 1, 0, 0, 0, 0, 0, 0));
+    const __m256i right = _mm256_srlv_epi32(high, _mm256_setr_epi32(0, 0, 0, 1, 2, 3, 4, 5));
+    return _mm256_or_si256(low, _mm256_and_si256(right, _mm256_set1_epi32(4)));
+  }
+}
+
+// (code - half) * scale for a row of n columns; writes whole octets.
+template <int Bits>
+void decode_codes(const uint8_t* row, const uint16_t* scales, int64_t group, int64_t n, float* out) {
+  const int64_t octets = (n + kLanes - 1) / kLanes;
+  for (int64_t o = 0; o < octets; ) {
+    const float scale = BF16::scalar(*scales++);
+    const __m256 s = _mm256_set1_ps(scale), half = _mm256_set1_ps(0.5f * ((1 << Bits) - 1));
+    const int64_t stop = std::min(octets, o + group / kLanes);
+    for (; o < stop; ++o)
+      _mm256_storeu_ps(out + o * kLanes, _mm256_mul_ps(_mm256_sub_ps(_mm256_cvtepi32_ps(codes8<Bits>(row, o, octets)), half), s));
+  }
+}
+
+void decode_codes(const Quantized& part, int p, int64_t e, int64_t i, int64_t n, float* out) {
+  const uint8_t* row = part.codes[p] + e * part.codes_stride[p] + i * part.bits * ((n + kLanes - 1) / kLanes);
+  const int64_t group = std::min(part.group, (n + kLanes - 1) / kLanes * kLanes);
+  const uint16_t* scales = part.scales[p] + e * part.scales_stride[p] + i * ((n + group - 1) / group);
+  switch (part.bits) {
+    case 2: return decode_codes<2>(row, scales, group, n, out);
+    case 3: return decode_codes<3>(row, scales, group, n, out);
+    case 4: return decode_codes<4>(row, scales, group, n, out);
+    default: return decode_codes<8>(row, scales, group, n, out);
+  }
+}
+
 // ---- activation ----------------------------------------------------------------------------------------------
 
 inline float activate(int32_t kind, float g) {
@@ -358,6 +422,15 @@ struct Run {
         for (int64_t i = rows.begin; i < rows.end; ++i)
           dots<T>((const W*)layer.center[p] + i * H, H, 0, tokens, [&](int64_t t) { return x + t * H; },
                   [&](int64_t t, float d) { common[p][t * I + i] = d; });
+    std::vector<float> row(H + kLanes);
+    for (int64_t g = 0; g < layer.num_center_codes; ++g)
+      for (int p = 0; p < 2; ++p)
+        if (layer.center_codes[g].codes[p])
+          for (int64_t i = rows.begin; i < rows.end; ++i) {
+            decode_codes(layer.center_codes[g], p, 0, i, H, row.data());
+            dots<FP32>(row.data(), H, 0, tokens, [&](int64_t t) { return x + t * H; },
+                       [&](int64_t t, float d) { common[p][t * I + i] = d; });
+          }
     for (int64_t g = 0; g < layer.num_low_rank; ++g) {
       const LowRank& part = layer.low_rank[g];
       const Span ranks = share(part.rank, 1, me, threads);
@@ -377,7 +450,7 @@ struct Run {
   void across(int me, int threads) {  // phase 2
     const int64_t I = layer.intermediate, H = layer.hidden;
     const Span rows = share(I, 1, me, threads);
-    std::vector<float> row(H), gate(pairs), up(pairs);
+    std::vector<float> row(H + kLanes), gate(pairs), up(pairs);
     float* mine = partial.data() + me * tokens * H;
     for (int64_t q = 0; q < pairs; ) {
       const int64_t next = same_expert(q), e = expert[q];
@@ -394,6 +467,14 @@ struct Run {
                 continue;
               }
               decode_row<T>(at.mask, at.values, at.readable, H, row.data());
+              dots<FP32>(row.data(), H, q, next, [&](int64_t s) { return x + token[s] * H; },
+                         [&](int64_t s, float d) { into[s] += d; });
+            }
+        for (int64_t g = 0; g < layer.num_quantized; ++g)
+          for (int p = 0; p < 2; ++p)
+            if (layer.quantized[g].codes[p]) {
+              float* into = p ? up.data() : gate.data();
+              decode_codes(layer.quantized[g], p, e, i, H, row.data());
               dots<FP32>(row.data(), H, q, next, [&](int64_t s) { return x + token[s] * H; },
                          [&](int64_t s, float d) { into[s] += d; });
             }
@@ -418,6 +499,11 @@ struct Run {
             decode_row<T>(at.mask, at.values, at.readable, H, row.data());
             for (int64_t s = q; s < next; ++s) axpy<FP32>(gate[s], row.data(), mine + token[s] * H, H);
           }
+        for (int64_t g = 0; g < layer.num_quantized; ++g)
+          if (layer.quantized[g].codes[2]) {
+            decode_codes(layer.quantized[g], 2, e, i, H, row.data());
+            for (int64_t s = q; s < next; ++s) axpy<FP32>(gate[s], row.data(), mine + token[s] * H, H);
+          }
       }
       q = next;
     }
@@ -431,6 +517,15 @@ struct Run {
       for (int64_t i = rows.begin; i < rows.end; i += 4)
         for (int64_t t = 0; t < tokens; ++t)
           axpy_block((const W*)layer.center[2] + i * H, mixed.data() + t * I + i, std::min<int64_t>(4, rows.end - i), mine + t * H);
+    }
+    std::vector<float> row(H + kLanes);
+    for (int64_t g = 0; g < layer.num_center_codes; ++g) {
+      if (!layer.center_codes[g].codes[2]) continue;
+      const Span rows = share(I, 1, me, threads);
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        decode_codes(layer.center_codes[g], 2, 0, i, H, row.data());
+        for (int64_t t = 0; t < tokens; ++t) axpy<FP32>(mixed[t * I + i], row.data(), mine + t * H, H);
+      }
     }
     for (int64_t g = 0; g < layer.num_low_rank; ++g) {
       if (!covers(g, 2)) continue;
@@ -526,5 +621,8 @@ int resmoe_decode_row(int32_t dtype, const uint8_t* mask, const void* values, in
   return 1;
 }
 
-int64_t resmoe_struct_bytes() { return sizeof(LowRank) + sizeof(Bitmap) + sizeof(Layer); }
+// Decode row i of one matrix of codes: for the self-test.
+void resmoe_decode_codes(const Quantized* part, int64_t i, int64_t n, float* out) { decode_codes(*part, 0, 0, i, n, out); }
+
+int64_t resmoe_struct_bytes() { return sizeof(LowRank) + sizeof(Bitmap) + sizeof(Quantized) + sizeof(Layer); }
 }
