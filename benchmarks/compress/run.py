@@ -11,16 +11,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.compress.source import Kind
 from benchmarks.shapes import MoEShape
-from compress_tools.alignment import squared_distance
-from compress_tools.barycenter import find_center
+from compress_tools.alignment import squared_norm
+from compress_tools.barycenter import CenterResult, find_center
 from compress_tools.checkpoint_reader import CheckpointReader
 from compress_tools.checkpoint_writer import CheckpointWriter
 from compress_tools.clock import StageClock
 from compress_tools.config import make_config
+from compress_tools.format.schema import LayerSpec
 from compress_tools.format.tensors import layer_tensors, tensor_name
-from compress_tools.layer_compression import code_layer, read_layer
+from compress_tools.layer_compression import LayerWeights, code_layer, read_layer
+from compress_tools.parallel import in_parallel
 from compress_tools.plan import make_plan
 from compress_tools.progress import Silent
+from compress_tools.residuals.registry import encode_residual
 from compress_tools.svd import left_singular_vectors, tail_energy
 
 METHODS = ("prune", "low-rank")
@@ -101,17 +104,14 @@ def run_layer(source: Path, work: Path, shape: MoEShape, kind: Kind, workers: in
     plans = {method: make_plan(reader, make_config(method=method, workers=workers)) for method in METHODS}
     config = make_config(workers=workers)
     weights = read_layer(plans["prune"], 0, "cpu", silent, clock)
-    with FlopCounterMode(display=False) as counter:
-        found = find_center(weights.design, "barycenter", config.max_iterations, config.tolerance, workers, clock=clock)
-    work_done = {"cost matrix": counter.get_total_flops()}
-    energy = sum(squared_distance(expert, torch.zeros(()).expand_as(expert)) for expert in weights.design)
+    found = find_center(weights.design, "barycenter", config.max_iterations, config.tolerance, workers, clock=clock)
+    work_done = {"cost matrix": clock.operations.get("cost matrix", 0)}
+    energy = sum(in_parallel(squared_norm, weights.design, workers))
     errors, written = {}, 0
     for method, plan in plans.items():
-        coding = StageClock()
-        with FlopCounterMode(display=False) as counter:
-            coded = code_layer(plan, 0, plan.fmt.layers[0], weights, found, config.seed, silent, coding)
+        coding, spec = StageClock(), plan.fmt.layers[0]
+        coded = code_layer(plan, 0, spec, weights, found, config.seed, workers, silent, coding)
         clock.seconds[f"residual {method}"] = coding.seconds["residual"]
-        work_done[f"residual {method}"] = counter.get_total_flops()
         errors[method] = sum(coded.errors) / energy
         tensors = {tensor_name(plan.fmt, 0, None, *key): tensor for key, tensor in coded.shared.items()}
         for expert, stored in enumerate(coded.experts):
@@ -123,12 +123,13 @@ def run_layer(source: Path, work: Path, shape: MoEShape, kind: Kind, workers: in
             writer.write_shard("layer.safetensors", {name: tensors[name] for name in layer_tensors(plan.fmt, 0)}, {})
         del tensors
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    work_done["residual low-rank"] = shape.experts * _operations(plans["low-rank"].fmt.layers[0], weights, found)
     limit = {stage: operations / rates[0] for stage, operations in work_done.items()}
     limit["read"] = weights.design.nbytes / rates[1]
     # Each round adds every expert up, and takes its distance from the mean.
     limit["center"] = len(found.objective) * 2 * weights.design.nbytes / rates[1]
     limit["write"] = written / rates[2]
-    # Pruning makes no products: each expert in fp32 is read and written a few times at the least twice.
+    # Pruning makes no products: at the least, each expert is read and written once in fp32.
     limit["residual prune"] = 2 * 2 * weights.design.nbytes / rates[1]
     return LayerRun(
         shape=shape.name,
@@ -149,7 +150,15 @@ def run_layer(source: Path, work: Path, shape: MoEShape, kind: Kind, workers: in
     )
 
 
-def _svd_excess(rank: int, design: torch.Tensor, found: object) -> float:
+def _operations(spec: LayerSpec, weights: LayerWeights, found: CenterResult) -> int:
+    """Operations of the products that coding expert 0's residual takes."""
+    residual = weights.design[0][found.perm[0]] - found.center
+    with FlopCounterMode(display=False) as counter:
+        encode_residual(spec, residual, torch.bfloat16, 0)
+    return counter.get_total_flops()
+
+
+def _svd_excess(rank: int, design: torch.Tensor, found: CenterResult) -> float:
     """How much more than the exact tail the chosen route loses on expert 0's residual, relative."""
     residual = design[found.perm[0]].float() - found.center
     left = left_singular_vectors(residual, rank)
