@@ -325,29 +325,54 @@ inline __m256i codes8(const uint8_t* row, int64_t octet, int64_t octets) {
   }
 }
 
-// (code - half) * scale for a row of n columns; writes whole octets.
-template <int Bits>
-void decode_codes(const uint8_t* row, const uint16_t* scales, int64_t group, int64_t n, float* out) {
+// Visit the octets of a row of n columns in pairs: vectors(octet, (code - half) * scale, j).
+template <int Bits, class Vectors>
+inline void visit_codes(const uint8_t* row, const uint16_t* scales, int64_t group, int64_t n, Vectors vectors) {
   const int64_t octets = (n + kLanes - 1) / kLanes;
   for (int64_t o = 0; o < octets; ) {
-    const float scale = BF16::scalar(*scales++);
-    const __m256 s = _mm256_set1_ps(scale), half = _mm256_set1_ps(0.5f * ((1 << Bits) - 1));
+    const __m256 s = _mm256_set1_ps(BF16::scalar(*scales++)), half = _mm256_set1_ps(0.5f * ((1 << Bits) - 1));
     const int64_t stop = std::min(octets, o + group / kLanes);
-    for (; o < stop; ++o)
-      _mm256_storeu_ps(out + o * kLanes, _mm256_mul_ps(_mm256_sub_ps(_mm256_cvtepi32_ps(codes8<Bits>(row, o, octets)), half), s));
+    const auto octet = [&](int64_t at) {
+      return _mm256_mul_ps(_mm256_sub_ps(_mm256_cvtepi32_ps(codes8<Bits>(row, at, octets)), half), s);
+    };
+    for (; o + 2 <= stop; o += 2) vectors(o, octet(o), 0), vectors(o + 1, octet(o + 1), 1);
+    if (o < stop) vectors(o, octet(o), 0), ++o;
   }
 }
 
-void decode_codes(const Quantized& part, int p, int64_t e, int64_t i, int64_t n, float* out) {
+template <class Vectors>
+inline void visit_codes(const Quantized& part, int p, int64_t e, int64_t i, int64_t n, Vectors vectors) {
   const uint8_t* row = part.codes[p] + e * part.codes_stride[p] + i * part.bits * ((n + kLanes - 1) / kLanes);
   const int64_t group = std::min(part.group, (n + kLanes - 1) / kLanes * kLanes);
   const uint16_t* scales = part.scales[p] + e * part.scales_stride[p] + i * ((n + group - 1) / group);
   switch (part.bits) {
-    case 2: return decode_codes<2>(row, scales, group, n, out);
-    case 3: return decode_codes<3>(row, scales, group, n, out);
-    case 4: return decode_codes<4>(row, scales, group, n, out);
-    default: return decode_codes<8>(row, scales, group, n, out);
+    case 2: return visit_codes<2>(row, scales, group, n, vectors);
+    case 3: return visit_codes<3>(row, scales, group, n, vectors);
+    case 4: return visit_codes<4>(row, scales, group, n, vectors);
+    default: return visit_codes<8>(row, scales, group, n, vectors);
   }
+}
+
+// Writes whole octets.
+void decode_codes(const Quantized& part, int p, int64_t e, int64_t i, int64_t n, float* out) {
+  visit_codes(part, p, e, i, n, [&](int64_t o, __m256 w, int) { _mm256_storeu_ps(out + o * kLanes, w); });
+}
+
+// Multiply while decoding, in dot()'s order of adding; n a multiple of 16.
+float dot_codes(const Quantized& part, int p, int64_t e, int64_t i, int64_t n, const float* x) {
+  __m256 acc[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+  visit_codes(part, p, e, i, n, [&](int64_t o, __m256 w, int j) {
+    acc[j] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + o * kLanes), acc[j]);
+  });
+  return sum(_mm256_add_ps(acc[0], acc[1]));
+}
+
+// n a multiple of 8.
+void axpy_codes(float a, const Quantized& part, int p, int64_t e, int64_t i, int64_t n, float* y) {
+  const __m256 va = _mm256_set1_ps(a);
+  visit_codes(part, p, e, i, n, [&](int64_t o, __m256 w, int) {
+    _mm256_storeu_ps(y + o * kLanes, _mm256_fmadd_ps(va, w, _mm256_loadu_ps(y + o * kLanes)));
+  });
 }
 
 // ---- activation ----------------------------------------------------------------------------------------------
@@ -474,6 +499,10 @@ struct Run {
           for (int p = 0; p < 2; ++p)
             if (layer.quantized[g].codes[p]) {
               float* into = p ? up.data() : gate.data();
+              if (next == q + 1 && H % 16 == 0) {
+                into[q] += dot_codes(layer.quantized[g], p, e, i, H, x + token[q] * H);
+                continue;
+              }
               decode_codes(layer.quantized[g], p, e, i, H, row.data());
               dots<FP32>(row.data(), H, q, next, [&](int64_t s) { return x + token[s] * H; },
                          [&](int64_t s, float d) { into[s] += d; });
@@ -501,6 +530,10 @@ struct Run {
           }
         for (int64_t g = 0; g < layer.num_quantized; ++g)
           if (layer.quantized[g].codes[2]) {
+            if (next == q + 1 && H % kLanes == 0) {
+              axpy_codes(gate[q], layer.quantized[g], 2, e, i, H, mine + token[q] * H);
+              continue;
+            }
             decode_codes(layer.quantized[g], 2, e, i, H, row.data());
             for (int64_t s = q; s < next; ++s) axpy<FP32>(gate[s], row.data(), mine + token[s] * H, H);
           }
