@@ -1,8 +1,6 @@
 """What makes two runs the same run: source, recipe and versions; and the machine, which can change the last bits."""
 
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -30,10 +28,9 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What of this machine can change rounding: where it computes, with which instructions, in how many threads.
+    """What of this machine can change rounding: where it computes, and with which instructions.
 
-    Sums and factorisations are split among torch's threads, so their number shows in the last bits of low-rank
-    factors and of reported errors. It is recorded with the run, and a resumed run takes the recorded number.
+    The number of threads can't: each expert is computed in one (``parallel``).
 
     Args:
         device: cpu, cuda or cuda:N.
@@ -43,19 +40,7 @@ def machine(device: str) -> dict[str, Any]:
     return {
         "device": accelerator or kind.type,
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "threads": torch.get_num_threads(),
     }
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Let torch compute with ``count`` threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, str]:

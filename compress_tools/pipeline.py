@@ -10,9 +10,10 @@ from compress_tools.config import CompressionConfig, Slice, check_device
 from compress_tools.errors import ConfigError
 from compress_tools.finishing import finish, output_name_of_file, read_report
 from compress_tools.format.tensors import layer_bytes
-from compress_tools.identity import MACHINE, machine, torch_threads, versions
+from compress_tools.identity import MACHINE, machine, versions
 from compress_tools.layer_compression import compress_layer
 from compress_tools.outline import Outline, make_outline
+from compress_tools.parallel import one_thread_each
 from compress_tools.plan import CompressionPlan, Shard, make_plan
 from compress_tools.progress import ProgressListener, Silent
 from compress_tools.report import CompressionReport, LayerReport
@@ -123,9 +124,9 @@ def _write_shards(
     progress.start(len(shards))
     if records:
         progress.say(f"resuming: {len(records)} of {len(shards)} shards are written")
-    if {**begun, "threads": 0} != {**here, "threads": 0}:
+    if begun != here:
         progress.say(f"begun on {begun}, goes on on {here}: the result is as good, but its last bits may differ")
-    with torch_threads(begun["threads"]):
+    with one_thread_each():
         for shard in shards:
             if shard.filename not in records:
                 records[shard.filename] = _write(job, shard, writer, progress)

@@ -19,7 +19,6 @@ from compress_tools.checkpoint_reader import CheckpointReader
 from compress_tools.cli import main, out, recipe_options
 from compress_tools.config import CompressionConfig, Slice, make_config
 from compress_tools.errors import CheckpointError, ConfigError, ResMoEError
-from compress_tools.identity import torch_threads
 from compress_tools.log_progress import logged
 from compress_tools.merge import merge
 from compress_tools.pipeline import compress_slice
@@ -32,7 +31,7 @@ from compress_tools.staging import destination, is_occupied, is_published, log_p
 MAX_RETRIES = 5
 
 
-def make_slice_here(src: str, dst: str, config: CompressionConfig, part: Slice, threads: int) -> str:
+def make_slice_here(src: str, dst: str, config: CompressionConfig, part: Slice) -> str:
     """What one task does on its node; ``DST.shard-I-of-N.log`` tells how far it is.
 
     Args:
@@ -40,7 +39,6 @@ def make_slice_here(src: str, dst: str, config: CompressionConfig, part: Slice, 
         dst: the whole checkpoint's directory.
         config: the recipe.
         part: which slice.
-        threads: torch's; the last bits depend on their number, so it is the same in all tasks.
     Returns:
         the slice's directory.
     """
@@ -48,7 +46,7 @@ def make_slice_here(src: str, dst: str, config: CompressionConfig, part: Slice, 
     if target.is_dir() and not is_published(target):
         # Made by an earlier run; merge checks that it is of this recipe and source.
         return str(target)
-    with torch_threads(threads), logged(log_path(target), to_stderr=False) as progress:
+    with logged(log_path(target), to_stderr=False) as progress:
         return str(compress_slice(src, dst, config, part, resume=True, progress=progress))
 
 
@@ -71,7 +69,7 @@ def compress_on_cluster(
         config: the recipe; ``workers`` assignments run in parallel in each task.
         shards: number of slices; at most the number of layers to be compressed.
         address: of the cluster, as ``ray.init`` takes it; None starts Ray on this machine.
-        cpus_per_task: CPUs that Ray reserves for a task, and torch's threads in it.
+        cpus_per_task: CPUs that Ray reserves for a task.
         gpus_per_task: GPUs that Ray reserves for a task.
         keep_slices: leave the slices beside ``dst``.
     Returns:
@@ -97,7 +95,7 @@ def compress_on_cluster(
         task = ray.remote(make_slice_here).options(
             num_cpus=cpus_per_task, num_gpus=gpus_per_task, max_retries=MAX_RETRIES
         )
-        running = {task.remote(str(source), str(target), config, part, cpus_per_task): part for part in parts}
+        running = {task.remote(str(source), str(target), config, part): part for part in parts}
         failures: list[ResMoEError] = []
         pending = list(running)
         while pending:
@@ -133,7 +131,7 @@ def _as_our_own(part: Slice, err: Exception) -> ResMoEError:
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="CPUs of a task: torch's threads, and --workers unless given. A node's tasks share its memory: see `plan`.",
+    help="CPUs of a task: --workers unless given. A node's tasks share its memory: see `plan`.",
 )
 @click.option("--gpus-per-task", type=click.FloatRange(min=0), default=0, show_default=True, help="GPUs of a task.")
 @click.option("--keep-slices", is_flag=True, help="Leave the slices beside DST.")

@@ -14,7 +14,6 @@ import torch
 from benchmarks.tiny_models import save_tiny_model
 from compress_tools.config import CompressionConfig, Slice, make_config
 from compress_tools.errors import CheckpointError, NumericalError
-from compress_tools.identity import torch_threads
 from compress_tools.merge import merge
 from compress_tools.pipeline import compress, compress_slice
 from compress_tools.progress import Silent
@@ -174,18 +173,20 @@ def test_resume_refuses_another_recipe_and_another_source(tiny_mixtral: Path, tm
     verify(tmp_path / "small", source)
 
 
-def test_resume_takes_the_threads_that_the_run_was_begun_with(tiny_mixtral: Path, tmp_path: Path) -> None:
-    """Their number shows in the last bits of low-rank factors, so a resumed run must not take its own."""
-    config = make_config(method="low-rank", center="mean")
-    with torch_threads(2):
-        compress(tiny_mixtral, tmp_path / "whole" / "small", config)
-        assert killed_after_one_layer(tiny_mixtral, tmp_path / "small", config)
-    identity = json.loads((staging_path(tmp_path / "small") / STATE_DIR / IDENTITY_NAME).read_text())
-    assert identity["machine"]["threads"] == 2
-    with torch_threads(1):
-        compress(tiny_mixtral, tmp_path / "small", config, resume=True)
-        assert torch.get_num_threads() == 1
-    assert contents(tmp_path / "small") == contents(tmp_path / "whole" / "small")
+@pytest.mark.parametrize("method", ["prune", "low-rank"])
+def test_threads_and_workers_do_not_change_the_bytes(method: str, tiny_mixtral: Path, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    made = []
+    try:
+        for threads, workers in ((1, 1), (2, 1), (1, 2), (2, 3)):
+            torch.set_num_threads(threads)
+            directory = tmp_path / f"{threads}-{workers}" / "small"
+            compress(tiny_mixtral, directory, make_config(method=method, workers=workers))
+            assert torch.get_num_threads() == threads
+            made.append(contents(directory))
+    finally:
+        torch.set_num_threads(before)
+    assert made[1:] == made[:-1]
 
 
 def test_another_kind_of_machine_is_said(tiny_mixtral: Path, tmp_path: Path) -> None:
