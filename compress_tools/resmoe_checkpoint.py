@@ -44,6 +44,7 @@ class ResMoECheckpoint:
         if not isinstance(block, dict):
             raise FormatError(f"{self.reader.path}: config.json has no quantization_config; not a ResMoE checkpoint")
         self.fmt = parse_format(block, str(self.reader.path / "config.json"))
+        self._last_shared: tuple[int, StoredTensors] | None = None
         self._check_tensors()
 
     def expert(self, layer: int, expert: int) -> Rows:
@@ -64,8 +65,10 @@ class ResMoECheckpoint:
         return found
 
     def shared(self, layer: int) -> StoredTensors:
-        """A layer's shared tensors by (projection, suffix)."""
-        return self._read(layer, shared_tensors(self.fmt, self.fmt.layers[layer]))
+        """A layer's shared tensors by (projection, suffix); the last layer's are kept, since every expert needs them."""
+        if self._last_shared is None or self._last_shared[0] != layer:
+            self._last_shared = layer, self._read(layer, shared_tensors(self.fmt, self.fmt.layers[layer]))
+        return self._last_shared[1]
 
     def stored(self, layer: int, expert: int) -> StoredTensors:
         """One expert's stored tensors by (projection, suffix)."""

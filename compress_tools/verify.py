@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from compress_tools.alignment import align_experts
+from compress_tools.alignment import align_experts, squared_distance, squared_norm
 from compress_tools.architectures.layouts import MoESource, open_source
 from compress_tools.checkpoint_reader import CheckpointReader
 from compress_tools.design_matrix import expert_to_rows, rows_to_design
@@ -94,8 +94,8 @@ def _layer_error(checkpoint: ResMoECheckpoint, source: MoESource, layer: int, wo
         rows = checkpoint.expert(layer, expert)
         restored = rows_to_design({projection: rows[projection] for projection in weights})
         (perm,) = align_experts(design.unsqueeze(0), restored, workers).perm
-        error += (design[perm] - restored).double().square().sum().item()
-        energy += design.double().square().sum().item()
+        error += squared_distance(design[perm], restored)
+        energy += squared_norm(design)
     return error / energy
 
 
