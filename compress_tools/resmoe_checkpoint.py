@@ -65,7 +65,7 @@ class ResMoECheckpoint:
         return found
 
     def shared(self, layer: int) -> StoredTensors:
-        """A layer's shared tensors by (projection, suffix); the last layer's are kept, since every expert needs them."""
+        """A layer's shared tensors by (projection, suffix); kept for the last layer, as every expert needs them."""
         if self._last_shared is None or self._last_shared[0] != layer:
             self._last_shared = layer, self._read(layer, shared_tensors(self.fmt, self.fmt.layers[layer]))
         return self._last_shared[1]
