@@ -11,13 +11,12 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import get_args
 
 import click
 
 from benchmarks.compress.pot import CASES, Comparison, compare
 from benchmarks.compress.run import STAGES, LayerRun, run_layer
-from benchmarks.compress.source import Kind, write_source
+from benchmarks.compress.source import KINDS, Kind, write_source
 from benchmarks.rows import Row, print_rows, write_rows
 from benchmarks.shapes import SHAPES
 from compress_tools.config import default_workers
@@ -28,7 +27,6 @@ TARGETS = {
     "Qwen3-30B-A3B": (3, 10, 4),
     "Mixtral-8x7B": (10, 60, 12),
 }
-KINDS = get_args(Kind)
 
 
 def layer_rows(run: LayerRun) -> list[Row]:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from benchmarks.shapes import MoEShape
 
 Kind = Literal["near-copied", "unrelated"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # Noise of a near copy relative to the weight: residuals then hold 0.35^2 / (1 + 0.35^2) = 11 % of the energy.
 NOISE = 0.35

@@ -106,6 +106,18 @@ def test_same_bytes_for_any_number_of_workers(method: str, tiny_mixtral: Path, t
     assert contents(tmp_path / "1" / "small") == contents(tmp_path / "3" / "small")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("method", ["prune", "low-rank", "quantize", "low-rank+quantize"])
+def test_a_gpu_makes_as_good_a_checkpoint(method: str, tiny_mixtral: Path, tmp_path: Path) -> None:
+    on_cpu = compress(tiny_mixtral, tmp_path / "cpu", make_config(method=method))
+    on_gpu = compress(tiny_mixtral, tmp_path / "gpu", make_config(method=method, device="cuda"))
+    verify(tmp_path / "gpu", tiny_mixtral)
+    for here, there in zip(on_cpu.layers, on_gpu.layers, strict=True):
+        assert there.assignment_gap <= 1e-6
+        assert there.relative_error == pytest.approx(here.relative_error, rel=1e-3)
+
+
 def test_overwrite_replaces_and_without_it_nothing_is_touched(tiny_mixtral: Path, tmp_path: Path) -> None:
     target = tmp_path / "small"
     target.mkdir()
