@@ -33,6 +33,9 @@ _EIGH_PRODUCTS = 19.0
 # A tail below this share of the energy is near fp32's rounding of a Gram matrix: float64 then.
 _MIN_FP32_TAIL = 1e-3
 
+# Seeds of its own: weights made by torch from the user's seed would be the very vectors that start here.
+_STREAM = 0x5EED0000
+
 _LANCZOS_STEPS = 48
 
 # Random vectors: of a large matrix one sees more of the spectrum.
@@ -112,7 +115,7 @@ def _filtered(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, float]:
     """Left vectors by filtered subspace iteration, and the share of the energy that they leave."""
     gram = _gram(_narrow(matrix), torch.float32)
     size, width = len(gram), min(len(gram), int(OVERSAMPLING * rank) + EXTRA_COLUMNS)
-    generator = torch.Generator(device="cpu").manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(_STREAM + seed)
     spectrum = _spectrum(gram, generator)
     cut = spectrum.at(min(size, int(CUT_BEYOND * width)))
     basis = torch.randn(size, width, generator=generator).to(gram.device)
