@@ -110,14 +110,12 @@ def _match(
 ) -> _Match:
     """One expert ``weights`` [I, D] against the center."""
     with clock.stage("cost matrix"):
-        wide = weights.float()
         if guess is not None and len(center) >= PROVE_FROM_ROWS:
-            match = _proved(center, wide, guess)
+            match = _proved(center, weights, guess)
             if match is not None:
                 return match
         clock.count("cost matrix", 2 * len(center) * center.numel())
-        gain = (center @ wide.T).cpu()  # [I center, I expert], fp32
-        del wide
+        gain = (center @ weights.float().T).cpu()  # [I center, I expert], fp32
         if not torch.isfinite(gain).all():
             raise NumericalError(f"expert {expert}: the alignment cost overflows fp32")
     with clock.stage("assignment"):
@@ -126,7 +124,7 @@ def _match(
 
 def _proved(center: Tensor, weights: Tensor, guess: Tensor) -> _Match | None:
     """The guess, if it can be proved optimal without the whole cost matrix."""
-    aligned = weights[guess.to(weights.device)]
+    aligned = weights[guess.to(weights.device)].float()
     if torch.equal(center, aligned):
         return _Match(guess, 0.0, 0.0)
     if is_certainly_optimal(center, aligned):

@@ -130,7 +130,7 @@ def _filtered(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, float]:
         values, rotation = torch.linalg.eigh((image.T @ image).double())
         kept = values[-rank:].flip(0).clamp(min=torch.finfo(torch.float64).tiny)
         left = image @ (rotation[:, -rank:].flip(1) / kept.sqrt()).float()
-    energy = sum(block.double().square().sum().item() for block in matrix.split(2048))
+    energy = sum(rows.square().sum(1).double().sum().item() for rows in matrix.split(512))
     tail = 1 - values[-rank:].sum().item() / energy if energy else 0.0
     return left, tail
 
