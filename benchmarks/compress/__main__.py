@@ -66,6 +66,7 @@ def pot_rows(found: Comparison) -> list[Row]:
 @click.command()
 @click.option("--shape", "shapes", multiple=True, type=click.Choice(list(TARGETS)), help="Default: all.")
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(KINDS), help="Default: both.")
+@click.option("--layers/--no-layers", "with_layers", default=True, show_default=True, help="Run the layers.")
 @click.option("--pot/--no-pot", "with_pot", default=True, show_default=True, help="Compare with POT's own solver.")
 @click.option("--workers", default=default_workers, type=click.IntRange(min=1), help="Default: the number of cores.")
 @click.option("--check-svd/--no-check-svd", default=None, help="Exact tail of one expert. Default: not for Mixtral.")
@@ -75,6 +76,7 @@ def pot_rows(found: Comparison) -> list[Row]:
 def main(
     shapes: tuple[str, ...],
     kinds: tuple[Kind, ...],
+    with_layers: bool,
     with_pot: bool,
     workers: int,
     check_svd: bool | None,
@@ -91,7 +93,7 @@ def main(
         for case in CASES:
             rows += pot_rows(compare(*case, workers=workers))
             click.echo(f"{rows[-2].name}: {rows[-2].value:.6f}; {rows[-1].name}", err=True)
-    for name in shapes or TARGETS:
+    for name in (shapes or TARGETS) if with_layers else ():
         for kind in kinds or KINDS:
             check = name != "Mixtral-8x7B" if check_svd is None else check_svd
             rows += layer_rows(_in_a_process(name, kind, workers, check, work_dir))
