@@ -21,7 +21,8 @@ from compress_tools.residuals.recipes import METHODS
 CenterBits = int
 CENTER_GROUP = 128
 GROUP_SIZES = (0, 128, 64, 32)
-DENSITIES = (0.05, 0.1, 0.15, 0.25, 0.35, 0.5)
+DENSITIES = (0.05, 0.1, 0.2, 0.35, 0.5)
+DENSITIES_8 = (0.1, 0.25)
 _BISECTIONS = 40
 
 
@@ -38,6 +39,11 @@ class Coder:
     config: CompressionConfig
     joint: bool
     centers: tuple[CenterBits, ...]
+
+    @property
+    def factorises(self) -> bool:
+        """Whether low rank is part of it."""
+        return "low-rank" in self.config.method
 
     @cached_property
     def label(self) -> str:
@@ -143,8 +149,8 @@ def _quantize(sizes: Sizes, centers: tuple[CenterBits, ...], layer_budget: float
 
 
 def _prune(sizes: Sizes, centers: tuple[CenterBits, ...], layer_budget: float) -> list[Coder]:
-    # 16-bit values take whole bytes for a quarter of the weights: worth a few sizes only.
-    ladder = [(bits, density) for bits in (4, 8) for density in DENSITIES] + [(16, 0.05), (16, 0.25)]
+    # Values of 16 bits are worth their bytes only where few are kept: offered for whole layers, at the size that fits.
+    ladder = [(4, density) for density in DENSITIES] + [(8, density) for density in DENSITIES_8]
     coders = [
         Coder(make_config(method="prune", value_bits=bits, retain_ratio=density), False, _without(centers, 16))
         for bits, density in ladder

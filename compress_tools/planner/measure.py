@@ -1,12 +1,13 @@
 """Squared error of every candidate on the real weights of one layer, by the coders that write the checkpoint.
 
 A layer of at most ``measure_experts`` experts of at most ``measure_rows`` rows is measured as it would be written. Of
-a larger one evenly spaced experts and rows are: all candidates on the same ones, scaled up by the residual's energy,
-which is taken of all. Low rank takes all rows of its experts: a rank means nothing on some of them.
+a larger one evenly spaced experts and rows are, scaled up by the residual's energy, which is taken of all. Low rank
+takes all rows, since a rank means nothing on some of them, of few experts: factorising is what takes longest.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from compress_tools.planner.candidates import CenterBits, Coder, center_parts
 from compress_tools.probe_config import spaced
 from compress_tools.residuals.quantizer import quantize_rows
 from compress_tools.residuals.registry import CODERS, encode_center
+
+# Of a layer that is not measured as a whole.
+LOW_RANK_EXPERTS = 2
 
 
 @dataclass(frozen=True)
@@ -84,22 +88,30 @@ def measure_layer(
         wanted = [own, *({p: own[p] - center[p] for p in projections} for center in centers.values())]
         return [[squared_norm(matrices[p]) for p in projections] for matrices in wanted]
 
-    def errors(expert: int) -> list[list[float]]:
+    def errors_of(some: tuple[Coder, ...], expert: int) -> list[list[float]]:
         own, found_errors = aligned(expert), []
         for bits, center in centers.items():
             residual = {p: own[p] - center[p] for p in projections}
             measured = _ExpertErrors(residual, rows, sample.dtype, sample.seed)
-            found_errors += [measured.of(coder) for coder in coders if bits in coder.centers]
+            found_errors += [measured.of(coder) for coder in some if bits in coder.centers]
         advance()
         return found_errors
 
     energy = torch.tensor(in_parallel(energies, range(num_experts), sample.workers), dtype=torch.float64)
     residuals = {bits: energy[:, 1 + number] for number, bits in enumerate(centers)}  # [E, P]
-    measured = torch.tensor(in_parallel(errors, experts, sample.workers), dtype=torch.float64)  # [S, candidates, P]
-    keys = [(bits, coder) for bits in centers for coder in coders if bits in coder.centers]
-    by_candidate = {key: _scaled_up(measured[:, number], experts, residuals[key[0]]) for number, key in enumerate(keys)}
     exact = len(experts) == num_experts and len(rows) == num_rows
-    return LayerMeasurement(by_candidate, residuals, energy[:, 0], exact)
+    low_rank = tuple(coder for coder in coders if coder.factorises)
+    others = tuple(coder for coder in coders if not coder.factorises)
+    errors: dict[tuple[CenterBits, Coder], Tensor] = {}
+    for some, taken in ((others, experts), (low_rank, experts if exact else spaced(experts, LOW_RANK_EXPERTS))):
+        keys = [(bits, coder) for bits in centers for coder in some if bits in coder.centers]
+        if keys:
+            found_errors = in_parallel(partial(errors_of, some), taken, sample.workers)
+            measured = torch.tensor(found_errors, dtype=torch.float64)  # [S, candidates, P]
+            errors |= {
+                key: _scaled_up(measured[:, number], taken, residuals[key[0]]) for number, key in enumerate(keys)
+            }
+    return LayerMeasurement(errors, residuals, energy[:, 0], exact)
 
 
 def _stored_centers(
@@ -140,7 +152,7 @@ def _scaled_up(measured: Tensor, experts: list[int], residuals: Tensor) -> Tenso
 
 
 class _ExpertErrors:
-    """Errors of one expert's residual against one center; factors that several candidates begin with are kept.
+    """Errors of one expert's residual against one center; factors that neighbouring candidates share are kept.
 
     Args:
         residual: fp32 ``[I, H]`` by projection.
@@ -152,7 +164,8 @@ class _ExpertErrors:
     def __init__(self, residual: Rows, rows: Tensor, dtype: torch.dtype, seed: int) -> None:
         self._residual, self._rows, self._dtype, self._seed = residual, rows, dtype, seed
         self._all = len(rows) == len(next(iter(residual.values())))
-        self._after_low_rank: dict[ResidualPart, Rows] = {}
+        # The last factors of each group of projections and what they left: candidates of equal factors are neighbours.
+        self._after_low_rank: dict[tuple[Projection, ...], tuple[ResidualPart, Rows]] = {}
         sampled = {p: self._sampled(matrix) for p, matrix in residual.items()}
         self._sampled_residual = sampled
         # from the energy of the rows measured to that of all
@@ -191,9 +204,11 @@ class _ExpertErrors:
             left = {p: self._sampled_residual[p] for p in group}
             return self._coded(left, coder.parts(group, len(self._rows), hidden_size), hidden_size)
         (factors,) = low_rank
-        if factors not in self._after_low_rank:
-            self._after_low_rank[factors] = self._left({p: self._residual[p] for p in group}, factors, hidden_size)
-        left = self._after_low_rank[factors]
+        kept = self._after_low_rank.get(group)
+        if kept is None or kept[0] != factors:
+            kept = factors, self._left({p: self._residual[p] for p in group}, factors, hidden_size)
+            self._after_low_rank[group] = kept
+        left = kept[1]
         others = tuple(part for part in coder.parts(group, len(self._rows), hidden_size) if part.method != "low_rank")
         if not others:
             return {p: squared_norm(matrix) for p, matrix in left.items()}

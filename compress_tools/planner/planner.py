@@ -1,7 +1,8 @@
 """The whole way of a plan: menu, one layer at a time measured, then the least total error within the budget."""
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 
 import torch
 
@@ -72,7 +73,7 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class _LayerChoices:
+class LayerChoices:
     """What was measured of one layer, boiled down: undominated choices, and every single coder's."""
 
     choices: Frontier
@@ -101,48 +102,91 @@ def find_plan(
         ConfigError: no plan keeps to budget and bounds; says which would.
         UnsupportedArchitectureError, CheckpointError, NumericalError: see errors.py.
     """
-    progress = progress or Silent()
     check_device(config.device)
     base = _base_plan(reader, config)
-    source, sizes, selected = base.source, Sizes(base.fmt), sorted(base.fmt.layers)
-    dense = {layer: sum(map(reader.nbytes, source.expected(layer))) for layer in source.layers}
-    total, untouched = sum(dense.values()), sum(dense[layer] for layer in source.layers if layer not in selected)
-    budget = request.target_bytes_ratio * total - untouched
-    bounds = [
-        (own.least * dense[layer], own.most * dense[layer])
-        for layer, own in layer_bounds(request.layer_bytes_ratio, selected).items()
-    ]
+    return choose(measure(base, config, request, progress or Silent()), request)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything that a choice is made from.
+
+    Attributes:
+        sizes: of the model.
+        layers: what was measured of each layer to be planned, by index, ascending.
+        dense: bytes of every MoE layer as it is.
+    """
+
+    sizes: Sizes
+    layers: dict[int, LayerChoices]
+    dense: dict[int, int]
+
+    def budget(self, ratio: float) -> float:
+        """Bytes that the planned layers may take when all experts are to take this share."""
+        return _budget(ratio, self.dense, self.layers)
+
+
+def _budget(ratio: float, dense: dict[int, int], planned: Collection[int]) -> float:
+    untouched = sum(nbytes for layer, nbytes in dense.items() if layer not in planned)
+    return ratio * sum(dense.values()) - untouched
+
+
+def measure(
+    base: CompressionPlan, config: CompressionConfig, request: PlannerConfig, progress: ProgressListener
+) -> Measured:
+    """Measure the menu on each layer that ``base`` compresses; one layer at a time is in memory."""
+    source, sizes = base.source, Sizes(base.fmt)
+    dense = {layer: sum(map(source.reader.nbytes, source.expected(layer))) for layer in source.layers}
+    selected = sorted(base.fmt.layers)
+    layer_bounds(request.layer_bytes_ratio, selected)  # refused before the first long step
+    budget = _budget(request.target_bytes_ratio, dense, selected)
     centers = (0,) if config.center == "none" else (0, 4, 8, 16)
     coders = menu(sizes, request.coder_names(), centers, max(budget, 0) / len(selected))
     inputs = open_inputs(request, source, config.seed)
-    progress.start(len(selected))
-    layers = []
-    for layer in selected:
-        layers.append(_measure(base, config, request, layer, coders, inputs, sizes, dense[layer], progress))
-        progress.shard_done()
+    layers = {
+        layer: _measure_layer(base, config, request, layer, coders, inputs, sizes, dense[layer], progress)
+        for layer in selected
+    }
+    return Measured(sizes, layers, dense)
+
+
+def choose(measured: Measured, request: PlannerConfig) -> Planned:
+    """The least total error within the budget and the bounds.
+
+    Raises:
+        ConfigError: nothing is within; says what would be.
+    """
+    layers, dense, budget = measured.layers, measured.dense, measured.budget(request.target_bytes_ratio)
+    bounds = {
+        layer: (own.least * dense[layer], own.most * dense[layer])
+        for layer, own in layer_bounds(request.layer_bytes_ratio, list(layers)).items()
+    }
     best = _best_uniform(layers, bounds, budget)
     if request.uniform:
-        found, least = best, min(sum(layer.uniform[key][0] for layer in layers) for key in layers[0].uniform)
+        found, least = best, _smallest_uniform(layers, bounds)
     else:
-        choices = [own.choices.within(*inside) for own, inside in zip(layers, bounds, strict=True)]
-        if empty := [layer for layer, own in zip(selected, choices, strict=True) if not own.picks]:
-            raise ConfigError(f"--layer-bytes-ratio: nothing that layer {empty[0]} could be stored as lies within")
+        choices = [own.choices.within(*bounds[layer]) for layer, own in layers.items()]
+        for layer, own in zip(layers, choices, strict=True):
+            if not own.picks:
+                raise ConfigError(f"--layer-bytes-ratio: nothing that layer {layer} could be stored as is within")
         least = smallest(choices)
         found = allocate(choices, budget) if least <= budget else None
         if found is not None and best is not None and best.error < found.error:
             found = best
     if found is None:
         # rounded up, so that asking for it succeeds
-        enough = ceil((least + untouched) / total * 1e4) / 1e4
+        needed = request.target_bytes_ratio + (least - budget) / sum(dense.values())
         raise ConfigError(
             f"--target-bytes-ratio {request.target_bytes_ratio}: too small for what may be chosen; the smallest "
-            f"possible is {enough}"
+            f"possible is {ceil(needed * 1e4) / 1e4}"
+            if least < inf
+            else f"--uniform: no single coder keeps to --layer-bytes-ratio {request.layer_bytes_ratio}"
         )
-    planned = {layer: PlannedLayer(None, dense[layer], dense[layer], 0.0) for layer in source.layers}
-    for layer, pick, nbytes, error in zip(selected, found.picks, found.nbytes, found.errors, strict=True):
-        planned[layer] = PlannedLayer(pick and pick.spec(sizes), nbytes, dense[layer], error)
+    planned = {layer: PlannedLayer(None, nbytes, nbytes, 0.0) for layer, nbytes in dense.items()}
+    for layer, pick, nbytes, error in zip(layers, found.picks, found.nbytes, found.errors, strict=True):
+        planned[layer] = PlannedLayer(pick and pick.spec(measured.sizes), nbytes, dense[layer], error)
     label = None if best is None else (_label(best.picks[0]), best.error / len(planned))
-    return Planned(planned, label, all(layer.exact for layer in layers))
+    return Planned(planned, label, all(layer.exact for layer in layers.values()))
 
 
 def _base_plan(reader: CheckpointReader, config: CompressionConfig) -> CompressionPlan:
@@ -150,7 +194,7 @@ def _base_plan(reader: CheckpointReader, config: CompressionConfig) -> Compressi
     return make_plan(reader, make_config(method="quantize", layers=config.layers, workers=config.workers))
 
 
-def _measure(
+def _measure_layer(
     base: CompressionPlan,
     config: CompressionConfig,
     request: PlannerConfig,
@@ -160,15 +204,15 @@ def _measure(
     sizes: Sizes,
     dense_bytes: int,
     progress: ProgressListener,
-) -> _LayerChoices:
+) -> LayerChoices:
     clock = StageClock()
     read = read_layer(base, layer, config.device, progress, clock)
     progress.stage(f"layer {layer}: center", None)
     limits = (config.max_iterations, config.tolerance, config.workers, progress.step, clock)
     found = find_center(read.design, config.center, *limits)
     sample = Sample(request.measure_experts, request.measure_rows, DTYPES[base.fmt.dtype], config.seed, config.workers)
-    count = min(sizes.num_experts, request.measure_experts or sizes.num_experts)
-    progress.stage(f"layer {layer}: measuring {len(coders)} coders", count)
+    candidates = sum(len(coder.centers) for coder in coders)
+    progress.stage(f"layer {layer}: measuring {candidates} candidates", None)
     measured = measure_layer(read.design, found, sizes.projections, coders, sample, progress.step)
     if inputs is None:
         weights = torch.ones_like(measured.energies) / measured.energies.sum()
@@ -180,18 +224,29 @@ def _measure(
     for key in measured.errors:
         nbytes, error, (choice,) = uniform_choice(measured, weights, sizes, *key)
         uniform[key] = nbytes, error, choice
-    return _LayerChoices(layer_choices(measured, weights, groups, sizes, dense_bytes), uniform, measured.exact)
+    return LayerChoices(layer_choices(measured, weights, groups, sizes, dense_bytes), uniform, measured.exact)
 
 
-def _best_uniform(layers: list[_LayerChoices], bounds: list[tuple[float, float]], budget: float) -> Allocation | None:
-    best: Allocation | None = None
-    for key in layers[0].uniform:
-        own = [layer.uniform[key] for layer in layers]
-        made = Allocation(*(tuple(column) for column in zip(*own, strict=True)))
-        inside = all(low <= nbytes <= high for nbytes, (low, high) in zip(made.nbytes, bounds, strict=True))
-        if inside and sum(made.nbytes) <= budget and (best is None or made.error < best.error):
-            best = made
-    return best
+def _uniforms(
+    layers: dict[int, LayerChoices], bounds: dict[int, tuple[float, float]]
+) -> Iterator[tuple[int, Allocation]]:
+    """Every single coder that keeps to the bounds: its bytes, and itself."""
+    for key in next(iter(layers.values())).uniform:
+        own = {layer: choices.uniform[key] for layer, choices in layers.items()}
+        if all(bounds[layer][0] <= nbytes <= bounds[layer][1] for layer, (nbytes, _, _) in own.items()):
+            made = Allocation(*(tuple(column) for column in zip(*own.values(), strict=True)))
+            yield sum(made.nbytes), made
+
+
+def _best_uniform(
+    layers: dict[int, LayerChoices], bounds: dict[int, tuple[float, float]], budget: float
+) -> Allocation | None:
+    fitting = [made for nbytes, made in _uniforms(layers, bounds) if nbytes <= budget]
+    return min(fitting, key=lambda made: made.error, default=None)
+
+
+def _smallest_uniform(layers: dict[int, LayerChoices], bounds: dict[int, tuple[float, float]]) -> float:
+    return min((nbytes for nbytes, _ in _uniforms(layers, bounds)), default=inf)
 
 
 def _label(choice: Choice) -> str:
