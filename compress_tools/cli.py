@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import click
+from click.core import ParameterSource
 from pydantic_core import PydanticUndefined
 from rich.console import Console
 
 from compress_tools import __version__, tables
-from compress_tools.config import CompressionConfig, make_config, make_slice
+from compress_tools.config import CompressionConfig, make_slice
 from compress_tools.errors import ConfigError, ResMoEError
 from compress_tools.live_progress import LiveProgress
 from compress_tools.log_progress import logged
+from compress_tools.planner.config import PlannerConfig
+from compress_tools.planner.request import Request, kept_plan_path, plan_for_output, planned_sizes, read_request
 from compress_tools.probe_config import ProbeConfig
 from compress_tools.probe_tables import probe_tables
 from compress_tools.progress import ProgressListener, Together
@@ -61,6 +64,22 @@ def probe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def planner_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command ``--plan`` and one option for each field of ``PlannerConfig``, which checks types and ranges."""
+    for name, field in reversed(PlannerConfig.model_fields.items()):
+        flag, given = field.annotation is bool, field.default not in (None, PydanticUndefined)
+        default = f" [default: {field.default}]" if given and not flag else ""
+        command = click.option(
+            "--" + name.replace("_", "-"),
+            name,
+            default=None,
+            help=field.description + default,
+            is_flag=flag,
+            type=bool if flag else int if isinstance(field.default, int) else str,
+        )(command)
+    return click.option("--plan", "plan_file", metavar="FILE", help="Store each layer as this plan says.")(command)
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace DST and what an unfinished run left.")
 
@@ -79,6 +98,7 @@ def cli() -> None:
 @click.argument("src")
 @click.argument("dst")
 @recipe_options
+@planner_options
 @click.option(
     "--shard", metavar="I/N", help="Make slice I of N, a directory beside DST; `resmoe merge DST` joins all of them."
 )
@@ -86,25 +106,44 @@ def cli() -> None:
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same source and recipe.")
 @overwrite_option
 @json_option
+@click.pass_context
 def compress(
-    src: str, dst: str, shard: str | None, dry_run: bool, resume: bool, overwrite: bool, as_json: bool, **options: Any
+    context: click.Context,
+    src: str,
+    dst: str,
+    shard: str | None,
+    dry_run: bool,
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Compress the MoE checkpoint SRC into the ResMoE checkpoint DST.
+
+    \b
+    One coder for all layers (--method ...), a byte budget that is spent where it pays
+    (--target-bytes-ratio), or a plan from an earlier run or by hand (--plan).
 
     A log is kept in DST.log.
     """
     from compress_tools.pipeline import compress as run
     from compress_tools.pipeline import compress_slice
 
-    config = _config(options)
+    request = _request(context, options)
     part = None if shard is None else make_slice(shard)
     _check_exclusive(resume, overwrite)
+    if part is not None and request.budget is not None:
+        raise ConfigError(
+            "--shard needs a plan that all slices follow: `resmoe plan SRC --target-bytes-ratio ... --out plan.yaml`, "
+            "then --plan plan.yaml with each slice"
+        )
     if dry_run:
-        _print_plan(src, config, as_json)
+        _print_plan(src, request, None, as_json)
         return
+    going = {"resume": resume, "overwrite": overwrite}
     if part is not None:
         with _progress(as_json, slice_path(dst, part)) as progress:
-            path = compress_slice(src, dst, config, part, resume=resume, overwrite=overwrite, progress=progress)
+            path = compress_slice(src, dst, request.config, part, planned=request.planned, progress=progress, **going)
         _print(
             {"path": str(path), "slice": [part.number, part.count]},
             as_json,
@@ -112,7 +151,12 @@ def compress(
         )
         return
     with _progress(as_json, dst) as progress:
-        report = run(src, dst, config, resume=resume, overwrite=overwrite, progress=progress)
+        planned = request.planned
+        if request.budget is not None:
+            planned = plan_for_output(src, dst, request.config, request.budget, progress=progress, **going)
+        report = run(src, dst, request.config, planned=planned, progress=progress, **going)
+        if request.budget is not None:
+            kept_plan_path(dst).unlink(missing_ok=True)
     _print_report(report, dst, as_json)
 
 
@@ -139,10 +183,17 @@ def merge(dst: str, slices: tuple[str, ...], remove_slices: bool, resume: bool, 
 @cli.command()
 @click.argument("src")
 @recipe_options
+@planner_options
+@click.option("--out", metavar="FILE", help="Write the plan for --target-bytes-ratio; edit it, then pass it to --plan.")
 @json_option
-def plan(src: str, as_json: bool, **options: Any) -> None:
-    """Say what `resmoe compress SRC` would write: params, bytes, peak memory. Reads no weight, writes nothing."""
-    _print_plan(src, _config(options), as_json)
+@click.pass_context
+def plan(context: click.Context, src: str, out: str | None, as_json: bool, **options: Any) -> None:
+    """Say what `resmoe compress SRC` would write: params, bytes, peak memory.
+
+    Weights are read only with --target-bytes-ratio, which measures them; nothing is written but --out.
+    """
+    request = _request(context, options)
+    _print_plan(src, request, out, as_json)
 
 
 @cli.command("probe")
@@ -238,8 +289,13 @@ def main(command: click.Command = cli) -> None:
         sys.exit(err.exit_code)
 
 
-def _config(options: dict[str, Any]) -> CompressionConfig:
-    return make_config(**{name: value for name, value in options.items() if value is not None})
+def _request(context: click.Context, options: dict[str, Any]) -> Request:
+    given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    path = options.pop("plan_file")
+    # A flag that is not given is no choice.
+    budget = {name: options.pop(name) for name in PlannerConfig.model_fields}
+    budget["uniform"] = budget["uniform"] or None
+    return read_request(options, budget, path, given)
 
 
 def _check_exclusive(resume: bool, overwrite: bool) -> None:
@@ -272,12 +328,15 @@ def _print_report(report: CompressionReport, dst: str, as_json: bool) -> None:
         out.print(f"Written to {dst}. Next: [bold]vllm serve {dst}[/bold]", highlight=False)
 
 
-def _print_plan(src: str, config: CompressionConfig, as_json: bool) -> None:
-    from compress_tools.checkpoint_reader import CheckpointReader
-    from compress_tools.plan import make_plan
-
-    made = make_plan(CheckpointReader(src), config)
-    _print(made.summary(), as_json, lambda: tables.plan_table(made))
+def _print_plan(src: str, request: Request, out_file: str | None, as_json: bool) -> None:
+    with _progress(as_json or request.budget is None) as progress:
+        made, planned = planned_sizes(src, request, out_file, progress)
+    content = made.summary() if planned is None else {**made.summary(), "plan": planned.resolved()}
+    _print(content, as_json, lambda: tables.plan_table(made))
+    if out_file is not None and not as_json:
+        out.print(
+            f"Written to {out_file}. Next: [bold]resmoe compress {src} DST --plan {out_file}[/bold]", highlight=False
+        )
 
 
 if __name__ == "__main__":

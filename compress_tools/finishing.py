@@ -8,6 +8,7 @@ from compress_tools.checkpoint_writer import CheckpointWriter
 from compress_tools.outline import Outline
 from compress_tools.report import (
     CARD_NAME,
+    PLAN_NAME,
     RECIPE_NAME,
     REPORT_NAME,
     TIMINGS_NAME,
@@ -69,8 +70,11 @@ def finish(
     report = make_report(outline, records)
     for relative, file in files.items():
         writer.copy_file(file, relative)
+    planned = {"plan": outline.recipe["plan"]} if outline.plan_text is not None else {}
+    if outline.plan_text is not None:
+        writer.write_text(PLAN_NAME, outline.plan_text)
     writer.write_json(RECIPE_NAME, {**outline.recipe, "resolved_layers": outline.resolved_layers})
-    writer.write_json(REPORT_NAME, report.content())
+    writer.write_json(REPORT_NAME, {**report.content(), **planned})
     writer.write_json(TIMINGS_NAME, report.seconds)
     writer.write_text(CARD_NAME, model_card(outline, writer.dst.name, report))
     writer.finish(

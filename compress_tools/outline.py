@@ -6,6 +6,7 @@ from typing import Any
 
 from compress_tools.config import CompressionConfig
 from compress_tools.plan import CompressionPlan
+from compress_tools.planner.plan_file import PlanFile
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Outline:
         title: the family's name for people.
         moe_layers: MoE layers of the model, compressed or not.
         recipe: what determines the output.
+        plan_text: the plan file that it follows, if any.
         resolved_layers: layers to be compressed, ascending.
         config: content of config.json to be.
         shards: by output file, in order: the layer (None for copied tensors) and the tensor names.
@@ -31,6 +33,7 @@ class Outline:
     title: str
     moe_layers: int
     recipe: dict[str, Any]
+    plan_text: str | None
     resolved_layers: list[int]
     config: dict[str, Any]
     shards: dict[str, tuple[int | None, list[str]]]
@@ -43,15 +46,18 @@ class Outline:
         return asdict(self)
 
 
-def make_outline(src: str | Path, config: CompressionConfig, plan: CompressionPlan) -> Outline:
-    """The outline of what ``config`` makes of the checkpoint in ``src``."""
+def make_outline(
+    src: str | Path, config: CompressionConfig, plan: CompressionPlan, planned: PlanFile | None = None
+) -> Outline:
+    """The outline of what ``config``, or a plan file, makes of the checkpoint in ``src``."""
     source = plan.source
     return Outline(
         source=str(src),
         source_name=Path(src).name,
         title=source.architecture.title,
         moe_layers=len(source.layers),
-        recipe=config.recipe(),
+        recipe=config.recipe() if planned is None else {"plan": planned.resolved()},
+        plan_text=planned and planned.text,
         resolved_layers=sorted(plan.fmt.layers),
         config={**source.reader.config, "quantization_config": plan.fmt.model_dump(mode="json")},
         shards={shard.filename: (shard.layer, list(map(source.output_name, shard.names))) for shard in plan.shards},

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from compress_tools.architectures.layouts import open_source
 from compress_tools.checkpoint_reader import CheckpointReader
 from compress_tools.checkpoint_writer import CheckpointWriter, check_space
 from compress_tools.config import CompressionConfig, Slice, check_device
@@ -15,6 +16,7 @@ from compress_tools.layer_compression import compress_layer
 from compress_tools.outline import Outline, make_outline
 from compress_tools.parallel import one_thread_each
 from compress_tools.plan import CompressionPlan, Shard, make_plan
+from compress_tools.planner.plan_file import PlanFile
 from compress_tools.progress import ProgressListener, Silent
 from compress_tools.report import CompressionReport, LayerReport
 from compress_tools.slices import files_of, finish_slice, shards_of, slice_path
@@ -25,6 +27,7 @@ def compress(
     dst: str | Path,
     config: CompressionConfig,
     *,
+    planned: PlanFile | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: ProgressListener | None = None,
@@ -35,6 +38,8 @@ def compress(
         src: source directory; only read.
         dst: output directory; appears when it is whole.
         config: the recipe.
+        planned: how each layer is stored, and how centers are found, in place of the recipe's; device and workers
+            are still the recipe's.
         resume: go on with an interrupted run.
         overwrite: replace ``dst``.
         progress: told of shards, layers and stages.
@@ -44,7 +49,7 @@ def compress(
         ConfigError, UnsupportedArchitectureError, CheckpointError, NumericalError: see errors.py.
     """
     progress = progress or Silent()
-    job = _prepare(Path(src), Path(dst), config, src)
+    job = _prepare(Path(src), Path(dst), config, src, planned)
     writer = CheckpointWriter(dst, job.identity, resume=resume, overwrite=overwrite)
     if writer.is_whole:
         return read_report(writer.dst, job.outline)
@@ -58,6 +63,7 @@ def compress_slice(
     config: CompressionConfig,
     part: Slice,
     *,
+    planned: PlanFile | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: ProgressListener | None = None,
@@ -69,6 +75,7 @@ def compress_slice(
         dst: the whole checkpoint's directory to be; the slice goes beside it, and appears when it is whole.
         config: the recipe.
         part: which slice.
+        planned: see ``compress``.
         resume: go on with an interrupted run.
         overwrite: replace the slice.
         progress: told of shards, layers and stages.
@@ -78,7 +85,7 @@ def compress_slice(
         ConfigError, UnsupportedArchitectureError, CheckpointError, NumericalError: see errors.py.
     """
     progress = progress or Silent()
-    job = _prepare(Path(src), Path(dst), config, src)
+    job = _prepare(Path(src), Path(dst), config, src, planned)
     shards = shards_of(job.plan, part)
     target = slice_path(dst, part)
     writer = CheckpointWriter(target, job.identity, resume=resume, overwrite=overwrite)
@@ -100,19 +107,24 @@ class _Job:
     files: dict[Path, Path]
 
 
-def _prepare(src: Path, dst: Path, config: CompressionConfig, spelled: str | Path) -> _Job:
+def _prepare(src: Path, dst: Path, config: CompressionConfig, spelled: str | Path, planned: PlanFile | None) -> _Job:
     check_device(config.device)
     reader = CheckpointReader(src)
     _check_apart(src, dst)
-    plan = make_plan(reader, config)
+    if planned is None:
+        plan = make_plan(reader, config)
+    else:
+        config = planned.config(config.device, config.workers)
+        plan = make_plan(reader, config, planned.compressed(open_source(reader)))
+    outline = make_outline(spelled, config, plan, planned)
     identity = {
         "source": reader.fingerprint(),
-        "recipe": config.recipe(),
+        "recipe": outline.recipe,
         "version": versions(),
         MACHINE: machine(config.device),
     }
     files = {output_name_of_file(file.relative_to(reader.path)): file for file in reader.other_files()}
-    return _Job(config, plan, make_outline(spelled, config, plan), identity, files)
+    return _Job(config, plan, outline, identity, files)
 
 
 def _write_shards(

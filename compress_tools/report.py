@@ -9,6 +9,7 @@ RECIPE_NAME = "resmoe_recipe.json"
 REPORT_NAME = "resmoe_report.json"
 TIMINGS_NAME = "resmoe_timings.json"
 CARD_NAME = "README.md"
+PLAN_NAME = "resmoe_plan.yaml"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ class CompressionReport:
 
 
 def command_line(outline: Outline, dst_name: str) -> str:
-    """The ``resmoe compress`` command that repeats a run, every option spelled out."""
+    """The ``resmoe compress`` command that repeats a run, every option spelled out, or the plan that it followed."""
+    if outline.plan_text is not None:
+        return f"resmoe compress {outline.source} {dst_name} --plan {PLAN_NAME}"
     options = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in outline.recipe.items())
     return f"resmoe compress {outline.source} {dst_name} {options}"
 

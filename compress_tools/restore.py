@@ -14,10 +14,10 @@ from compress_tools.format.tensors import dense_layer_bytes, is_resmoe_name
 from compress_tools.identity import versions
 from compress_tools.plan import group_by_bytes
 from compress_tools.progress import ProgressListener, Silent
-from compress_tools.report import CARD_NAME, RECIPE_NAME, REPORT_NAME, TIMINGS_NAME
+from compress_tools.report import CARD_NAME, PLAN_NAME, RECIPE_NAME, REPORT_NAME, TIMINGS_NAME
 from compress_tools.resmoe_checkpoint import ResMoECheckpoint
 
-NOT_COPIED = {RECIPE_NAME, REPORT_NAME, TIMINGS_NAME, CARD_NAME}
+NOT_COPIED = {PLAN_NAME, RECIPE_NAME, REPORT_NAME, TIMINGS_NAME, CARD_NAME}
 
 
 def restore(

@@ -1,0 +1,209 @@
+"""The menu: every way to store a projection, or a layer as a whole, that is measured and may be chosen."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from compress_tools.config import CompressionConfig, make_config
+from compress_tools.errors import ConfigError
+from compress_tools.format.schema import (
+    CenterPart,
+    DenseCenter,
+    LayerSpec,
+    Projection,
+    QuantizedCenter,
+    ResidualPart,
+    ResMoEFormat,
+)
+from compress_tools.format.tensors import expert_tensors, shared_tensors
+from compress_tools.residuals.recipes import METHODS
+
+# Bits of the center; 0: none, 16: the model's dtype.
+CenterBits = int
+CENTER_GROUP = 128
+GROUP_SIZES = (0, 128, 64, 32)
+DENSITIES = (0.05, 0.1, 0.2, 0.35, 0.5)
+DENSITIES_8 = (0.1, 0.25)
+_BISECTIONS = 40
+
+
+@dataclass(frozen=True)
+class Coder:
+    """A residual coder and its settings.
+
+    Attributes:
+        config: ``method`` and its settings; everything else is default.
+        joint: covers all projections of a layer together (one threshold, or U shared); else each by itself.
+        centers: bits of the centers it is offered with.
+    """
+
+    config: CompressionConfig
+    joint: bool
+    centers: tuple[CenterBits, ...]
+
+    @property
+    def factorises(self) -> bool:
+        """Whether low rank is part of it."""
+        return "low-rank" in self.config.method
+
+    @cached_property
+    def label(self) -> str:
+        """For people: the command line's words."""
+        fields = {"quantize": ("bits", "group_size"), "prune": ("retain_ratio", "value_bits", "group_size")}
+        low_rank = ("retain_ratio", "factor_bits")
+        fields |= {"low-rank": low_rank, "low-rank+quantize": (*low_rank, "bits", "group_size")}
+        settings = self.config.model_dump()
+        words = [f"{name.replace('_', '-')} {_short(settings[name])}" for name in fields[self.config.method]]
+        return ", ".join([self.config.method + (" (joint)" if self.joint else ""), *words])
+
+    def parts(self, projections: tuple[Projection, ...], rows: int, hidden_size: int) -> tuple[ResidualPart, ...]:
+        """How these projections of ``rows`` rows are stored."""
+        return METHODS[self.config.method](self.config, projections, rows, hidden_size)
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def center_parts(bits: CenterBits, projections: tuple[Projection, ...]) -> tuple[CenterPart, ...]:
+    """How a center of these projections is stored."""
+    if not bits or not projections:
+        return ()
+    if bits == 16:
+        return (DenseCenter(projections=projections),)
+    return (QuantizedCenter(projections=projections, bits=bits, group_size=CENTER_GROUP),)
+
+
+class Sizes:
+    """Stored bytes of candidates, by the format's own count.
+
+    Args:
+        fmt: any format block of the model; its layers don't matter.
+    """
+
+    def __init__(self, fmt: ResMoEFormat) -> None:
+        self.rows, self.hidden_size = fmt.intermediate_size, fmt.hidden_size
+        self.num_experts = fmt.num_experts
+        self.projections: tuple[Projection, ...] = tuple(fmt.names.projections)
+        self._fmt = fmt.model_copy(update={"biases": False})
+        self._biased = fmt
+
+    def center(self, bits: CenterBits, projections: tuple[Projection, ...]) -> int:
+        """Bytes of a layer's center."""
+        spec = LayerSpec.model_construct(center=center_parts(bits, projections))
+        return sum(tensor.nbytes for tensor in shared_tensors(self._fmt, spec))
+
+    def expert(self, parts: tuple[ResidualPart, ...]) -> int:
+        """Bytes of one expert's parts."""
+        return sum(tensor.nbytes for tensor in expert_tensors(self._fmt, LayerSpec(center=(), residual=parts), 0))
+
+    @property
+    def layer_biases(self) -> int:
+        """Bytes of the biases of a layer's experts, which are stored as they are."""
+        some = LayerSpec.model_construct(center=(), residual=(), groups=None)
+        return self.num_experts * sum(tensor.nbytes for tensor in expert_tensors(self._biased, some, 0))
+
+    def uniform(self, coder: Coder, bits: CenterBits) -> int:
+        """Bytes of a layer stored by one coder throughout."""
+        groups = [self.projections] if coder.joint else [(projection,) for projection in self.projections]
+        each = sum(self.expert(coder.parts(group, self.rows, self.hidden_size)) for group in groups)
+        return self.center(bits, self.projections) + self.num_experts * each + self.layer_biases
+
+
+def menu(
+    sizes: Sizes, methods: tuple[str, ...], centers: tuple[CenterBits, ...], layer_budget: float
+) -> tuple[Coder, ...]:
+    """Every coder to be measured, in a fixed order.
+
+    Args:
+        sizes: of the model.
+        methods: which of the command line's methods.
+        centers: bits of the centers that may be made.
+        layer_budget: bytes of a layer if all had the same: pruning and low rank of whole layers are offered at
+            the size that just fills it, so that one coder for all layers can use the budget up.
+    """
+    coders: list[Coder] = []
+    for method in methods:
+        coders += _METHODS[method](sizes, centers, layer_budget)
+    return tuple(coder for coder in coders if _fits(coder, sizes))
+
+
+def _fits(coder: Coder, sizes: Sizes) -> bool:
+    """Whether it keeps anything at all of matrices this small."""
+    try:
+        for group in (sizes.projections,) if coder.joint else ((sizes.projections[0],),):
+            coder.parts(group, sizes.rows, sizes.hidden_size)
+    except ConfigError:
+        return False
+    return bool(coder.centers)
+
+
+def _quantize(sizes: Sizes, centers: tuple[CenterBits, ...], layer_budget: float) -> list[Coder]:
+    del layer_budget
+    # A group as wide as the row is the row.
+    groups = [size for size in GROUP_SIZES if size < sizes.hidden_size]
+    return [
+        Coder(make_config(method="quantize", bits=bits, group_size=size), False, centers)
+        for bits in (2, 3, 4, 8)
+        for size in groups
+    ]
+
+
+def _prune(sizes: Sizes, centers: tuple[CenterBits, ...], layer_budget: float) -> list[Coder]:
+    # Values of 16 bits are worth their bytes only where few are kept: offered for whole layers, at the size that fits.
+    ladder = [(4, density) for density in DENSITIES] + [(8, density) for density in DENSITIES_8]
+    coders = [
+        Coder(make_config(method="prune", value_bits=bits, retain_ratio=density), False, _without(centers, 16))
+        for bits, density in ladder
+    ]
+    options = [{"method": "prune", "value_bits": bits} for bits in (4, 8, 16)]
+    return coders + _filling(sizes, centers, layer_budget, options)
+
+
+def _low_rank(sizes: Sizes, centers: tuple[CenterBits, ...], layer_budget: float) -> list[Coder]:
+    few = _without(centers, 16, 4)
+    coders = [
+        Coder(make_config(method="low-rank", factor_bits=8, retain_ratio=ratio), False, few)
+        for ratio in (0.05, 0.125, 0.25)
+    ]
+    options = [{"method": "low-rank", "factor_bits": 8}, {"method": "low-rank", "factor_bits": 16}]
+    return coders + _filling(sizes, _without(centers, 4), layer_budget, options)
+
+
+def _low_rank_and_quantize(sizes: Sizes, centers: tuple[CenterBits, ...], layer_budget: float) -> list[Coder]:
+    del sizes, layer_budget
+    few = _without(centers, 16, 4)
+    return [
+        Coder(make_config(method="low-rank+quantize", factor_bits=8, retain_ratio=ratio, bits=bits), False, few)
+        for ratio in (0.02, 0.06)
+        for bits in (2, 3)
+    ]
+
+
+_METHODS = {
+    "quantize": _quantize,
+    "prune": _prune,
+    "low-rank": _low_rank,
+    "low-rank+quantize": _low_rank_and_quantize,
+}
+
+
+def _without(centers: tuple[CenterBits, ...], *left_out: CenterBits) -> tuple[CenterBits, ...]:
+    return tuple(bits for bits in centers if bits not in left_out)
+
+
+def _filling(
+    sizes: Sizes, centers: tuple[CenterBits, ...], layer_budget: float, options: list[dict[str, object]]
+) -> list[Coder]:
+    """Joint coders at the retain ratio that fills ``layer_budget``, one for each center."""
+    coders = []
+    for settings in options:
+        for bits in centers:
+            low, high = 0.0, 1.0
+            for _ in range(_BISECTIONS):
+                middle = (low + high) / 2
+                coder = Coder(make_config(**settings, retain_ratio=middle), True, (bits,))
+                fits = not _fits(coder, sizes) or sizes.uniform(coder, bits) <= layer_budget
+                low, high = (middle, high) if fits else (low, middle)
+            if low > 0:
+                coders.append(Coder(make_config(**settings, retain_ratio=low), True, (bits,)))
+    return [coder for coder in coders if _fits(coder, sizes) and sizes.uniform(coder, *coder.centers) <= layer_budget]

@@ -1,0 +1,141 @@
+"""What the planner is asked: validated before a checkpoint is opened. The CLI's options derive from it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from compress_tools.config import CompressionConfig, select_layers, validated
+from compress_tools.errors import ConfigError
+
+CODERS = ("quantize", "prune", "low-rank", "low-rank+quantize")
+
+
+class PlannerConfig(BaseModel):
+    """The budget, and what may be spent where."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target_bytes_ratio: float = Field(
+        gt=0,
+        lt=1,
+        allow_inf_nan=False,
+        description="Choose how each layer and projection is stored, so that the experts take at most this share of "
+        "their original bytes, everything counted, at the least total error.",
+    )
+    optimize: Literal["error", "output"] = Field(
+        "error",
+        description="What is least: squared error relative to each layer's weights, or its estimated effect on each "
+        "layer's output.",
+    )
+    calibration: str | None = Field(
+        None,
+        description="Inputs of MoE layers for --optimize output, a safetensors file: layer.INDEX [N, H], optionally "
+        "layer.INDEX.routing [N, E]. [default: gaussian inputs, no data]",
+    )
+    layer_bytes_ratio: str | None = Field(
+        None,
+        description="Bounds of single layers, as shares of their own bytes: 0-1:0.3..1,7:..0.5 (a side may be "
+        "left out).",
+    )
+    coders: str = Field("all", description=f"What may be chosen: all, or some of {', '.join(CODERS)}.")
+    uniform: bool = Field(False, description="One coder for all layers and projections: the best that fits.")
+    expert_groups: Literal[1, 2] = Field(
+        2, description="Let the experts of a layer that are harder to store have a rate of their own."
+    )
+    measure_experts: int = Field(8, ge=0, description="Measure at most so many experts of each layer; 0: all.")
+    measure_rows: int = Field(512, ge=0, description="Measure at most so many rows of each; 0: all.")
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> Self:
+        if self.calibration is not None and self.optimize != "output":
+            raise ValueError("--calibration has no effect with --optimize error; add --optimize output")
+        self.coder_names()
+        parse_bounds(self.layer_bytes_ratio)
+        return self
+
+    def coder_names(self) -> tuple[str, ...]:
+        """The methods that may be chosen."""
+        names = tuple(name.strip() for name in self.coders.split(","))
+        if names == ("all",):
+            return CODERS
+        if unknown := [name for name in names if name not in CODERS]:
+            raise ValueError(f"--coders {self.coders}: {unknown[0]!r} is none of {', '.join(CODERS)}")
+        return names
+
+
+def make_planner_config(**options: object) -> PlannerConfig:
+    """Build a config from keyword options.
+
+    Raises:
+        ConfigError: names the option, the value found and the rule.
+    """
+    return validated(PlannerConfig, options)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Least and largest share of a layer's original bytes."""
+
+    least: float = 0.0
+    most: float = 1.0
+
+
+def parse_bounds(text: str | None) -> list[tuple[str, Bounds]]:
+    """Read ``--layer-bytes-ratio``: (layers as ``--layers`` takes them, bounds), in the order given.
+
+    Raises:
+        ValueError: not understood.
+    """
+    items = []
+    for item in (text or "").split(",") if text is not None else []:
+        match = re.fullmatch(r"\s*(\d+(?:-\d+)?)\s*:\s*([\d.]*?)\s*\.\.\s*([\d.]*?)\s*", item, re.ASCII)
+        try:
+            bounds = match and Bounds(float(match[2] or 0), float(match[3] or 1))
+        except ValueError:
+            bounds = None
+        if not bounds or not 0 <= bounds.least <= bounds.most <= 1:
+            raise ValueError(
+                f"--layer-bytes-ratio {item!r}: expected LAYERS:LEAST..MOST with 0 <= LEAST <= MOST <= 1, such as "
+                "0-1:0.3..1 or 7:..0.5"
+            )
+        items.append((match[1], bounds))
+    return items
+
+
+def layer_bounds(text: str | None, layers: list[int]) -> Mapping[int, Bounds]:
+    """The bounds of each of ``layers``; a later item overrides an earlier one.
+
+    Raises:
+        ConfigError: names a layer that is not among them.
+    """
+    bounds = dict.fromkeys(layers, Bounds())
+    for selection, given in parse_bounds(text):
+        try:
+            bounds |= dict.fromkeys(select_layers(selection, layers), given)
+        except ConfigError as err:
+            raise ConfigError(f"--layer-bytes-ratio: {str(err).removeprefix('--layers ')}") from err
+    return bounds
+
+
+# Options of `compress` that say how a coder is set: the planner's own choice.
+CHOSEN_BY_PLANNER = (
+    "method",
+    "retain_ratio",
+    "bits",
+    "group_size",
+    "value_bits",
+    "prune_rows",
+    "factor_bits",
+    "low_rank_form",
+    "center_bits",
+)
+# What of a recipe goes with a plan: how the centers are found.
+CENTER_FIELDS = ("center", "max_iterations", "tolerance", "seed")
+
+
+def center_recipe(config: CompressionConfig) -> dict[str, object]:
+    """The fields of ``CENTER_FIELDS``."""
+    return config.model_dump(include=set(CENTER_FIELDS))

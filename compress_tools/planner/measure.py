@@ -1,0 +1,229 @@
+"""Squared error of every candidate on the real weights of one layer, by the coders that write the checkpoint.
+
+A layer of at most ``measure_experts`` experts of at most ``measure_rows`` rows is measured as it would be written. Of
+a larger one evenly spaced experts and rows are, scaled up by the residual's energy, which is taken of all. Low rank
+takes all rows, since a rank means nothing on some of them, of few experts: factorising is what takes longest.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from compress_tools.alignment import squared_norm
+from compress_tools.barycenter import CenterResult
+from compress_tools.design_matrix import Rows, design_to_rows, rows_to_design
+from compress_tools.format.codec import decode_part, restore_center
+from compress_tools.format.quantization import expand_scales, half_range
+from compress_tools.format.schema import LayerSpec, Projection, QuantizedResidual, ResidualPart
+from compress_tools.parallel import in_parallel
+from compress_tools.planner.candidates import CenterBits, Coder, center_parts
+from compress_tools.probe_config import spaced
+from compress_tools.residuals.quantizer import quantize_rows
+from compress_tools.residuals.registry import CODERS, encode_center
+
+# Of a layer that is not measured as a whole.
+LOW_RANK_EXPERTS = 2
+
+
+@dataclass(frozen=True)
+class LayerMeasurement:
+    """One layer's candidates.
+
+    Attributes:
+        errors: by (center bits, coder) the squared error, float64 ``[E, P]``.
+        residuals: by center bits the residual's energy, center as stored, float64 ``[E, P]``.
+        energies: the weights' energy, float64 ``[E, P]``.
+        exact: everything was measured, nothing scaled up.
+    """
+
+    errors: dict[tuple[CenterBits, Coder], Tensor]
+    residuals: dict[CenterBits, Tensor]
+    energies: Tensor
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How much of a layer is measured: at most so many experts and rows, 0 for all; and what coding depends on."""
+
+    experts: int
+    rows: int
+    dtype: torch.dtype
+    seed: int
+    workers: int
+
+
+def measure_layer(
+    design: Tensor,
+    found: CenterResult,
+    projections: tuple[Projection, ...],
+    coders: Iterable[Coder],
+    sample: Sample,
+    advance: Callable[[], None] = lambda: None,
+) -> LayerMeasurement:
+    """Measure one layer.
+
+    Args:
+        design: design matrices ``[E, I, P*H]``.
+        found: the center, full precision, and the alignment; without a center only coders without one are measured.
+        projections: P, in design-matrix order.
+        coders: the menu.
+        sample: how much of the layer.
+        advance: called after each expert.
+    """
+    coders = tuple(coders)
+    num_experts, num_rows = design.shape[:2]
+    experts = spaced(list(range(num_experts)), sample.experts or num_experts)
+    rows = torch.tensor(spaced(list(range(num_rows)), sample.rows or num_rows))
+    centers = _stored_centers(design, found, projections, coders, sample.dtype)
+
+    def aligned(expert: int) -> Rows:
+        return design_to_rows(design[expert][found.perm[expert].to(design.device)].float(), projections)
+
+    def energies(expert: int) -> list[list[float]]:
+        own = aligned(expert)
+        wanted = [own, *({p: own[p] - center[p] for p in projections} for center in centers.values())]
+        return [[squared_norm(matrices[p]) for p in projections] for matrices in wanted]
+
+    def errors_of(some: tuple[Coder, ...], expert: int) -> list[list[float]]:
+        own, found_errors = aligned(expert), []
+        for bits, center in centers.items():
+            residual = {p: own[p] - center[p] for p in projections}
+            measured = _ExpertErrors(residual, rows, sample.dtype, sample.seed)
+            found_errors += [measured.of(coder) for coder in some if bits in coder.centers]
+        advance()
+        return found_errors
+
+    energy = torch.tensor(in_parallel(energies, range(num_experts), sample.workers), dtype=torch.float64)
+    residuals = {bits: energy[:, 1 + number] for number, bits in enumerate(centers)}  # [E, P]
+    exact = len(experts) == num_experts and len(rows) == num_rows
+    low_rank = tuple(coder for coder in coders if coder.factorises)
+    others = tuple(coder for coder in coders if not coder.factorises)
+    errors: dict[tuple[CenterBits, Coder], Tensor] = {}
+    for some, taken in ((others, experts), (low_rank, experts if exact else spaced(experts, LOW_RANK_EXPERTS))):
+        keys = [(bits, coder) for bits in centers for coder in some if bits in coder.centers]
+        if keys:
+            found_errors = in_parallel(partial(errors_of, some), taken, sample.workers)
+            measured = torch.tensor(found_errors, dtype=torch.float64)  # [S, candidates, P]
+            errors |= {
+                key: _scaled_up(measured[:, number], taken, residuals[key[0]]) for number, key in enumerate(keys)
+            }
+    return LayerMeasurement(errors, residuals, energy[:, 0], exact)
+
+
+def _stored_centers(
+    design: Tensor,
+    found: CenterResult,
+    projections: tuple[Projection, ...],
+    coders: tuple[Coder, ...],
+    dtype: torch.dtype,
+) -> dict[CenterBits, Rows]:
+    """Each center as a checkpoint would hold it, fp32 ``[I, H]`` by projection; zeros for none."""
+    hidden_size = design.shape[2] // len(projections)
+    centers: dict[CenterBits, Rows] = {}
+    for bits in sorted({bits for coder in coders for bits in coder.centers}):
+        if not bits:
+            centers[bits] = dict.fromkeys(projections, torch.zeros((), device=design.device))
+        elif found.center is not None:
+            some = LayerSpec.model_construct(
+                center=center_parts(bits, projections), residual=(_covering(projections),), groups=None
+            )
+            restored = restore_center(some, encode_center(some, found.center, dtype), hidden_size)
+            whole = rows_to_design({p: restored[p] for p in projections}).to(design.device)
+            centers[bits] = design_to_rows(whole, projections)
+    return centers
+
+
+def _covering(projections: tuple[Projection, ...]) -> ResidualPart:
+    """Any residual of these projections: what tells ``encode_center`` the design's columns."""
+    return QuantizedResidual(projections=projections, bits=2)
+
+
+def _scaled_up(measured: Tensor, experts: list[int], residuals: Tensor) -> Tensor:
+    """Errors of all experts ``[E, P]`` from those of some ``[S, P]``: the rest at the same share of their energy."""
+    energy = residuals[experts].sum(0)
+    share = measured.sum(0) / energy.clamp_min(torch.finfo(torch.float64).tiny)
+    total = residuals * share
+    total[experts] = measured
+    return total
+
+
+class _ExpertErrors:
+    """Errors of one expert's residual against one center; factors that neighbouring candidates share are kept.
+
+    Args:
+        residual: fp32 ``[I, H]`` by projection.
+        rows: indices of the rows to measure.
+        dtype: of stored values.
+        seed: of randomised steps.
+    """
+
+    def __init__(self, residual: Rows, rows: Tensor, dtype: torch.dtype, seed: int) -> None:
+        self._residual, self._rows, self._dtype, self._seed = residual, rows, dtype, seed
+        self._all = len(rows) == len(next(iter(residual.values())))
+        # The last factors of each group of projections and what they left: candidates of equal factors are neighbours.
+        self._after_low_rank: dict[tuple[Projection, ...], tuple[ResidualPart, Rows]] = {}
+        sampled = {p: self._sampled(matrix) for p, matrix in residual.items()}
+        self._sampled_residual = sampled
+        # from the energy of the rows measured to that of all
+        self._scale = {
+            p: 1.0 if self._all else squared_norm(residual[p]) / max(squared_norm(sampled[p]), 1e-300) for p in residual
+        }
+
+    def of(self, coder: Coder) -> list[float]:
+        """Squared error for each projection."""
+        projections = tuple(self._residual)
+        if coder.config.method == "quantize":
+            return self._of_quantised(coder, projections)
+        groups = [projections] if coder.joint else [(p,) for p in projections]
+        errors: dict[Projection, float] = {}
+        for group in groups:
+            errors |= self._of_group(coder, group)
+        return [errors[p] for p in projections]
+
+    def _of_quantised(self, coder: Coder, projections: tuple[Projection, ...]) -> list[float]:
+        """Rows are coded one by one: all projections in one call, nothing packed."""
+        rows = torch.cat([self._sampled_residual[p] for p in projections])
+        bits, group_size = coder.config.bits, coder.config.group_size or None
+        codes, scales = quantize_rows(rows, bits, group_size)
+        restored = (codes - half_range(bits)) * expand_scales(scales, rows.shape[1], group_size)
+        left = dict(zip(projections, (rows - restored).chunk(len(projections)), strict=True))
+        return [squared_norm(left[p]) * self._scale[p] for p in projections]
+
+    def _of_group(self, coder: Coder, group: tuple[Projection, ...]) -> dict[Projection, float]:
+        hidden_size = next(iter(self._residual.values())).shape[1]
+        low_rank = [
+            part
+            for part in coder.parts(group, len(next(iter(self._residual.values()))), hidden_size)
+            if part.method == "low_rank"
+        ]
+        if not low_rank:
+            left = {p: self._sampled_residual[p] for p in group}
+            return self._coded(left, coder.parts(group, len(self._rows), hidden_size), hidden_size)
+        (factors,) = low_rank
+        kept = self._after_low_rank.get(group)
+        if kept is None or kept[0] != factors:
+            kept = factors, self._left({p: self._residual[p] for p in group}, factors, hidden_size)
+            self._after_low_rank[group] = kept
+        left = kept[1]
+        others = tuple(part for part in coder.parts(group, len(self._rows), hidden_size) if part.method != "low_rank")
+        if not others:
+            return {p: squared_norm(matrix) for p, matrix in left.items()}
+        return self._coded({p: self._sampled(matrix) for p, matrix in left.items()}, others, hidden_size)
+
+    def _coded(self, left: Rows, parts: tuple[ResidualPart, ...], hidden_size: int) -> dict[Projection, float]:
+        for part in parts:
+            left = left | self._left({p: left[p] for p in part.projections}, part, hidden_size)
+        return {p: squared_norm(matrix) * self._scale[p] for p, matrix in left.items()}
+
+    def _left(self, rows: Rows, part: ResidualPart, hidden_size: int) -> Rows:
+        """What a part, as stored, leaves."""
+        columns = torch.cat([rows[p] for p in part.projections], 1)
+        made = CODERS[part.method].encode(columns, part, self._dtype, self._seed)
+        return {p: rows[p] - decoded.to(rows[p].device) for p, decoded in decode_part(part, made, hidden_size).items()}
+
+    def _sampled(self, matrix: Tensor) -> Tensor:
+        return matrix if self._all else matrix[self._rows.to(matrix.device)]

@@ -1,0 +1,66 @@
+"""A found plan as the text of a plan file, what was predicted in comments."""
+
+from typing import Any
+
+import yaml
+
+from compress_tools.config import CompressionConfig
+from compress_tools.format.schema import LayerSpec
+from compress_tools.planner.config import PlannerConfig, center_recipe
+from compress_tools.planner.plan_file import DENSE, PLAN_VERSION, spec_content
+from compress_tools.planner.planner import Planned
+
+
+def plan_text(
+    planned: Planned, config: CompressionConfig, request: PlannerConfig, source_name: str, digest: str
+) -> str:
+    """A plan as YAML, what was predicted in comments.
+
+    Args:
+        planned: what the planner found.
+        config: how centers are found.
+        request: what was asked.
+        source_name: of the checkpoint.
+        digest: of source and request.
+    """
+    what = "relative squared error" if request.optimize == "error" else "relative effect on the layer's output"
+    before, after = planned.expert_bytes_before, planned.expert_bytes_after
+    asked = ", ".join(f"{key} {value}" for key, value in request.model_dump(exclude_none=True).items())
+    lines = [
+        f"# How the experts of {source_name} are stored. Edit, then: resmoe compress SRC DST --plan THIS_FILE",
+        f"# Asked for: {asked} (request {digest})",
+        f"# Expert bytes: {after} of {before} ({after / before:.4f}). Error: {what}, "
+        + ("measured on all weights." if planned.exact else "estimated from a sample of experts and rows."),
+        f"# Mean error of all layers: {planned.error:.6g}",
+    ]
+    if planned.best_uniform is not None:
+        label, error = planned.best_uniform
+        lines.append(f"# Mean error of the best single coder within the budget: {error:.6g} ({label})")
+    recipe = (f"{key}: {value}" for key, value in center_recipe(config).items())
+    lines += [f"version: {PLAN_VERSION}", *recipe, "layers:"]
+    for index, layer in planned.layers.items():
+        share = layer.nbytes / layer.dense_bytes
+        comment = f"# error {layer.error:.6g}, {layer.nbytes} of {layer.dense_bytes} bytes ({share:.4f})"
+        lines += [f"  {index}: {DENSE if layer.spec is None else ''} {comment}", *_spec_lines(layer.spec)]
+    return "\n".join(lines) + "\n"
+
+
+def _spec_lines(spec: LayerSpec | None) -> list[str]:
+    if spec is None:
+        return []
+    content = spec_content(spec)
+    lines = ["    center:", *(f"    - {_flow(part)}" for part in content["center"])]
+    if not content["center"]:
+        lines = ["    center: []"]
+    for group in content.get("groups", []):
+        if group is content["groups"][0]:
+            lines.append("    groups:")
+        lines += [f"    - experts: {group['experts']}", "      residual:"]
+        lines += [f"      - {_flow(part)}" for part in group["residual"]]
+    if "groups" not in content:
+        lines += ["    residual:", *(f"    - {_flow(part)}" for part in content["residual"])]
+    return lines
+
+
+def _flow(part: dict[str, Any]) -> str:
+    return yaml.safe_dump(part, default_flow_style=True, sort_keys=False, width=10**6).strip()
