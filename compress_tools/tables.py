@@ -131,7 +131,9 @@ def evaluation_table(found: Evaluation) -> Table:
         table.add_row(found.model, f"{found.perplexity:.5g}")
     else:
         table.add_row(found.against, f"{found.original_perplexity:.5g}", "", "")
-        table.add_row(found.model, f"{found.perplexity:.5g}", f"{max(found.kl_nats, 0):.4g}", f"{found.top1_agreement:.2%}")
+        table.add_row(
+            found.model, f"{found.perplexity:.5g}", f"{max(found.kl_nats, 0):.4g}", f"{found.top1_agreement:.2%}"
+        )
     over = "" if found.kl_over is None else f"; KL over {found.kl_over}"
     table.caption = f"window {found.window}, stride {found.stride}, {found.backend}, {found.dtype}{over}"
     table.caption_justify = "left"
