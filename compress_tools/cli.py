@@ -16,6 +16,7 @@ from rich.console import Console
 from compress_tools import __version__, tables
 from compress_tools.config import CompressionConfig, make_slice
 from compress_tools.errors import ConfigError, ResMoEError
+from compress_tools.evaluation.config import TasksConfig, TextConfig, make_tasks_config, make_text_config
 from compress_tools.live_progress import LiveProgress
 from compress_tools.log_progress import logged
 from compress_tools.planner.config import PlannerConfig
@@ -78,6 +79,20 @@ def planner_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=bool if flag else int if isinstance(field.default, int) else str,
         )(command)
     return click.option("--plan", "plan_file", metavar="FILE", help="Store each layer as this plan says.")(command)
+
+
+def evaluation_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command one option for each field of ``TextConfig`` and ``TasksConfig``; ranges are checked there."""
+    for name, field in reversed((TextConfig.model_fields | TasksConfig.model_fields).items()):
+        kinds = get_args(field.annotation)
+        choices = kinds if kinds and type(None) not in kinds else ()
+        command = click.option(
+            "--" + name.replace("_", "-"),
+            name,
+            type=click.Choice(choices) if choices else int if int in kinds else str,
+            help=field.description + (f"  [default: {field.default}]" if isinstance(field.default, str) else ""),
+        )(command)
+    return command
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
@@ -243,6 +258,33 @@ def verify(path: str, against: str | None, workers: int, as_json: bool) -> None:
         as_json,
         lambda: tables.verdict_table(verdicts),
     )
+
+
+@cli.command("eval")
+@click.argument("model")
+@evaluation_options
+@json_option
+def eval_command(model: str, as_json: bool, **options: Any) -> None:
+    """Perplexity of the checkpoint MODEL, dense or ResMoE, on a text, and its distance from the original; or tasks.
+
+    \b
+    resmoe eval DST --text heldout.txt --against SRC
+    resmoe eval DST --tasks hellaswag,my_task --include-path my_tasks
+    """
+    from compress_tools.evaluation.perplexity import evaluate
+    from compress_tools.evaluation.tasks import run_tasks
+
+    given = {name: value for name, value in options.items() if value is not None}
+    if ("text" in given) == ("tasks" in given):
+        raise ConfigError("resmoe eval: give one of --text FILE (perplexity) and --tasks NAME[,NAME] (lm-eval)")
+    if "tasks" in given:
+        found = run_tasks(model, make_tasks_config(**given))
+        _print(found, as_json, lambda: tables.tasks_table(model, found))
+        return
+    config = make_text_config(**given)
+    with _progress(as_json) as progress:
+        result = evaluate(model, config, progress)
+    _print(asdict(result), as_json, lambda: tables.evaluation_table(result))
 
 
 @cli.command()

@@ -1,7 +1,10 @@
 """Results as tables for people."""
 
+from typing import Any
+
 from rich.table import Table
 
+from compress_tools.evaluation.perplexity import Evaluation
 from compress_tools.inspection import Inspection
 from compress_tools.plan import CompressionPlan
 from compress_tools.report import CompressionReport, LayerReport
@@ -117,4 +120,30 @@ def verdict_table(verdicts: list[LayerVerdict]) -> Table:
             "-" if verdict.relative_error is None else f"{verdict.relative_error:.6f}",
             "-" if verdict.reported_relative_error is None else f"{verdict.reported_relative_error:.6f}",
         )
+    return table
+
+
+def evaluation_table(found: Evaluation) -> Table:
+    """A text's figures, and what they were taken with."""
+    columns = ["", "perplexity"] + (["KL, nats", "top-1 agreement"] if found.against is not None else [])
+    table = _table(f"{found.text}, {found.tokens_scored:,} tokens scored", *columns)
+    if found.against is None:
+        table.add_row(found.model, f"{found.perplexity:.5g}")
+    else:
+        table.add_row(found.against, f"{found.original_perplexity:.5g}", "", "")
+        table.add_row(
+            found.model, f"{found.perplexity:.5g}", f"{max(found.kl_nats, 0):.4g}", f"{found.top1_agreement:.2%}"
+        )
+    over = "" if found.kl_over is None else f"; KL over {found.kl_over}"
+    table.caption = f"window {found.window}, stride {found.stride}, {found.backend}, {found.dtype}{over}"
+    table.caption_justify = "left"
+    return table
+
+
+def tasks_table(model: str, found: dict[str, dict[str, Any]]) -> Table:
+    """lm-eval's metrics, as it names them."""
+    table = _table(f"{model}, lm-eval through vLLM", "task", "metric", "value")
+    for task, metrics in found.items():
+        for metric, value in metrics.items():
+            table.add_row(task, metric, f"{value:.4f}" if isinstance(value, float) else str(value))
     return table

@@ -26,6 +26,7 @@ from compress_tools.design_matrix import rows_to_expert
 from compress_tools.errors import CheckpointError
 from compress_tools.factored_experts import FactoredExperts, GateFunction
 from compress_tools.format.schema import QUANT_METHOD, parse_format
+from compress_tools.format.tensors import DTYPES
 from compress_tools.resmoe_checkpoint import ResMoECheckpoint
 
 
@@ -52,6 +53,11 @@ class ResMoEQuantizer(HfQuantizer):
     """Puts ``FactoredExperts`` in place of each compressed layer's experts."""
 
     requires_calibration = False
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Remember the dtype that ``from_pretrained`` was asked for."""
+        self._asked_dtype = dtype
+        return dtype
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
@@ -82,6 +88,10 @@ class ResMoEQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """Put the factored experts in."""
         checkpoint, fmt = self._checkpoint, self._checkpoint.fmt
+        # transformers leaves what it renames (Mixtral's router) in the stored dtype where a model is quantised.
+        for parameter in model.parameters():
+            if parameter.dtype == DTYPES[fmt.dtype] != self._asked_dtype:
+                parameter.data = parameter.data.to(self._asked_dtype)
         for layer, name in zip(fmt.layers, self._dense, strict=True):
             experts = FactoredExperts(
                 fmt.layers[layer],

@@ -8,7 +8,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from benchmarks.reference_models import build_reference_model, preset_config
 from benchmarks.tiny_models import save_tiny_model
+from compress_tools.config import make_config
+from compress_tools.pipeline import compress
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +32,12 @@ def tiny_mixtral_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_olmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """OLMoE, 2 layers, 8 experts, top 3, H 64, I 24, fp32."""
     return save_tiny_model("olmoe", tmp_path_factory.mktemp("olmoe") / "model", torch.float32)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(original, compressed): a trained tiny Mixtral with tokenizer and text, fp32, V 384, context 32; 2 % kept."""
+    folder = tmp_path_factory.mktemp("trained")
+    build_reference_model(preset_config("tiny", dtype="float32"), folder / "original")
+    compress(folder / "original", folder / "small", make_config(retain_ratio=0.02, center="none"))
+    return folder / "original", folder / "small"

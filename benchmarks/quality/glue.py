@@ -27,11 +27,11 @@ from transformers import (
     SwitchTransformersForConditionalGeneration,
 )
 
+from benchmarks.quality.merging import merge_all
 from benchmarks.reference_models.corpus import read_corpus
 from benchmarks.reference_models.tokenizer import save_tokenizer, train_tokenizer
 from benchmarks.rows import Row, print_rows, write_rows
 from compress_tools.architectures.base import ExpertWeights
-from compress_tools.barycenter import find_center
 from compress_tools.config import make_config
 from compress_tools.design_matrix import design_to_rows, expert_to_rows, rows_to_design
 from compress_tools.errors import CheckpointError
@@ -192,9 +192,9 @@ def merge_experts(model: nn.Module, center: str) -> float:
             continue
         experts = [ExpertWeights(None, e.wi.weight.data, e.wo.weight.data) for e in module.values()]
         design = torch.stack([rows_to_design(expert_to_rows(expert)) for expert in experts])
-        found = find_center(design, center, max_iterations=25, tolerance=1e-4, workers=1)
-        rows = design_to_rows(found.center, ("up_proj", "down_proj"))
-        errors.append(found.objective[-1] / len(experts) / design.shape[1])
+        merged = merge_all(design, center)
+        rows = design_to_rows(merged.centers[0], ("up_proj", "down_proj"))
+        errors.append(merged.squared_error / len(experts) / design.shape[1])
         for expert in module.values():
             expert.wi.weight.data.copy_(rows["up_proj"])
             expert.wo.weight.data.copy_(rows["down_proj"].T)

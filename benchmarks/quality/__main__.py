@@ -1,0 +1,168 @@
+"""`python -m benchmarks.quality`: perplexity, KL and error of every method at equal bytes, on models trained here.
+
+The models are loaded once, in fp32; each method's experts, compressed by `resmoe compress`'s own code and restored
+from what it wrote, are put in the original's place. Merging with M-SMoE is the one method that sees data.
+"""
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from benchmarks.models import ensure_reference_model
+from benchmarks.quality.compare import (
+    Measured,
+    bytes_section,
+    experts_section,
+    layers_section,
+    original,
+    paper_section,
+)
+from benchmarks.quality.methods import PLANNER
+from benchmarks.quality.picture import draw
+from benchmarks.quality.subject import Subject
+from benchmarks.quality.tables import print_section
+from benchmarks.reference_models import preset_config
+from benchmarks.rows import Row, print_rows, write_rows
+from compress_tools.errors import ResMoEError
+
+PRESETS = {"upcycled": "quality-upcycled", "scratch": "quality-scratch"}
+SECTIONS = ("paper", "bytes", "layers", "experts")
+RATIOS = (0.15, 0.2, 0.25, 0.32, 0.45)
+EXPERTS_RATIO = 0.25
+PLANNER_RATIO = 0.25
+ENERGY_TARGET = 0.2
+# The paper's order in error, at its own accounting: the first at most the second.
+ORDER = (
+    ("ResMoE (UP)", "plain pruning (UP)"),
+    ("ResMoE (SVD)", "plain SVD"),
+    ("ResMoE (UP)", "merging, barycenter"),
+    ("ResMoE (SVD)", "merging, barycenter"),
+    ("merging, barycenter", "merging, Git Re-Basin average"),
+    ("merging, Git Re-Basin average", "merging, plain average"),
+    ("ResMoE (UP)", "Git Re-Basin center + UP"),
+    ("Git Re-Basin center + UP", "mean center + UP"),
+)
+
+
+@click.command()
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="A model of `benchmarks.reference_models`; may be given more than once. [default: train both]",
+)
+@click.option(
+    "--cache",
+    default="quality-models",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where the default models are trained to, once.",
+)
+@click.option("--section", "sections", multiple=True, type=click.Choice(SECTIONS), help="[default: all]")
+@click.option(
+    "--ratio",
+    "ratios",
+    multiple=True,
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=RATIOS,
+    show_default=True,
+    help="Sizes, as shares of the experts' bytes.",
+)
+@click.option(
+    "--tokens", default=16_384, show_default=True, type=click.IntRange(min=64), help="Held-out tokens scored."
+)
+@click.option("--window", default=256, show_default=True, type=click.IntRange(min=2), help="Tokens seen at once.")
+@click.option("--stride", type=click.IntRange(min=1), help="From one window to the next. [default: the window]")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the rows.")
+@click.option("--picture", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw perplexity against bytes.")
+def main(
+    models: tuple[Path, ...],
+    cache: Path,
+    sections: tuple[str, ...],
+    ratios: tuple[float, ...],
+    tokens: int,
+    window: int,
+    stride: int | None,
+    json_file: Path | None,
+    picture: Path | None,
+) -> None:
+    """Compare methods on reference models: error, perplexity, KL and top-1 agreement at equal bytes."""
+    console = Console(stderr=True)
+    if picture is not None and picture.suffix.lower() != ".png":
+        raise click.UsageError(f"--picture {picture}: a PNG is written; end the name in .png")
+    sections = sections or SECTIONS
+    if picture is not None and "bytes" not in sections:
+        raise click.UsageError("--picture draws the section bytes; ask for it too")
+    if len({path.resolve().name for path in models}) != len(models):
+        raise click.UsageError("--model: two folders of one name; rows are told apart by it")
+    labelled = {path.resolve().name: path for path in models}
+    if not labelled:
+        labelled = {label: cache / label for label in PRESETS}
+        for label, preset in PRESETS.items():
+            ensure_reference_model(preset_config(preset), labelled[label], console)
+    measured: list[Measured] = []
+    rows: list[Row] = []
+    try:
+        for label, path in labelled.items():
+            subject = Subject(path, tokens, window, stride or window)
+            found = measure(subject, label, sections, sorted(ratios), console)
+            measured += found
+            rows += verdicts(label, subject.residual_energy_share, found)
+    except ResMoEError as err:
+        raise click.ClickException(str(err)) from err
+    setup = {"tokens": tokens, "window": window, "stride": min(stride or window, window - 1), "arithmetic": "float32"}
+    for section in sections:
+        print_section(section, measured, setup)
+    print_rows(rows, "what is held against what")
+    if json_file:
+        write_rows([*(one.row(setup) for one in measured), *rows], json_file)
+    if picture:
+        draw(measured, picture)
+
+
+def measure(
+    subject: Subject, label: str, sections: tuple[str, ...], ratios: list[float], console: Console
+) -> list[Measured]:
+    """All asked sections of one model, the original first."""
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False)
+
+    found = [original(subject, label)]
+    say(f"{label}: original: perplexity {found[0].perplexity:.4g}, residuals hold {subject.residual_energy_share:.1%}")
+    if "paper" in sections:
+        found += paper_section(subject, label, say)
+    if "bytes" in sections:
+        found += bytes_section(subject, label, ratios, say)
+    if "layers" in sections:
+        found += layers_section(subject, label, say)
+    if "experts" in sections:
+        found += experts_section(subject, label, EXPERTS_RATIO, say)
+    return found
+
+
+def verdicts(label: str, energy_share: float, found: list[Measured]) -> list[Row]:
+    """The rows that have a target: residual energy, the paper's order, the planner against plain 4-bit."""
+    name, context = f"{label}: residual energy share, unaligned", {"model": label}
+    rows = [Row.at_least(name, energy_share, "", ENERGY_TARGET, **context)]
+    error = {one.name: one.relative_error for one in found if one.section == "paper"}
+    for lower, higher in ORDER if error else ():
+        rows.append(
+            Row.at_most(
+                f"{label}: error of {lower}, at most that of {higher}", error[lower], "", error[higher], **context
+            )
+        )
+    by_name = {one.name: one for one in found if one.section == "bytes" and one.asked_ratio in (None, PLANNER_RATIO)}
+    planned, plain = by_name.get(PLANNER.name), by_name.get("plain 4-bit")
+    if planned and plain:
+        title = f"{label}: planner's perplexity at {planned.ratio:.1%}, at most plain 4-bit's at {plain.ratio:.1%}"
+        rows.append(Row.at_most(title, planned.perplexity, "", plain.perplexity, **context))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What `resmoe eval` is asked: validated before a model is loaded."""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from compress_tools.config import CompressionConfig, check_device, validated
+
+Backend = Literal["transformers", "vllm"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+_CPU = CompressionConfig.model_fields["device"].default
+
+
+class TextConfig(BaseModel):
+    """A text, how it is cut, and what reads it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: str = Field(description="Text file (UTF-8) whose tokens are scored.")
+    against: str | None = Field(
+        None, description="The original: adds KL divergence from its predictions, and top-1 agreement with it."
+    )
+    window: int | None = Field(
+        None,
+        ge=2,
+        description="Tokens that the model sees at once. [default: 1024, or one less than the model's context]",
+    )
+    stride: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens from one window's begin to the next's; each token is scored once. [default: half a window]",
+    )
+    max_tokens: int | None = Field(None, ge=2, description="Use only so many tokens of the text's beginning.")
+    backend: Backend = Field("transformers", description="What runs the models.")
+    dtype: DType = Field("auto", description="dtype that the models run in; auto: the one they are stored in.")
+    top_k: int | None = Field(
+        None,
+        ge=1,
+        description="With --backend vllm, KL over so many most probable tokens of each model and one bucket for all "
+        "others, a lower bound. [default: the whole vocabulary up to 8192 tokens, 256 above]",
+    )
+    device: str = Field(_CPU, description="Where transformers runs: cpu, cuda, cuda:N; vLLM takes its own.")
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> Self:
+        if self.window is not None and self.stride is not None and self.stride > self.window:
+            raise ValueError(f"--stride {self.stride} leaves out tokens between windows of --window {self.window}")
+        if self.top_k is not None and (self.against is None or self.backend != "vllm"):
+            raise ValueError(f"--top-k {self.top_k} has no effect without --against and --backend vllm")
+        if self.backend == "vllm" and self.device != _CPU:
+            raise ValueError(f"--device {self.device} has no effect with --backend vllm, which takes its own device")
+        return self
+
+
+def make_text_config(**options: object) -> TextConfig:
+    """Build a config from keyword options.
+
+    Raises:
+        ConfigError: names the option, the value found and the rule; or the device is not there.
+    """
+    config = validated(TextConfig, options)
+    check_device(config.device)
+    return config
+
+
+class TasksConfig(BaseModel):
+    """lm-eval tasks, and the dtype vLLM runs in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tasks: str = Field(min_length=1, description="lm-eval tasks, separated by commas, run through vLLM.")
+    include_path: str | None = Field(None, description="Directory of lm-eval task files (YAML) of your own.")
+    limit: int | None = Field(None, ge=1, description="Use only so many examples of each task.")
+    dtype: DType = TextConfig.model_fields["dtype"]
+
+    @model_validator(mode="after")
+    def _some_task(self) -> Self:
+        if not self.names:
+            raise ValueError(f"--tasks {self.tasks!r} names no task")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks' names."""
+        return [name.strip() for name in self.tasks.split(",") if name.strip()]
+
+
+def make_tasks_config(**options: object) -> TasksConfig:
+    """Build a config from keyword options.
+
+    Raises:
+        ConfigError: names the option, the value found and the rule.
+    """
+    return validated(TasksConfig, options)

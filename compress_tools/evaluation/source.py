@@ -1,0 +1,82 @@
+"""What both backends are given: the text as tokens, the models' configs, dtype, context."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress_tools.checkpoint_reader import CheckpointReader
+from compress_tools.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
+
+DEFAULT_WINDOW = 1024
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+
+
+def read_model_config(path: str) -> dict[str, Any]:
+    """The language model's part of a checkpoint's config.json.
+
+    Raises:
+        CheckpointError: not a readable checkpoint.
+        UnsupportedArchitectureError: an encoder-decoder, which does not predict a text's next token.
+    """
+    config = CheckpointReader(path).config
+    if config.get("is_encoder_decoder"):
+        raise UnsupportedArchitectureError(
+            f"{path}: {config.get('model_type')} is an encoder-decoder; a text's perplexity needs a decoder-only model"
+        )
+    return {**config, **config.get("text_config", {})}
+
+
+def read_tokens(model: str, text: str, max_tokens: int | None) -> Tensor:
+    """A text file in the model's tokens, ``[N]`` int64; no special token is added.
+
+    Raises:
+        CheckpointError: no tokenizer beside the weights, or none that transformers can load.
+        ConfigError: the text is missing, not UTF-8, or shorter than two tokens.
+    """
+    try:
+        content = Path(text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"--text {text}: expected a readable UTF-8 text file: {err}") from err
+    if not any((Path(model) / name).is_file() for name in _TOKENIZER_FILES):
+        raise CheckpointError(
+            f"{model}: no tokenizer beside the weights; expected tokenizer.json or tokenizer.model, as in the original"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as err:
+        raise CheckpointError(f"{model}: transformers can't load its tokenizer: {err}") from err
+    ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = torch.tensor(ids, dtype=torch.int64)[:max_tokens]
+    if len(tokens) < 2:
+        raise ConfigError(f"--text {text}: {len(tokens)} tokens; at least 2 are needed, one to predict the next")
+    return tokens
+
+
+def choose_window(window: int | None, stride: int | None, config: dict[str, Any]) -> tuple[int, int]:
+    """The (window, stride) to use.
+
+    vLLM generates one token after whatever it scores, hence one less than the model's context, for both backends.
+
+    Raises:
+        ConfigError: the window exceeds what the model can take, or the stride the window.
+    """
+    context = next((config[name] for name in _CONTEXT if config.get(name)), None)
+    limit = None if context is None else context - 1
+    if window is None:
+        window = min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
+    elif limit is not None and window > limit:
+        raise ConfigError(f"--window {window}: the model's context is {context} tokens; ask for at most {limit}")
+    stride = stride or max(1, window // 2)
+    if stride > window:
+        raise ConfigError(f"--stride {stride} leaves out tokens between windows of {window}")
+    return window, stride
+
+
+def stored_dtype(dtype: str, config: dict[str, Any]) -> str:
+    """``auto`` as the dtype that config.json names; any other as it is."""
+    return dtype if dtype != "auto" else str(config.get("dtype") or config.get("torch_dtype") or "float32")

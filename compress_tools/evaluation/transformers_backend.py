@@ -1,0 +1,46 @@
+"""Predictions through transformers: the truth, and the whole vocabulary at any size. Dense or factored experts."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from compress_tools.errors import UnsupportedArchitectureError
+from compress_tools.evaluation.predictions import Predictions
+from compress_tools.evaluation.windows import Window
+
+
+def predict(
+    path: str, windows: Sequence[Window], dtype: str, device: str, whole: bool, top_k: int | None
+) -> Iterator[Predictions]:
+    """Load a model and yield one window's predictions after the other.
+
+    Args:
+        path: checkpoint, dense or ResMoE.
+        windows: what is scored.
+        dtype: dtype of weights and arithmetic; log-probabilities are taken in fp32.
+        device: torch device.
+        whole: give whole distributions, not the targets' alone.
+        top_k: not used: distributions are over the whole vocabulary.
+    Raises:
+        UnsupportedArchitectureError: transformers has no class for it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    except ValueError as err:
+        raise UnsupportedArchitectureError(f"{path}: transformers can't load it: {err}; try --backend vllm") from err
+    model.to(device).eval()
+    return predict_windows(model, windows, whole)
+
+
+@torch.inference_mode()
+def predict_windows(model: nn.Module, windows: Sequence[Window], whole: bool) -> Iterator[Predictions]:
+    """Yield a loaded model's predictions, on the CPU."""
+    device = next(model.parameters()).device
+    for window in windows:
+        logits = model(input_ids=window.tokens[None].to(device), use_cache=False).logits
+        logprobs = logits[0, window.first - 1 : -1].float().log_softmax(dim=1)  # [N, V]
+        targets = logprobs.gather(1, window.targets[:, None].to(device))[:, 0]
+        yield Predictions(targets.cpu(), logprobs.cpu() if whole else None)

@@ -1,0 +1,197 @@
+"""The quality benchmark: the order of methods, sizes, merging by law, and its scores against `resmoe eval`'s."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from benchmarks.quality import __main__ as command
+from benchmarks.quality import compare, methods
+from benchmarks.quality.merging import RouterUse, merge_all, merge_groups
+from benchmarks.quality.methods import CENTER_BITS, FITTED, PAPER, PLAIN_BITS, knob_for, run_method
+from benchmarks.quality.picture import STYLES, line_of
+from benchmarks.quality.subject import Checkpoint, Subject
+from benchmarks.reference_models import build_reference_model, preset_config
+from compress_tools.config import CompressionConfig, make_config
+from compress_tools.errors import CheckpointError
+from compress_tools.evaluation.config import make_text_config
+from compress_tools.evaluation.perplexity import evaluate
+from compress_tools.pipeline import compress
+
+TOKENS, WINDOW = 200, 31
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """Upcycled, bf16, E 4, H 64, I 64; noise on the copies makes their rows worth matching."""
+    folder = tmp_path_factory.mktemp("quality") / "small"
+    build_reference_model(preset_config("tiny", expert_noise=0.6), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def subject(small) -> Subject:
+    return Subject(small, TOKENS, WINDOW, WINDOW)
+
+
+@pytest.fixture(scope="module")
+def paper(subject) -> dict[str, compare.Measured]:
+    return {one.name: one for one in compare.paper_section(subject, "small", lambda text: None)}
+
+
+def test_order_of_methods_in_the_papers_table(subject, paper) -> None:
+    assert 0.1 < subject.residual_energy_share < 0.6
+    rows = {row.name: row for row in command.verdicts("small", subject.residual_energy_share, [*paper.values()])}
+    assert len(rows) == 1 + len(command.ORDER)
+    assert not [name for name, row in rows.items() if "error of" in name and not row.met]
+    error = {name: one.relative_error for name, one in paper.items()}
+    assert error["ResMoE (UP)"] < 0.7 * error["plain pruning (UP)"]
+    assert error["ResMoE (SVD)"] < error["plain SVD"]
+    assert max(error["ResMoE (UP)"], error["ResMoE (SVD)"]) < error["merging, barycenter"]
+    assert paper["merging, barycenter"].ratio == pytest.approx(1 / 4, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", [PAPER[4], PLAIN_BITS[0]], ids=lambda method: method.name)
+def test_scores_are_those_of_resmoe_eval(small, subject, tmp_path, method) -> None:
+    outcome = run_method(subject, method, 0.25 if method.knob else None)
+    target = tmp_path / "written"
+    report = compress(small, target, make_config(**outcome.options))
+    assert report.expert_bytes_after == outcome.bytes_disk
+    asked = make_text_config(
+        text=str(small / "heldout.txt"),
+        against=str(small),
+        window=WINDOW,
+        stride=WINDOW,
+        max_tokens=TOKENS + 1,
+        dtype="float32",
+    )
+    wanted, found = evaluate(str(target), asked), subject.score(outcome.experts)
+    assert found.positions == wanted.tokens_scored
+    assert found.perplexity == pytest.approx(wanted.perplexity, rel=1e-4)
+    assert found.mean_kl == pytest.approx(wanted.kl_nats, rel=1e-2, abs=1e-6)
+    assert found.top1_agreement == pytest.approx(wanted.top1_agreement, abs=0.011)
+
+
+def test_original_is_put_back_after_each_method(subject) -> None:
+    before = subject.score({})
+    subject.score({0: [subject.read_layer(0)[0]] * 4})
+    after = subject.score({})
+    assert after.loss == before.loss
+    assert after.kl == pytest.approx(0, abs=1e-6)
+    assert after.top1_agreement == 1
+
+
+@pytest.mark.parametrize("method", FITTED, ids=lambda method: method.name)
+def test_fitted_methods_use_their_bytes_and_no_more(subject, method) -> None:
+    value = knob_for(subject, method, 0.45)
+    size = run_method(subject, method, value).bytes_disk / subject.expert_bytes
+    if value < 0.999:  # otherwise everything is kept in fewer bytes
+        # A rank is a coarse step in a matrix this small.
+        assert 0.45 - (0.001 if method.options["method"] == "prune" else 0.05) < size
+    assert size <= 0.45
+    assert (knob_for(subject, method, 0.05) is None) == (
+        method.options.get("center") != "none" or method.options["method"] == "prune"
+    )
+
+
+def test_planner_is_compared_once_this_version_has_it() -> None:
+    planned = methods.PLANNER in methods.fitted_methods()
+    assert planned == ("target_bytes_ratio" in CompressionConfig.model_fields)
+
+
+def test_equal_experts_merge_without_error() -> None:
+    one = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    design = torch.stack([one, one[torch.randperm(6, generator=torch.Generator().manual_seed(1))]])
+    assert merge_all(design, "git-rebasin").squared_error == pytest.approx(0, abs=1e-5)
+    assert merge_all(design, "barycenter").squared_error == pytest.approx(0, abs=1e-5)
+    assert merge_all(design, "mean").squared_error > 1
+
+
+def test_groups_form_around_the_most_used_and_weigh_by_use() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(5, 6, generator=generator) for _ in range(2))
+    design = torch.stack([first, second, first + 0.01, second + 0.01])
+    tokens = torch.randn(20, 2, generator=generator)
+    use = RouterUse(tokens[:, [0, 1, 0, 1]], torch.tensor([0.3, 0.1, 0.2, 0.4]))
+    merged = merge_groups(design, use, 2)
+    assert merged.group.tolist() == [1, 0, 1, 0]  # expert 3 is used most, then 0
+    assert torch.allclose(merged.centers[1], 0.6 * design[0] + 0.4 * design[2], atol=1e-6)
+    assert torch.allclose(merged.centers[0], 0.8 * design[3] + 0.2 * design[1], atol=1e-6)
+    alone = merge_groups(design, use, 4)
+    assert alone.squared_error == 0
+    assert sorted(alone.group.tolist()) == [0, 1, 2, 3]
+
+
+def test_layer_groups_leave_the_others_alone(subject) -> None:
+    rows = list(compare.layers_section(subject, "small", lambda text: None))
+    assert {row.name.rsplit(", ", 1)[1] for row in rows} == {"bottom (layers 0)", "middle (layers 0)", "top (layers 1)"}
+    assert all(row.ratio > 0.5 for row in rows)
+
+
+def test_center_overhead_falls_with_the_number_of_experts(subject, tmp_path) -> None:
+    shares = []
+    for count in (4, 8):
+        compare.write_upcycled_layer(subject, count, tmp_path / str(count))
+        made = Checkpoint(tmp_path / str(count))
+        outcome = run_method(made, PAPER[4], 0.25)
+        plain = run_method(made, PAPER[0], 0.25)
+        assert outcome.relative_error < plain.relative_error
+        shares.append((outcome.bytes_disk - plain.bytes_disk) / made.expert_bytes)
+    assert shares == [pytest.approx(1 / 4), pytest.approx(1 / 8)]
+
+
+def test_every_method_has_a_line_in_the_picture() -> None:
+    names = [method.name for method in (*FITTED, methods.PLANNER, *PLAIN_BITS, *CENTER_BITS)]
+    assert {line_of(name) for name in names} <= set(STYLES)
+
+
+def test_command_writes_rows_and_picture(small, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(compare, "CENTER_BITS", CENTER_BITS[:1])
+    monkeypatch.setattr(compare, "PLAIN_BITS", PLAIN_BITS[:1])
+    monkeypatch.setattr(methods, "FITTED", FITTED[:1])
+    rows_file, picture = tmp_path / "rows.json", tmp_path / "picture.png"
+    words = ["--model", str(small), "--tokens", "64", "--window", "31", "--section", "bytes", "--ratio", "0.3"]
+    done = CliRunner().invoke(command.main, [*words, "--json", str(rows_file), "--picture", str(picture)])
+    assert done.exit_code == 0, done.output
+    assert "at equal bytes" in done.stdout
+    rows = json.loads(rows_file.read_text())["rows"]
+    assert rows[0]["method"] == "original"
+    assert {"bytes_disk", "bytes_resident", "relative_error", "kl_nats", "top1_agreement", "window", "commit"} <= set(
+        rows[1]
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_target_row_holds_the_planner_against_plain_4_bit(paper) -> None:
+    base = replace(paper["ResMoE (UP)"], section="bytes", perplexity=20.0)
+    plain = replace(base, name="plain 4-bit", perplexity=21.0)
+    planned = replace(base, name="ResMoE planner", asked_ratio=0.25)
+    (_, row) = command.verdicts("small", 0.3, [plain, planned, replace(planned, asked_ratio=0.45, perplexity=19.0)])
+    assert (row.value, row.target, row.met) == (20.0, 21.0, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--picture", "x.jpg"], "end the name in .png"),
+        (["--picture", "x.png", "--section", "paper"], "ask for it too"),
+        (["--model", "a/m", "--model", "b/m"], "two folders of one name"),
+        (["--model", "/no/such"], "no heldout.txt|no such directory"),
+        (["--ratio", "1"], "--ratio"),
+        (["--section", "all"], "--section"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_refused_requests(words: list[str], message: str) -> None:
+    done = CliRunner().invoke(command.main, words)
+    assert done.exit_code != 0
+    assert re.search(message, done.output)
+
+
+def test_a_short_text_is_refused(small) -> None:
+    with pytest.raises(CheckpointError, match="held-out tokens"):
+        Subject(small, 10**7, WINDOW, WINDOW)
