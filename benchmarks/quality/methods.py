@@ -9,12 +9,14 @@ from typing import Any
 from benchmarks.quality.merging import Merged, RouterUse, merge_all, merge_groups
 from benchmarks.quality.subject import Checkpoint, Experts, Subject
 from compress_tools.alignment import squared_norm
-from compress_tools.config import CompressionConfig, make_config
+from compress_tools.config import make_config
 from compress_tools.design_matrix import design_to_rows, rows_to_expert
 from compress_tools.errors import ConfigError
 from compress_tools.inspection import inspect
 from compress_tools.pipeline import compress
 from compress_tools.plan import make_plan
+from compress_tools.planner.config import make_planner_config
+from compress_tools.planner.request import plan_for_budget
 from compress_tools.resmoe_checkpoint import ResMoECheckpoint
 
 BISECTIONS = 14
@@ -61,7 +63,9 @@ class Outcome:
     experts: Experts = field(repr=False)
 
 
+# `--target-bytes-ratio`; options are the planner's.
 PLANNER = Method("ResMoE planner", "ResMoE", {}, "target_bytes_ratio")
+PLANNER_BY_OUTPUT = Method("ResMoE planner, by output", "ResMoE", {"optimize": "output"}, PLANNER.knob)
 
 
 def _method(name: str, family: str, **options: Any) -> Method:
@@ -106,8 +110,8 @@ CENTER_BITS = [
 
 
 def fitted_methods() -> list[Method]:
-    """Every method that can be brought to a size; the planner if this version has it."""
-    return [*FITTED, *([PLANNER] if PLANNER.knob in CompressionConfig.model_fields else [])]
+    """Every method that can be brought to a size."""
+    return [*FITTED, PLANNER, PLANNER_BY_OUTPUT]
 
 
 def run_method(subject: Checkpoint, method: Method, value: float | None = None, layers: str = "all") -> Outcome:
@@ -124,7 +128,11 @@ def run_method(subject: Checkpoint, method: Method, value: float | None = None, 
         options["layers"] = layers
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "compressed"
-        report = compress(subject.path, target, make_config(**options))
+        if method.knob == PLANNER.knob:
+            planned = plan_for_budget(subject.path, make_config(), make_planner_config(**options))
+            report = compress(subject.path, target, make_config(), planned=planned)
+        else:
+            report = compress(subject.path, target, make_config(**options))
         checkpoint, found = ResMoECheckpoint(target), inspect(target)
         experts = {
             layer: [

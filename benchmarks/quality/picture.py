@@ -29,6 +29,7 @@ STYLES = {
     "ResMoE, 4-bit center, 2 bits + low rank": ("#65a30d", "P"),
     "ResMoE, quantised center and residual": ("#dc2626", "o"),
     "ResMoE planner": ("#db2777", "*"),
+    "ResMoE planner, by output": ("#9d174d", "*"),
 }
 
 
@@ -69,10 +70,10 @@ def _draw_model(axis: Any, model: str, rows: list[Measured], original: float) ->
             color=color,
             marker=marker,
             markersize=11 if marker == "*" else 6,
-            linewidth=2 if name == "ResMoE planner" else 1.2,
+            linewidth=2 if name.startswith("ResMoE planner") else 1.2,
             linestyle="--" if name.startswith("plain") else ":" if name.startswith("merging") else "-",
             label=name,
-            zorder=3 if name == "ResMoE planner" else 2,
+            zorder=3 if name.startswith("ResMoE planner") else 2,
             clip_on=False,
         )
     axis.set_title(f"{model}: original's perplexity {original:.4g}", fontsize=11)

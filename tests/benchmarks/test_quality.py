@@ -12,11 +12,11 @@ from click.testing import CliRunner
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import compare, methods
 from benchmarks.quality.merging import RouterUse, merge_all, merge_groups
-from benchmarks.quality.methods import CENTER_BITS, FITTED, PAPER, PLAIN_BITS, knob_for, run_method
+from benchmarks.quality.methods import CENTER_BITS, FITTED, PAPER, PLAIN_BITS, Method, knob_for, run_method
 from benchmarks.quality.picture import STYLES, line_of
 from benchmarks.quality.subject import Checkpoint, Subject
 from benchmarks.reference_models import build_reference_model, preset_config
-from compress_tools.config import CompressionConfig, make_config
+from compress_tools.config import make_config
 from compress_tools.errors import CheckpointError
 from compress_tools.evaluation.config import make_text_config
 from compress_tools.evaluation.perplexity import evaluate
@@ -98,9 +98,14 @@ def test_fitted_methods_use_their_bytes_and_no_more(subject, method) -> None:
     )
 
 
-def test_planner_is_compared_once_this_version_has_it() -> None:
-    planned = methods.PLANNER in methods.fitted_methods()
-    assert planned == ("target_bytes_ratio" in CompressionConfig.model_fields)
+@pytest.mark.parametrize("method", [methods.PLANNER, methods.PLANNER_BY_OUTPUT], ids=lambda method: method.name)
+def test_planner_keeps_to_the_size_and_is_no_worse_than_plain_bits(method: Method, subject: Subject) -> None:
+    made = run_method(subject, method, 0.25)
+    assert 0.9 * 0.25 < made.bytes_disk / subject.expert_bytes <= 0.25
+    plain = run_method(subject, next(one for one in PLAIN_BITS if one.name == "plain 3-bit"))
+    assert plain.bytes_disk < 0.25 * subject.expert_bytes
+    if method is methods.PLANNER:
+        assert made.relative_error <= plain.relative_error
 
 
 def test_equal_experts_merge_without_error() -> None:
