@@ -16,7 +16,7 @@ $(STAMP): $(INSTALL_INPUTS)
 	@touch $@
 
 test: $(STAMP)  ## run the tests; PYTEST_ARGS="-m 'not slow'" and the like choose
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 demo: $(STAMP)  ## train a small MoE, compress it twice, serve and compare all three
 	$(VENV)/bin/resmoe demo

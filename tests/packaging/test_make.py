@@ -13,7 +13,7 @@ REPO = Path(__file__).resolve().parents[2]
     ("target", "command"),
     [
         ("venv", "docker/install.sh cpu no-such-venv --editable"),
-        ("test", "no-such-venv/bin/python -m pytest"),
+        ("test", "OMP_NUM_THREADS=1 no-such-venv/bin/python -m pytest -n 2 --dist loadfile"),
         ("demo", "no-such-venv/bin/resmoe demo"),
         ("lint", "no-such-venv/bin/ruff check ."),
     ],
