@@ -194,25 +194,20 @@ class _ExpertErrors:
         return [squared_norm(left[p]) * self._scale[p] for p in projections]
 
     def _of_group(self, coder: Coder, group: tuple[Projection, ...]) -> dict[Projection, float]:
-        hidden_size = next(iter(self._residual.values())).shape[1]
-        low_rank = [
-            part
-            for part in coder.parts(group, len(next(iter(self._residual.values()))), hidden_size)
-            if part.method == "low_rank"
-        ]
-        if not low_rank:
+        num_rows, hidden_size = next(iter(self._residual.values())).shape
+        if not coder.factorises:
             left = {p: self._sampled_residual[p] for p in group}
             return self._coded(left, coder.parts(group, len(self._rows), hidden_size), hidden_size)
-        (factors,) = low_rank
+        # The factors are those of all rows; what follows them is coded row by row.
+        factors, *others = coder.parts(group, num_rows, hidden_size)
         kept = self._after_low_rank.get(group)
         if kept is None or kept[0] != factors:
             kept = factors, self._left({p: self._residual[p] for p in group}, factors, hidden_size)
             self._after_low_rank[group] = kept
         left = kept[1]
-        others = tuple(part for part in coder.parts(group, len(self._rows), hidden_size) if part.method != "low_rank")
         if not others:
             return {p: squared_norm(matrix) for p, matrix in left.items()}
-        return self._coded({p: self._sampled(matrix) for p, matrix in left.items()}, others, hidden_size)
+        return self._coded({p: self._sampled(matrix) for p, matrix in left.items()}, tuple(others), hidden_size)
 
     def _coded(self, left: Rows, parts: tuple[ResidualPart, ...], hidden_size: int) -> dict[Projection, float]:
         for part in parts:
