@@ -59,9 +59,7 @@ def max_blocks(num_pairs: int, block: int, num_experts: int) -> int:
     return min(num_pairs, (num_pairs + num_experts * (block - 1)) // block)
 
 
-def align(
-    topk_ids: Tensor, block: int, num_experts: int, expert_map: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def align(topk_ids: Tensor, block: int, num_experts: int, expert_map: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """See ``reference.align_ref``; entries behind ``num_padded`` are not written.
 
     Args:
@@ -71,6 +69,12 @@ def align(
         expert_map: int32 ``[E]`` global -> local, or None.
     """
     num_pairs = topk_ids.numel()
+    if num_pairs > MAX_PAIRS and hasattr(torch.ops._moe_C, "moe_align_block_size"):
+        from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
+
+        # vLLM counts global experts
+        counted = num_experts if expert_map is None else len(expert_map)
+        return moe_align_block_size(topk_ids, block, counted, expert_map, ignore_invalid_experts=True)
     blocks = max_blocks(num_pairs, block, num_experts)
     sorted_pairs = torch.empty(blocks * block, dtype=torch.int32, device=topk_ids.device)
     block_experts = torch.empty(blocks, dtype=torch.int32, device=topk_ids.device)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resmoe_vllm.kernels.triton_align import local_experts
-from resmoe_vllm.kernels.triton_tiles import Tile, TileSpec, kept_before, load_tile
+from resmoe_vllm.kernels.triton_tiles import kept_before, load_tile
 
 # m-blocks that walk over the columns together, so that a weight tile is still in L2 for the next of them
 _GROUP_M = tl.constexpr(8)
@@ -180,25 +180,29 @@ def _products_kernel(
 ):  # fmt: skip
     """Up to four products side by side; those that are not there are None."""
     program = tl.program_id(0)
+    # One if for each and no return: so the products share one piece of shared memory.
+    if s1 is None:
+        _product(p0, s0, t0, ts0, routing, program, num_pairs, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, DOT)
+    else:
+        if program < p1.first_program:
+            _product(p0, s0, t0, ts0, routing, program, num_pairs, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, DOT)
+        end = tl.num_programs(0)
+        if s2 is not None:
+            end = p2.first_program
+        if (program >= p1.first_program) & (program < end):
+            place = program - p1.first_program
+            _product(p1, s1, t1, ts1, routing, place, num_pairs, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, DOT)
+    if s2 is not None:
+        end = tl.num_programs(0)
+        if s3 is not None:
+            end = p3.first_program
+        if (program >= p2.first_program) & (program < end):
+            place = program - p2.first_program
+            _product(p2, s2, t2, ts2, routing, place, num_pairs, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, DOT)
     if s3 is not None:
         if program >= p3.first_program:
-            _product(
-                p3, s3, t3, ts3, routing, program - p3.first_program, num_pairs, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, DOT
-            )
-            return
-    if s2 is not None:
-        if program >= p2.first_program:
-            _product(
-                p2, s2, t2, ts2, routing, program - p2.first_program, num_pairs, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, DOT
-            )
-            return
-    if s1 is not None:
-        if program >= p1.first_program:
-            _product(
-                p1, s1, t1, ts1, routing, program - p1.first_program, num_pairs, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, DOT
-            )
-            return
-    _product(p0, s0, t0, ts0, routing, program, num_pairs, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, DOT)
+            place = program - p3.first_program
+            _product(p3, s3, t3, ts3, routing, place, num_pairs, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, DOT)
 
 
 @triton.jit
@@ -213,8 +217,8 @@ def _slabs(start, rows, columns, ok, num_rows, n: tl.constexpr, SPLITS: tl.const
 
 @triton.jit
 def _expand(
-    acc, shrunk, u, us: tl.constexpr, expert, rows, row_ok, i_offsets, num_pairs, I: tl.constexpr, RANK: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, DOT: tl.constexpr
+    acc, shrunk, u, us: tl.constexpr, expert, rows, row_ok, i_offsets, num_pairs, SIZE_I: tl.constexpr,
+    RANK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, DOT: tl.constexpr
 ):  # fmt: skip
     """acc + shrunk U^T."""
     before = tl.zeros((BLOCK_N,), tl.int32)
@@ -222,7 +226,7 @@ def _expand(
         columns = r + tl.arange(0, BLOCK_R)
         ok = row_ok[:, None] & (columns < RANK)[None, :]
         s = _slabs(shrunk, rows, columns, ok, num_pairs, RANK, SPLITS, BLOCK_M, BLOCK_R)
-        w, _ = load_tile(u, us, expert, i_offsets, r, before, I, RANK, BLOCK_N, BLOCK_R, DOT)
+        w, _ = load_tile(u, us, expert, i_offsets, r, before, SIZE_I, RANK, BLOCK_N, BLOCK_R, DOT)
         acc = _add_dot(s.to(DOT), tl.trans(w), acc, DOT)
     return acc
 
@@ -251,11 +255,11 @@ class SideSpec(NamedTuple):
 def _hidden_kernel(
     x, out, topk_weights, routing, num_pairs, num_tokens, m_blocks, gate, gs: tl.constexpr, gate_tile,
     gts: tl.constexpr, gate_u, gus: tl.constexpr, up, us: tl.constexpr, up_tile, uts: tl.constexpr, up_u,
-    uus: tl.constexpr, SHARED_U: tl.constexpr, TOP_K: tl.constexpr, H: tl.constexpr, I: tl.constexpr,
+    uus: tl.constexpr, SHARED_U: tl.constexpr, TOP_K: tl.constexpr, SIZE_H: tl.constexpr, SIZE_I: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr
 ):  # fmt: skip
     """``weight * act(gate) * up`` of each pair, ``[P, I]``. One pass over H for tiles, one over the rank for U."""
-    N_BLOCKS: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
+    N_BLOCKS: tl.constexpr = (SIZE_I + BLOCK_N - 1) // BLOCK_N
     m_block, n_block = _swizzle(tl.program_id(0), m_blocks, N_BLOCKS)
     if m_block * BLOCK_M >= tl.load(routing.num_padded):
         return
@@ -267,20 +271,22 @@ def _hidden_kernel(
     gate_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if gts is not None or uts is not None:
-        x_rows = x + tokens.to(tl.int64) * H
+        x_rows = x + tokens.to(tl.int64) * SIZE_H
         gate_before = tl.zeros((BLOCK_N,), tl.int32)
         up_before = tl.zeros((BLOCK_N,), tl.int32)
-        for h in range(0, H, BLOCK_K):
+        for h in range(0, SIZE_H, BLOCK_K):
             h_offsets = h + tl.arange(0, BLOCK_K)
-            ok = row_ok[:, None] & (h_offsets < H)[None, :]
+            ok = row_ok[:, None] & (h_offsets < SIZE_H)[None, :]
             a = tl.load(x_rows[:, None] + h_offsets[None, :], mask=ok, other=0).to(DOT)
             if gts is not None:
                 w, gate_before = load_tile(
-                    gate_tile, gts, expert, i_offsets, h, gate_before, I, H, BLOCK_N, BLOCK_K, DOT
+                    gate_tile, gts, expert, i_offsets, h, gate_before, SIZE_I, SIZE_H, BLOCK_N, BLOCK_K, DOT
                 )  # fmt: skip
                 gate_acc = _add_dot(a, tl.trans(w), gate_acc, DOT)
             if uts is not None:
-                w2, up_before = load_tile(up_tile, uts, expert, i_offsets, h, up_before, I, H, BLOCK_N, BLOCK_K, DOT)
+                w2, up_before = load_tile(
+                    up_tile, uts, expert, i_offsets, h, up_before, SIZE_I, SIZE_H, BLOCK_N, BLOCK_K, DOT
+                )  # fmt: skip
                 up_acc = _add_dot(a, tl.trans(w2), up_acc, DOT)
     if SHARED_U:
         before = tl.zeros((BLOCK_N,), tl.int32)
@@ -289,28 +295,28 @@ def _hidden_kernel(
             r_ok = row_ok[:, None] & (columns < gs.rank)[None, :]
             sg = _slabs(gate.shrunk, rows, columns, r_ok, num_pairs, gs.rank, gs.shrunk_splits, BLOCK_M, BLOCK_K)
             su = _slabs(up.shrunk, rows, columns, r_ok, num_pairs, us.rank, us.shrunk_splits, BLOCK_M, BLOCK_K)
-            u, _ = load_tile(gate_u, gus, expert, i_offsets, r, before, I, gs.rank, BLOCK_N, BLOCK_K, DOT)
+            u, _ = load_tile(gate_u, gus, expert, i_offsets, r, before, SIZE_I, gs.rank, BLOCK_N, BLOCK_K, DOT)
             gate_acc = _add_dot(sg.to(DOT), tl.trans(u), gate_acc, DOT)
             up_acc = _add_dot(su.to(DOT), tl.trans(u), up_acc, DOT)
     else:
         if gs.rank > 0:
             gate_acc = _expand(
-                gate_acc, gate.shrunk, gate_u, gus, expert, rows, row_ok, i_offsets, num_pairs, I, gs.rank,
+                gate_acc, gate.shrunk, gate_u, gus, expert, rows, row_ok, i_offsets, num_pairs, SIZE_I, gs.rank,
                 gs.shrunk_splits, BLOCK_M, BLOCK_N, BLOCK_K, DOT
             )  # fmt: skip
         if us.rank > 0:
             up_acc = _expand(
-                up_acc, up.shrunk, up_u, uus, expert, rows, row_ok, i_offsets, num_pairs, I, us.rank,
+                up_acc, up.shrunk, up_u, uus, expert, rows, row_ok, i_offsets, num_pairs, SIZE_I, us.rank,
                 us.shrunk_splits, BLOCK_M, BLOCK_N, BLOCK_K, DOT
             )  # fmt: skip
-    ok = row_ok[:, None] & (i_offsets < I)[None, :]
+    ok = row_ok[:, None] & (i_offsets < SIZE_I)[None, :]
     if gs.center_splits > 0:
-        gate_acc += _slabs(gate.center, tokens, i_offsets, ok, num_tokens, I, gs.center_splits, BLOCK_M, BLOCK_N)
+        gate_acc += _slabs(gate.center, tokens, i_offsets, ok, num_tokens, SIZE_I, gs.center_splits, BLOCK_M, BLOCK_N)
     if us.center_splits > 0:
-        up_acc += _slabs(up.center, tokens, i_offsets, ok, num_tokens, I, us.center_splits, BLOCK_M, BLOCK_N)
+        up_acc += _slabs(up.center, tokens, i_offsets, ok, num_tokens, SIZE_I, us.center_splits, BLOCK_M, BLOCK_N)
     weight = tl.load(topk_weights + rows, mask=row_ok, other=0).to(tl.float32)
     hidden = activate(gate_acc, ACTIVATION) * up_acc * weight[:, None]
-    target = out + rows.to(tl.int64)[:, None] * I + i_offsets[None, :]
+    target = out + rows.to(tl.int64)[:, None] * SIZE_I + i_offsets[None, :]
     tl.store(target, hidden.to(out.dtype.element_ty), mask=ok)
 
 

@@ -7,12 +7,9 @@ those within one expert's matrix 32.
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from resmoe_vllm.kernel_weights import BitmapWeights, Coded, Matrix, QuantizedWeights, RowBitmapWeights
 
 # What a ``*_bits`` of ``TileSpec`` says of values that are no codes.
 PLAIN = 16
@@ -68,76 +65,6 @@ class TileSpec(NamedTuple):
     value_bits: int = 0
     value_group: int = 0
     row_stride: int = 0
-
-
-def rows_tile(own: Matrix) -> tuple[Tile, TileSpec]:
-    """One matrix for each expert: ``[E, rows, columns]``."""
-    pointer, scales, bits, group = _matrix(own)
-    return (
-        Tile(own=pointer, own_scales=scales, own_stride=pointer.stride(0), own_scales_stride=_stride(scales)),
-        TileSpec(own_bits=bits, own_group=group),
-    )
-
-
-def sum_tile(
-    center: Matrix | None, parts: list[QuantizedWeights | BitmapWeights | RowBitmapWeights], projection: str
-) -> tuple[Tile, TileSpec] | None:
-    """Center and the parts that cover the projection; None where there is no term."""
-    tile, spec = Tile(), TileSpec()
-    if center is not None:
-        pointer, scales, bits, group = _matrix(center)
-        tile = tile._replace(center=pointer, center_scales=scales)
-        spec = spec._replace(center_bits=bits, center_group=group)
-    for part in parts:
-        if projection not in part.projections:
-            continue
-        if isinstance(part, QuantizedWeights):
-            own, own_spec = rows_tile(part.rows[projection])
-            tile = tile._replace(**{name: getattr(own, name) for name in Tile._fields if name.startswith("own")})
-            spec = spec._replace(own_bits=own_spec.own_bits, own_group=own_spec.own_group)
-        else:
-            tile, spec = _add_bitmap(tile, spec, part, projection)
-    return None if spec == TileSpec() else (tile, spec)
-
-
-def _add_bitmap(
-    tile: Tile, spec: TileSpec, part: BitmapWeights | RowBitmapWeights, projection: str
-) -> tuple[Tile, TileSpec]:
-    mask = part.mask[projection]
-    by_row = isinstance(part, RowBitmapWeights)
-    values = part.values[projection] if by_row else part.values
-    row_ptr = None if by_row else part.row_ptr[projection]
-    starts = None if by_row else part.starts
-    scales = None if part.scales is None else part.scales[projection]
-    tile = tile._replace(
-        mask=mask,
-        words=mask.view(torch.int32),
-        row_ptr=row_ptr,
-        values=values,
-        starts=starts,
-        value_scales=scales,
-        mask_stride=mask.stride(0),
-        row_ptr_stride=_stride(row_ptr),
-        values_stride=0 if starts is not None else values.stride(0),
-        starts_stride=_stride(starts),
-        value_scales_stride=_stride(scales),
-    )
-    spec = spec._replace(
-        value_bits=part.value_bits or PLAIN,
-        value_group=part.group_size or 0,
-        row_stride=values.shape[-1] if by_row else 0,
-    )
-    return tile, spec
-
-
-def _matrix(matrix: Matrix) -> tuple[Tensor, Tensor | None, int, int]:
-    if isinstance(matrix, Coded):
-        return matrix.codes, matrix.scales, matrix.bits, matrix.group_size or 0
-    return matrix, None, PLAIN, 0
-
-
-def _stride(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.stride(0)
 
 
 @triton.jit
