@@ -22,7 +22,7 @@ def local_experts(topk_ids, expert_map, pairs, ok):
     return tl.where(ids < 0, -1, ids)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _align_kernel(
     topk_ids, expert_map, sorted_pairs, block_experts, num_padded, num_pairs, NUM_EXPERTS: tl.constexpr,
     BINS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr

@@ -106,5 +106,5 @@ def pick_config(
     tuned = tuned_configs(CONFIGS / config_file(experts, hidden, intermediate, device, dtype, method))
     if tuned:
         return tuned[min(tuned, key=lambda count: (abs(count - tokens), count))]
-    has_tiles = any(not coder.startswith(("low_rank", "quantized_center")) for coder in method.split("+"))
+    has_tiles = any(not coder.startswith(("low_rank", "quantized_center", "dense")) for coder in method.split("+"))
     return default_config(tokens, top_k, experts, has_tiles)

@@ -23,23 +23,16 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 
 
 class Product(NamedTuple):
-    """One grouped product ``out = A W`` of a launch.
+    """One grouped product ``out = A W`` of a launch. Counts that depend on T are the kernel's own arguments.
 
     Attributes:
-        a: A's first element; row r begins at ``r * a_stride``, its terms are ``a_step`` apart.
+        a: A's first element; row r begins at ``r * a_stride``.
         out: ``[splits, rows, n]``, contiguous.
-        rows: of ``out``.
-        first_program: the product's programs follow each other from here.
-        m_blocks: blocks of rows, for routed products their upper bound.
     """
 
     a: Tensor
     a_stride: int
-    a_step: int
     out: Tensor
-    rows: int
-    first_program: int
-    m_blocks: int
 
 
 class ProductSpec(NamedTuple):
@@ -48,8 +41,8 @@ class ProductSpec(NamedTuple):
     Attributes:
         routed: rows are pairs, each with its expert's weight; else all rows have the one weight.
         rows_per_a: output rows that share a row of A: K where A is tokens, else 1.
-        terms: A is the sum of this many terms: splits of an earlier product, or a token's pairs.
-        by_token: the terms are a token's pairs, skipped where their expert is not here.
+        terms: A is the sum of this many terms: an earlier product's slabs ``[terms, P, k]``, or a token's pairs.
+        by_token: the terms are a token's pairs ``[T, terms, k]``, skipped where their expert is not here.
         transposed: W is stored ``[n, k]``.
         n: columns of ``out``.
         k: contracted.
@@ -111,13 +104,19 @@ def _swizzle(program, m_blocks, N_BLOCKS: tl.constexpr):
 
 @triton.jit
 def _product(
-    p, s: tl.constexpr, t, ts: tl.constexpr, routing, program, num_pairs, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr
+    p, s: tl.constexpr, t, ts: tl.constexpr, routing, program, num_pairs, num_tokens, pair_blocks, TOP_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr
 ):  # fmt: skip
     N_BLOCKS: tl.constexpr = (s.n + BLOCK_N - 1) // BLOCK_N
     K_STEPS: tl.constexpr = (s.k + BLOCK_K - 1) // BLOCK_K
     CHUNK: tl.constexpr = (K_STEPS + s.splits - 1) // s.splits * BLOCK_K
-    m_block, place = _swizzle(program, p.m_blocks, N_BLOCKS * s.splits)
+    if s.routed:
+        num_rows = num_pairs
+        m_blocks = pair_blocks
+    else:
+        num_rows = num_tokens
+        m_blocks = (num_tokens + BLOCK_M - 1) // BLOCK_M
+    m_block, place = _swizzle(program, m_blocks, N_BLOCKS * s.splits)
     n_block = place % N_BLOCKS
     split = place // N_BLOCKS
     wanted = True
@@ -128,11 +127,10 @@ def _product(
         if s.routed:
             expert = tl.load(routing.block_experts + m_block).to(tl.int64)
             rows = tl.load(routing.sorted_pairs + slots)
-            row_ok = rows < num_pairs
         else:
             expert = tl.full((), 0, tl.int64)
             rows = slots
-            row_ok = rows < p.rows
+        row_ok = rows < num_rows
         a_rows = p.a + (rows // s.rows_per_a).to(tl.int64) * p.a_stride
         n_offsets = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
         begin = split * CHUNK
@@ -151,12 +149,15 @@ def _product(
                 a = tl.load(a_rows[:, None] + k_offsets[None, :], mask=a_ok, other=0)
             else:
                 total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-                for term in tl.static_range(s.terms):
+                TERMS: tl.constexpr = s.terms
+                for term in tl.static_range(TERMS):
                     term_ok = a_ok
-                    if s.by_token:
+                    step = tl.full((), term, tl.int64) * s.k
+                    if not s.by_token:
+                        step *= num_pairs
+                    else:
                         found = local_experts(routing.topk_ids, routing.expert_map, rows * TOP_K + term, row_ok)
                         term_ok = a_ok & (found >= 0)[:, None]
-                    step = tl.full((), term, tl.int64) * p.a_step
                     total += tl.load(a_rows[:, None] + step + k_offsets[None, :], mask=term_ok, other=0).to(tl.float32)
                 a = total
             if s.transposed:
@@ -167,42 +168,44 @@ def _product(
                     before = kept_before(t, expert, k_offsets, k_offsets < s.k, n_block * BLOCK_N, s.n, BLOCK_K)
                 w, _ = load_tile(t, ts, expert, k_offsets, n_block * BLOCK_N, before, s.k, s.n, BLOCK_K, BLOCK_N, DOT)
                 acc = _add_dot(a.to(DOT), w, acc, DOT)
-        out = p.out + (split.to(tl.int64) * p.rows + rows.to(tl.int64)) * s.n
+        out = p.out + (split.to(tl.int64) * num_rows + rows.to(tl.int64)) * s.n
         ok = row_ok[:, None] & (n_offsets < s.n)[None, :]
         tl.store(out[:, None] + n_offsets[None, :], acc.to(p.out.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_tokens", "pair_blocks", "first_1", "first_2", "first_3"])
 def _products_kernel(
-    routing, num_pairs, p0, s0: tl.constexpr, t0, ts0: tl.constexpr, p1, s1: tl.constexpr, t1, ts1: tl.constexpr, p2,
-    s2: tl.constexpr, t2, ts2: tl.constexpr, p3, s3: tl.constexpr, t3, ts3: tl.constexpr, TOP_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr
+    routing, num_pairs, num_tokens, pair_blocks, first_1, first_2, first_3, p0, s0: tl.constexpr, t0,
+    ts0: tl.constexpr, p1, s1: tl.constexpr, t1, ts1: tl.constexpr, p2, s2: tl.constexpr, t2, ts2: tl.constexpr, p3,
+    s3: tl.constexpr, t3, ts3: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, DOT: tl.constexpr
 ):  # fmt: skip
-    """Up to four products side by side; those that are not there are None."""
+    """Up to four products side by side, each from its first program on; those that are not there are None."""
     program = tl.program_id(0)
     # One if for each and no return: so the products share one piece of shared memory.
-    if s1 is None:
-        _product(p0, s0, t0, ts0, routing, program, num_pairs, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, DOT)
-    else:
-        if program < p1.first_program:
-            _product(p0, s0, t0, ts0, routing, program, num_pairs, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, DOT)
-        end = tl.num_programs(0)
-        if s2 is not None:
-            end = p2.first_program
-        if (program >= p1.first_program) & (program < end):
-            place = program - p1.first_program
-            _product(p1, s1, t1, ts1, routing, place, num_pairs, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, DOT)
+    if program < first_1:
+        _product(
+            p0, s0, t0, ts0, routing, program, num_pairs, num_tokens, pair_blocks, TOP_K, BLOCK_M,
+            BLOCK_N, BLOCK_K, DOT
+        )  # fmt: skip
+    if s1 is not None:
+        if (program >= first_1) & (program < first_2):
+            _product(
+                p1, s1, t1, ts1, routing, program - first_1, num_pairs, num_tokens, pair_blocks, TOP_K, BLOCK_M,
+                BLOCK_N, BLOCK_K, DOT
+            )  # fmt: skip
     if s2 is not None:
-        end = tl.num_programs(0)
-        if s3 is not None:
-            end = p3.first_program
-        if (program >= p2.first_program) & (program < end):
-            place = program - p2.first_program
-            _product(p2, s2, t2, ts2, routing, place, num_pairs, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, DOT)
+        if (program >= first_2) & (program < first_3):
+            _product(
+                p2, s2, t2, ts2, routing, program - first_2, num_pairs, num_tokens, pair_blocks, TOP_K, BLOCK_M,
+                BLOCK_N, BLOCK_K, DOT
+            )  # fmt: skip
     if s3 is not None:
-        if program >= p3.first_program:
-            place = program - p3.first_program
-            _product(p3, s3, t3, ts3, routing, place, num_pairs, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, DOT)
+        if program >= first_3:
+            _product(
+                p3, s3, t3, ts3, routing, program - first_3, num_pairs, num_tokens, pair_blocks, TOP_K, BLOCK_M,
+                BLOCK_N, BLOCK_K, DOT
+            )  # fmt: skip
 
 
 @triton.jit
@@ -218,7 +221,8 @@ def _slabs(start, rows, columns, ok, num_rows, n: tl.constexpr, SPLITS: tl.const
 @triton.jit
 def _expand(
     acc, shrunk, u, us: tl.constexpr, expert, rows, row_ok, i_offsets, num_pairs, SIZE_I: tl.constexpr,
-    RANK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, DOT: tl.constexpr
+    RANK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    DOT: tl.constexpr
 ):  # fmt: skip
     """acc + shrunk U^T."""
     before = tl.zeros((BLOCK_N,), tl.int32)
@@ -251,7 +255,7 @@ class SideSpec(NamedTuple):
     shrunk_splits: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_tokens", "m_blocks"])
 def _hidden_kernel(
     x, out, topk_weights, routing, num_pairs, num_tokens, m_blocks, gate, gs: tl.constexpr, gate_tile,
     gts: tl.constexpr, gate_u, gus: tl.constexpr, up, us: tl.constexpr, up_tile, uts: tl.constexpr, up_u,
@@ -320,7 +324,7 @@ def _hidden_kernel(
     tl.store(target, hidden.to(out.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_tokens"])
 def _combine_kernel(
     out, pairs, whole, topk_ids, expert_map, num_pairs, num_tokens, N: tl.constexpr, PAIR_SLABS: tl.constexpr,
     TOKEN_SLABS: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr, BLOCK_N: tl.constexpr

@@ -12,7 +12,6 @@ once per token; many add the center to the decoded tile and take one product. Sh
 alone and nothing is read back, so a CUDA graph may hold it.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +37,8 @@ from resmoe_vllm.kernels.triton_kernels import (
 from resmoe_vllm.kernels.triton_tiles import Tile, TileSpec
 
 COMBINE_COLUMNS = 512
+# that one launch takes
+MAX_PRODUCTS = 4
 
 Weight = tuple[Tile, TileSpec]
 NOTHING = (None, None)
@@ -129,8 +130,6 @@ class _Job:
 
     a: Tensor
     a_stride: int
-    a_step: int
-    out_rows: int
     weight: Weight
     spec: ProductSpec
 
@@ -158,10 +157,10 @@ class _Run:
         for side in (plan.gate, plan.up):
             if side.center is not None:
                 spec = ProductSpec(False, 1, 1, False, True, size_i, size_h, 1)
-                jobs.append(_Job(self.x, size_h, 0, self.tokens, side.center, spec))
+                jobs.append(_Job(self.x, size_h, side.center, spec))
             if side.factors is not None:
                 spec = ProductSpec(True, self.top_k, 1, False, True, side.factors.rank, size_h, 1)
-                jobs.append(_Job(self.x, size_h, 0, self.pairs, side.factors.v, spec))
+                jobs.append(_Job(self.x, size_h, side.factors.v, spec))
         slabs = iter(self.products(jobs, self.config.first))
         sides: list[tuple[Side, SideSpec]] = []
         for side in (plan.gate, plan.up):
@@ -210,13 +209,13 @@ class _Run:
         pair_jobs: list[_Job] = []
         if plan.tile is not None:
             spec = ProductSpec(True, 1, 1, False, False, size_h, size_i, 1)
-            pair_jobs.append(_Job(hidden, size_i, 0, self.pairs, plan.tile, spec))
+            pair_jobs.append(_Job(hidden, size_i, plan.tile, spec))
         if plan.factors is not None:
             rank = plan.factors.rank
             spec = ProductSpec(True, 1, 1, False, False, rank, size_i, 1)
-            (shrunk,) = self.products([_Job(hidden, size_i, 0, self.pairs, plan.factors.u, spec)], self.config.shrink)
+            (shrunk,) = self.products([_Job(hidden, size_i, plan.factors.u, spec)], self.config.shrink)
             spec = ProductSpec(True, 1, len(shrunk), False, False, size_h, rank, 1)
-            pair_jobs.append(_Job(shrunk, rank, self.pairs * rank, self.pairs, plan.factors.v, spec))
+            pair_jobs.append(_Job(shrunk, rank, plan.factors.v, spec))
         token_jobs = [] if plan.center is None else [self._center_down(hidden, plan.center)]
         slabs = self.products([*pair_jobs, *token_jobs], self.config.last, joined=len(pair_jobs))
         out = torch.empty_like(self.x)
@@ -230,33 +229,36 @@ class _Run:
         if self.tokens <= FEW_TOKENS:
             # summed by every program that reads it: cheaper than a launch
             spec = ProductSpec(False, 1, self.top_k, True, False, size_h, size_i, 1)
-            return _Job(hidden, self.top_k * size_i, size_i, self.tokens, center, spec)
+            return _Job(hidden, self.top_k * size_i, center, spec)
         mixed = torch.empty(self.tokens, size_i, dtype=hidden.dtype, device=hidden.device)
         self.combine(mixed, hidden[None], None)
-        return _Job(mixed, size_i, 0, self.tokens, center, ProductSpec(False, 1, 1, False, False, size_h, size_i, 1))
+        return _Job(mixed, size_i, center, ProductSpec(False, 1, 1, False, False, size_h, size_i, 1))
 
     def products(self, jobs: list[_Job], blocks: Blocks, joined: int = 0) -> list[Tensor]:
         """One launch; slabs ``[splits, rows, n]`` of each job, those of the first ``joined`` in one tensor."""
         if not jobs:
             return []
         grids = [self._blocks(job) * triton.cdiv(job.spec.n, blocks.n) for job in jobs]
-        wanted = max(1, round(self.config.programs / sum(grids)))
-        splits = [min(wanted, max(1, triton.cdiv(job.spec.k, blocks.k) // 2)) for job in jobs]
-        sizes = [[s] for s in splits]
-        if joined:
-            sizes = [splits[:joined], *sizes[joined:]]
-        made = [self._slabs(sum(group), jobs[i], group) for i, group in zip(_firsts(sizes), sizes, strict=True)]
-        views = [view for tensor, group in zip(made, sizes, strict=True) for view in tensor.split(group)]
+        # powers of two: every other number is compiled anew
+        wanted = triton.next_power_of_2(max(1, self.config.programs // sum(grids)))
+        splits = [min(wanted, _power_below(triton.cdiv(job.spec.k, blocks.k))) for job in jobs]
+        groups = [splits[:joined], *([split] for split in splits[joined:])] if joined else [[s] for s in splits]
+        heads = [jobs[0], *jobs[joined:]] if joined else jobs
+        made = [self._slabs(sum(group), head) for group, head in zip(groups, heads, strict=True)]
+        views = [view for slabs, group in zip(made, groups, strict=True) for view in slabs.split(group)]
         arguments: list[object] = []
-        first = 0
+        ends = [0]
         for job, view, split, grid in zip(jobs, views, splits, grids, strict=True):
-            product = Product(job.a, job.a_stride, job.a_step, view, job.out_rows, first, self._blocks(job))
-            arguments += [product, job.spec._replace(splits=split), *job.weight]
-            first += grid * split
-        arguments += [None] * (16 - len(arguments))
-        _products_kernel[(first,)](
+            arguments += [Product(job.a, job.a_stride, view), job.spec._replace(splits=split), *job.weight]
+            ends.append(ends[-1] + grid * split)
+        arguments += [None] * (4 * MAX_PRODUCTS - len(arguments))
+        firsts = [*ends[1:], *([ends[-1]] * MAX_PRODUCTS)][: MAX_PRODUCTS - 1]
+        _products_kernel[(ends[-1],)](
             self.routing,
             self.pairs,
+            self.tokens,
+            self.m_blocks,
+            *firsts,
             *arguments,
             TOP_K=self.top_k,
             BLOCK_M=self.config.block_m,
@@ -268,11 +270,12 @@ class _Run:
         )
         return made
 
-    def _slabs(self, count: int, job: _Job, group: list[int]) -> Tensor:
-        return torch.empty(count, job.out_rows, job.spec.n, dtype=self.slab_dtype, device=self.x.device)
+    def _slabs(self, count: int, job: _Job) -> Tensor:
+        rows = self.pairs if job.spec.routed else self.tokens
+        return torch.empty(count, rows, job.spec.n, dtype=self.slab_dtype, device=self.x.device)
 
     def _blocks(self, job: _Job) -> int:
-        return self.m_blocks if job.spec.routed else triton.cdiv(job.out_rows, self.config.block_m)
+        return self.m_blocks if job.spec.routed else triton.cdiv(self.tokens, self.config.block_m)
 
     def combine(self, out: Tensor, pair_slabs: Tensor | None, token_slabs: Tensor | None) -> None:
         """Sum into ``out`` ``[T, N]``: slabs ``[S, P, N]`` over a token's pairs, ``[S, T, N]``."""
@@ -295,9 +298,6 @@ class _Run:
         )
 
 
-def _firsts(groups: Iterable[list[int]]) -> Iterable[int]:
-    """Index of each group's first member."""
-    place = 0
-    for group in groups:
-        yield place
-        place += len(group)
+def _power_below(steps: int) -> int:
+    """Largest power of two that leaves every split two of these steps, or 1."""
+    return 1 << max(0, (steps // 2).bit_length() - 1)
