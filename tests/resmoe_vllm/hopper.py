@@ -1,11 +1,16 @@
 """Compiles the Triton kernels for an H200 down to machine code, on any machine: no GPU, no launch.
 
-`python -m tests.resmoe_vllm.hopper [KIND...]` prints one line for each kernel: registers, spills, shared memory.
+`python -m tests.resmoe_vllm.hopper [METHOD...]` prints one line for each kernel: registers, spilled and
+shared bytes, and how often the matrix units are used in its code.
 Must run without TRITON_INTERPRET.
 """
 
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +19,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.kernels.layers import METHODS, make_layer
 from benchmarks.shapes import MoEShape
-from compress_tools.format.schema import ExpertNames, LayerSpec, ResMoEFormat
-from resmoe_vllm.kernels import triton_moe
-from resmoe_vllm.layout import layout_key, parse_layout
+from resmoe_vllm.kernels.triton_config import default_config
+from resmoe_vllm.kernels.triton_run import LayerPlan, run_plan
 
-# H of a real model, few rows: code is the same for any I
+# H of a real model, few rows: the code is the same for any I
 SHAPE = MoEShape("compiled", hidden=2048, intermediate=128, experts=4, top_k=2, layers=1)
 # a Hopper block may use this much shared memory
 MAX_SHARED_BYTES = 232448
@@ -38,30 +43,8 @@ class _Hopper:
         return 0
 
 
-def compile_layer(spec: LayerSpec, tokens: int, dtype: torch.dtype = torch.bfloat16) -> list[dict[str, Any]]:
-    """Every kernel that a layer launches for ``tokens`` tokens, compiled: name, shared bytes, PTX."""
-    fmt = ResMoEFormat(
-        written_by="tests",
-        dtype="bfloat16",
-        num_experts=SHAPE.experts,
-        hidden_size=SHAPE.hidden,
-        intermediate_size=SHAPE.intermediate,
-        names=ExpertNames(
-            expert="model.layers.{layer}.mlp.experts.{expert}",
-            projections={name: name for name in ("gate_proj", "up_proj", "down_proj")},
-        ),
-        layers={0: spec},
-    )
-    layout = parse_layout(layout_key(fmt, spec, tp_size=1))
-    kinds = {"float32": dtype, "float16": dtype, "bfloat16": dtype}
-    tensors = [
-        torch.zeros(
-            1 if shared else SHAPE.experts,
-            columns,
-            dtype=getattr(torch, kind) if "scales" in name else kinds.get(kind, getattr(torch, kind)),
-        )
-        for name, (columns, kind, shared) in layout.params.items()
-    ]
+def compile_plan(plan_of: Callable[[bool], LayerPlan], has_tiles: bool, tokens: int) -> list[dict[str, Any]]:
+    """Every kernel that a layer launches for ``tokens`` tokens, compiled: name, shared bytes, code."""
     built: list[dict[str, Any]] = []
     plain: Callable = JITFunction.run
 
@@ -72,28 +55,45 @@ def compile_layer(spec: LayerSpec, tokens: int, dtype: torch.dtype = torch.bfloa
     driver.set_active(_Hopper())
     JITFunction.run = compile_only
     try:
-        x = torch.zeros(tokens, SHAPE.hidden, dtype=dtype)
+        x = torch.zeros(tokens, SHAPE.hidden, dtype=torch.bfloat16)
         ids = torch.zeros(tokens, SHAPE.top_k, dtype=torch.int32)
         expert_map = torch.arange(SHAPE.experts, dtype=torch.int32)
-        triton_moe.fused_moe(x, torch.ones(tokens, SHAPE.top_k), ids, tensors, layout, "silu", expert_map)
+        config = default_config(tokens, SHAPE.top_k, SHAPE.experts, has_tiles)
+        weights = torch.ones(tokens, SHAPE.top_k)
+        run_plan(x, weights, ids, plan_of(config.restore), "silu", expert_map, config)
     finally:
         JITFunction.run = plain
     return built
 
 
-def main() -> None:
-    """Compile the named kinds of layers, or all."""
-    from tests.resmoe_vllm.layers import layer_kinds
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack, which is where spilled registers go) of one kernel."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing of registers: {done.stdout}")
+    return int(found[1]), int(found[2])
 
-    kinds = layer_kinds(SHAPE.intermediate, SHAPE.hidden)
-    for kind in sys.argv[1:] or kinds:
+
+def main() -> None:
+    """Compile the named methods, or all."""
+    for method in sys.argv[1:] or METHODS:
+        layer = make_layer(SHAPE, method, "cpu", torch.bfloat16, seed=0)
         for tokens in (4, 1024):
-            for kernel in compile_layer(kinds[kind], tokens):
-                shared, ptx = kernel["shared"], kernel["asm"]["ptx"]
+            for kernel in compile_plan(layer.plan, method != "low_rank", tokens):
+                shared, code = kernel["shared"], kernel["asm"]
+                name = f"{method} T={tokens} {kernel['name']}"
                 if shared > MAX_SHARED_BYTES:
-                    raise SystemExit(f"{kind}, {tokens} tokens: {kernel['name']} needs {shared} bytes of shared memory")
-                products = ptx.count("wgmma.mma_async") + ptx.count("mma.sync")
-                print(f"{kind} T={tokens} {kernel['name']}: {shared} bytes shared, {products} products", flush=True)
+                    raise SystemExit(f"{name} needs {shared} bytes of shared memory, a block has {MAX_SHARED_BYTES}")
+                registers, stack = resources(code["cubin"])
+                products = code["ptx"].count("wgmma.mma_async") + code["ptx"].count("mma.sync")
+                print(
+                    f"{name}: {registers} registers, {stack} spilled, {shared} shared, {products} products", flush=True
+                )
     print(f"compiled for sm_90 by triton {triton.__version__}")
 
 
