@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compress_tools.errors import KernelUnsupportedError
 from resmoe_vllm.compat import direct_register_custom_op
-from resmoe_vllm.kernels import cpu
+from resmoe_vllm.kernels import cpu, cuda
 from resmoe_vllm.kernels.activation import ACTIVATIONS
 from resmoe_vllm.layout import LayerLayout, parse_layout
 
@@ -52,6 +52,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 KERNELS = (
     KernelRow(cpu.fused_moe, frozenset({"bitmap", "low_rank", "quantized", "quantized_center"}), _FLOATS, "cpu"),
     KernelRow(cpu.fused_moe_decoding, CODERS, _FLOATS, "cpu"),
+    KernelRow(cuda.fused_moe, CODERS, _FLOATS, "cuda"),
 )
 
 # the library's life is the op's

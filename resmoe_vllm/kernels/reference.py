@@ -51,6 +51,75 @@ def restore_ref(weights: ResMoEWeights, projection: Projection, expert: int) -> 
     return torch.stack(terms).sum(0)
 
 
+def align_ref(topk_ids: Tensor, block: int, num_experts: int, expert_map: Tensor | None) -> tuple[Tensor, Tensor, int]:
+    """Routed pairs sorted by expert, each expert's padded to whole blocks: vLLM's ``moe_align_block_size``.
+
+    Args:
+        topk_ids: global expert ids ``[T, K]``; negative ones and other ranks' are left out.
+        block: pairs of a block.
+        num_experts: local ones.
+        expert_map: ``[E]`` global -> local, -1 elsewhere; None when all experts are here.
+    Returns:
+        pairs ``token * K + choice``, int32, ``T * K`` where a block is padded; each block's local expert, int32;
+        length of the pairs.
+    """
+    ids = local_ids(topk_ids, expert_map).flatten()
+    pairs: list[int] = []
+    experts: list[int] = []
+    for expert in range(num_experts):
+        own = (ids == expert).nonzero().flatten().tolist()
+        blocks = -(-len(own) // block)
+        pairs += own + [ids.numel()] * (blocks * block - len(own))
+        experts += [expert] * blocks
+    return torch.tensor(pairs, dtype=torch.int32), torch.tensor(experts, dtype=torch.int32), len(pairs)
+
+
+def products_ref(a: Tensor, rows: Tensor, ids: Tensor | None, transposed: bool) -> Tensor:
+    """Each row times its expert's weight, fp32.
+
+    Args:
+        a: ``[P, k]``.
+        rows: ``[E, n, k]`` if transposed, else ``[E, k, n]``.
+        ids: local expert of each row ``[P]``, NaN where it is negative; None: expert 0 for all.
+        transposed: see ``rows``.
+    Returns:
+        ``[P, n]``.
+    """
+    weight = rows.float().mT if transposed else rows.float()
+    if ids is None:
+        return a.float() @ weight[0]
+    found = torch.stack([row.float() @ weight[expert] for row, expert in zip(a, ids.tolist(), strict=True)])
+    return found.masked_fill((ids < 0)[:, None], float("nan"))
+
+
+def hidden_ref(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    weights: ResMoEWeights,
+    activation: str,
+    expert_map: Tensor | None = None,
+) -> Tensor:
+    """``weight * act(gate) * up`` of each routed pair, fp32 ``[T*K, I]``; NaN for pairs that are skipped."""
+    ids = local_ids(topk_ids, expert_map).flatten()
+    tokens = x.float().repeat_interleave(topk_ids.shape[1], 0)
+    hidden = torch.full((len(ids), weights.intermediate_size), float("nan"))
+    for expert in sorted(set(ids.tolist()) - {-1}):
+        own = ids == expert
+        gate, up = (tokens[own] @ restore_ref(weights, name, expert).T for name in ("gate_proj", "up_proj"))
+        hidden[own] = ACTIVATIONS[activation](gate) * up * topk_weights.float().flatten()[own, None]
+    return hidden
+
+
+def combine_ref(
+    pairs: Tensor, tokens: Tensor | None, topk_ids: Tensor, expert_map: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Slabs of pairs ``[S, T*K, N]``, where their expert is here, and of tokens ``[S, T, N]``: the sum ``[T, N]``."""
+    here = (local_ids(topk_ids, expert_map) >= 0).flatten()[:, None]
+    total = torch.where(here, pairs.float().sum(0), 0.0).unflatten(0, topk_ids.shape).sum(1)
+    return (total if tokens is None else total + tokens.float().sum(0)).to(dtype)
+
+
 def fused_moe_ref(
     x: Tensor,
     topk_weights: Tensor,

@@ -1,0 +1,101 @@
+"""Compiles the Triton kernels for an H200 down to machine code, on any machine: no GPU, no launch.
+
+`python -m tests.resmoe_vllm.hopper [METHOD...]` prints one line for each kernel: registers, spilled and
+shared bytes, and how often the matrix units are used in its code.
+Must run without TRITON_INTERPRET.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from benchmarks.kernels.layers import METHODS, make_layer
+from benchmarks.shapes import MoEShape
+from resmoe_vllm.kernels.triton_config import default_config
+from resmoe_vllm.kernels.triton_run import LayerPlan, run_plan
+
+# H of a real model, few rows: the code is the same for any I
+SHAPE = MoEShape("compiled", hidden=2048, intermediate=128, experts=4, top_k=2, layers=1)
+# a Hopper block may use this much shared memory
+MAX_SHARED_BYTES = 232448
+
+
+class _Hopper:
+    """What Triton asks a driver while it compiles."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+def compile_plan(plan_of: Callable[[bool], LayerPlan], has_tiles: bool, tokens: int) -> list[dict[str, Any]]:
+    """Every kernel that a layer launches for ``tokens`` tokens, compiled: name, shared bytes, code."""
+    built: list[dict[str, Any]] = []
+    plain: Callable = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        kernel = plain(self, *args, grid=grid, warmup=True, **kwargs)
+        built.append({"name": self.fn.__name__, "shared": kernel.metadata.shared, "asm": kernel.asm})
+
+    driver.set_active(_Hopper())
+    JITFunction.run = compile_only
+    try:
+        x = torch.zeros(tokens, SHAPE.hidden, dtype=torch.bfloat16)
+        ids = torch.zeros(tokens, SHAPE.top_k, dtype=torch.int32)
+        expert_map = torch.arange(SHAPE.experts, dtype=torch.int32)
+        config = default_config(tokens, SHAPE.top_k, SHAPE.experts, has_tiles)
+        weights = torch.ones(tokens, SHAPE.top_k)
+        run_plan(x, weights, ids, plan_of(config.restore), "silu", expert_map, config)
+    finally:
+        JITFunction.run = plain
+    return built
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack, which is where spilled registers go) of one kernel."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing of registers: {done.stdout}")
+    return int(found[1]), int(found[2])
+
+
+def main() -> None:
+    """Compile the named methods, or all."""
+    for method in sys.argv[1:] or METHODS:
+        layer = make_layer(SHAPE, method, "cpu", torch.bfloat16, seed=0)
+        for tokens in (4, 1024):
+            for kernel in compile_plan(layer.plan, method != "low_rank", tokens):
+                shared, code = kernel["shared"], kernel["asm"]
+                name = f"{method} T={tokens} {kernel['name']}"
+                if shared > MAX_SHARED_BYTES:
+                    raise SystemExit(f"{name} needs {shared} bytes of shared memory, a block has {MAX_SHARED_BYTES}")
+                registers, stack = resources(code["cubin"])
+                products = code["ptx"].count("wgmma.mma_async") + code["ptx"].count("mma.sync")
+                print(
+                    f"{name}: {registers} registers, {stack} spilled, {shared} shared, {products} products", flush=True
+                )
+    print(f"compiled for sm_90 by triton {triton.__version__}")
+
+
+if __name__ == "__main__":
+    main()
