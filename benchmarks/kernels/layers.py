@@ -134,7 +134,7 @@ class Maker:
                 mask=masks,
                 words=masks.view(torch.int32),
                 row_ptr=row_ptr,
-                values=values,
+                kept_values=values,
                 mask_stride=masks.stride(0),
                 row_ptr_stride=row_ptr.stride(0),
                 values_stride=values.stride(0),

@@ -135,7 +135,7 @@ def _add_bitmap(tile: Tile, spec: TileSpec, part: BitmapWeights | RowBitmapWeigh
         mask=mask,
         words=mask.view(torch.int32),
         row_ptr=row_ptr,
-        values=values,
+        kept_values=values,
         starts=starts,
         value_scales=scales,
         mask_stride=mask.stride(0),

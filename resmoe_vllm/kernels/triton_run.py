@@ -1,10 +1,12 @@
-"""The fused layer on a GPU: five or six Triton launches, every coder, weights read as they are stored.
+"""The fused layer on a GPU: four to seven Triton launches, every coder, weights read as they are stored.
 
 1. align: pairs sorted by expert.
-2. first: ``x C^T`` of the center's gate and up, once per token, beside ``x V^T`` of the low-rank residuals.
+2. first: ``x C^T`` of the center's gate and up, once per token, beside ``x V^T`` of the low-rank residuals; only where
+   there is either.
 3. hidden: ``a = weight * act(gate) * up`` of each pair; decodes bitmaps and codes, multiplies by U.
 4. shrink: ``a U``; only for a low-rank down projection.
-5. last: the residual's down product of each pair beside the center's, of the token's summed ``a``.
+5. last: the residual's down product of each pair beside the center's, of the token's summed ``a``; for many tokens
+   that sum is a launch of its own before.
 6. combine: each token's sum.
 
 Two strategies for tiles that are decoded, same result (``Config.restore``): few tokens take the center's product
@@ -146,7 +148,7 @@ class _Run:
         self.m_blocks = len(self.routing.block_experts)
         # What goes from launch to launch is small beside the weights while tokens are few.
         self.slab_dtype = torch.float32 if self.tokens <= FEW_TOKENS else x.dtype
-        # bf16 and fp16 products are not to be had in the interpreter: its bf16 ones are wrong.
+        # The interpreter's bf16 products are wrong, so there all are taken in fp32.
         self.dot = tl.float32 if triton.knobs.runtime.interpret else TRITON_DTYPES[x.dtype]
 
     def hidden(self, topk_weights: Tensor, activation: str) -> Tensor:

@@ -24,7 +24,7 @@ class Tile(NamedTuple):
         own: ``[E, rows, columns]``, or codes, with ``own_scales``.
         mask: uint8 ``[E, rows, mask bytes]``; ``words`` is the same memory as int32.
         row_ptr: int32 ``[E, rows]``; None where every row holds equally many values.
-        values: of every expert, or codes; where ``starts`` is given int64 ``[E]``, packed.
+        kept_values: of every expert, or codes (``values`` is a name of Triton's own tuples); where ``starts`` is given int64 ``[E]``, packed.
         value_scales: bfloat16 ``[E, rows, groups]``.
     """
 
@@ -37,7 +37,7 @@ class Tile(NamedTuple):
     mask: Tensor | None = None
     words: Tensor | None = None
     row_ptr: Tensor | None = None
-    values: Tensor | None = None
+    kept_values: Tensor | None = None
     starts: Tensor | None = None
     value_scales: Tensor | None = None
     mask_stride: int = 0
@@ -164,7 +164,7 @@ def _bitmap_tile(
         first = tl.load(t.row_ptr + expert * t.row_ptr_stride + rows, mask=row_ok, other=0)
     else:
         first = rows * s.row_stride
-    values = t.values + expert * t.values_stride
+    values = t.kept_values + expert * t.values_stride
     if t.starts is not None:
         values += tl.load(t.starts + expert * t.starts_stride)
     if s.value_bits == _PLAIN:
