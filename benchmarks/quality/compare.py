@@ -45,6 +45,7 @@ class Measured:
     bytes_resident: int
     bytes_original: int
     relative_error: float
+    bytes_center: int = 0
     residual_energy: float | None = None
     perplexity: float | None = None
     kl_nats: float | None = None
@@ -71,7 +72,18 @@ def original(subject: Subject, label: str) -> Measured:
     """The model as it is."""
     scores, size = subject.score({}), subject.expert_bytes
     return Measured(
-        "original", label, "original", "original", {}, size, size, size, 0.0, None, scores.perplexity, 0.0, 1.0
+        section="original",
+        model=label,
+        name="original",
+        family="original",
+        options={},
+        bytes_disk=size,
+        bytes_resident=size,
+        bytes_original=size,
+        relative_error=0.0,
+        perplexity=scores.perplexity,
+        kl_nats=scores.mean_kl,
+        top1_agreement=scores.top1_agreement,
     )
 
 
@@ -185,6 +197,7 @@ def _measured(
         bytes_resident=outcome.bytes_resident,
         bytes_original=source.expert_bytes,
         relative_error=outcome.relative_error,
+        bytes_center=outcome.bytes_center,
         residual_energy=outcome.residual_energy,
         perplexity=scores.perplexity if scores else None,
         kl_nats=scores.mean_kl if scores else None,

@@ -48,6 +48,7 @@ class Outcome:
         options: of `resmoe compress`; of merging the number of experts left.
         bytes_disk: bytes of all experts: centers, masks, scales, codes, and layers left as they are.
         bytes_resident: the same once vLLM holds them.
+        bytes_center: of ``bytes_disk``, the centers'.
         relative_error: ``sum_k ||T_k W_k - restored_k||^2 / sum_k ||W_k||^2``, mean over the layers compressed.
         residual_energy: the same with nothing stored but the center, after alignment; None where there is none.
         experts: restored, fp32.
@@ -58,6 +59,7 @@ class Outcome:
     options: dict[str, Any]
     bytes_disk: int
     bytes_resident: int
+    bytes_center: int
     relative_error: float
     residual_energy: float | None
     experts: Experts = field(repr=False)
@@ -140,6 +142,7 @@ def run_method(subject: Checkpoint, method: Method, value: float | None = None, 
             ]
             for layer in checkpoint.fmt.layers
         }
+        center = sum(tensor.nbytes for layer in experts for tensor in checkpoint.shared(layer).values())
         resident = report.expert_bytes_after + sum(one.bytes_resident - one.bytes_disk for one in found.layers)
     energies = [one.residual_energy for one in report.layers]
     return Outcome(
@@ -148,6 +151,7 @@ def run_method(subject: Checkpoint, method: Method, value: float | None = None, 
         options,
         report.expert_bytes_after,
         resident,
+        center,
         report.relative_error,
         None if options.get("center") == "none" else sum(energies) / len(energies),
         experts,
@@ -207,4 +211,4 @@ def _merged(subject: Subject, name: str, merged: dict[int, Merged], designs: dic
         # A byte for each expert says which one stands for it.
         total += subject.expert_bytes // len(designs) * len(kept) // len(one.group) + len(one.group)
     left = {"experts_left": len(next(iter(merged.values())).centers)}
-    return Outcome(name, "merging", left, total, total, sum(errors) / len(errors), None, experts)
+    return Outcome(name, "merging", left, total, total, 0, sum(errors) / len(errors), None, experts)

@@ -36,12 +36,13 @@ def section_table(section: str, model: str, rows: Sequence[Measured], setup: Map
         title=f"{model}: {TITLES[section]}", box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left"
     )
     table.add_column("method")
-    for column in ("on disk", "resident", "relative error", "perplexity", "KL, nats", "top-1 agreement"):
+    for column in ("on disk", "centers", "resident", "relative error", "perplexity", "KL, nats", "top-1 agreement"):
         table.add_column(column, justify="right", no_wrap=True)
     for one in rows:
         table.add_row(
             one.name,
             f"{one.bytes_disk / 1e6:.2f} MB ({one.ratio:.1%})",
+            f"{one.bytes_center / one.bytes_original:.1%}" if one.bytes_center else "",
             f"{one.bytes_resident / 1e6:.2f} MB",
             f"{one.relative_error:.4g}",
             *(

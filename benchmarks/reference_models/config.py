@@ -116,7 +116,8 @@ class ReferenceModelConfig(BaseModel):
 
 
 # demo: minutes on 2 AVX2 cores, so few tokens; small batches make the most steps of them.
-# quality-*: about 25 minutes each there, for `benchmarks.quality`.
+# quality-*: for `benchmarks.quality`. On one thread of a shared machine a variant of upcycled (moe_lr 3e-3) took 24
+# minutes; scratch took 96 while others used the same cores.
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {"vocab_size": 2048, "dense_steps": 500, "moe_steps": 300, "moe_lr": 1.5e-3, "batch_size": 2},
     # The MoE phase's peak rate drives the experts apart: at 3e-3 this preset ends with 52.0 % residual energy, and

@@ -41,10 +41,12 @@ def kl_divergence(original: Predictions, other: Predictions) -> Tensor:
         return (own.exp() * (own - theirs)).sum(dim=1, dtype=torch.float64)
     if original.ids is None or other.ids is None:
         raise ValueError("one model's whole vocabulary against the other's most probable tokens")
-    shared = original.ids[:, :, None] == other.ids[:, None, :]  # [N, K, K]
-    in_both, place = shared.any(dim=2), shared.int().argmax(dim=2)
+    order = other.ids.argsort(dim=1)
+    known = other.ids.gather(1, order)
+    place = torch.searchsorted(known, original.ids.contiguous()).clamp(max=known.shape[1] - 1)
+    in_both = known.gather(1, place) == original.ids  # [N, K]
     own = original.logprobs.double()
-    theirs = other.logprobs.double().gather(1, place)
+    theirs = other.logprobs.double().gather(1, order.gather(1, place))
     # A token in one list alone adds nothing to either sum: it is among the others.
     terms = torch.where(in_both, own.exp() * (own - theirs), 0.0).sum(dim=1)
     rest, their_rest = (

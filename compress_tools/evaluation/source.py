@@ -26,7 +26,10 @@ def read_model_config(path: str) -> dict[str, Any]:
         raise UnsupportedArchitectureError(
             f"{path}: {config.get('model_type')} is an encoder-decoder; a text's perplexity needs a decoder-only model"
         )
-    return {**config, **config.get("text_config", {})}
+    config = {**config, **config.get("text_config", {})}
+    if not isinstance(config.get("vocab_size"), int):
+        raise CheckpointError(f"{path}: config.json names no vocab_size")
+    return config
 
 
 def read_tokens(model: str, text: str, max_tokens: int | None) -> Tensor:

@@ -144,6 +144,7 @@ def test_center_overhead_falls_with_the_number_of_experts(subject, tmp_path) -> 
         made = Checkpoint(tmp_path / str(count))
         outcome = run_method(made, PAPER[4], 0.25)
         plain = run_method(made, PAPER[0], 0.25)
+        assert (outcome.bytes_center, plain.bytes_center) == (made.expert_bytes // count, 0)
         assert outcome.relative_error < plain.relative_error
         shares.append((outcome.bytes_disk - plain.bytes_disk) / made.expert_bytes)
     assert shares == [pytest.approx(1 / 4), pytest.approx(1 / 8)]
