@@ -24,8 +24,8 @@ class Tile(NamedTuple):
         own: ``[E, rows, columns]``, or codes, with ``own_scales``.
         mask: uint8 ``[E, rows, mask bytes]``; ``words`` is the same memory as int32.
         row_ptr: int32 ``[E, rows]``; None where every row holds equally many values.
-        kept_values: of every expert, or codes (``values`` is a name of Triton's own tuples); where ``starts``
-        is given int64 ``[E]``, packed.
+        kept_values: of every expert, or codes (Triton's own tuples have ``values``); packed where ``starts`` is
+            given, int64 ``[E]``.
         value_scales: bfloat16 ``[E, rows, groups]``.
     """
 
