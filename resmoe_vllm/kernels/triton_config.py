@@ -68,13 +68,15 @@ def default_config(tokens: int, top_k: int, experts: int, has_tiles: bool) -> Co
     if tokens <= FEW_TOKENS:
         few = Blocks(n=32, k=128, warps=4, stages=4)
         decoding = Blocks(n=32, k=128, warps=4, stages=3)
-        return Config(16, few, decoding if has_tiles else few, few, decoding if has_tiles else few, False, 528)
+        # longer steps spill: a thread adds up the slabs of two tiles
+        expanding = Blocks(n=32, k=64, warps=4, stages=4)
+        return Config(16, few, decoding if has_tiles else expanding, few, decoding if has_tiles else few, False, 528)
     per_expert = tokens * top_k / experts
     block_m = 32 if per_expert <= 24 else 64 if per_expert <= 96 else 128
     warps = 8 if block_m == 128 else 4
     wide = Blocks(n=128, k=64, warps=warps, stages=3)
     hidden = Blocks(n=64, k=64, warps=warps, stages=3)
-    return Config(block_m, wide, hidden, wide, wide, True, 264)
+    return Config(block_m, wide, hidden, hidden, wide, True, 264)
 
 
 def config_file(experts: int, hidden: int, intermediate: int, device: str, dtype: torch.dtype, method: str) -> str:

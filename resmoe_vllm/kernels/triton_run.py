@@ -41,6 +41,8 @@ from resmoe_vllm.kernels.triton_tiles import Tile, TileSpec
 COMBINE_COLUMNS = 512
 # that one launch takes
 MAX_PRODUCTS = 4
+# The reader of slabs adds them up unrolled: with eight, ptxas spilled thousands of bytes.
+MAX_SPLITS = 4
 
 Weight = tuple[Tile, TileSpec]
 NOTHING = (None, None)
@@ -243,7 +245,7 @@ class _Run:
         grids = [self._blocks(job) * triton.cdiv(job.spec.n, blocks.n) for job in jobs]
         # powers of two: every other number is compiled anew
         wanted = triton.next_power_of_2(max(1, self.config.programs // sum(grids)))
-        splits = [min(wanted, _power_below(triton.cdiv(job.spec.k, blocks.k))) for job in jobs]
+        splits = [min(wanted, MAX_SPLITS, _power_below(triton.cdiv(job.spec.k, blocks.k))) for job in jobs]
         groups = [splits[:joined], *([split] for split in splits[joined:])] if joined else [[s] for s in splits]
         heads = [jobs[0], *jobs[joined:]] if joined else jobs
         made = [self._slabs(sum(group), head) for group, head in zip(groups, heads, strict=True)]
