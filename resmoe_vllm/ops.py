@@ -50,8 +50,7 @@ class KernelRow:
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # The first row that fits is taken.
 KERNELS = (
-    KernelRow(cpu.fused_moe, frozenset({"bitmap", "low_rank", "quantized", "quantized_center"}), _FLOATS, "cpu"),
-    KernelRow(cpu.fused_moe_decoding, CODERS, _FLOATS, "cpu"),
+    KernelRow(cpu.fused_moe, CODERS, _FLOATS, "cpu"),
     KernelRow(cuda.fused_moe, CODERS, _FLOATS, "cuda"),
 )
 

@@ -1,4 +1,4 @@
-"""Builds, loads and calls csrc/fused_moe_cpu.cpp, the kernel for few tokens on a CPU with AVX2.
+"""Builds, loads and calls csrc/fused_moe_cpu.cpp, the kernel of every coder on a CPU with AVX2.
 
 The library is compiled on first use, for the processor it runs on, into the user's cache. Without a compiler or
 AVX2, ``load`` says why and gives None, and the plain torch path, same result, serves instead.
@@ -22,11 +22,20 @@ from torch import Tensor
 from compress_tools.errors import KernelUnsupportedError
 from compress_tools.format.packing import pack_codes, pack_mask
 from compress_tools.format.schema import Projection
-from resmoe_vllm.kernel_weights import BitmapWeights, Coded, LowRankWeights, QuantizedWeights, ResMoEWeights
-from resmoe_vllm.kernels.routing import local_ids
+from compress_tools.format.tensors import mask_row_bytes
+from resmoe_vllm.kernel_weights import (
+    BitmapWeights,
+    Coded,
+    LowRankWeights,
+    Matrix,
+    QuantizedWeights,
+    ResMoEWeights,
+    RowBitmapWeights,
+)
 from resmoe_vllm.layout import LayerLayout
 
 SOURCE = Path(__file__).parent / "csrc" / "fused_moe_cpu.cpp"
+HEADERS = (SOURCE.with_name("products.h"), SOURCE.with_name("rows.h"))
 # No contraction: the compiler may not fuse a scalar tail in one loop and not in another, so sums stay the same sums.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 NEEDED_CPU_FLAGS = ("avx2", "fma", "f16c")
@@ -43,16 +52,20 @@ Pointers = ctypes.c_void_p * 3
 Strides = ctypes.c_int64 * 3
 
 
-class _LowRank(ctypes.Structure):
-    """Mirrors ``struct LowRank``."""
+class _Matrix(ctypes.Structure):
+    """Mirrors ``struct Matrix``."""
 
     _fields_ = [
-        ("u", ctypes.c_void_p),
-        ("v", Pointers),
-        ("u_stride", ctypes.c_int64),
-        ("v_stride", Strides),
-        ("rank", ctypes.c_int64),
+        ("data", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("scales_stride", ctypes.c_int64),
+        ("bits", ctypes.c_int64),
+        ("group", ctypes.c_int64),
     ]
+
+
+Matrices = _Matrix * 3
 
 
 class _Bitmap(ctypes.Structure):
@@ -61,27 +74,31 @@ class _Bitmap(ctypes.Structure):
     _fields_ = [
         ("mask", Pointers),
         ("row_ptr", Pointers),
-        ("values", ctypes.c_void_p),
+        ("values", Pointers),
+        ("scales", Pointers),
         ("starts", ctypes.c_void_p),
         ("mask_stride", Strides),
         ("row_ptr_stride", Strides),
+        ("values_stride", Strides),
+        ("scales_stride", Strides),
         ("starts_stride", ctypes.c_int64),
-        ("values_stride", ctypes.c_int64),
-        ("num_values", ctypes.c_int64),
+        ("readable", Strides),
+        ("values_per_row", ctypes.c_int64),
+        ("bits", ctypes.c_int64),
+        ("group", ctypes.c_int64),
     ]
+
+
+class _LowRank(ctypes.Structure):
+    """Mirrors ``struct LowRank``."""
+
+    _fields_ = [("u", _Matrix), ("v", Matrices), ("rank", ctypes.c_int64)]
 
 
 class _Quantized(ctypes.Structure):
     """Mirrors ``struct Quantized``."""
 
-    _fields_ = [
-        ("codes", Pointers),
-        ("scales", Pointers),
-        ("codes_stride", Strides),
-        ("scales_stride", Strides),
-        ("bits", ctypes.c_int64),
-        ("group", ctypes.c_int64),
-    ]
+    _fields_ = [("rows", Matrices)]
 
 
 class _Layer(ctypes.Structure):
@@ -90,19 +107,21 @@ class _Layer(ctypes.Structure):
     _fields_ = [
         ("hidden", ctypes.c_int64),
         ("intermediate", ctypes.c_int64),
+        ("experts", ctypes.c_int64),
         ("mask_bytes", ctypes.c_int64),
-        ("center", Pointers),
+        ("center", Matrices),
         ("low_rank", ctypes.c_void_p),
         ("num_low_rank", ctypes.c_int64),
         ("bitmap", ctypes.c_void_p),
         ("num_bitmap", ctypes.c_int64),
         ("quantized", ctypes.c_void_p),
         ("num_quantized", ctypes.c_int64),
-        ("center_codes", ctypes.c_void_p),
-        ("num_center_codes", ctypes.c_int64),
         ("dtype", ctypes.c_int32),
         ("activation", ctypes.c_int32),
     ]
+
+
+_STRUCTS = (_Matrix, _Bitmap, _LowRank, _Quantized, _Layer)
 
 
 @functools.cache
@@ -132,8 +151,8 @@ def load() -> ctypes.CDLL | None:
         size,
         pointer,
         pointer,
-        pointer,
         size,
+        pointer,
         pointer,
         ctypes.c_int,
     ]
@@ -157,21 +176,17 @@ def fused_moe(
 ) -> Tensor:
     """See ``fused_moe_ref``; weights in one dtype or codes, contiguous, on the CPU; sums and activations in fp32."""
     layer = _layer(tensors, layout, activation)
-    ids, order = local_ids(topk_ids, expert_map).flatten().sort(stable=True)
-    skipped = int((ids < 0).sum())
-    experts = ids[skipped:].int()
-    tokens = (order[skipped:] // max(topk_ids.shape[1], 1)).int()
-    weights = topk_weights.flatten().float()[order[skipped:]]
-    wide = x.float().contiguous()
+    wide, ids, weights = x.float().contiguous(), topk_ids.int().contiguous(), topk_weights.float().contiguous()
+    mapping = None if expert_map is None else expert_map.int().contiguous()
     out = torch.empty_like(wide)
     failed = library.resmoe_fused_moe(
         ctypes.addressof(layer.struct),
         wide.data_ptr(),
         len(wide),
-        tokens.data_ptr(),
-        experts.data_ptr(),
+        ids.data_ptr(),
         weights.data_ptr(),
-        len(experts),
+        ids.shape[1],
+        _pointer(mapping),
         out.data_ptr(),
         torch.get_num_threads(),
     )
@@ -184,32 +199,28 @@ class _Pointers:
     """One layer's struct, with the arrays it points to; no tensor is kept alive."""
 
     def __init__(self, weights: ResMoEWeights, activation: str) -> None:
-        low_rank = [_low_rank(part) for part in weights.residual if isinstance(part, LowRankWeights)]
-        bitmap = [_bitmap(part) for part in weights.residual if isinstance(part, BitmapWeights)]
-        quantized = [_quantized(part.rows) for part in weights.residual if isinstance(part, QuantizedWeights)]
-        coded = [(p, center) for p, center in weights.center.items() if isinstance(center, Coded)]
-        center_codes = [_quantized({p: center}) for p, center in coded]
-        dense_center = {p: center for p, center in weights.center.items() if isinstance(center, Tensor)}
+        kinds = {LowRankWeights: _low_rank, BitmapWeights: _bitmap, RowBitmapWeights: _row_bitmap}
+        made = [kinds.get(type(part), _quantized)(part) for part in weights.residual]
+        low_rank, bitmap, quantized = (
+            [part for part in made if isinstance(part, struct)] for struct in (_LowRank, _Bitmap, _Quantized)
+        )
         self._arrays = (
             (_LowRank * len(low_rank))(*low_rank),
             (_Bitmap * len(bitmap))(*bitmap),
             (_Quantized * len(quantized))(*quantized),
-            (_Quantized * len(center_codes))(*center_codes),
         )
-        masks = [part.mask for part in weights.residual if isinstance(part, BitmapWeights)]
         self.struct = _Layer(
             weights.hidden_size,
             weights.intermediate_size,
-            next(iter(masks[0].values())).shape[-1] if masks else 0,
-            Pointers(*(_pointer(dense_center.get(p)) for p in PROJECTIONS)),
+            _num_experts(weights),
+            mask_row_bytes(weights.hidden_size),
+            Matrices(*(_matrix(weights.center.get(p), shared=True) for p in PROJECTIONS)),
             ctypes.addressof(self._arrays[0]),
             len(low_rank),
             ctypes.addressof(self._arrays[1]),
             len(bitmap),
             ctypes.addressof(self._arrays[2]),
             len(quantized),
-            ctypes.addressof(self._arrays[3]),
-            len(center_codes),
             DTYPES[_dtype(weights)],
             ACTIVATIONS[activation],
         )
@@ -229,45 +240,76 @@ def _layer(tensors: list[Tensor], layout: LayerLayout, activation: str) -> _Poin
     return found
 
 
+def _matrix(rows: Matrix | None, shared: bool = False) -> _Matrix:
+    """``[E, I, columns]``, or, shared by all experts, ``[I, columns]``: stride 0."""
+    if rows is None:
+        return _Matrix()
+    if isinstance(rows, Tensor):
+        return _Matrix(rows.data_ptr(), None, 0 if shared else rows.stride(0), 0, 0, 0)
+    strides = (0, 0) if shared else (rows.codes.stride(0), rows.scales.stride(0))
+    group = _whole_row(rows.columns) if rows.group_size is None else rows.group_size
+    return _Matrix(rows.codes.data_ptr(), rows.scales.data_ptr(), *strides, rows.bits, group)
+
+
+def _whole_row(columns: int) -> int:
+    return columns + 8
+
+
 def _low_rank(part: LowRankWeights) -> _LowRank:
-    v = [part.v.get(p) for p in PROJECTIONS]
-    return _LowRank(
-        _pointer(part.u),
-        Pointers(*map(_pointer, v)),
-        part.u.stride(0),
-        Strides(*(0 if t is None else t.stride(0) for t in v)),
-        part.u.shape[-1],
-    )
+    rank = part.u.shape[-1] if isinstance(part.u, Tensor) else part.u.columns
+    return _LowRank(_matrix(part.u), Matrices(*(_matrix(part.v.get(p)) for p in PROJECTIONS)), rank)
+
+
+def _quantized(part: QuantizedWeights) -> _Quantized:
+    return _Quantized(Matrices(*(_matrix(part.rows.get(p)) for p in PROJECTIONS)))
 
 
 def _bitmap(part: BitmapWeights) -> _Bitmap:
-    mask, rows = ([table.get(p) for p in PROJECTIONS] for table in (part.mask, part.row_ptr))
-    return _Bitmap(
-        Pointers(*map(_pointer, mask)),
-        Pointers(*map(_pointer, rows)),
-        _pointer(part.values),
-        _pointer(part.starts),
-        Strides(*(0 if t is None else t.stride(0) for t in mask)),
-        Strides(*(0 if t is None else t.stride(0) for t in rows)),
-        0 if part.starts is None else part.starts.stride(0),
-        part.values.stride(0) if part.starts is None else 0,
-        part.values.untyped_storage().nbytes() // part.values.itemsize - part.values.storage_offset(),
-    )
+    values = dict.fromkeys(part.projections, part.values)
+    made = _any_bitmap(part, values, part.row_ptr)
+    if part.starts is not None:
+        made.starts, made.starts_stride = part.starts.data_ptr(), part.starts.stride(0)
+        made.values_stride = Strides(0, 0, 0)
+    return made
 
 
-def _quantized(rows: dict[Projection, Coded]) -> _Quantized:
-    """A residual's ``[E, I, H]`` for each projection, or a center's ``[I, H]``: one expert, stride 0."""
-    coded = [rows.get(p) for p in PROJECTIONS]
-    first = next(iter(rows.values()))
-    group = first.columns + 8 if first.group_size is None else first.group_size
-    return _Quantized(
-        Pointers(*(None if own is None else own.codes.data_ptr() for own in coded)),
-        Pointers(*(None if own is None else own.scales.data_ptr() for own in coded)),
-        Strides(*(0 if own is None or own.codes.dim() == 2 else own.codes.stride(0) for own in coded)),
-        Strides(*(0 if own is None or own.scales.dim() == 2 else own.scales.stride(0) for own in coded)),
-        first.bits,
-        group,
+def _row_bitmap(part: RowBitmapWeights) -> _Bitmap:
+    made = _any_bitmap(part, part.values, {})
+    made.values_per_row = part.values_per_row
+    return made
+
+
+def _any_bitmap(
+    part: BitmapWeights | RowBitmapWeights, values: dict[Projection, Tensor], row_ptr: dict[Projection, Tensor]
+) -> _Bitmap:
+    tables = (part.mask, row_ptr, values, part.scales or {})
+    mask, rows, kept, scales = ([table.get(p) for p in PROJECTIONS] for table in tables)
+    columns = 8 * next(iter(part.mask.values())).shape[-1]
+    made = _Bitmap(bits=part.value_bits or 0, group=part.group_size or _whole_row(columns))
+    made.mask, made.row_ptr, made.values, made.scales = (
+        Pointers(*map(_pointer, tensors)) for tensors in (mask, rows, kept, scales)
     )
+    made.mask_stride, made.row_ptr_stride, made.values_stride, made.scales_stride = (
+        Strides(*(0 if t is None else t.stride(0) for t in tensors)) for tensors in (mask, rows, kept, scales)
+    )
+    made.readable = Strides(*(0 if t is None else _elements_from(t) for t in kept))
+    return made
+
+
+def _elements_from(tensor: Tensor) -> int:
+    """Elements of the tensor's memory from its first one on."""
+    return tensor.untyped_storage().nbytes() // tensor.itemsize - tensor.storage_offset()
+
+
+def _num_experts(weights: ResMoEWeights) -> int:
+    """E on this rank; 0 where there is no residual, hence no expert."""
+    for part in weights.residual:
+        if isinstance(part, LowRankWeights):
+            return len(part.u if isinstance(part.u, Tensor) else part.u.codes)
+        if isinstance(part, QuantizedWeights):
+            return len(next(iter(part.rows.values())).codes)
+        return len(next(iter(part.mask.values())))
+    return 0
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -276,12 +318,16 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 def _dtype(weights: ResMoEWeights) -> torch.dtype:
     """What weights in the model's dtype are in; any where there are none."""
+    matrices: list[Matrix] = list(weights.center.values())
     for part in weights.residual:
-        if isinstance(part, BitmapWeights):
-            return part.values.dtype
         if isinstance(part, LowRankWeights):
-            return part.u.dtype
-    return next((center.dtype for center in weights.center.values() if isinstance(center, Tensor)), torch.float32)
+            matrices.append(part.u)
+        elif isinstance(part, BitmapWeights):
+            matrices.append(part.values)
+        elif isinstance(part, RowBitmapWeights):
+            matrices.extend(part.values.values())
+    stored = (matrix.dtype for matrix in matrices if isinstance(matrix, Tensor) and matrix.dtype != torch.uint8)
+    return next(stored, torch.float32)
 
 
 def _missing_cpu_flags() -> list[str]:
@@ -301,7 +347,8 @@ def _build() -> Path:
         raise OSError("found neither g++ nor clang++")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     model = next((s for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("flags")), "")
-    identity = "\n".join([SOURCE.read_text(), version, model, *FLAGS])
+    sources = [path.read_text() for path in (SOURCE, *HEADERS)]
+    identity = "\n".join([*sources, version, model, *FLAGS])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resmoe"
     target = cache / f"fused_moe_cpu-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not target.exists():
@@ -318,7 +365,7 @@ def _build() -> Path:
 
 def _self_test(library: ctypes.CDLL) -> None:
     """Struct layout, and decoding of bitmaps and codes against torch: the instructions depend on the processor."""
-    if library.resmoe_struct_bytes() != sum(map(ctypes.sizeof, (_LowRank, _Bitmap, _Quantized, _Layer))):
+    if library.resmoe_struct_bytes() != sum(map(ctypes.sizeof, _STRUCTS)):
         raise KernelUnsupportedError("resmoe's C++ kernel and cpp_cpu.py disagree on their structs")
     columns = 333
     keep = torch.rand(columns, generator=torch.Generator().manual_seed(0)) < 0.4
@@ -337,7 +384,7 @@ def _self_test(library: ctypes.CDLL) -> None:
             codes = torch.randint(2**bits, (3, columns), generator=torch.Generator().manual_seed(bits)).byte()
             scales = torch.rand(3, 1 if group_size is None else -(-columns // 32)).bfloat16()
             rows = Coded(pack_codes(codes, bits), scales, bits, columns, group_size)
-            struct = _quantized({"gate_proj": rows})
+            struct = _matrix(rows, shared=True)
             out = torch.empty(columns + 8)
             library.resmoe_decode_codes(ctypes.addressof(struct), 1, columns, out.data_ptr())
             if not torch.equal(out[:columns], rows.to(torch.float32)[1]):

@@ -1,4 +1,4 @@
-"""The CPU's kernels. What the C++ kernel can read has two strategies, same result: it, and torch for many tokens.
+"""The CPU's kernel. Two strategies, same result: C++, and torch for many tokens where that has native products.
 
 The C++ kernel multiplies with AVX2. Processors that multiply bf16 or fp16 in hardware (AVX-512, AMX) are left to
 torch once an expert meets enough tokens.
@@ -28,16 +28,3 @@ def fused_moe(
     if library is None:
         return torch_cpu.fused_moe(x, topk_weights, topk_ids, layout.bind(tensors), activation, expert_map)
     return cpp_cpu.fused_moe(library, x, topk_weights, topk_ids, tensors, layout, activation, expert_map)
-
-
-def fused_moe_decoding(
-    x: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    tensors: list[Tensor],
-    layout: LayerLayout,
-    activation: str,
-    expert_map: Tensor | None = None,
-) -> Tensor:
-    """See ``fused_moe_ref``; every coder, in plain torch."""
-    return torch_cpu.fused_moe(x, topk_weights, topk_ids, layout.bind(tensors), activation, expert_map)

@@ -1,0 +1,255 @@
+// Products of rows of weights with fp32 vectors, in registers: dots (rows . inputs) and axpys (outputs += a * rows).
+//
+// Every element of a result is added up in one order, whatever stands beside it, so a token's result does not depend
+// on its batch: a dot runs along its row in sums of eight lanes, in blocks of kDotColumns that are added one after the
+// other; an axpy adds row after row.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <algorithm>
+
+namespace resmoe {
+
+constexpr int kLanes = 8;
+constexpr int64_t kRows = 32;           // rows of a block: of U they stay in the first cache between dots and axpys
+constexpr int64_t kInputs = 48;         // inputs of a block, a multiple of 3: with kDotColumns they stay in the second
+constexpr int64_t kDotColumns = 1024;
+constexpr int64_t kAxpyColumns = 256;
+
+// ---- one vector of 8 weights as fp32 -------------------------------------------------------------------------
+
+struct BF16 {
+  using type = uint16_t;
+  static inline __m256 widen(__m128i w) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(w), 16)); }
+  static inline __m256 load(const type* p) { return widen(_mm_loadu_si128((const __m128i*)p)); }
+  static inline float scalar(type w) {
+    uint32_t bits = (uint32_t)w << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+  }
+};
+struct FP16 {
+  using type = uint16_t;
+  static inline __m256 widen(__m128i w) { return _mm256_cvtph_ps(w); }
+  static inline __m256 load(const type* p) { return widen(_mm_loadu_si128((const __m128i*)p)); }
+  static inline float scalar(type w) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(w))); }
+};
+struct FP32 {
+  using type = float;
+  static inline __m256 load(const type* p) { return _mm256_loadu_ps(p); }
+  static inline float scalar(type w) { return w; }
+};
+
+inline float sum(__m256 v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+// The last n % 8 columns are read with the seven or fewer before them, which the mask clears.
+alignas(32) constexpr int32_t kTailMasks[2 * kLanes] = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1};
+inline __m256 keep_last(__m256 v, int64_t columns) {
+  return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_loadu_si256((const __m256i*)(kTailMasks + columns))));
+}
+template <class T>
+inline __m256 load_tail(const typename T::type* row, int64_t n, int64_t columns) {
+  if (n >= kLanes) return keep_last(T::load(row + n - kLanes), columns);
+  alignas(32) float lanes[kLanes] = {};
+  for (int64_t c = n - columns; c < n; ++c) lanes[kLanes - n + c] = T::scalar(row[c]);
+  return _mm256_load_ps(lanes);
+}
+
+// ---- dots ----------------------------------------------------------------------------------------------------
+
+// sums[r * ld + s] += row r . x[s] over columns [begin, end); n: columns of the whole row. Chains: sums of lanes that
+// take turns, for kernels that multiply one row while they decode it.
+template <class T, int R, int S, int Chains>
+inline void dot_tile(const typename T::type* row, int64_t stride, const float* const* x, int64_t begin, int64_t end,
+                     float* sums, int64_t ld) {
+  __m256 acc[R][S][Chains];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int s = 0; s < S; ++s)
+#pragma GCC unroll 2
+      for (int j = 0; j < Chains; ++j) acc[r][s][j] = _mm256_setzero_ps();
+  int64_t c = begin;
+  for (; c + Chains * kLanes <= end; c += Chains * kLanes)
+#pragma GCC unroll 2
+    for (int j = 0; j < Chains; ++j) {
+      __m256 in[S];
+#pragma GCC unroll 16
+      for (int s = 0; s < S; ++s) in[s] = _mm256_loadu_ps(x[s] + c + j * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const __m256 w = T::load(row + r * stride + c + j * kLanes);
+#pragma GCC unroll 16
+        for (int s = 0; s < S; ++s) acc[r][s][j] = _mm256_fmadd_ps(w, in[s], acc[r][s][j]);
+      }
+    }
+  if (c < end) {
+    if (Chains == 2 && c + kLanes <= end) {
+      for (int r = 0; r < R; ++r)
+        for (int s = 0; s < S; ++s)
+          acc[r][s][0] = _mm256_fmadd_ps(T::load(row + r * stride + c), _mm256_loadu_ps(x[s] + c), acc[r][s][0]);
+      c += kLanes;
+    }
+    if (c < end)
+      for (int s = 0; s < S; ++s) {
+        const __m256 in = load_tail<FP32>(x[s], end, end - c);
+        for (int r = 0; r < R; ++r)
+          acc[r][s][0] = _mm256_fmadd_ps(load_tail<T>(row + r * stride, end, end - c), in, acc[r][s][0]);
+      }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int s = 0; s < S; ++s)
+      sums[r * ld + s] += sum(Chains == 2 ? _mm256_add_ps(acc[r][s][0], acc[r][s][Chains - 1]) : acc[r][s][0]);
+}
+
+template <class T, int R, int Chains, class... Rest>
+inline void dot_inputs(int64_t inputs, const typename T::type* row, int64_t stride, const float* const* x, Rest... rest) {
+  switch (inputs) {
+    case 1: return dot_tile<T, R, 1, Chains>(row, stride, x, rest...);
+    case 2: return dot_tile<T, R, 2, Chains>(row, stride, x, rest...);
+    default: return dot_tile<T, R, 3, Chains>(row, stride, x, rest...);
+  }
+}
+
+// Rows and inputs by tiles of four (two chains: two) by three.
+template <class T, int Chains>
+void dot_block(const typename T::type* row, int64_t stride, int64_t rows, const float* const* x, int64_t inputs,
+               int64_t begin, int64_t end, float* sums, int64_t ld) {
+  constexpr int64_t kTile = Chains == 1 ? 4 : 2;
+  for (int64_t r = 0; r < rows; r += kTile)
+    for (int64_t s = 0; s < inputs; s += 3) {
+      const typename T::type* at = row + r * stride;
+      float* into = sums + r * ld + s;
+      const int64_t count = std::min<int64_t>(3, inputs - s);
+      if (Chains == 1 && rows - r >= 4)
+        dot_inputs<T, 4, Chains>(count, at, stride, x + s, begin, end, into, ld);
+      else if (Chains == 1 && rows - r == 3)
+        dot_inputs<T, 3, Chains>(count, at, stride, x + s, begin, end, into, ld);
+      else if (rows - r >= 2)
+        dot_inputs<T, 2, Chains>(count, at, stride, x + s, begin, end, into, ld);
+      else
+        dot_inputs<T, 1, Chains>(count, at, stride, x + s, begin, end, into, ld);
+    }
+}
+
+// sums[r * ld + s] += row r . x[s], n columns.
+template <class T, int Chains = 1>
+void add_dots(const typename T::type* row, int64_t stride, int64_t rows, int64_t n, const float* const* x, int64_t inputs,
+              float* sums, int64_t ld) {
+  const int64_t width = Chains == 1 ? kDotColumns : n;
+  if (inputs <= 3) {  // each row once: read it to its end
+    for (int64_t r = 0; r < rows; r += 4)
+      for (int64_t c = 0; c < n; c += width)
+        dot_block<T, Chains>(row + r * stride, stride, std::min<int64_t>(4, rows - r), x, inputs, c, std::min(n, c + width), sums + r * ld, ld);
+  } else {
+    for (int64_t c = 0; c < n; c += width)
+      dot_block<T, Chains>(row, stride, rows, x, inputs, c, std::min(n, c + width), sums, ld);
+  }
+}
+
+// ---- axpys ---------------------------------------------------------------------------------------------------
+
+// y[s] += a[s * lda + r] * row r for R rows at once, all columns: for few outputs, rows are read along.
+template <class T, int R, int S>
+inline void axpy_rows(const float* a, int64_t lda, const typename T::type* row, int64_t stride, float* const* y, int64_t n) {
+  __m256 factor[S][R];
+#pragma GCC unroll 4
+  for (int s = 0; s < S; ++s)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) factor[s][r] = _mm256_set1_ps(a[s * lda + r]);
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) {
+    __m256 into[S];
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) into[s] = _mm256_loadu_ps(y[s] + c);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const __m256 w = T::load(row + r * stride + c);
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) into[s] = _mm256_fmadd_ps(factor[s][r], w, into[s]);
+    }
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) _mm256_storeu_ps(y[s] + c, into[s]);
+  }
+  for (; c < n; ++c)
+    for (int s = 0; s < S; ++s)
+      for (int r = 0; r < R; ++r) y[s][c] = __builtin_fmaf(a[s * lda + r], T::scalar(row[r * stride + c]), y[s][c]);
+}
+
+// V vectors of columns from c on, S outputs, all in registers while the rows pass.
+template <class T, int S, int V>
+inline void axpy_tile(const float* a, int64_t lda, const typename T::type* row, int64_t stride, int64_t rows,
+                      float* const* y, int64_t c) {
+  __m256 acc[S][V];
+#pragma GCC unroll 4
+  for (int s = 0; s < S; ++s)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) acc[s][v] = _mm256_loadu_ps(y[s] + c + v * kLanes);
+  for (int64_t r = 0; r < rows; ++r) {
+    __m256 factor[S];
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) factor[s] = _mm256_broadcast_ss(a + s * lda + r);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const __m256 w = T::load(row + r * stride + c + v * kLanes);
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) acc[s][v] = _mm256_fmadd_ps(factor[s], w, acc[s][v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int s = 0; s < S; ++s)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) _mm256_storeu_ps(y[s] + c + v * kLanes, acc[s][v]);
+}
+
+template <class T, int S>
+void axpy_columns(const float* a, int64_t lda, const typename T::type* row, int64_t stride, int64_t rows, float* const* y,
+                  int64_t begin, int64_t end) {
+  int64_t c = begin;
+  for (; c + 4 * kLanes <= end; c += 4 * kLanes) axpy_tile<T, S, 4>(a, lda, row, stride, rows, y, c);
+  for (; c + kLanes <= end; c += kLanes) axpy_tile<T, S, 1>(a, lda, row, stride, rows, y, c);
+  for (; c < end; ++c)
+    for (int s = 0; s < S; ++s)
+      for (int64_t r = 0; r < rows; ++r) y[s][c] = __builtin_fmaf(a[s * lda + r], T::scalar(row[r * stride + c]), y[s][c]);
+}
+
+// y[s] += sum over r of a[s * lda + r] * row r, n columns.
+template <class T>
+void add_axpys(const float* a, int64_t lda, const typename T::type* row, int64_t stride, int64_t rows, int64_t n,
+               float* const* y, int64_t outputs) {
+  if (outputs <= 2) {
+    for (int64_t r = 0; r < rows; r += 4) {
+      const typename T::type* at = row + r * stride;
+      if (rows - r >= 4) {
+        if (outputs == 1) axpy_rows<T, 4, 1>(a + r, lda, at, stride, y, n);
+        else axpy_rows<T, 4, 2>(a + r, lda, at, stride, y, n);
+        continue;
+      }
+      for (int64_t j = 0; j < rows - r; ++j)
+        if (outputs == 1) axpy_rows<T, 1, 1>(a + r + j, lda, at + j * stride, stride, y, n);
+        else axpy_rows<T, 1, 2>(a + r + j, lda, at + j * stride, stride, y, n);
+    }
+    return;
+  }
+  for (int64_t c = 0; c < n; c += kAxpyColumns) {
+    const int64_t end = std::min(n, c + kAxpyColumns);
+    for (int64_t s = 0; s < outputs; s += 3)
+      switch (outputs - s) {
+        case 1: axpy_columns<T, 1>(a + s * lda, lda, row, stride, rows, y + s, c, end); break;
+        case 2: axpy_columns<T, 2>(a + s * lda, lda, row, stride, rows, y + s, c, end); break;
+        default: axpy_columns<T, 3>(a + s * lda, lda, row, stride, rows, y + s, c, end);
+      }
+  }
+}
+
+}  // namespace resmoe

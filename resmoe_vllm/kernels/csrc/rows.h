@@ -1,0 +1,268 @@
+// Rows of weights that are stored compressed: decoded to fp32, or multiplied while they are decoded.
+#pragma once
+
+#include "products.h"
+
+namespace resmoe {
+
+struct Matrix {             // [E, rows, columns]
+  const void* data;         // in the layer's dtype, or uint8 codes; null: there is none
+  const uint16_t* scales;   // of codes: bf16 [E, rows, groups]
+  int64_t stride;           // from one expert to the next: elements, or bytes of codes
+  int64_t scales_stride;    // elements
+  int64_t bits;             // of a code; 0: stored in the layer's dtype
+  int64_t group;            // columns that share a scale, a multiple of 8; more than there are: the whole row
+};
+
+struct Bitmap {             // one part's pruned values; index: gate, up, down
+  const uint8_t* mask[3];        // [E, I, mask_bytes]; null where the part does not cover it
+  const int32_t* row_ptr[3];     // [E, I]: a row's first value; null: every row has values_per_row
+  const void* values[3];         // in the layer's dtype [E, N], or codes
+  const uint16_t* scales[3];     // of codes: bf16 [E, I, groups]
+  const int64_t* starts;         // [E] first value, or byte of codes, of each expert; null: e * values_stride
+  int64_t mask_stride[3];        // bytes from one expert to the next
+  int64_t row_ptr_stride[3];     // elements
+  int64_t values_stride[3];      // elements, or bytes of codes
+  int64_t scales_stride[3];      // elements
+  int64_t starts_stride;         // elements
+  int64_t readable[3];           // elements, or bytes of codes, from values on: where reading must stop
+  int64_t values_per_row;
+  int64_t bits;                  // of a code: 4 or 8; 0: values in the layer's dtype
+  int64_t group;                 // as in Matrix
+};
+
+inline int64_t octets_of(int64_t columns) { return (columns + kLanes - 1) / kLanes; }
+
+// ---- bitmap rows ---------------------------------------------------------------------------------------------
+
+// mask byte -> shuffle controls that spread packed values to their lanes
+struct ShuffleTable {
+  alignas(32) uint8_t wide[256][32];    // to the upper half of 32-bit lanes: bf16 becomes fp32 by that alone
+  alignas(16) uint8_t narrow[256][16];  // to 16-bit lanes
+  alignas(8) int8_t lane[256][8];       // source of each 32-bit lane, negative where there is none
+  ShuffleTable() {
+    for (int m = 0; m < 256; ++m)
+      for (int to = 0, next = 0; to < kLanes; ++to) {
+        const bool kept = m >> to & 1;
+        const uint8_t low = kept ? 2 * next : 0x80, high = kept ? 2 * next + 1 : 0x80;
+        wide[m][4 * to] = wide[m][4 * to + 1] = 0x80;
+        wide[m][4 * to + 2] = narrow[m][2 * to] = low;
+        wide[m][4 * to + 3] = narrow[m][2 * to + 1] = high;
+        lane[m][to] = kept ? next : -1;
+        next += kept;
+      }
+  }
+};
+const ShuffleTable kShuffle;
+
+// Byte j of the result: set bits in bytes 0..j of word.
+inline uint64_t prefix_counts(uint64_t word) {
+  uint64_t x = word - (word >> 1 & 0x5555555555555555u);
+  x = (x & 0x3333333333333333u) + (x >> 2 & 0x3333333333333333u);
+  x = (x + (x >> 4)) & 0x0f0f0f0f0f0f0f0fu;
+  return x * 0x0101010101010101u;
+}
+
+// Eight columns from packed values; reads 16 (fp32: 32) bytes from `values`.
+template <class T>
+inline __m256 expand8(const typename T::type* values, uint8_t mask);
+template <>
+inline __m256 expand8<BF16>(const uint16_t* values, uint8_t mask) {
+  const __m256i packed = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)values));
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(packed, _mm256_load_si256((const __m256i*)kShuffle.wide[mask])));
+}
+template <>
+inline __m256 expand8<FP16>(const uint16_t* values, uint8_t mask) {
+  return FP16::widen(_mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)values), _mm_load_si128((const __m128i*)kShuffle.narrow[mask])));
+}
+template <>
+inline __m256 expand8<FP32>(const float* values, uint8_t mask) {
+  const __m256i lanes = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)kShuffle.lane[mask]));
+  const __m256 spread = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), lanes);
+  return _mm256_blendv_ps(spread, _mm256_setzero_ps(), _mm256_castsi256_ps(lanes));
+}
+
+// Visit one row: vectors(column, __m256, j) for eight columns at a time, then scalars(column, float) for the rest.
+// `readable`: elements that may be read from `values` on; vectors never reach beyond.
+template <class T, class Vectors, class Scalars>
+inline void visit_row(const uint8_t* mask, const typename T::type* values, int64_t readable, int64_t n, Vectors vectors, Scalars scalars) {
+  int64_t c = 0;
+  for (; c + 64 <= n && readable >= 72; c += 64, mask += 8) {
+    uint64_t word;
+    memcpy(&word, mask, 8);
+    const uint64_t counts = prefix_counts(word);
+#if defined(__AVX512VBMI2__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+    if constexpr (sizeof(typename T::type) == 2) {
+      for (int half = 0; half < 2; ++half) {
+        const uint16_t* from = (const uint16_t*)values + (half ? (uint8_t)(counts >> 24) : 0);
+        alignas(64) uint16_t lanes[32];
+        _mm512_store_si512(lanes, _mm512_maskz_expand_epi16((__mmask32)(word >> 32 * half), _mm512_loadu_si512(from)));
+        for (int j = 0; j < 4; ++j) vectors(c + 32 * half + kLanes * j, T::load(lanes + kLanes * j), j);
+      }
+    } else
+#endif
+    {
+      alignas(8) uint8_t below[8];  // bytes through memory: one load each, where shifting takes two steps
+      const uint64_t shifted = counts << 8;
+      memcpy(below, &shifted, 8);
+      for (int j = 0; j < 8; ++j) vectors(c + kLanes * j, expand8<T>(values + below[j], mask[j]), j);
+    }
+    values += counts >> 56, readable -= counts >> 56;
+  }
+  for (; c < n; ++c) {
+    scalars(c, mask[0] >> (c & 7) & 1 ? T::scalar(*values++) : 0.0f);
+    if ((c & 7) == 7) ++mask;
+  }
+}
+
+template <class T>
+void decode_row(const uint8_t* mask, const typename T::type* values, int64_t readable, int64_t n, float* out) {
+  visit_row<T>(mask, values, readable, n, [&](int64_t c, __m256 w, int) { _mm256_storeu_ps(out + c, w); },
+               [&](int64_t c, float w) { out[c] = w; });
+}
+
+template <class T>
+float dot_row(const uint8_t* mask, const typename T::type* values, int64_t readable, int64_t n, const float* x) {
+  __m256 acc[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+  float rest = 0;
+  visit_row<T>(mask, values, readable, n,
+               [&](int64_t c, __m256 w, int j) { acc[j & 1] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + c), acc[j & 1]); },
+               [&](int64_t c, float w) { rest += w * x[c]; });
+  return rest + sum(_mm256_add_ps(acc[0], acc[1]));
+}
+
+template <class T>
+void axpy_row(float a, const uint8_t* mask, const typename T::type* values, int64_t readable, int64_t n, float* y) {
+  const __m256 va = _mm256_set1_ps(a);
+  visit_row<T>(mask, values, readable, n,
+               [&](int64_t c, __m256 w, int) { _mm256_storeu_ps(y + c, _mm256_fmadd_ps(va, w, _mm256_loadu_ps(y + c))); },
+               [&](int64_t c, float w) { y[c] += a * w; });
+}
+
+// ---- rows of codes -------------------------------------------------------------------------------------------
+
+template <int Bits>
+inline __m256i codes8(const uint8_t* row, int64_t octet, int64_t octets) {
+  if constexpr (Bits == 8) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(row + 8 * octet)));
+  } else if constexpr (Bits == 4) {
+    uint32_t word;
+    memcpy(&word, row + 4 * octet, 4);
+    const __m256i apart = _mm256_srlv_epi32(_mm256_set1_epi32(word), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+    return _mm256_and_si256(apart, _mm256_set1_epi32(15));
+  } else {  // two bits, and for three a plane of high bits behind them
+    uint16_t word;
+    memcpy(&word, row + 2 * octet, 2);
+    const __m256i apart = _mm256_srlv_epi32(_mm256_set1_epi32(word), _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14));
+    const __m256i low = _mm256_and_si256(apart, _mm256_set1_epi32(3));
+    if constexpr (Bits == 2) return low;
+    const __m256i high = _mm256_sllv_epi32(_mm256_set1_epi32(row[2 * octets + octet]), _mm256_setr_epi32(2, 1, 0, 0, 0, 0, 0, 0));
+    const __m256i right = _mm256_srlv_epi32(high, _mm256_setr_epi32(0, 0, 0, 1, 2, 3, 4, 5));
+    return _mm256_or_si256(low, _mm256_and_si256(right, _mm256_set1_epi32(4)));
+  }
+}
+
+// Visit the octets of a row of n columns in pairs: vectors(octet, (code - half) * scale, j).
+template <int Bits, class Vectors>
+inline void visit_codes(const uint8_t* row, const uint16_t* scales, int64_t group, int64_t n, Vectors vectors) {
+  const int64_t octets = octets_of(n);
+  for (int64_t o = 0; o < octets; ) {
+    const __m256 s = _mm256_set1_ps(BF16::scalar(*scales++)), half = _mm256_set1_ps(0.5f * ((1 << Bits) - 1));
+    const int64_t stop = std::min(octets, o + group / kLanes);
+    const auto octet = [&](int64_t at) {
+      return _mm256_mul_ps(_mm256_sub_ps(_mm256_cvtepi32_ps(codes8<Bits>(row, at, octets)), half), s);
+    };
+    for (; o + 2 <= stop; o += 2) vectors(o, octet(o), 0), vectors(o + 1, octet(o + 1), 1);
+    if (o < stop) vectors(o, octet(o), 0), ++o;
+  }
+}
+
+template <class Vectors>
+inline void visit_codes(const Matrix& part, int64_t e, int64_t i, int64_t n, Vectors vectors) {
+  const uint8_t* row = (const uint8_t*)part.data + e * part.stride + i * part.bits * octets_of(n);
+  const int64_t group = std::min(part.group, octets_of(n) * kLanes);
+  const uint16_t* scales = part.scales + e * part.scales_stride + i * ((n + group - 1) / group);
+  switch (part.bits) {
+    case 2: return visit_codes<2>(row, scales, group, n, vectors);
+    case 3: return visit_codes<3>(row, scales, group, n, vectors);
+    case 4: return visit_codes<4>(row, scales, group, n, vectors);
+    default: return visit_codes<8>(row, scales, group, n, vectors);
+  }
+}
+
+// Writes whole octets.
+inline void decode_codes(const Matrix& part, int64_t e, int64_t i, int64_t n, float* out) {
+  visit_codes(part, e, i, n, [&](int64_t o, __m256 w, int) { _mm256_storeu_ps(out + o * kLanes, w); });
+}
+
+// Multiply while decoding, in the order of a dot of two chains; n a multiple of 16.
+inline float dot_codes(const Matrix& part, int64_t e, int64_t i, int64_t n, const float* x) {
+  __m256 acc[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+  visit_codes(part, e, i, n, [&](int64_t o, __m256 w, int j) {
+    acc[j] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + o * kLanes), acc[j]);
+  });
+  return sum(_mm256_add_ps(acc[0], acc[1]));
+}
+
+// n a multiple of 8.
+inline void axpy_codes(float a, const Matrix& part, int64_t e, int64_t i, int64_t n, float* y) {
+  const __m256 va = _mm256_set1_ps(a);
+  visit_codes(part, e, i, n, [&](int64_t o, __m256 w, int) {
+    _mm256_storeu_ps(y + o * kLanes, _mm256_fmadd_ps(va, w, _mm256_loadu_ps(y + o * kLanes)));
+  });
+}
+
+// ---- one row of a bitmap part --------------------------------------------------------------------------------
+
+// Levels of `count` codes of 4 or 8 bits from the `first` on.
+inline void decode_levels(const uint8_t* codes, int64_t bits, int64_t first, int64_t count, float* out) {
+  if (bits == 8) {
+    for (int64_t k = 0; k < count; ++k) out[k] = codes[first + k] - 127.5f;
+    return;
+  }
+  for (int64_t k = 0; k < count; ++k) out[k] = (codes[(first + k) >> 1] >> 4 * ((first + k) & 1) & 15) - 7.5f;
+}
+
+template <class T>
+struct BitmapRow {
+  const uint8_t* mask;
+  const typename T::type* values;  // null: codes
+  int64_t readable;
+  bool whole(int64_t n) const { return values && readable >= n + 72; }  // vectors all along: not at the buffer's very end
+};
+
+template <class T>
+BitmapRow<T> locate(const Bitmap& part, int p, int64_t mask_bytes, int64_t e, int64_t i) {
+  const uint8_t* mask = part.mask[p] + e * part.mask_stride[p] + i * mask_bytes;
+  if (part.bits) return {mask, nullptr, 0};
+  const int64_t expert = part.starts ? part.starts[e * part.starts_stride] : e * part.values_stride[p];
+  const int64_t start = expert + (part.row_ptr[p] ? part.row_ptr[p][e * part.row_ptr_stride[p] + i] : i * part.values_per_row);
+  return {mask, (const typename T::type*)part.values[p] + start, part.readable[p] - start};
+}
+
+// `spare`: n + 72 floats.
+template <class T>
+void decode_bitmap(const Bitmap& part, int p, int64_t mask_bytes, int64_t e, int64_t i, int64_t n, float* out, float* spare) {
+  const BitmapRow<T> at = locate<T>(part, p, mask_bytes, e, i);
+  if (at.values) return decode_row<T>(at.mask, at.values, at.readable, n, out);
+  int64_t count = 0;
+  for (int64_t b = 0; b < mask_bytes; b += 8) {
+    uint64_t word;
+    memcpy(&word, at.mask + b, 8);
+    count += __builtin_popcountll(word);
+  }
+  const uint8_t* codes = (const uint8_t*)part.values[p] + (part.starts ? part.starts[e * part.starts_stride] : e * part.values_stride[p]);
+  if (part.row_ptr[p])
+    decode_levels(codes, part.bits, part.row_ptr[p][e * part.row_ptr_stride[p] + i], count, spare);
+  else
+    decode_levels(codes + i * part.bits * octets_of(part.values_per_row), part.bits, 0, count, spare);
+  decode_row<FP32>(at.mask, spare, n + 72, n, out);
+  const int64_t group = std::min(part.group, n), groups = (n + group - 1) / group;
+  const uint16_t* scales = part.scales[p] + e * part.scales_stride[p] + i * groups;
+  for (int64_t g = 0; g < groups; ++g) {
+    const float scale = BF16::scalar(scales[g]);
+    for (int64_t c = g * group; c < std::min(n, (g + 1) * group); ++c) out[c] *= scale;
+  }
+}
+
+}  // namespace resmoe
