@@ -1,13 +1,16 @@
 """Throughput and memory of the original and the compressed model, each behind a real `vllm serve`.
 
     python -m benchmarks.serve                                         # a small model made here, and two compressed
+    python -m benchmarks.serve --synthetic OLMoE-1B-7B --layers 8      # random weights at a true shape, 20 GB of disk
     python -m benchmarks.serve --model original=DIR --model small=DIR2 --rates 1 4 inf --json rows.json
 
 The models are served one after the other, on the same machine, with no option but directory and port; the load comes
-from vLLM's own client, `vllm bench serve`. Peak memory is that of the server's whole process tree.
+from vLLM's own client, `vllm bench serve`; besides the rates, one request at a time. Peak memory is that of the
+server's whole process tree.
 """
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -19,10 +22,15 @@ from benchmarks.reference_models import PRESETS, preset_config
 from benchmarks.rows import Row, print_rows, write_rows
 from benchmarks.serving.bench_client import Load, run_load
 from benchmarks.serving.server import VllmServer
+from benchmarks.shapes import SHAPES, MoEShape
+from benchmarks.synthetic_checkpoint import write_compressed, write_dense
 from compress_tools.checkpoint_reader import CheckpointReader
 from compress_tools.errors import ConfigError, ResMoEError
 
 MIB = 2**20
+ON_DISK, RESIDENT, WEIGHT_LOAD = "experts on disk", "experts resident in the server", "weight load"
+# Against the dense twin of a true shape: decoding one request at a time, expert memory, loading.
+TARGET_DECODE, TARGET_RESIDENT, TARGET_LOAD = 1.5, 0.4, 1.0
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "resmoe" / "benchmarks"
 
 
@@ -31,13 +39,19 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     console = Console(stderr=True)
     try:
-        models = dict(args.model) if args.model else make_models(args.preset, console)
+        if args.model:
+            models = dict(args.model)
+        elif args.synthetic:
+            models = make_synthetic(SHAPES[args.synthetic], args.layers, console)
+        else:
+            models = make_models(args.preset, console)
         check_lengths(models, args.input_len + args.output_len)
         rows = []
         for name, model_dir in models.items():
             console.print(f"{name}: starting vllm serve {model_dir}", highlight=False)
             with VllmServer(model_dir, console=console) as server:
                 rows += measure(name, server, args, console)
+        rows += compare(rows, list(models), targets=bool(args.synthetic))
     except ResMoEError as err:
         print(f"error: {err}", file=sys.stderr)
         return err.exit_code
@@ -54,6 +68,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", action="append", type=named_dir, metavar="NAME=DIR", help="repeatable")
     parser.add_argument("--preset", choices=PRESETS, default="demo", help="model to make when no --model is given")
+    parser.add_argument(
+        "--synthetic", choices=SHAPES, metavar="SHAPE", help=f"random models instead: {', '.join(SHAPES)}"
+    )
+    parser.add_argument("--layers", type=int, default=8, help="decoder layers of the random models")
     parser.add_argument("--rates", nargs="+", type=float, default=[1, 4, float("inf")], help="requests/s; or inf")
     parser.add_argument("--max-concurrency", type=int, help="requests in flight at most")
     parser.add_argument("--num-prompts", type=int, default=32, help="requests at each rate")
@@ -80,6 +98,22 @@ def make_models(preset: str, console: Console) -> dict[str, Path]:
     return models
 
 
+def make_synthetic(shape: MoEShape, layers: int, console: Console) -> dict[str, Path]:
+    """A random original and what both methods would make of it, in the user's cache directory."""
+    models = {name: CACHE / f"{shape.name}-{layers}" / name for name in ("original", "prune", "low-rank")}
+    for name, path in models.items():
+        if path.exists():
+            console.print(f"{path} is there already; remove it to write it again", highlight=False)
+        elif name == "original":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            console.print(f"writing {path}", highlight=False)
+            write_dense(path, shape, layers)
+        else:
+            console.print(f"writing {path}", highlight=False)
+            write_compressed(path, models["original"], name, 0.25)
+    return models
+
+
 def check_lengths(models: dict[str, Path], tokens: int) -> None:
     """Refuse lengths that a model's context can't hold, before any server is started.
 
@@ -101,25 +135,55 @@ def measure(name: str, server: VllmServer, args: argparse.Namespace, console: Co
     def add(what: str, value: float, unit: str, **context: object) -> None:
         rows.append(Row(f"{name}: {what}", value, unit, context={"model": name, "metric": what, **context}))
 
-    for rate in args.rates:
-        load = Load(rate, args.num_prompts, args.input_len, args.output_len, args.max_concurrency)
+    lengths = args.num_prompts, args.input_len, args.output_len
+    loads = [Load(math.inf, *lengths, max_concurrency=1)]
+    loads += [Load(rate, *lengths, args.max_concurrency) for rate in args.rates]
+    for load in loads:
         console.print(f"{name}: {load.num_prompts} requests, {load}", highlight=False)
         result = run_load(server, load)
         context = {
-            "rate": str(rate), "max_concurrency": args.max_concurrency, "num_prompts": args.num_prompts,
+            "rate": str(load.rate), "max_concurrency": load.max_concurrency, "num_prompts": args.num_prompts,
             "input_len": args.input_len, "output_len": args.output_len,
         }  # fmt: skip
         add(f"output at {load}", result.output_tokens_per_s, "tokens/s", **context)
         add(f"median TTFT at {load}", result.median_ttft_ms, "ms", **context)
         add(f"median TPOT at {load}", result.median_tpot_ms, "ms", **context)
         add(f"median ITL at {load}", result.median_itl_ms, "ms", **context)
-    add("experts on disk", expert_bytes_on_disk(Path(server.model)) / MIB, "MiB")
-    add("experts resident in the server", sum(server.resident_expert_bytes().values()) / MIB, "MiB")
+    add(ON_DISK, expert_bytes_on_disk(Path(server.model)) / MIB, "MiB")
+    add(RESIDENT, sum(server.resident_expert_bytes().values()) / MIB, "MiB")
     if server.weight_load_s is not None:
-        add("weight load", server.weight_load_s, "s")
+        add(WEIGHT_LOAD, server.weight_load_s, "s")
     add("start to healthy", server.startup_s, "s")
     add("peak memory of the server's processes", server.peak_rss_bytes / MIB, "MiB")
     return rows
+
+
+def compare(rows: list[Row], models: list[str], targets: bool) -> list[Row]:
+    """Every model against the first: decoding speed at each load, expert memory, loading time."""
+    measured = {(row.context["model"], row.context["metric"]): row for row in rows}
+    compared = []
+    for name in models[1:]:
+        for (model, metric), base in measured.items():
+            own = measured.get((name, metric))
+            if model != models[0] or own is None or not base.value:
+                continue
+            context = {**own.context, "against": model}
+            if metric.startswith("median TPOT"):
+                alone = base.context["max_concurrency"] == 1
+                label = f"{name} against {model}: decoding speed{metric.removeprefix('median TPOT')}"
+                target = TARGET_DECODE if targets and alone else None
+                compared.append(_against(label, base.value / own.value, target, True, context))
+            elif metric in (RESIDENT, WEIGHT_LOAD):
+                target = TARGET_RESIDENT if metric == RESIDENT else TARGET_LOAD
+                label = f"{name} against {model}: {metric}"
+                compared.append(_against(label, own.value / base.value, target if targets else None, False, context))
+    return compared
+
+
+def _against(name: str, value: float, target: float | None, more: bool, context: dict[str, object]) -> Row:
+    if target is None:
+        return Row(name, value, "x", context=context)
+    return (Row.at_least if more else Row.at_most)(name, value, "x", target, **context)
 
 
 if __name__ == "__main__":

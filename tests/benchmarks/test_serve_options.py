@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import serve
+from benchmarks.rows import Row
 from benchmarks.serving.bench_client import Load
 
 
@@ -31,3 +32,20 @@ def test_lengths_beyond_the_context_are_refused(tiny_mixtral: Path, capsys: pyte
     options = ["--model", f"small={tiny_mixtral}", "--input-len", "100", "--output-len", "29"]
     assert serve.main(options) == 2
     assert "129 tokens together, its context holds 128" in capsys.readouterr().err
+
+
+def test_models_are_compared_with_the_first():
+    def measured(model: str, tpot: float, resident: float, load: float) -> list[Row]:
+        context = {"model": model, "max_concurrency": 1}
+        return [
+            Row(f"{model}: tpot", tpot, "ms", context={**context, "metric": "median TPOT at all at once"}),
+            Row(f"{model}: bytes", resident, "MiB", context={**context, "metric": serve.RESIDENT}),
+            Row(f"{model}: load", load, "s", context={**context, "metric": serve.WEIGHT_LOAD}),
+        ]
+
+    rows = measured("original", 30, 100, 4) + measured("small", 15, 50, 2)
+    speed, memory, load = serve.compare(rows, ["original", "small"], targets=True)
+    assert (speed.value, speed.target, speed.met) == (2, 1.5, True)
+    assert (memory.value, memory.target, memory.met) == (0.5, 0.4, False)
+    assert (load.value, load.met) == (0.5, True)
+    assert all(row.target is None for row in serve.compare(rows, ["original", "small"], targets=False))
