@@ -8,19 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress_tools.alignment_guess import is_certainly_optimal
+from compress_tools.alignment_guess import is_certainly_optimal, rows_too_close
 from compress_tools.assignment import MAX_GAP, Certificate, certify, solve_assignment
 from compress_tools.clock import StageClock
 from compress_tools.errors import NumericalError
 from compress_tools.parallel import in_parallel
+from compress_tools.products import product, row_distances, squared_distance, squared_norm
 
 # From this many rows on, the whole product costs more than the few passes that may prove a guess without it.
 PROVE_FROM_ROWS = 4096
 
 # An earlier permutation that is still optimal shows it within a few sweeps; beyond these, solving is cheaper.
 _WARM_SWEEPS = 6
-
-_ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -77,12 +76,18 @@ def align_experts(
         NumericalError: a cost is not finite, or no solver comes within ``MAX_GAP``; names the expert.
     """
     center_energy = squared_norm(center)
+    proving = guess is not None and len(center) >= PROVE_FROM_ROWS
+    if proving:
+        with (clock or StageClock()).stage("cost matrix"):
+            close, distance = _first_proof(design, center, guess, workers)
 
     def match(expert: int) -> tuple[_Match, StageClock]:
         known = guess[expert] if guess is not None else None
         warm = proof[expert] if proof is not None else None
         own = StageClock()
-        found = _match(expert, design[expert], center, center_energy, known, warm, own)
+        with own.stage("cost matrix"):
+            proved = _proved(center, design[expert], known, close, distance[expert]) if proving else None
+        found = proved or _match(expert, design[expert], center, center_energy, known, warm, own)
         advance()
         return found, own
 
@@ -110,26 +115,31 @@ def _match(
 ) -> _Match:
     """One expert ``weights`` [I, D] against the center."""
     with clock.stage("cost matrix"):
-        if guess is not None and len(center) >= PROVE_FROM_ROWS:
-            match = _proved(center, weights, guess)
-            if match is not None:
-                return match
         clock.count("cost matrix", 2 * len(center) * center.numel())
-        gain = (center @ weights.float().T).cpu()  # [I center, I expert], fp32
+        gain = product(center, weights.float().T).cpu()  # [I center, I expert], fp32
         if not torch.isfinite(gain).all():
             raise NumericalError(f"expert {expert}: the alignment cost overflows fp32")
     with clock.stage("assignment"):
         return _solve(expert, center, weights, gain, center_energy, guess, warm)
 
 
-def _proved(center: Tensor, weights: Tensor, guess: Tensor) -> _Match | None:
-    """The guess, if it can be proved optimal without the whole cost matrix."""
+def _first_proof(design: Tensor, center: Tensor, guess: Tensor, workers: int) -> tuple[Tensor | None, list[float]]:
+    """Rows that the center's own distances leave open, see ``rows_too_close``; each expert's squared distance."""
+
+    def distances(expert: int) -> Tensor:
+        return row_distances(center, design[expert][guess[expert].to(design.device)])
+
+    found = in_parallel(distances, range(len(design)), workers)
+    close = rows_too_close(center, torch.stack(found).amax(0).sqrt(), workers)
+    return close, [rows.double().sum().item() for rows in found]
+
+
+def _proved(center: Tensor, weights: Tensor, guess: Tensor, close: Tensor | None, distance: float) -> _Match | None:
+    """The guess, if it can be proved optimal without the whole cost matrix; ``close``: rows left to prove, or all."""
+    if distance == 0 or (close is not None and not len(close)):
+        return _Match(guess, distance, 0.0)
     aligned = weights[guess.to(weights.device)].float()
-    if torch.equal(center, aligned):
-        return _Match(guess, 0.0, 0.0)
-    if is_certainly_optimal(center, aligned):
-        return _Match(guess, squared_distance(center, aligned), 0.0)
-    return None
+    return _Match(guess, distance, 0.0) if is_certainly_optimal(center, aligned, close) else None
 
 
 def _solve(
@@ -166,14 +176,3 @@ def _solve(
         if match.gap <= MAX_GAP:
             return match
     raise NumericalError(f"expert {expert}: assignment not certified optimal: relative duality gap {match.gap:.3g}")
-
-
-def squared_distance(left: Tensor, right: Tensor) -> float:
-    """``||left - right||_F^2``: rows in fp32, their sum in float64, by blocks of rows."""
-    pairs = zip(left.split(_ROWS_AT_ONCE), right.split(_ROWS_AT_ONCE), strict=True)
-    return sum((a.float() - b.float()).square_().sum(1).double().sum().item() for a, b in pairs)
-
-
-def squared_norm(matrix: Tensor) -> float:
-    """``||matrix||_F^2``, as ``squared_distance``."""
-    return sum(rows.float().square().sum(1).double().sum().item() for rows in matrix.split(_ROWS_AT_ONCE))

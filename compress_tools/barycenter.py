@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress_tools.alignment import align_experts, squared_distance, squared_norm
+from compress_tools.alignment import align_experts
 from compress_tools.clock import StageClock
 from compress_tools.errors import NumericalError
 from compress_tools.parallel import in_parallel
+from compress_tools.products import squared_distance, squared_norm
 
 _ROWS_AT_ONCE = 512
 

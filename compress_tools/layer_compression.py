@@ -5,16 +5,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress_tools.alignment import squared_distance, squared_norm
 from compress_tools.barycenter import CenterResult, find_center
 from compress_tools.clock import StageClock
 from compress_tools.config import CompressionConfig
 from compress_tools.design_matrix import design_to_rows, expert_to_rows, fill_design, rows_to_design
-from compress_tools.format.codec import restore_center, restore_expert
+from compress_tools.format.codec import decode_residual, restore_center
 from compress_tools.format.schema import LayerSpec, Projection
 from compress_tools.format.tensors import BIAS, DTYPES, dense_layer_bytes, layer_bytes, layer_tensors, tensor_name
 from compress_tools.parallel import in_parallel
 from compress_tools.plan import CompressionPlan
+from compress_tools.products import squared_distance, squared_norm
 from compress_tools.progress import ProgressListener
 from compress_tools.report import LayerReport
 from compress_tools.residuals.base import StoredTensors
@@ -125,9 +125,13 @@ def code_layer(
     if found.center is not None:
         shared = encode_center(spec, found.center, dtype)
         # The residual is taken against the center as stored, so that its rounding is not lost.
-        restored_center = restore_center(spec, shared, sizes.hidden_size)
         absent = torch.zeros(sizes.intermediate_size, sizes.hidden_size)
-        center = rows_to_design({p: restored_center.get(p, absent) for p in projections}).to(weights.design.device)
+        rows = {**dict.fromkeys(projections, absent), **restore_center(spec, shared, sizes.hidden_size)}
+        center = rows_to_design({projection: rows[projection] for projection in projections})
+        del rows
+    stored_center = {} if center is None else design_to_rows(center, projections)
+    if center is not None:
+        center = center.to(weights.design.device)
 
     def code(expert: int) -> tuple[StoredTensors, float, float]:
         perm = found.perm[expert]
@@ -141,7 +145,10 @@ def code_layer(
             # down's bias belongs to the output, whose order does not change.
             ordered = bias if projection == "down_proj" else bias[perm]
             stored[projection, BIAS] = ordered.to(dtype).contiguous()
-        restored = restore_expert(own, shared, stored, sizes.hidden_size)
+        # As ``restore_expert`` does, but in place: a large expert is not copied three times.
+        restored = decode_residual(own, stored, sizes.hidden_size)
+        for projection, center_rows in stored_center.items():
+            restored[projection] += center_rows
         rows = design_to_rows(aligned.cpu(), projections)
         error = sum(squared_distance(rows[projection], restored[projection]) for projection in projections)
         progress.step()

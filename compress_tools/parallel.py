@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+from threadpoolctl import threadpool_limits
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -31,10 +32,11 @@ def in_parallel(function: Callable[[Item], Result], items: Iterable[Item], worke
 
 @contextmanager
 def one_thread_each() -> Iterator[None]:
-    """torch's products take one thread inside."""
+    """torch's and numpy's products take one thread inside."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with threadpool_limits(1, user_api="blas"):
+            yield
     finally:
         torch.set_num_threads(before)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress_tools.products import product, squared_norm
+
 # Columns beyond the wanted rank, and how far beyond those the filter's cut lies; with the growth below they keep the
 # excess error under 0.1 % on flat spectra (tests/compress_tools/test_svd.py, and `python -m benchmarks.compress`).
 OVERSAMPLING = 1.3
@@ -91,7 +93,7 @@ def _by_eigh(matrix: Tensor, rank: int) -> Tensor:
     if matrix.shape[0] <= matrix.shape[1]:
         return leading.float()
     # Right vectors v give u = M v / |M v|; null directions are completed by QR.
-    left = torch.cat([block.double() @ leading for block in matrix.split(2048)])
+    left = torch.cat([product(block.double(), leading) for block in matrix.split(2048)])
     return torch.linalg.qr(left)[0].float()
 
 
@@ -102,12 +104,12 @@ def _gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     edges = [*range(0, size, max(256, -(-size // 8))), size]
     for start, stop in zip(edges, edges[1:], strict=False):
         # Block rows against everything from their own diagonal on; wide matrices by column blocks.
-        product = total.new_zeros(stop - start, size - start)
+        rows = total.new_zeros(stop - start, size - start)
         for columns in range(0, matrix.shape[1], 4096):
             part = matrix[start:, columns : columns + 4096].to(dtype)
-            product += part[: stop - start] @ part.T
-        total[start:stop, start:] = product
-        total[start:, start:stop] = product.T
+            rows += product(part[: stop - start], part.T)
+        total[start:stop, start:] = rows
+        total[start:, start:stop] = rows.T
     return total
 
 
@@ -122,15 +124,15 @@ def _filtered(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, float]:
     basis = _chebyshev(gram, basis, _parts(spectrum, rank, width, cut), cut)
     del gram
     if matrix.shape[0] <= matrix.shape[1]:
-        image = basis.T @ matrix  # [width, D]
-        values, rotation = torch.linalg.eigh((image @ image.T).double())
-        left = basis @ rotation[:, -rank:].flip(1).float()
+        image = product(basis.T, matrix)  # [width, D]
+        values, rotation = torch.linalg.eigh(product(image, image.T).double())
+        left = product(basis, rotation[:, -rank:].flip(1).float())
     else:
-        image = matrix @ basis  # [I, width]
-        values, rotation = torch.linalg.eigh((image.T @ image).double())
+        image = product(matrix, basis)  # [I, width]
+        values, rotation = torch.linalg.eigh(product(image.T, image).double())
         kept = values[-rank:].flip(0).clamp(min=torch.finfo(torch.float64).tiny)
-        left = image @ (rotation[:, -rank:].flip(1) / kept.sqrt()).float()
-    energy = sum(rows.square().sum(1).double().sum().item() for rows in matrix.split(512))
+        left = product(image, (rotation[:, -rank:].flip(1) / kept.sqrt()).float())
+    energy = squared_norm(matrix)
     tail = 1 - values[-rank:].sum().item() / energy if energy else 0.0
     return left, tail
 
@@ -218,9 +220,9 @@ def _chebyshev(gram: Tensor, basis: Tensor, parts: list[int], cut: float) -> Ten
     """Orthonormal basis of ``p(gram) @ basis``, p Chebyshev polynomials of the given degrees on [0, cut]."""
     half = cut / 2 if cut > 0 else 1.0
     for degree in parts:
-        before, now = basis, (gram @ basis).div_(half).sub_(basis)
+        before, now = basis, product(gram, basis).div_(half).sub_(basis)
         for _ in range(degree - 1):
-            following = (gram @ now).div_(half).sub_(now).mul_(2).sub_(before)
+            following = product(gram, now).div_(half).sub_(now).mul_(2).sub_(before)
             before, now = now, following
             scale = now.norm() / now.shape[1] ** 0.5
             before, now = before / scale, now / scale

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from compress_tools.alignment import align_experts, squared_distance, squared_norm
+from compress_tools.alignment import align_experts
 from compress_tools.architectures.layouts import MoESource, open_source
 from compress_tools.checkpoint_reader import CheckpointReader
 from compress_tools.design_matrix import expert_to_rows, rows_to_design
 from compress_tools.errors import FormatError
+from compress_tools.products import squared_distance, squared_norm
 from compress_tools.report import REPORT_NAME
 from compress_tools.resmoe_checkpoint import ResMoECheckpoint
 

@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.compress.source import Kind
 from benchmarks.shapes import MoEShape
-from compress_tools.alignment import squared_norm
 from compress_tools.barycenter import CenterResult, find_center
 from compress_tools.checkpoint_reader import CheckpointReader
 from compress_tools.checkpoint_writer import CheckpointWriter
@@ -22,6 +21,7 @@ from compress_tools.format.tensors import layer_tensors, tensor_name
 from compress_tools.layer_compression import LayerWeights, code_layer, read_layer
 from compress_tools.parallel import in_parallel
 from compress_tools.plan import make_plan
+from compress_tools.products import squared_norm
 from compress_tools.progress import Silent
 from compress_tools.residuals.registry import encode_residual
 from compress_tools.svd import left_singular_vectors, tail_energy

@@ -40,6 +40,7 @@ from compress_tools.format.tensors import (
     U,
     V,
 )
+from compress_tools.products import product
 
 Rows = dict[Projection, Tensor]
 Stored = Mapping[tuple[Projection, str], Tensor]
@@ -117,7 +118,7 @@ def decode_low_rank(part: LowRankResidual, stored: Stored, hidden_size: int) -> 
     """``U @ V`` for each projection."""
     left = restore_left_factor(part, stored)
     return {
-        projection: left @ restore_right_factor(part, stored, projection, hidden_size)
+        projection: product(left, restore_right_factor(part, stored, projection, hidden_size))
         for projection in part.projections
     }
 

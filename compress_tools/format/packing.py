@@ -2,6 +2,7 @@
 
 from math import ceil
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +12,10 @@ from compress_tools.format.tensors import code_row_bytes, mask_row_bytes
 def pack_mask(keep: Tensor) -> Tensor:
     """Pack booleans ``[I, H]`` into uint8 ``[I, mask_row_bytes(H)]``; column c is bit ``c % 8`` of byte ``c // 8``."""
     size_i, size_h = keep.shape
+    if keep.device.type == "cpu":
+        packed = np.zeros((size_i, mask_row_bytes(size_h)), np.uint8)
+        packed[:, : ceil(size_h / 8)] = np.packbits(keep.numpy(), axis=1, bitorder="little")
+        return torch.from_numpy(packed)
     padded = torch.zeros(size_i, 8 * mask_row_bytes(size_h), dtype=torch.uint8, device=keep.device)
     padded[:, :size_h] = keep
     return _pack_plane(padded, 1)
@@ -18,6 +23,9 @@ def pack_mask(keep: Tensor) -> Tensor:
 
 def unpack_mask(mask: Tensor, hidden_size: int) -> Tensor:
     """Inverse of ``pack_mask``: uint8 ``[..., mask_row_bytes(H)]`` to bool ``[..., H]``, on the mask's device."""
+    if mask.device.type == "cpu":
+        keep = np.unpackbits(mask.numpy(), axis=-1, count=hidden_size, bitorder="little")
+        return torch.from_numpy(keep).view(torch.bool)
     return _unpack_plane(mask, 1)[..., :hidden_size].bool()
 
 

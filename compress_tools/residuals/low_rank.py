@@ -7,6 +7,7 @@ from compress_tools.design_matrix import design_to_rows
 from compress_tools.format.codec import restore_left_factor
 from compress_tools.format.schema import LowRankResidual
 from compress_tools.format.tensors import U_CODES, U_SCALES, V_CODES, V_SCALES, U, V
+from compress_tools.products import product
 from compress_tools.residuals.base import StoredTensors
 from compress_tools.residuals.quantize import pack_rows
 from compress_tools.svd import left_singular_vectors
@@ -27,7 +28,7 @@ class LowRank:
         else:
             stored[first, U_CODES], stored[first, U_SCALES] = pack_rows(left, part.factor_bits, None)
         wide = restore_left_factor(part, stored).to(residual.device)
-        right = torch.linalg.solve(wide.T @ wide, wide.T @ residual)  # [R, P*H]
+        right = torch.linalg.solve(product(wide.T, wide), product(wide.T, residual))  # [R, P*H]
         for projection, rows in design_to_rows(right, part.projections).items():
             if part.factor_bits is None:
                 stored[projection, V] = rows.to(dtype).contiguous().cpu()

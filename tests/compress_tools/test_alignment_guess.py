@@ -5,8 +5,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from compress_tools.alignment import align_experts
-from compress_tools.alignment_guess import is_certainly_optimal
+from compress_tools.alignment_guess import is_certainly_optimal, rows_too_close
 from compress_tools.barycenter import identity_perm
+from compress_tools.products import row_distances
 from tests.compress_tools.test_alignment import random_design
 
 
@@ -48,6 +49,48 @@ def test_one_bad_row_among_good_ones_is_seen() -> None:
     aligned = center + 0.05 * other
     aligned[[501, 777]] = aligned[[777, 501]]
     assert not is_certainly_optimal(center, aligned)
+
+
+def too_close(center: torch.Tensor, *experts: torch.Tensor) -> torch.Tensor | None:
+    reach = torch.stack([row_distances(center, aligned) for aligned in experts]).amax(0).sqrt()
+    return rows_too_close(center, reach, workers=2)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05, 0.1], ids=lambda n: f"noise{n}")
+@pytest.mark.parametrize("rows", [1, 2, 65, 400], ids=lambda n: f"I{n}")
+def test_the_centers_own_distances_prove_near_copies(rows: int, noise: float) -> None:
+    center, *others = random_design(4, rows, 640)
+    experts = [center + noise * other for other in others]
+    assert too_close(center, *experts).tolist() == []
+    assert all(is_optimal(center, aligned) for aligned in experts)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_centers_own_distances_prove_nothing_false(seed: int) -> None:
+    center, other = random_design(2, 30, 6, seed)
+    aligned = center + 0.15 * (seed % 5) * other
+    if seed % 2:
+        aligned[[3, 4]] = aligned[[4, 3]]
+    close = too_close(center, aligned)
+    if close is not None and is_certainly_optimal(center, aligned, close):
+        assert is_optimal(center, aligned)
+
+
+def test_two_rows_that_lie_too_close_are_left_open() -> None:
+    """In different blocks, neither among the sampled ones; the others stay proved, and these two by a second look."""
+    center, other = random_design(2, 2000, 256)
+    center[1777] = center[501] + 0.05 * other[1777]
+    aligned = center + 0.04 * other
+    close = too_close(center, aligned)
+    assert close.tolist() == [501, 1777]
+    assert is_optimal(center, aligned) == is_certainly_optimal(center, aligned, close)
+    swapped = aligned.clone()
+    swapped[[501, 1777]] = aligned[[1777, 501]]
+    assert not is_certainly_optimal(center, swapped, close)
+
+
+def test_strangers_are_given_up_after_the_sample() -> None:
+    assert too_close(*random_design(2, 300, 64)) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -63,11 +63,22 @@ inline __m256 load_tail(const typename T::type* row, int64_t n, int64_t columns)
   return _mm256_load_ps(lanes);
 }
 
+// The cache lines of 32 columns of R rows; beyond a buffer's end nothing happens.
+template <class T, int R>
+inline void fetch_ahead(const typename T::type* row, int64_t stride) {
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (unsigned b = 0; b < 4 * kLanes * sizeof(typename T::type); b += 64)
+      _mm_prefetch((const char*)(row + r * stride) + b, _MM_HINT_T0);
+}
+
 // ---- dots ----------------------------------------------------------------------------------------------------
 
 // sums[r * ld + s] += row r . x[s] over columns [begin, end); n: columns of the whole row. Chains: sums of lanes that
 // take turns, for kernels that multiply one row while they decode it.
-template <class T, int R, int S, int Chains>
+// Ahead: fetch the R rows behind these, which come next where each row is read once.
+template <class T, int R, int S, int Chains, bool Ahead = false>
 inline void dot_tile(const typename T::type* row, int64_t stride, const float* const* x, int64_t begin, int64_t end,
                      float* sums, int64_t ld) {
   __m256 acc[R][S][Chains];
@@ -78,6 +89,22 @@ inline void dot_tile(const typename T::type* row, int64_t stride, const float* c
 #pragma GCC unroll 2
       for (int j = 0; j < Chains; ++j) acc[r][s][j] = _mm256_setzero_ps();
   int64_t c = begin;
+  if (Ahead && Chains == 1)
+    for (; c + 4 * kLanes <= end; c += 4 * kLanes) {
+      fetch_ahead<T, R>(row + R * stride + c, stride);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        __m256 in[S];
+#pragma GCC unroll 16
+        for (int s = 0; s < S; ++s) in[s] = _mm256_loadu_ps(x[s] + c + j * kLanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          const __m256 w = T::load(row + r * stride + c + j * kLanes);
+#pragma GCC unroll 16
+          for (int s = 0; s < S; ++s) acc[r][s][0] = _mm256_fmadd_ps(w, in[s], acc[r][s][0]);
+        }
+      }
+    }
   for (; c + Chains * kLanes <= end; c += Chains * kLanes)
 #pragma GCC unroll 2
     for (int j = 0; j < Chains; ++j) {
@@ -112,13 +139,23 @@ inline void dot_tile(const typename T::type* row, int64_t stride, const float* c
       sums[r * ld + s] += sum(Chains == 2 ? _mm256_add_ps(acc[r][s][0], acc[r][s][Chains - 1]) : acc[r][s][0]);
 }
 
-template <class T, int R, int Chains, class... Rest>
+template <class T, int R, int Chains, bool Ahead, class... Rest>
 inline void dot_inputs(int64_t inputs, const typename T::type* row, int64_t stride, const float* const* x, Rest... rest) {
   switch (inputs) {
-    case 1: return dot_tile<T, R, 1, Chains>(row, stride, x, rest...);
-    case 2: return dot_tile<T, R, 2, Chains>(row, stride, x, rest...);
-    default: return dot_tile<T, R, 3, Chains>(row, stride, x, rest...);
+    case 1: return dot_tile<T, R, 1, Chains, Ahead>(row, stride, x, rest...);
+    case 2: return dot_tile<T, R, 2, Chains, Ahead>(row, stride, x, rest...);
+    default: return dot_tile<T, R, 3, Chains, Ahead>(row, stride, x, rest...);
   }
+}
+
+template <class T, int Chains, bool Ahead, class... Rest>
+inline void dot_rows(int64_t rows, Rest... rest) {
+  if constexpr (Chains == 1) {
+    if (rows == 4) return dot_inputs<T, 4, Chains, Ahead>(rest...);
+    if (rows == 3) return dot_inputs<T, 3, Chains, Ahead>(rest...);
+  }
+  if (rows == 2) return dot_inputs<T, 2, Chains, Ahead>(rest...);
+  dot_inputs<T, 1, Chains, Ahead>(rest...);
 }
 
 // Rows and inputs by tiles of four (two chains: two) by three.
@@ -131,14 +168,10 @@ void dot_block(const typename T::type* row, int64_t stride, int64_t rows, const 
       const typename T::type* at = row + r * stride;
       float* into = sums + r * ld + s;
       const int64_t count = std::min<int64_t>(3, inputs - s);
-      if (Chains == 1 && rows - r >= 4)
-        dot_inputs<T, 4, Chains>(count, at, stride, x + s, begin, end, into, ld);
-      else if (Chains == 1 && rows - r == 3)
-        dot_inputs<T, 3, Chains>(count, at, stride, x + s, begin, end, into, ld);
-      else if (rows - r >= 2)
-        dot_inputs<T, 2, Chains>(count, at, stride, x + s, begin, end, into, ld);
+      if (s == 0)
+        dot_rows<T, Chains, true>(std::min(kTile, rows - r), count, at, stride, x + s, begin, end, into, ld);
       else
-        dot_inputs<T, 1, Chains>(count, at, stride, x + s, begin, end, into, ld);
+        dot_rows<T, Chains, false>(std::min(kTile, rows - r), count, at, stride, x + s, begin, end, into, ld);
     }
 }
 
@@ -169,6 +202,7 @@ inline void axpy_rows(const float* a, int64_t lda, const typename T::type* row, 
     for (int r = 0; r < R; ++r) factor[s][r] = _mm256_set1_ps(a[s * lda + r]);
   int64_t c = 0;
   for (; c + kLanes <= n; c += kLanes) {
+    if (R == 4 && c % (4 * kLanes) == 0) fetch_ahead<T, R>(row + R * stride + c, stride);
     __m256 into[S];
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s) into[s] = _mm256_loadu_ps(y[s] + c);
