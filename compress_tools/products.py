@@ -8,16 +8,24 @@ from torch import Tensor
 _BLOCK = 1 << 18
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right``, fresh: two matrices of one dtype, fp32 or float64, on one device.
+def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """``left @ right``: two matrices of one dtype, fp32 or float64, on one device; fresh, or written to ``out``.
 
     On a CPU numpy's OpenBLAS multiplies: up to 1.5 times as fast as torch's MKL on an AMD processor
     (benchmarks/NOTES.md).
     """
-    if left.device.type != "cpu":
-        return left @ right
+    if out is None:
+        # By torch even for numpy: numpy asks for huge pages, which can take longer to get than to fill.
+        out = torch.empty(left.shape[0], right.shape[1], dtype=left.dtype, device=left.device)
+    if left.device.type == "cpu":
+        _multiply_on_cpu(left.detach(), right.detach(), out)
+        return out
+    return torch.mm(left, right, out=out)
+
+
+def _multiply_on_cpu(left: Tensor, right: Tensor, out: Tensor) -> None:
     with np.errstate(all="ignore"):  # overflow gives infinities, as in torch; who multiplies checks for them
-        return torch.from_numpy(np.matmul(left.detach().numpy(), right.detach().numpy()))
+        np.matmul(left.numpy(), right.numpy(), out=out.numpy())
 
 
 def row_blocks(*matrices: Tensor) -> list[tuple[Tensor, ...]]:

@@ -40,10 +40,8 @@ _STREAM = 0x5EED0000
 
 _LANCZOS_STEPS = 48
 
-# Random vectors: of a large matrix one sees more of the spectrum.
-_LANCZOS_STARTS = 8
-_LANCZOS_STARTS_OF_LARGE = 4
-_LARGE = 4096
+# Random vectors, by the size from which on so few will do: of a large matrix one sees more of the spectrum.
+_LANCZOS_STARTS = {8192: 1, 4096: 4, 0: 8}
 
 
 def left_singular_vectors(matrix: Tensor, rank: int, seed: int = 0, route: str | None = None) -> Tensor:
@@ -101,7 +99,7 @@ def _gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """``M M^T``, one triangle of blocks computed and mirrored; no copy of M in another dtype exists as a whole."""
     size = len(matrix)
     total = torch.empty(size, size, dtype=dtype, device=matrix.device)
-    edges = [*range(0, size, max(256, -(-size // 8))), size]
+    edges = [*range(0, size, max(256, -(-size // 16))), size]
     for start, stop in zip(edges, edges[1:], strict=False):
         # Block rows against everything from their own diagonal on; wide matrices by column blocks.
         rows = total.new_zeros(stop - start, size - start)
@@ -158,13 +156,13 @@ def _spectrum(gram: Tensor, generator: torch.Generator) -> _Spectrum:
     """Stochastic Lanczos quadrature: a few products with a few random vectors."""
     size = len(gram)
     # One vector to a row: products with a few contiguous vectors are the fastest so.
-    starts = _LANCZOS_STARTS if size < _LARGE else _LANCZOS_STARTS_OF_LARGE
+    starts = next(count for least, count in _LANCZOS_STARTS.items() if size >= least)
     block = torch.randn(starts, size, generator=generator).to(gram.device)
     current = block / block.norm(dim=1, keepdim=True)
     previous, below = torch.zeros_like(current), torch.zeros(starts, 1, device=gram.device)
     diagonal, off = [], []
     for _ in range(min(_LANCZOS_STEPS, size)):
-        image = (gram @ current.T).T - previous * below
+        image = (gram.mv(current[0])[None] if starts == 1 else (gram @ current.T).T) - previous * below
         diagonal.append((image * current).sum(1))
         image -= current * diagonal[-1][:, None]
         below = image.norm(dim=1, keepdim=True).clamp(min=1e-30)
@@ -220,11 +218,12 @@ def _chebyshev(gram: Tensor, basis: Tensor, parts: list[int], cut: float) -> Ten
     """Orthonormal basis of ``p(gram) @ basis``, p Chebyshev polynomials of the given degrees on [0, cut]."""
     half = cut / 2 if cut > 0 else 1.0
     for degree in parts:
-        before, now = basis, product(gram, basis).div_(half).sub_(basis)
+        before, now, free = basis, product(gram, basis).div_(half).sub_(basis), torch.empty_like(basis)
         for _ in range(degree - 1):
-            following = product(gram, now).div_(half).sub_(now).mul_(2).sub_(before)
-            before, now = now, following
+            following = product(gram, now, free).mul_(2 / half).sub_(now, alpha=2).sub_(before)
+            before, now, free = now, following, before
             scale = now.norm() / now.shape[1] ** 0.5
-            before, now = before / scale, now / scale
+            before.div_(scale)
+            now.div_(scale)
         basis = torch.linalg.qr(now)[0]
     return basis

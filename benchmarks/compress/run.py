@@ -3,27 +3,29 @@
 import os
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from benchmarks.compress.source import Kind
 from benchmarks.shapes import MoEShape
+from compress_tools import products
 from compress_tools.barycenter import CenterResult, find_center
 from compress_tools.checkpoint_reader import CheckpointReader
 from compress_tools.checkpoint_writer import CheckpointWriter
 from compress_tools.clock import StageClock
 from compress_tools.config import make_config
-from compress_tools.format.schema import LayerSpec
 from compress_tools.format.tensors import layer_tensors, tensor_name
-from compress_tools.layer_compression import LayerWeights, code_layer, read_layer
+from compress_tools.layer_compression import code_layer, read_layer
 from compress_tools.parallel import in_parallel
 from compress_tools.plan import make_plan
-from compress_tools.products import squared_norm
+from compress_tools.products import product, squared_norm
 from compress_tools.progress import Silent
-from compress_tools.residuals.registry import encode_residual
 from compress_tools.svd import left_singular_vectors, tail_energy
 
 METHODS = ("prune", "low-rank")
@@ -67,7 +69,7 @@ def product_rate(size: int = 4096) -> float:
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
-        left @ right
+        product(left, right)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
@@ -104,13 +106,17 @@ def run_layer(source: Path, work: Path, shape: MoEShape, kind: Kind, workers: in
     plans = {method: make_plan(reader, make_config(method=method, workers=workers)) for method in METHODS}
     config = make_config(workers=workers)
     weights = read_layer(plans["prune"], 0, "cpu", silent, clock)
-    found = find_center(weights.design, "barycenter", config.max_iterations, config.tolerance, workers, clock=clock)
-    work_done = {"cost matrix": clock.operations.get("cost matrix", 0)}
+    work_done: dict[str, int] = {}
+    with _counted() as operations:
+        found = find_center(weights.design, "barycenter", config.max_iterations, config.tolerance, workers, clock=clock)
+    work_done["cost matrix"] = sum(operations)
     energy = sum(in_parallel(squared_norm, weights.design, workers))
     errors, written = {}, 0
     for method, plan in plans.items():
         coding, spec = StageClock(), plan.fmt.layers[0]
-        coded = code_layer(plan, 0, spec, weights, found, config.seed, workers, silent, coding)
+        with _counted() as operations:
+            coded = code_layer(plan, 0, spec, weights, found, config.seed, workers, silent, coding)
+        work_done[f"residual {method}"] = sum(operations)
         clock.seconds[f"residual {method}"] = coding.seconds["residual"]
         errors[method] = sum(coded.errors) / energy
         tensors = {tensor_name(plan.fmt, 0, None, *key): tensor for key, tensor in coded.shared.items()}
@@ -123,7 +129,6 @@ def run_layer(source: Path, work: Path, shape: MoEShape, kind: Kind, workers: in
             writer.write_shard("layer.safetensors", {name: tensors[name] for name in layer_tensors(plan.fmt, 0)}, {})
         del tensors
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    work_done["residual low-rank"] = shape.experts * _operations(plans["low-rank"].fmt.layers[0], weights, found)
     limit = {stage: operations / rates[0] for stage, operations in work_done.items()}
     limit["read"] = weights.design.nbytes / rates[1]
     # Each round adds every expert up, and takes its distance from the mean.
@@ -150,12 +155,18 @@ def run_layer(source: Path, work: Path, shape: MoEShape, kind: Kind, workers: in
     )
 
 
-def _operations(spec: LayerSpec, weights: LayerWeights, found: CenterResult) -> int:
-    """Operations of the products that coding expert 0's residual takes."""
-    residual = weights.design[0][found.perm[0]] - found.center
-    with FlopCounterMode(display=False) as counter:
-        encode_residual(spec, residual, torch.bfloat16, 0)
-    return counter.get_total_flops()
+@contextmanager
+def _counted() -> Iterator[list[int]]:
+    """Operations of every large product that is made meanwhile, on any thread."""
+    operations: list[int] = []
+    multiply = products._multiply_on_cpu
+
+    def counting(left: Tensor, right: Tensor, out: Tensor) -> None:
+        operations.append(2 * left.shape[0] * left.shape[1] * right.shape[1])
+        multiply(left, right, out)
+
+    with patch.object(products, "_multiply_on_cpu", counting):
+        yield operations
 
 
 def _svd_excess(rank: int, design: torch.Tensor, found: CenterResult) -> float:

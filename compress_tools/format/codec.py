@@ -69,7 +69,7 @@ def decode_bitmap(part: BitmapResidual, stored: Stored, hidden_size: int) -> Row
         FormatError: the masks and the value count disagree.
     """
     keep = {projection: unpack_mask(stored[projection, MASK], hidden_size) for projection in part.projections}
-    counts = [int(mask.sum()) for mask in keep.values()]
+    counts = [int(mask.count_nonzero()) for mask in keep.values()]
     if sum(counts) != part.values_per_expert:
         raise FormatError(f"masks keep {sum(counts)} values, {part.values_per_expert} are stored")
     if part.value_bits is None:

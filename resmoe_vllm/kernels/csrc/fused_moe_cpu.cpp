@@ -13,7 +13,7 @@
 // thread, and the result depends on the number of threads by rounding only.
 //
 // Products (products.h) read rows in the layer's dtype where they lie. Rows of bitmaps and codes (rows.h) are decoded
-// four at a time for all tokens of an expert; an expert with one token multiplies while it decodes.
+// four at a time for all tokens of an expert; for few tokens they are multiplied while they are decoded.
 
 #include <math.h>
 #include <omp.h>
@@ -166,19 +166,23 @@ struct Run {
       return;
     }
     for (int64_t r = 0; r < rows; r += 4) {
-      const int64_t count = decode(m, e, i + r, std::min<int64_t>(4, rows - r), n, scratch);
+      const int64_t count = std::min<int64_t>(4, rows - r);
+      decode(m, e, i + r, count, n, scratch);
       add_dots<FP32, 2>(scratch.rows.data(), scratch.ld, count, n, scratch.in, inputs, sums + r * kInputs, kInputs);
     }
   }
   void dots(const Bitmap& part, int p, int64_t e, int64_t i, int64_t rows, int64_t inputs, float* sums, Scratch& scratch) const {
-    const int64_t H = layer.hidden, step = inputs == 1 ? 1 : 4;
+    const int64_t H = layer.hidden, step = inputs <= kDirect ? 2 : 4;
     for (int64_t r = 0; r < rows; r += step) {
-      const BitmapRow<T> at = locate<T>(part, p, layer.mask_bytes, e, i + r);
-      if (inputs == 1 && at.whole(H)) {
-        sums[r * kInputs] += dot_row<T>(at.mask, at.values, at.readable, H, scratch.in[0]);
-        continue;
+      const int64_t count = std::min(step, rows - r);
+      if (inputs <= kDirect) {
+        const BitmapRow<T> at[2] = {locate<T>(part, p, layer.mask_bytes, e, i + r), locate<T>(part, p, layer.mask_bytes, e, i + r + count - 1)};
+        if (at[0].whole(H) && at[1].whole(H)) {
+          dot_bitmap<T>(at, count, H, scratch.in, inputs, sums + r * kInputs, kInputs);
+          continue;
+        }
       }
-      const int64_t count = decode(part, p, e, i + r, std::min(step, rows - r), scratch);
+      decode(part, p, e, i + r, count, scratch);
       add_dots<FP32, 2>(scratch.rows.data(), scratch.ld, count, H, scratch.in, inputs, sums + r * kInputs, kInputs);
     }
   }
@@ -191,32 +195,32 @@ struct Run {
       return;
     }
     for (int64_t r = 0; r < rows; r += 4) {
-      const int64_t count = decode(m, e, i + r, std::min<int64_t>(4, rows - r), n, scratch);
+      const int64_t count = std::min<int64_t>(4, rows - r);
+      decode(m, e, i + r, count, n, scratch);
       add_axpys<FP32>(a + r, lda, scratch.rows.data(), scratch.ld, count, n, scratch.into, outputs);
     }
   }
   void axpys(const float* a, int64_t lda, const Bitmap& part, int64_t e, int64_t i, int64_t rows, int64_t outputs, Scratch& scratch) const {
-    const int64_t H = layer.hidden, step = outputs == 1 ? 1 : 4;
+    const int64_t H = layer.hidden, step = outputs <= kDirect ? 1 : 4;
     for (int64_t r = 0; r < rows; r += step) {
       const BitmapRow<T> at = locate<T>(part, 2, layer.mask_bytes, e, i + r);
-      if (outputs == 1 && at.whole(H)) {
-        axpy_row<T>(a[r], at.mask, at.values, at.readable, H, scratch.into[0]);
+      if (outputs <= kDirect && at.whole(H)) {
+        axpy_bitmap<T>(a + r, lda, at, H, scratch.into, outputs);
         continue;
       }
-      const int64_t count = decode(part, 2, e, i + r, std::min(step, rows - r), scratch);
+      const int64_t count = std::min(step, rows - r);
+      decode(part, 2, e, i + r, count, scratch);
       add_axpys<FP32>(a + r, lda, scratch.rows.data(), scratch.ld, count, H, scratch.into, outputs);
     }
   }
 
-  // Rows i.. of a bitmap or of codes to scratch.rows, at most four; their number.
-  int64_t decode(const Bitmap& part, int p, int64_t e, int64_t i, int64_t rows, Scratch& scratch) const {
+  // Rows i.. of a bitmap or of codes, at most four, to scratch.rows.
+  void decode(const Bitmap& part, int p, int64_t e, int64_t i, int64_t rows, Scratch& scratch) const {
     for (int64_t j = 0; j < rows; ++j)
       decode_bitmap<T>(part, p, layer.mask_bytes, e, i + j, layer.hidden, scratch.rows.data() + j * scratch.ld, scratch.spare());
-    return rows;
   }
-  int64_t decode(const Matrix& m, int64_t e, int64_t i, int64_t rows, int64_t n, Scratch& scratch) const {
+  void decode(const Matrix& m, int64_t e, int64_t i, int64_t rows, int64_t n, Scratch& scratch) const {
     for (int64_t j = 0; j < rows; ++j) decode_codes(m, e, i + j, n, scratch.rows.data() + j * scratch.ld);
-    return rows;
   }
 
   void into(int me, int threads, Scratch& scratch) {  // phase 1

@@ -82,32 +82,39 @@ inline __m256 expand8<FP32>(const float* values, uint8_t mask) {
   return _mm256_blendv_ps(spread, _mm256_setzero_ps(), _mm256_castsi256_ps(lanes));
 }
 
-// Visit one row: vectors(column, __m256, j) for eight columns at a time, then scalars(column, float) for the rest.
+// Visit the 64 columns of one mask word: vectors(j, columns 8 j .. 8 j + 7). Reads up to 72 values; returns their number.
+template <class T, class Vectors>
+inline int64_t visit_word(const uint8_t* mask, const typename T::type* values, Vectors vectors) {
+  uint64_t word;
+  memcpy(&word, mask, 8);
+  const uint64_t counts = prefix_counts(word);
+#if defined(__AVX512VBMI2__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  if constexpr (sizeof(typename T::type) == 2) {
+    for (int half = 0; half < 2; ++half) {
+      const uint16_t* from = (const uint16_t*)values + (half ? (uint8_t)(counts >> 24) : 0);
+      alignas(64) uint16_t lanes[32];
+      _mm512_store_si512(lanes, _mm512_maskz_expand_epi16((__mmask32)(word >> 32 * half), _mm512_loadu_si512(from)));
+      for (int j = 0; j < 4; ++j) vectors(4 * half + j, T::load(lanes + kLanes * j));
+    }
+    return counts >> 56;
+  }
+#endif
+  alignas(8) uint8_t below[8];  // bytes through memory: one load each, where shifting takes two steps
+  const uint64_t shifted = counts << 8;
+  memcpy(below, &shifted, 8);
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) vectors(j, expand8<T>(values + below[j], mask[j]));
+  return counts >> 56;
+}
+
+// Visit one row: vectors(column, __m256) for eight columns at a time, then scalars(column, float) for the rest.
 // `readable`: elements that may be read from `values` on; vectors never reach beyond.
 template <class T, class Vectors, class Scalars>
 inline void visit_row(const uint8_t* mask, const typename T::type* values, int64_t readable, int64_t n, Vectors vectors, Scalars scalars) {
   int64_t c = 0;
   for (; c + 64 <= n && readable >= 72; c += 64, mask += 8) {
-    uint64_t word;
-    memcpy(&word, mask, 8);
-    const uint64_t counts = prefix_counts(word);
-#if defined(__AVX512VBMI2__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-    if constexpr (sizeof(typename T::type) == 2) {
-      for (int half = 0; half < 2; ++half) {
-        const uint16_t* from = (const uint16_t*)values + (half ? (uint8_t)(counts >> 24) : 0);
-        alignas(64) uint16_t lanes[32];
-        _mm512_store_si512(lanes, _mm512_maskz_expand_epi16((__mmask32)(word >> 32 * half), _mm512_loadu_si512(from)));
-        for (int j = 0; j < 4; ++j) vectors(c + 32 * half + kLanes * j, T::load(lanes + kLanes * j), j);
-      }
-    } else
-#endif
-    {
-      alignas(8) uint8_t below[8];  // bytes through memory: one load each, where shifting takes two steps
-      const uint64_t shifted = counts << 8;
-      memcpy(below, &shifted, 8);
-      for (int j = 0; j < 8; ++j) vectors(c + kLanes * j, expand8<T>(values + below[j], mask[j]), j);
-    }
-    values += counts >> 56, readable -= counts >> 56;
+    const int64_t count = visit_word<T>(mask, values, [&](int j, __m256 w) { vectors(c + kLanes * j, w); });
+    values += count, readable -= count;
   }
   for (; c < n; ++c) {
     scalars(c, mask[0] >> (c & 7) & 1 ? T::scalar(*values++) : 0.0f);
@@ -117,26 +124,8 @@ inline void visit_row(const uint8_t* mask, const typename T::type* values, int64
 
 template <class T>
 void decode_row(const uint8_t* mask, const typename T::type* values, int64_t readable, int64_t n, float* out) {
-  visit_row<T>(mask, values, readable, n, [&](int64_t c, __m256 w, int) { _mm256_storeu_ps(out + c, w); },
+  visit_row<T>(mask, values, readable, n, [&](int64_t c, __m256 w) { _mm256_storeu_ps(out + c, w); },
                [&](int64_t c, float w) { out[c] = w; });
-}
-
-template <class T>
-float dot_row(const uint8_t* mask, const typename T::type* values, int64_t readable, int64_t n, const float* x) {
-  __m256 acc[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-  float rest = 0;
-  visit_row<T>(mask, values, readable, n,
-               [&](int64_t c, __m256 w, int j) { acc[j & 1] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + c), acc[j & 1]); },
-               [&](int64_t c, float w) { rest += w * x[c]; });
-  return rest + sum(_mm256_add_ps(acc[0], acc[1]));
-}
-
-template <class T>
-void axpy_row(float a, const uint8_t* mask, const typename T::type* values, int64_t readable, int64_t n, float* y) {
-  const __m256 va = _mm256_set1_ps(a);
-  visit_row<T>(mask, values, readable, n,
-               [&](int64_t c, __m256 w, int) { _mm256_storeu_ps(y + c, _mm256_fmadd_ps(va, w, _mm256_loadu_ps(y + c))); },
-               [&](int64_t c, float w) { y[c] += a * w; });
 }
 
 // ---- rows of codes -------------------------------------------------------------------------------------------
@@ -238,6 +227,74 @@ BitmapRow<T> locate(const Bitmap& part, int p, int64_t mask_bytes, int64_t e, in
   const int64_t expert = part.starts ? part.starts[e * part.starts_stride] : e * part.values_stride[p];
   const int64_t start = expert + (part.row_ptr[p] ? part.row_ptr[p][e * part.row_ptr_stride[p] + i] : i * part.values_per_row);
   return {mask, (const typename T::type*)part.values[p] + start, part.readable[p] - start};
+}
+
+// Multiply while decoding, for few inputs: sums[r * ld + s] += row r . x[s], whole rows, in the order of a dot of two
+// chains (where n is a multiple of 64). Two rows at a time hide the additions' latency.
+template <class T, int R, int S>
+void dot_bitmap(const BitmapRow<T>* rows, int64_t n, const float* const* x, float* sums, int64_t ld) {
+  __m256 acc[R][S][2];
+  for (auto& row : acc)
+    for (auto& sum : row) sum[0] = sum[1] = _mm256_setzero_ps();
+  const typename T::type* values[R];
+  for (int r = 0; r < R; ++r) values[r] = rows[r].values;
+  int64_t c = 0;
+  for (; c + 64 <= n; c += 64)
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r)
+      values[r] += visit_word<T>(rows[r].mask + c / 8, values[r], [&](int j, __m256 w) {
+#pragma GCC unroll 4
+        for (int s = 0; s < S; ++s) acc[r][s][j & 1] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x[s] + c + kLanes * j), acc[r][s][j & 1]);
+      });
+  for (int r = 0; r < R; ++r) {
+    float rest[S] = {};
+    for (int64_t k = c; k < n; ++k) {
+      if (!(rows[r].mask[k / 8] >> (k & 7) & 1)) continue;
+      const float w = T::scalar(*values[r]++);
+      for (int s = 0; s < S; ++s) rest[s] += w * x[s][k];
+    }
+    for (int s = 0; s < S; ++s) sums[r * ld + s] += rest[s] + sum(_mm256_add_ps(acc[r][s][0], acc[r][s][1]));
+  }
+}
+
+// y[s] += a[s * lda] * row.
+template <class T, int S>
+void axpy_bitmap(const float* a, int64_t lda, const BitmapRow<T>& row, int64_t n, float* const* y) {
+  __m256 factor[S];
+  for (int s = 0; s < S; ++s) factor[s] = _mm256_set1_ps(a[s * lda]);
+  visit_row<T>(
+      row.mask, row.values, row.readable, n,
+      [&](int64_t c, __m256 w) {
+#pragma GCC unroll 4
+        for (int s = 0; s < S; ++s) _mm256_storeu_ps(y[s] + c, _mm256_fmadd_ps(factor[s], w, _mm256_loadu_ps(y[s] + c)));
+      },
+      [&](int64_t c, float w) {
+        for (int s = 0; s < S; ++s) y[s][c] = __builtin_fmaf(a[s * lda], w, y[s][c]);
+      });
+}
+
+constexpr int64_t kDirect = 4;  // inputs for which a row of a bitmap is multiplied while it is decoded
+
+template <class T>
+void dot_bitmap(const BitmapRow<T>* rows, int64_t count, int64_t n, const float* const* x, int64_t inputs, float* sums, int64_t ld) {
+  if (count == 2 && inputs == 1) return dot_bitmap<T, 2, 1>(rows, n, x, sums, ld);
+  if (count == 2 && inputs == 2) return dot_bitmap<T, 2, 2>(rows, n, x, sums, ld);
+  for (int64_t r = 0; r < count; ++r) switch (inputs) {
+      case 1: dot_bitmap<T, 1, 1>(rows + r, n, x, sums + r * ld, ld); break;
+      case 2: dot_bitmap<T, 1, 2>(rows + r, n, x, sums + r * ld, ld); break;
+      case 3: dot_bitmap<T, 1, 3>(rows + r, n, x, sums + r * ld, ld); break;
+      default: dot_bitmap<T, 1, 4>(rows + r, n, x, sums + r * ld, ld);
+    }
+}
+
+template <class T>
+void axpy_bitmap(const float* a, int64_t lda, const BitmapRow<T>& row, int64_t n, float* const* y, int64_t outputs) {
+  switch (outputs) {
+    case 1: return axpy_bitmap<T, 1>(a, lda, row, n, y);
+    case 2: return axpy_bitmap<T, 2>(a, lda, row, n, y);
+    case 3: return axpy_bitmap<T, 3>(a, lda, row, n, y);
+    default: return axpy_bitmap<T, 4>(a, lda, row, n, y);
+  }
 }
 
 // `spare`: n + 72 floats.
