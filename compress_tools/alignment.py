@@ -115,7 +115,6 @@ def _match(
 ) -> _Match:
     """One expert ``weights`` [I, D] against the center."""
     with clock.stage("cost matrix"):
-        clock.count("cost matrix", 2 * len(center) * center.numel())
         gain = product(center, weights.float().T).cpu()  # [I center, I expert], fp32
         if not torch.isfinite(gain).all():
             raise NumericalError(f"expert {expert}: the alignment cost overflows fp32")

@@ -1,4 +1,4 @@
-"""Seconds and operations by stage."""
+"""Seconds by stage."""
 
 import time
 from collections.abc import Iterator
@@ -10,12 +10,10 @@ class StageClock:
 
     Attributes:
         seconds: by stage.
-        operations: floating-point operations that a stage's products took, where they are counted.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.operations: dict[str, int] = {}
         self._inner = 0.0
 
     @contextmanager
@@ -30,15 +28,9 @@ class StageClock:
             self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._inner
             self._inner = outer + spent
 
-    def count(self, name: str, operations: int) -> None:
-        """Add to a stage's operations."""
-        self.operations[name] = self.operations.get(name, 0) + operations
-
     def share_out(self, wall_s: float, clocks: "list[StageClock]") -> None:
         """Add ``wall_s`` that threads spent side by side, in the proportions of their own clocks."""
         busy = sum(sum(clock.seconds.values()) for clock in clocks)
         for clock in clocks:
             for name, seconds in clock.seconds.items():
                 self.seconds[name] = self.seconds.get(name, 0.0) + (wall_s * seconds / busy if busy else 0.0)
-            for name, operations in clock.operations.items():
-                self.count(name, operations)
