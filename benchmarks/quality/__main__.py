@@ -18,7 +18,7 @@ from benchmarks.quality.compare import (
     original,
     paper_section,
 )
-from benchmarks.quality.methods import PLANNER
+from benchmarks.quality.methods import PLANNER, PLANNER_BY_OUTPUT
 from benchmarks.quality.picture import draw
 from benchmarks.quality.subject import Subject
 from benchmarks.quality.tables import print_section
@@ -157,10 +157,13 @@ def verdicts(label: str, energy_share: float, found: list[Measured]) -> list[Row
             )
         )
     by_name = {one.name: one for one in found if one.section == "bytes" and one.asked_ratio in (None, PLANNER_RATIO)}
-    planned, plain = by_name.get(PLANNER.name), by_name.get("plain 4-bit")
-    if planned and plain:
-        title = f"{label}: planner's perplexity at {planned.ratio:.1%}, at most plain 4-bit's at {plain.ratio:.1%}"
-        rows.append(Row.at_most(title, planned.perplexity, "", plain.perplexity, **context))
+    plain = by_name.get("plain 4-bit")
+    for planner in (PLANNER, PLANNER_BY_OUTPUT):
+        planned = by_name.get(planner.name)
+        if planned and plain:
+            sizes = f"{planned.ratio:.1%}, at most plain 4-bit's at {plain.ratio:.1%}"
+            title = f"{label}: perplexity of {planner.name} at {sizes}"
+            rows.append(Row.at_most(title, planned.perplexity, "", plain.perplexity, **context))
     return rows
 
 
