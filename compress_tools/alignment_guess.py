@@ -119,6 +119,9 @@ def is_certainly_optimal(center: Tensor, aligned: Tensor, only: Tensor | None = 
         return all(not bounds.failing(rows).numel() for rows in only.split(_ROWS_AT_ONCE))
     everything = torch.arange(len(center), device=center.device)
     sample = torch.linspace(0, len(center) - 1, min(len(center), _SAMPLED_ROWS), device=center.device).long()
+    bounds.use_columns(1.0)
+    if bounds.failing(sample).numel():
+        return False  # no share of the columns proves what all of them don't
     best, cost = None, _MAX_COST
     for share in _SHARES:
         if share >= cost:
