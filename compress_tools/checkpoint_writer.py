@@ -23,6 +23,7 @@ from compress_tools.staging import (
     check_identity,
     destination,
     discard,
+    hold,
     is_occupied,
     is_published,
     publish,
@@ -32,7 +33,7 @@ from compress_tools.staging import (
 
 
 class CheckpointWriter:
-    """Writes one checkpoint directory, all or nothing.
+    """Writes one checkpoint directory, all or nothing; a context, within which no other process may write it.
 
     A shard counts as written once its record exists; records live in the staging directory and hold what the
     report needs of the shard, so that a resumed run makes the same bytes.
@@ -46,8 +47,8 @@ class CheckpointWriter:
         identity: of the run that is gone on with, else as given.
         is_whole: an earlier run, killed while it tidied up, had written everything; nothing is left to do.
     Raises:
-        CheckpointError: ``dst`` is not empty, can't be renamed to, or a staging directory is in the way, or of
-            another identity.
+        CheckpointError: ``dst`` is not empty, can't be renamed to, or a staging directory is in the way, of another
+            identity, or being written by another process.
     """
 
     def __init__(
@@ -59,8 +60,29 @@ class CheckpointWriter:
         self.identity: dict[str, Any] = json.loads(json.dumps(identity, sort_keys=True))
         self.is_whole = False
         self._state = self.staging / STATE_DIR
+        self._held: int | None = None
+        try:
+            self._open(identity, resume, overwrite)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes write the directory."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+    def _open(self, identity: dict[str, Any], resume: bool, overwrite: bool) -> None:
         check_destination(self.dst)
         if is_published(self.dst):
+            self._held = hold(self.dst)
             self.is_whole = resume
             if resume and (self.dst / STATE_DIR / IDENTITY_NAME).exists():
                 check_identity(self.dst, identity)
@@ -68,19 +90,24 @@ class CheckpointWriter:
                 tidy(self.dst)
             if resume:
                 return
+            self.close()
         self._may_replace = overwrite or (resume and (self._state / MAY_REPLACE_NAME).exists())
         if is_occupied(self.dst) and not self._may_replace:
             raise CheckpointError(f"{self.dst}: not empty; choose another directory or pass --overwrite")
         if self.staging.exists():
+            self._held = hold(self.staging)
             if resume:
                 self.identity = check_identity(self.staging, identity) or self.identity
             elif overwrite:
                 with _writing(self.staging):
                     discard(self.staging, self.dst)
+                self.close()
             else:
                 self._refuse_unfinished()
         with _writing(self.staging):
             self._state.mkdir(parents=True, exist_ok=True)
+            if self._held is None:
+                self._held = hold(self.staging)
             for leftover in (*self.staging.glob("*.tmp"), *self._state.glob("*.tmp")):
                 leftover.unlink()
             _write_text(self._state / IDENTITY_NAME, json.dumps(self.identity, indent=2, sort_keys=True))

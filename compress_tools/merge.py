@@ -55,12 +55,12 @@ def merge(
     for filename, owner in owners.items():
         if not (resume and owner.has_shard(filename, begun)):
             owner.check_shard(filename)
-    writer = CheckpointWriter(dst, first.identity, resume=resume, overwrite=overwrite)
-    if writer.is_whole:
-        report = read_report(dst, first.outline)
-    else:
-        records = _take_shards(writer, first.outline, owners, remove_slices, progress)
-        report = finish(writer, first.outline, first.files(), records)
+    with CheckpointWriter(dst, first.identity, resume=resume, overwrite=overwrite) as writer:
+        if writer.is_whole:
+            report = read_report(dst, first.outline)
+        else:
+            records = _take_shards(writer, first.outline, owners, remove_slices, progress)
+            report = finish(writer, first.outline, first.files(), records)
     if remove_slices:
         for manifest in manifests:
             shutil.rmtree(manifest.path)

@@ -50,11 +50,11 @@ def compress(
     """
     progress = progress or Silent()
     job = _prepare(Path(src), Path(dst), config, src, planned)
-    writer = CheckpointWriter(dst, job.identity, resume=resume, overwrite=overwrite)
-    if writer.is_whole:
-        return read_report(writer.dst, job.outline)
-    records = _write_shards(job, list(job.plan.shards), job.files, writer, progress)
-    return finish(writer, job.outline, job.files, records)
+    with CheckpointWriter(dst, job.identity, resume=resume, overwrite=overwrite) as writer:
+        if writer.is_whole:
+            return read_report(writer.dst, job.outline)
+        records = _write_shards(job, list(job.plan.shards), job.files, writer, progress)
+        return finish(writer, job.outline, job.files, records)
 
 
 def compress_slice(
@@ -88,11 +88,11 @@ def compress_slice(
     job = _prepare(Path(src), Path(dst), config, src, planned)
     shards = shards_of(job.plan, part)
     target = slice_path(dst, part)
-    writer = CheckpointWriter(target, job.identity, resume=resume, overwrite=overwrite)
-    if not writer.is_whole:
-        files = files_of(job.files, part)
-        records = _write_shards(job, shards, files, writer, progress)
-        finish_slice(writer, part, job.outline, files, records)
+    with CheckpointWriter(target, job.identity, resume=resume, overwrite=overwrite) as writer:
+        if not writer.is_whole:
+            files = files_of(job.files, part)
+            records = _write_shards(job, shards, files, writer, progress)
+            finish_slice(writer, part, job.outline, files, records)
     return target
 
 

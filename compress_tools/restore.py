@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from compress_tools.architectures.base import MoEArchitecture
 from compress_tools.architectures.layouts import dense_tensors
 from compress_tools.architectures.registry import find_architecture
 from compress_tools.checkpoint_writer import CheckpointWriter
@@ -46,12 +47,24 @@ def restore(
     reader, fmt = checkpoint.reader, checkpoint.fmt
     architecture = find_architecture(reader.config)
     identity = {"source": reader.fingerprint(), "recipe": "restore", "version": versions()}
-    writer = CheckpointWriter(dst, identity, resume=resume, overwrite=overwrite)
     kept = [name for name in reader.names if not is_resmoe_name(name)]
+    total_bytes = sum(reader.nbytes(name) for name in kept) + len(fmt.layers) * dense_layer_bytes(fmt)
+    with CheckpointWriter(dst, identity, resume=resume, overwrite=overwrite) as writer:
+        if not writer.is_whole:
+            _write(checkpoint, architecture, kept, total_bytes, writer, progress)
+    return total_bytes
+
+
+def _write(
+    checkpoint: ResMoECheckpoint,
+    architecture: MoEArchitecture,
+    kept: list[str],
+    total_bytes: int,
+    writer: CheckpointWriter,
+    progress: ProgressListener,
+) -> None:
+    reader, fmt = checkpoint.reader, checkpoint.fmt
     layers = sorted(fmt.layers)
-    total_bytes = sum(reader.nbytes(name) for name in kept) + len(layers) * dense_layer_bytes(fmt)
-    if writer.is_whole:
-        return total_bytes
     groups = group_by_bytes(reader, kept)
     total = len(groups) + len(layers)
     progress.start(total)
@@ -85,4 +98,3 @@ def restore(
             writer.copy_file(file, Path(CARD_NAME) if str(relative) == "SOURCE_README.md" else relative)
     config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
     writer.finish(config, shards, total_bytes)
-    return total_bytes

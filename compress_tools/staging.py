@@ -1,5 +1,6 @@
 """Where an output is put together until it is whole: a directory beside it, with the state that a resume needs."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -89,6 +90,38 @@ def check_identity(directory: Path, identity: dict[str, Any]) -> dict[str, Any] 
             "source, recipe and versions, or pass --overwrite to start again"
         )
     return found
+
+
+def hold(directory: Path) -> int:
+    """Keep other processes from writing a directory, until the descriptor is closed or the process is killed.
+
+    The directory itself is locked, so that the lock goes with it when it is renamed and leaves no file behind. On a
+    file system without locks nothing is held.
+
+    Returns:
+        the descriptor.
+    Raises:
+        CheckpointError: another process holds it, or has just renamed or removed it.
+    """
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        raise _held(directory) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = directory.exists() and os.path.samestat(os.fstat(descriptor), directory.stat())
+    except BlockingIOError:
+        mine = False
+    except OSError:
+        mine = True
+    if not mine:
+        os.close(descriptor)
+        raise _held(directory)
+    return descriptor
+
+
+def _held(directory: Path) -> CheckpointError:
+    return CheckpointError(f"{directory}: another process is writing it; wait for it, or choose another destination")
 
 
 def discard(staging: Path, dst: Path) -> None:

@@ -20,7 +20,7 @@ from compress_tools.progress import Silent
 from compress_tools.report import LayerReport
 from compress_tools.restore import restore
 from compress_tools.slices import MANIFEST_NAME
-from compress_tools.staging import IDENTITY_NAME, STATE_DIR, staging_path
+from compress_tools.staging import IDENTITY_NAME, STATE_DIR, hold, staging_path
 from compress_tools.verify import verify
 from tests.compress_tools.killing import Kill, KillAtChange, KillInShard, KillInStage, killed
 from tests.compress_tools.test_pipeline import contents
@@ -55,6 +55,18 @@ def test_killed_in_every_stage(kill: Kill, method: str, tiny_olmoe: Path, tmp_pa
     compress(tiny_olmoe, cut, config, resume=True)
     assert contents(cut) == contents(tmp_path / "whole" / "small")
     assert [path.name for path in cut.parent.iterdir()] == ["small"]
+
+
+def test_two_processes_do_not_write_one_directory(tiny_olmoe: Path, tmp_path: Path) -> None:
+    dst = tmp_path / "small"
+    assert killed(compress, KillInShard(1), src=tiny_olmoe, dst=dst, config=QUICK)
+    other = hold(staging_path(dst))
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(CheckpointError, match="another process is writing it"):
+            compress(tiny_olmoe, dst, QUICK, **options)
+    os.close(other)
+    compress(tiny_olmoe, dst, QUICK, resume=True)
+    assert dst.exists()
 
 
 def prepare_nothing(directory: Path, source: Path) -> None:
