@@ -166,12 +166,17 @@ def _solve(
         if match.gap <= MAX_GAP:
             return match
     for dtype in (np.float32, np.float64):
-        cost = -gain.numpy().astype(dtype)
-        if warm is not None:
-            # Costs reduced by the last iteration's duals have the same optimum, and nearly show it.
-            cost += warm.row_potential.numpy().astype(dtype)[:, None]
-            cost += warm.column_potential.numpy().astype(dtype)
-        match = finish(torch.from_numpy(solve_assignment(cost)).long(), 1000)
+        match = finish(torch.from_numpy(solve_assignment(_cost(gain, warm, dtype))).long(), 1000)
         if match.gap <= MAX_GAP:
             return match
     raise NumericalError(f"expert {expert}: assignment not certified optimal: relative duality gap {match.gap:.3g}")
+
+
+def _cost(gain: Tensor, warm: Certificate | None, dtype: type[np.floating]) -> np.ndarray:
+    """The negative gains, one matrix and no copy of it: at 14336 rows each takes 0.8 GB."""
+    cost = np.negative(gain.numpy(), dtype=dtype)
+    if warm is not None:
+        # Costs reduced by the last iteration's duals have the same optimum, and nearly show it.
+        cost += warm.row_potential.numpy().astype(dtype)[:, None]
+        cost += warm.column_potential.numpy().astype(dtype)
+    return cost
