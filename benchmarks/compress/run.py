@@ -1,7 +1,7 @@
 """Compress one layer as `resmoe compress` does, by both methods on one center; time, work and memory by stage."""
 
 import os
-import resource
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +40,7 @@ class LayerRun:
         seconds: by stage; "assignment" is what the products did not hide.
         limit_s: by stage, its products at the measured rate of a large fp32 product, or its bytes at the measured
             rate of a copy or of the disk.
-        peak_gb: peak resident memory of the process, 1e9 bytes.
+        peak_gb: peak resident memory of the process until then, 1e9 bytes.
         objective: the barycenter objective after each iteration.
         start: the start that won.
         gap: largest relative duality gap.
@@ -99,6 +99,11 @@ def disk_rate(directory: Path, num_bytes: int = 2**28) -> float:
     return rate
 
 
+def peak_memory() -> int:
+    """Peak resident bytes of this process; getrusage would count what its parent held when it was started."""
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
 def run_layer(source: Path, work: Path, shape: MoEShape, kind: Kind, workers: int, check_svd: bool) -> LayerRun:
     """Read, align, code and write the checkpoint at ``source`` into ``work``."""
     rates = product_rate(), copy_rate(), disk_rate(work)
@@ -124,11 +129,10 @@ def run_layer(source: Path, work: Path, shape: MoEShape, kind: Kind, workers: in
             tensors.update({tensor_name(plan.fmt, 0, expert, *key): tensor for key, tensor in stored.items()})
         del coded
         written += sum(tensor.nbytes for tensor in tensors.values())
-        with clock.stage("write"):
-            writer = CheckpointWriter(work / method, {"benchmark": method})
+        with clock.stage("write"), CheckpointWriter(work / method, {"benchmark": method}) as writer:
             writer.write_shard("layer.safetensors", {name: tensors[name] for name in layer_tensors(plan.fmt, 0)}, {})
         del tensors
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    peak = peak_memory()
     limit = {stage: operations / rates[0] for stage, operations in work_done.items()}
     limit["read"] = weights.design.nbytes / rates[1]
     # Each round adds every expert up, and takes its distance from the mean.
@@ -141,7 +145,7 @@ def run_layer(source: Path, work: Path, shape: MoEShape, kind: Kind, workers: in
         kind=kind,
         seconds=clock.seconds,
         limit_s=limit,
-        peak_gb=peak,
+        peak_gb=peak / 1e9,
         objective=[value / energy for value in found.objective],
         start=found.start,
         gap=found.gap,
