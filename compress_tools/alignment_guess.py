@@ -45,7 +45,7 @@ def rows_too_close(center: Tensor, reach: Tensor, workers: int) -> Tensor | None
         int64 rows, both of every pair that is not cleared; None if they are too many to be worth it.
     """
     order = _by_energy(center)
-    sample = torch.linspace(0, len(center) - 1, min(len(center), _SAMPLED_ROWS), device=center.device).long()
+    sample = _sample(center)
     distance = torch.zeros(len(sample), len(center), device=center.device)
     reach = reach * (1 + 4 * len(order) * _EPS)  # its own rounding
     chosen, open_rows = None, sample
@@ -90,6 +90,11 @@ def _not_clear(distance: Tensor, reach: Tensor, rows: Tensor) -> Tensor:
     return bad
 
 
+def _sample(center: Tensor) -> Tensor:
+    """Rows, evenly spread."""
+    return torch.linspace(0, len(center) - 1, min(len(center), _SAMPLED_ROWS), device=center.device).long()
+
+
 def _by_energy(matrix: Tensor) -> Tensor:
     """Columns, those of most energy first: they bound best."""
     return sum(rows.square().sum(0) for (rows,) in row_blocks(matrix)).argsort(descending=True)
@@ -115,11 +120,9 @@ def is_certainly_optimal(center: Tensor, aligned: Tensor, only: Tensor | None = 
         return True
     bounds = _Bounds(center, aligned)
     if only is not None:
-        bounds.use_columns(1.0)
-        return all(not bounds.failing(rows).numel() for rows in only.split(_ROWS_AT_ONCE))
+        return bounds.clear(only)
     everything = torch.arange(len(center), device=center.device)
-    sample = torch.linspace(0, len(center) - 1, min(len(center), _SAMPLED_ROWS), device=center.device).long()
-    bounds.use_columns(1.0)
+    sample = _sample(center)
     if bounds.failing(sample).numel():
         return False  # no share of the columns proves what all of them don't
     best, cost = None, _MAX_COST
@@ -136,11 +139,11 @@ def is_certainly_optimal(center: Tensor, aligned: Tensor, only: Tensor | None = 
     if failing.numel() > (_MAX_COST - best) * len(center):
         return False
     bounds.use_columns(1.0)
-    return all(not bounds.failing(rows).numel() for rows in failing.split(_ROWS_AT_ONCE))
+    return bounds.clear(failing)
 
 
 class _Bounds:
-    """Upper bounds of the products of center rows and aligned rows, by a share of the columns."""
+    """Upper bounds of the products of center rows and aligned rows, by a share of the columns; at first by all."""
 
     def __init__(self, center: Tensor, aligned: Tensor) -> None:
         self._sides = (center, aligned)
@@ -163,6 +166,10 @@ class _Bounds:
             rest = (energy - row_products(part, part)).clamp(min=0) + rounding * energy
             sides.append(torch.cat([part, rest.sqrt()[:, None]], 1))
         self._left, self._right = sides
+
+    def clear(self, rows: Tensor) -> bool:
+        """Whether the bounds clear every pair of ``rows`` [n]."""
+        return all(not self.failing(some).numel() for some in rows.split(_ROWS_AT_ONCE))
 
     def failing(self, rows: Tensor) -> Tensor:
         """Those of ``rows`` [n] with some pair that the bounds do not clear."""

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from typing import TypeVar
 
 import torch
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -30,13 +31,19 @@ def in_parallel(function: Callable[[Item], Result], items: Iterable[Item], worke
             raise
 
 
+@cache
+def _libraries() -> ThreadpoolController:
+    """What is loaded; finding it takes longer than a small product."""
+    return ThreadpoolController()
+
+
 @contextmanager
 def one_thread_each() -> Iterator[None]:
     """torch's and numpy's products take one thread inside."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with threadpool_limits(1, user_api="blas"):
+        with _libraries().limit(limits=1, user_api="blas"):
             yield
     finally:
         torch.set_num_threads(before)

@@ -12,10 +12,6 @@ from compress_tools.format.tensors import code_row_bytes, mask_row_bytes
 def pack_mask(keep: Tensor) -> Tensor:
     """Pack booleans ``[I, H]`` into uint8 ``[I, mask_row_bytes(H)]``; column c is bit ``c % 8`` of byte ``c // 8``."""
     size_i, size_h = keep.shape
-    if keep.device.type == "cpu":
-        packed = np.zeros((size_i, mask_row_bytes(size_h)), np.uint8)
-        packed[:, : ceil(size_h / 8)] = np.packbits(keep.numpy(), axis=1, bitorder="little")
-        return torch.from_numpy(packed)
     padded = torch.zeros(size_i, 8 * mask_row_bytes(size_h), dtype=torch.uint8, device=keep.device)
     padded[:, :size_h] = keep
     return _pack_plane(padded, 1)
@@ -23,10 +19,7 @@ def pack_mask(keep: Tensor) -> Tensor:
 
 def unpack_mask(mask: Tensor, hidden_size: int) -> Tensor:
     """Inverse of ``pack_mask``: uint8 ``[..., mask_row_bytes(H)]`` to bool ``[..., H]``, on the mask's device."""
-    if mask.device.type == "cpu":
-        keep = np.unpackbits(mask.numpy(), axis=-1, count=hidden_size, bitorder="little")
-        return torch.from_numpy(keep).view(torch.bool)
-    return _unpack_plane(mask, 1)[..., :hidden_size].bool()
+    return _unpack_plane(mask, 1)[..., :hidden_size].view(torch.bool)
 
 
 def mask_row_counts(mask: Tensor) -> Tensor:
@@ -63,6 +56,8 @@ def _pack_plane(codes: Tensor, bits: int) -> Tensor:
     """``[..., n]`` codes of 1, 2, 4 or 8 bits, n a multiple of 8, to bytes; the first code lowest."""
     if bits == 8:
         return codes
+    if bits == 1 and codes.device.type == "cpu":
+        return torch.from_numpy(np.packbits(codes.numpy(), axis=-1, bitorder="little"))
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
     return (codes.unflatten(-1, (-1, 8 // bits)) << shifts).sum(-1, dtype=torch.uint8)
 
@@ -71,5 +66,7 @@ def _unpack_plane(packed: Tensor, bits: int) -> Tensor:
     """Inverse of ``_pack_plane``."""
     if bits == 8:
         return packed
+    if bits == 1 and packed.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1, bitorder="little"))
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     return (packed.unsqueeze(-1) >> shifts & (1 << bits) - 1).flatten(-2)

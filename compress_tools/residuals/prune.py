@@ -53,7 +53,7 @@ def _kth_largest(magnitude: Tensor, count: int) -> Tensor:
     rank = magnitude.numel() - count
     if magnitude.device.type != "cpu":
         return magnitude.kthvalue(rank + 1).values
-    values, below = magnitude.numpy(), 0
+    values = magnitude.numpy()
     if len(values) > 16 * _SAMPLE:
         # Only what lies near the sample's own quantile is looked at, if the value sought turns out to be there.
         sample = np.sort(values[:: len(values) // _SAMPLE])
@@ -62,10 +62,8 @@ def _kth_largest(magnitude: Tensor, count: int) -> Tensor:
         below = np.count_nonzero(values < low)
         band = values[(values >= low) & (values <= high)]
         if below <= rank < below + len(band):
-            values = band
-        else:
-            below = 0
-    return torch.from_numpy(np.partition(values, rank - below)[rank - below : rank - below + 1])[0]
+            values, rank = band, rank - below
+    return torch.from_numpy(np.partition(values, rank)[rank : rank + 1])[0]
 
 
 def largest_of_each_row(matrix: Tensor, count: int) -> Tensor:
