@@ -15,17 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.shapes import SHAPES, MoEShape
+from benchmarks.synthetic import synthetic_format
 from benchmarks.synthetic_checkpoint import FAMILIES
-from compress_tools.config import make_config
-from compress_tools.format.schema import ExpertNames, ResMoEFormat
 from compress_tools.format.tensors import dense_layer_bytes, layer_bytes, row_pointer_bytes
-from compress_tools.residuals.recipes import uniform_spec
 
 GB = 1e9
 # Name: memory, as the maker states it (binary gigabytes).
 CARDS = {"RTX 4080 16G": 16, "RTX 4090 24G": 24, "A6000 48G": 48, "A100 80G": 80, "H200 141G": 141}
 UTILIZATION = 0.9
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # DeepSeekMoE's shared experts and dense first layer have no stand-in among the classes that count the rest.
 MODELS = ("OLMoE-1B-7B", "Qwen3-30B-A3B", "Mixtral-8x7B")
 FORMS: dict[str, dict[str, object] | None] = {
@@ -58,20 +55,9 @@ class Footprint:
 
 def expert_bytes(shape: MoEShape, form: dict[str, object] | None) -> int:
     """Resident bytes of all routed experts of a model, by the SPEC's arithmetic."""
-    if form is None:
-        return shape.layers * shape.experts * 3 * shape.hidden * shape.intermediate * 2
-    spec = uniform_spec(make_config(**form), PROJECTIONS, shape.intermediate, shape.hidden)
-    fmt = ResMoEFormat(
-        written_by="arithmetic",
-        dtype="bfloat16",
-        num_experts=shape.experts,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        names=ExpertNames(expert="layers.{layer}.experts.{expert}", projections={p: p for p in PROJECTIONS}),
-        layers={0: spec},
-    )
-    assert dense_layer_bytes(fmt) == shape.experts * 3 * shape.hidden * shape.intermediate * 2
-    return shape.layers * (layer_bytes(fmt, 0) + row_pointer_bytes(fmt, 0))
+    fmt = synthetic_format(shape, **(form or {}))
+    one = dense_layer_bytes(fmt) if form is None else layer_bytes(fmt, 0) + row_pointer_bytes(fmt, 0)
+    return shape.layers * one
 
 
 def footprint(shape: MoEShape, form: dict[str, object] | None) -> Footprint:

@@ -23,6 +23,7 @@ from benchmarks.rows import Row, print_rows, write_rows
 from benchmarks.serving.bench_client import Load, run_load
 from benchmarks.serving.server import VllmServer
 from benchmarks.shapes import SHAPES, MoEShape
+from benchmarks.synthetic import METHODS
 from benchmarks.synthetic_checkpoint import write_compressed, write_dense
 from compress_tools.checkpoint_reader import CheckpointReader
 from compress_tools.errors import ConfigError, ResMoEError
@@ -99,8 +100,8 @@ def make_models(preset: str, console: Console) -> dict[str, Path]:
 
 
 def make_synthetic(shape: MoEShape, layers: int, console: Console) -> dict[str, Path]:
-    """A random original and what both methods would make of it, in the user's cache directory."""
-    models = {name: CACHE / f"{shape.name}-{layers}" / name for name in ("original", "prune", "low-rank")}
+    """A random original and what each of ``METHODS`` would make of it, in the user's cache directory."""
+    models = {name: CACHE / f"{shape.name}-{layers}" / name for name in ("original", *METHODS)}
     for name, path in models.items():
         if path.exists():
             console.print(f"{path} is there already; remove it to write it again", highlight=False)
@@ -110,7 +111,7 @@ def make_synthetic(shape: MoEShape, layers: int, console: Console) -> dict[str, 
             write_dense(path, shape, layers)
         else:
             console.print(f"writing {path}", highlight=False)
-            write_compressed(path, models["original"], name, 0.25)
+            write_compressed(path, models["original"], **METHODS[name])
     return models
 
 

@@ -1,5 +1,7 @@
 """Format-valid random layers of any shape and method, in seconds: for timing, where values don't matter."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,11 +14,17 @@ from compress_tools.residuals.recipes import uniform_spec
 from resmoe_vllm.layout import ROW_PTR, LayerLayout, layout_key, parse_layout
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# What the timing benchmarks compare with dense: options of `resmoe compress`.
+METHODS: dict[str, dict[str, Any]] = {
+    "low-rank": {"method": "low-rank", "retain_ratio": 0.25},
+    "low-rank-8bit": {"method": "low-rank", "retain_ratio": 0.25, "factor_bits": 8, "center_bits": 8},
+    "prune": {"method": "prune", "retain_ratio": 0.25},
+}
 
 
-def synthetic_format(shape: MoEShape, method: str, retain_ratio: float, dtype: str, layers: int) -> ResMoEFormat:
-    """The format block of ``layers`` equal layers, as ``resmoe compress`` would write it."""
-    config = make_config(method=method, retain_ratio=retain_ratio)
+def synthetic_format(shape: MoEShape, dtype: str = "bfloat16", layers: int = 1, **options: Any) -> ResMoEFormat:
+    """The format block of ``layers`` equal layers, as ``resmoe compress`` would write it with ``options``."""
+    config = make_config(**options)
     spec = uniform_spec(config, PROJECTIONS, shape.intermediate, shape.hidden)
     return ResMoEFormat(
         written_by="synthetic",
@@ -40,12 +48,11 @@ def synthetic_layer(fmt: ResMoEFormat, index: int, seed: int = 0) -> tuple[Layer
         rows = 1 if shared else fmt.num_experts
         kind = DTYPES.get(dtype, torch.int32)
         if kind.is_floating_point:
-            scale = fmt.hidden_size**-0.5
-            # One expert's random values, shifted for each: the values don't matter, their memory does.
-            line = (scale * torch.randn(columns, generator=generator)).to(kind)
-            tensors[name] = torch.stack([line.roll(row) for row in range(rows)])
+            line = (fmt.hidden_size**-0.5 * torch.randn(columns, generator=generator)).to(kind)
         else:
-            tensors[name] = torch.zeros(rows, columns, dtype=kind)
+            line = torch.randint(256, (columns,), generator=generator).to(kind)
+        # One expert's random values, shifted for each: the values don't matter, their memory does.
+        tensors[name] = torch.stack([line.roll(row) for row in range(rows)])
     for part in fmt.layers[index].residual:
         if part.method == "bitmap":
             _fill_masks(layout, tensors, part.projections, part.values_per_expert, generator)

@@ -9,7 +9,6 @@ writing it: one random expert a layer, shifted for each of the others.
 
 import json
 import re
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import click
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.reference_models.corpus import read_corpus
@@ -60,72 +59,76 @@ def write_dense(out: Path, shape: MoEShape, layers: int, seed: int = 0) -> None:
     """
     if out.exists():
         raise CheckpointError(f"{out}: is there already; remove it or choose another directory")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    identity = {"synthetic": {"shape": shape.name, "layers": layers, "seed": seed}}
+    with CheckpointWriter(out, identity, overwrite=True) as writer:
+        _write_dense(writer, shape, layers, seed)
+
+
+def _write_dense(writer: CheckpointWriter, shape: MoEShape, layers: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    others, experts = _split(_few_experts(partial, shape, layers, seed))
+    config, tensors = _few_experts(writer.staging, shape, layers, seed)
+    others, experts = _split(tensors)
     for name in others:
         if name.endswith("gate.weight"):
             others[name] = _random((shape.experts, shape.hidden), generator)
     others["lm_head.weight"][TOKENS:] = 0
-    shards = {"others.safetensors": others}
-    weight_map = dict.fromkeys(others, "others.safetensors")
-    save_file(shards.pop("others.safetensors"), partial / "others.safetensors", metadata={"format": "pt"})
-    total = sum(tensor.nbytes for tensor in others.values())
+    shards: dict[str, tuple[str, ...]] = {}
+    total = 0
+
+    def write(shard: str, tensors: dict[str, Tensor]) -> None:
+        nonlocal total
+        writer.write_shard(shard, tensors, {})
+        shards[shard] = tuple(tensors)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+
+    write("others.safetensors", others)
     for layer, names in enumerate(_by_layer(experts, layers)):
-        tensors: dict[str, Tensor] = {}
+        tensors = {}
         for name in names:
             small = experts[name].shape
             first = _random(tuple(shape.intermediate if size == _FEW_ROWS else size for size in small), generator)
             parts = _EXPERT_ZERO.fullmatch(name)
             for expert in range(shape.experts):
                 tensors[f"{parts['before']}{expert}{parts['after']}"] = first.roll(expert)
-        shard = f"layer-{layer}.safetensors"
-        save_file(tensors, partial / shard, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, shard)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    save_tokenizer(
-        train_tokenizer((m.text for m in read_corpus(max_train_bytes=10**6).train), TOKENS, CONTEXT), partial
-    )
-    partial.rename(out)
+        write(f"layer-{layer}.safetensors", tensors)
+    corpus = (module.text for module in read_corpus(max_train_bytes=10**6).train)
+    save_tokenizer(train_tokenizer(corpus, TOKENS, CONTEXT), writer.staging)
+    writer.finish(config, shards, total)
 
 
-def write_compressed(out: Path, dense: Path, method: str, retain_ratio: float, **options: Any) -> None:
-    """Write what ``resmoe compress`` would make of a dense twin, in layout and size; every value random.
+def write_compressed(out: Path, dense: Path, **options: Any) -> None:
+    """Write what ``resmoe compress`` with ``options`` would make of a dense twin, with random values.
 
     Raises:
         ResMoEError: as ``resmoe compress``.
     """
     reader = CheckpointReader(dense)
-    config = make_config(method=method, retain_ratio=retain_ratio, **options)
+    config = make_config(**options)
     plan = make_plan(reader, config)
     outline = make_outline(dense, config, plan)
-    writer = CheckpointWriter(out, {"synthetic": outline.recipe})
-    for shard in plan.shards:
-        if shard.layer is None:
-            tensors = {plan.source.output_name(name): reader.get(name) for name in shard.names}
-        else:
-            stored = dummy_tensors(plan.fmt, plan.fmt.layers[shard.layer])
-            tensors = {}
-            for name, spec in layer_tensors(plan.fmt, shard.layer).items():
-                one = stored[spec.projection, spec.suffix]
-                # Bitmaps keep as many values in every expert; the same ones do.
-                tensors[name] = (
-                    one.clone() if spec.suffix == MASK else one.flatten().roll(spec.expert or 0).view_as(one)
-                )
-        writer.write_shard(shard.filename, tensors, {})
-        del tensors
-    for file in reader.other_files():
-        writer.copy_file(file, file.relative_to(reader.path))
-    total = outline.expert_bytes_after + outline.other_bytes
-    writer.finish(outline.config, {name: tuple(names) for name, (_, names) in outline.shards.items()}, total)
+    with CheckpointWriter(out, {"synthetic": outline.recipe}) as writer:
+        for shard in plan.shards:
+            if shard.layer is None:
+                tensors = {plan.source.output_name(name): reader.get(name) for name in shard.names}
+            else:
+                stored = dummy_tensors(plan.fmt, plan.fmt.layers[shard.layer])
+                tensors = {}
+                for name, spec in layer_tensors(plan.fmt, shard.layer).items():
+                    one = stored[spec.projection, spec.suffix]
+                    # Bitmaps keep as many values in every expert; the same ones do.
+                    tensors[name] = (
+                        one.clone() if spec.suffix == MASK else one.flatten().roll(spec.expert or 0).view_as(one)
+                    )
+            writer.write_shard(shard.filename, tensors, {})
+            del tensors
+        for file in reader.other_files():
+            writer.copy_file(file, file.relative_to(reader.path))
+        total = outline.expert_bytes_after + outline.other_bytes
+        writer.finish(outline.config, {name: tuple(names) for name, (_, names) in outline.shards.items()}, total)
 
 
-def _few_experts(folder: Path, shape: MoEShape, layers: int, seed: int) -> dict[str, Tensor]:
-    """The model with few and small experts, as transformers writes it; its config.json, corrected, in ``folder``."""
+def _few_experts(folder: Path, shape: MoEShape, layers: int, seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config.json of the shape, tensors of the model with few and small experts); scratch files in ``folder``."""
     prefix, fields = FAMILIES[shape.name]
     sizes = {**dict.fromkeys(_EXPERTS_FIELDS, shape.top_k), **dict.fromkeys(_ROWS_FIELDS, _FEW_ROWS)}
     config = getattr(transformers, f"{prefix}Config")(
@@ -146,8 +149,7 @@ def _few_experts(folder: Path, shape: MoEShape, layers: int, seed: int) -> dict[
         saved = json.loads((Path(scratch) / "config.json").read_text())
     for names, size in ((_EXPERTS_FIELDS, shape.experts), (_ROWS_FIELDS, shape.intermediate)):
         saved |= {name: size for name in names if name in saved}
-    (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
-    return tensors
+    return saved, tensors
 
 
 def _split(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -176,11 +178,11 @@ def main(out: Path, name: str, layers: int, method: str | None, retain_ratio: fl
     if method is None:
         write_dense(out, SHAPES[name], layers)
     elif dense is not None:
-        write_compressed(out, dense, method, retain_ratio)
+        write_compressed(out, dense, method=method, retain_ratio=retain_ratio)
     else:
         with tempfile.TemporaryDirectory(dir=out.resolve().parent) as scratch:
             write_dense(Path(scratch) / "dense", SHAPES[name], layers)
-            write_compressed(out, Path(scratch) / "dense", method, retain_ratio)
+            write_compressed(out, Path(scratch) / "dense", method=method, retain_ratio=retain_ratio)
     click.echo(f"{out}: {sum(file.stat().st_size for file in out.iterdir()) / 1e9:.2f} GB")
 
 

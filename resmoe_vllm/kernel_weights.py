@@ -31,6 +31,14 @@ class Coded:
     columns: int
     group_size: int | None
 
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the values."""
+        return torch.Size((*self.codes.shape[:-1], self.columns))
+
     def __getitem__(self, index: int) -> "Coded":
         """One expert's."""
         return Coded(self.codes[index], self.scales[index], self.bits, self.columns, self.group_size)
@@ -57,6 +65,16 @@ class LowRankWeights:
     u: Matrix
     v: dict[Projection, Matrix]
 
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.u.shape[-1]
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.u)
+
 
 @dataclass(frozen=True)
 class QuantizedWeights:
@@ -69,6 +87,11 @@ class QuantizedWeights:
 
     projections: tuple[Projection, ...]
     rows: dict[Projection, Coded]
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.rows[self.projections[0]])
 
 
 @dataclass(frozen=True)
@@ -95,6 +118,11 @@ class BitmapWeights:
     value_bits: int | None = None
     scales: dict[Projection, Tensor] | None = None
     group_size: int | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.mask[self.projections[0]])
 
     def expert_values(self, expert: int) -> Tensor:
         """Values of one expert in the order of ``projections``, or levels, fp32, to be scaled by ``expert_scales``.
@@ -133,6 +161,11 @@ class RowBitmapWeights:
     scales: dict[Projection, Tensor] | None = None
     group_size: int | None = None
 
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.mask[self.projections[0]])
+
     def expert_values(self, projection: Projection, expert: int) -> Tensor:
         """Values ``[I, N]`` of one expert, or levels, fp32, to be scaled by ``expert_scales``."""
         own = self.values[projection][expert]
@@ -164,3 +197,8 @@ class ResMoEWeights:
     intermediate_size: int
     center: dict[Projection, Matrix]
     residual: tuple[ResidualWeights, ...]
+
+    @property
+    def num_experts(self) -> int:
+        """E; 0 where there is no residual, hence no expert."""
+        return self.residual[0].num_experts if self.residual else 0

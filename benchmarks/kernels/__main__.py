@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.environment import collect_environment
+from benchmarks.routing import route
 from benchmarks.shapes import SHAPES, MoEShape
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 TIMED = ("low_rank", "bitmap", "quantized")
+TIMED_FIRST = ("low_rank", "bitmap")
 # largest error allowed, as a share of the largest output
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2}
 # speed as a multiple of dense: up to 64 tokens by K, at 4096 tokens
@@ -41,7 +43,7 @@ CALLS, RUNS = 8, 15
 
 def check(device: str, dtype: torch.dtype) -> list[str]:
     """What is wrong: every method, both strategies, few and many tokens, odd sizes, skipped pairs, an expert map."""
-    from benchmarks.kernels.layers import METHODS, layer_ref, make_layer, route
+    from benchmarks.kernels.layers import METHODS, layer_ref, make_layer
     from resmoe_vllm.kernels.triton_config import default_config
     from resmoe_vllm.kernels.triton_run import run_plan
 
@@ -51,7 +53,7 @@ def check(device: str, dtype: torch.dtype) -> list[str]:
         layer = make_layer(shape, method, device, dtype, seed=1, keep_truth=True)
         generator = torch.Generator(device).manual_seed(tokens)
         x = torch.randn(tokens, shape.hidden, generator=generator, device=device).to(dtype)
-        weights, ids = route(shape, tokens, device, generator)
+        weights, ids = route(shape, tokens, generator)
         ids[-1, 0] = -1
         config = default_config(sizes_for, shape.top_k, shape.experts, has_tiles=method != "low_rank")
         for mapped in (False, True):
@@ -108,17 +110,15 @@ def layer_calls(
 
 def make_inputs(shape: MoEShape, tokens: int) -> tuple[list, Callable[[], None]]:
     """(x, topk_weights, topk_ids) for each call of a graph, and what gives them fresh routing in place."""
-    from benchmarks.kernels.layers import route
-
     generator = torch.Generator("cuda").manual_seed(tokens)
     inputs = []
     for _ in range(CALLS):
         x = torch.randn(tokens, shape.hidden, generator=generator, device="cuda").bfloat16()
-        inputs.append((x, *route(shape, tokens, "cuda", generator)))
+        inputs.append((x, *route(shape, tokens, generator)))
 
     def refresh() -> None:
         for _, weights, ids in inputs:
-            for old, new in zip((weights, ids), route(shape, tokens, "cuda", generator), strict=True):
+            for old, new in zip((weights, ids), route(shape, tokens, generator), strict=True):
                 old.copy_(new)
 
     return inputs, refresh
@@ -143,7 +143,7 @@ def target(method: str, shape: MoEShape, tokens: int) -> float | None:
 
 
 def measure(
-    shape: MoEShape, methods: list[str], tokens: list[int], deadline: float, bandwidth: float
+    shape: MoEShape, methods: Sequence[str], tokens: Sequence[int], deadline: float, bandwidth: float
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """(rows, what the time did not suffice for) of one shape."""
     from benchmarks.kernels.timing import graph_ms
@@ -230,12 +230,18 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         )
 
 
+def cell_options(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser of the options that choose shapes, methods and token counts."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--shape", action="append", choices=list(SHAPES), help="default: all")
+    parser.add_argument("--method", action="append", choices=TIMED, help=f"default: {' and '.join(TIMED_FIRST)}")
+    parser.add_argument("--tokens", action="append", type=int, help=f"default: {' '.join(map(str, TOKENS))}")
+    return parser
+
+
 def main() -> int:
     """See the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shape", action="append", choices=list(SHAPES), help="default: all")
-    parser.add_argument("--method", action="append", choices=TIMED, help="default: low_rank and bitmap")
-    parser.add_argument("--tokens", action="append", type=int, help=f"default: {' '.join(map(str, TOKENS))}")
+    parser = cell_options("python -m benchmarks.kernels", __doc__.split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=7.5, help="stop after this long, and say what is missing")
     parser.add_argument("--json", type=Path, help="write the rows to FILE")
     parser.add_argument("--cpu-check", action="store_true", help="correctness alone, in Triton's interpreter")
@@ -256,7 +262,7 @@ def main() -> int:
     rows, left = [], []
     for name in options.shape or SHAPES:
         made, missing = measure(
-            SHAPES[name], options.method or ["low_rank", "bitmap"], options.tokens or list(TOKENS), deadline, bandwidth
+            SHAPES[name], options.method or TIMED_FIRST, options.tokens or TOKENS, deadline, bandwidth
         )
         rows, left = rows + made, left + missing
         if options.json is not None:

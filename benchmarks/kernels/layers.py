@@ -190,12 +190,6 @@ def pack_bits(keep: Tensor) -> Tensor:
     return (padded.unflatten(1, (-1, 8)) * weights).sum(-1).to(torch.uint8)
 
 
-def route(shape: MoEShape, tokens: int, device: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Fresh (topk_weights fp32 [T, K], topk_ids int32 [T, K]), every expert as likely."""
-    scores, ids = torch.rand(tokens, shape.experts, generator=generator, device=device).topk(shape.top_k)
-    return scores / scores.sum(1, keepdim=True), ids.int()
-
-
 def layer_ref(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, truth: dict[str, Tensor]) -> Tensor:
     """The layer on restored weights, expert by expert, fp32."""
     out = torch.zeros(x.shape, device=x.device)

@@ -3,7 +3,6 @@
 One setting at a time, from the rule's sizes on, as long as it pays by more than 2 %.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.kernels.__main__ import TIMED, TOKENS, layer_calls, make_inputs, make_layers
+from benchmarks.kernels.__main__ import TIMED_FIRST, TOKENS, cell_options, layer_calls, make_inputs, make_layers
 from benchmarks.kernels.timing import graph_ms
 from benchmarks.shapes import SHAPES, MoEShape
 from resmoe_vllm.kernels.triton_config import CONFIGS, Config, config_file, default_config, write_configs
@@ -63,10 +62,7 @@ def tune(shape: MoEShape, method: str, tokens: int, layers: list, deadline: floa
 
 def main() -> int:
     """Tune the named cells."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.tune", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shape", action="append", choices=list(SHAPES), help="default: all")
-    parser.add_argument("--method", action="append", choices=TIMED, help="default: low_rank and bitmap")
-    parser.add_argument("--tokens", action="append", type=int, help=f"default: {' '.join(map(str, TOKENS))}")
+    parser = cell_options("python -m benchmarks.kernels.tune", __doc__.split("\n\n")[0])
     parser.add_argument("--seconds", type=float, default=60, help="for each shape, method and token count")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -75,7 +71,7 @@ def main() -> int:
     device = torch.cuda.get_device_name()
     for name in options.shape or SHAPES:
         shape = SHAPES[name]
-        for method in options.method or ["low_rank", "bitmap"]:
+        for method in options.method or TIMED_FIRST:
             layers = make_layers(shape, method)
             configs = {
                 tokens: tune(shape, method, tokens, layers, time.monotonic() + options.seconds)

@@ -148,6 +148,7 @@ def load() -> ctypes.CDLL | None:
     library.resmoe_fused_moe.argtypes = [
         pointer,
         pointer,
+        ctypes.c_int32,
         size,
         pointer,
         pointer,
@@ -176,13 +177,14 @@ def fused_moe(
 ) -> Tensor:
     """See ``fused_moe_ref``; weights in one dtype or codes, contiguous, on the CPU; sums and activations in fp32."""
     layer = _layer(tensors, layout, activation)
-    wide, ids, weights = x.float().contiguous(), topk_ids.int().contiguous(), topk_weights.float().contiguous()
+    x, ids, weights = x.contiguous(), topk_ids.int().contiguous(), topk_weights.float().contiguous()
     mapping = None if expert_map is None else expert_map.int().contiguous()
-    out = torch.empty_like(wide)
+    out = torch.empty_like(x)
     failed = library.resmoe_fused_moe(
         ctypes.addressof(layer.struct),
-        wide.data_ptr(),
-        len(wide),
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        len(x),
         ids.data_ptr(),
         weights.data_ptr(),
         ids.shape[1],
@@ -192,7 +194,7 @@ def fused_moe(
     )
     if failed:
         raise KernelUnsupportedError(f"resmoe's C++ kernel does not know dtype number {layer.struct.dtype}")
-    return out.to(x.dtype)
+    return out
 
 
 class _Pointers:
@@ -212,7 +214,7 @@ class _Pointers:
         self.struct = _Layer(
             weights.hidden_size,
             weights.intermediate_size,
-            _num_experts(weights),
+            weights.num_experts,
             mask_row_bytes(weights.hidden_size),
             Matrices(*(_matrix(weights.center.get(p), shared=True) for p in PROJECTIONS)),
             ctypes.addressof(self._arrays[0]),
@@ -256,8 +258,7 @@ def _whole_row(columns: int) -> int:
 
 
 def _low_rank(part: LowRankWeights) -> _LowRank:
-    rank = part.u.shape[-1] if isinstance(part.u, Tensor) else part.u.columns
-    return _LowRank(_matrix(part.u), Matrices(*(_matrix(part.v.get(p)) for p in PROJECTIONS)), rank)
+    return _LowRank(_matrix(part.u), Matrices(*(_matrix(part.v.get(p)) for p in PROJECTIONS)), part.rank)
 
 
 def _quantized(part: QuantizedWeights) -> _Quantized:
@@ -299,17 +300,6 @@ def _any_bitmap(
 def _elements_from(tensor: Tensor) -> int:
     """Elements of the tensor's memory from its first one on."""
     return tensor.untyped_storage().nbytes() // tensor.itemsize - tensor.storage_offset()
-
-
-def _num_experts(weights: ResMoEWeights) -> int:
-    """E on this rank; 0 where there is no residual, hence no expert."""
-    for part in weights.residual:
-        if isinstance(part, LowRankWeights):
-            return len(part.u if isinstance(part.u, Tensor) else part.u.codes)
-        if isinstance(part, QuantizedWeights):
-            return len(next(iter(part.rows.values())).codes)
-        return len(next(iter(part.mask.values())))
-    return 0
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -34,7 +34,7 @@ def plan_layer(weights: ResMoEWeights, restore: bool) -> LayerPlan:
             f"[{weights.intermediate_size}, {weights.hidden_size}]; use tensor parallelism"
         )
     plans = (_plan(weights, projection, restore) for projection in ("gate_proj", "up_proj", "down_proj"))
-    return LayerPlan(*plans, count_experts(weights), weights.intermediate_size, weights.hidden_size)
+    return LayerPlan(*plans, weights.num_experts, weights.intermediate_size, weights.hidden_size)
 
 
 def _plan(weights: ResMoEWeights, projection: Projection, restore: bool) -> Plan:
@@ -43,24 +43,11 @@ def _plan(weights: ResMoEWeights, projection: Projection, restore: bool) -> Plan
     factors = None
     for number, part in enumerate(weights.residual):
         if isinstance(part, LowRankWeights) and projection in part.projections:
-            factors = Factors(rows_tile(part.u), rows_tile(part.v[projection]), _columns(part.u), number)
+            factors = Factors(rows_tile(part.u), rows_tile(part.v[projection]), part.rank, number)
     tile = sum_tile(None, parts, projection)
     if tile is not None and restore:
         return Plan(None, sum_tile(center, parts, projection), factors)
     return Plan(sum_tile(center, [], projection), tile, factors)
-
-
-def _columns(matrix: Matrix) -> int:
-    return matrix.columns if isinstance(matrix, Coded) else matrix.shape[-1]
-
-
-def count_experts(weights: ResMoEWeights) -> int:
-    """Rows of the parameters."""
-    part = weights.residual[0]
-    if isinstance(part, LowRankWeights):
-        return len(part.u.codes if isinstance(part.u, Coded) else part.u)
-    first = part.projections[0]
-    return len(part.rows[first].codes if hasattr(part, "rows") else part.mask[first])
 
 
 def fused_moe(
@@ -77,7 +64,7 @@ def fused_moe(
     config = pick_config(
         len(x),
         topk_ids.shape[1],
-        count_experts(weights),
+        weights.num_experts,
         layout.hidden_size,
         layout.intermediate_size,
         device_name(x.device),

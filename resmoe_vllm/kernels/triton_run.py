@@ -193,16 +193,10 @@ class _Run:
             *(plan.up.tile or NOTHING),
             *(NOTHING if factors[1] is None else factors[1].u),
             SHARED_U=None not in factors and factors[0].part == factors[1].part,
-            TOP_K=self.top_k,
             SIZE_H=size_h,
             SIZE_I=size_i,
             ACTIVATION=activation,
-            BLOCK_M=self.config.block_m,
-            BLOCK_N=blocks.n,
-            BLOCK_K=blocks.k,
-            DOT=self.dot,
-            num_warps=blocks.warps,
-            num_stages=blocks.stages,
+            **self.launch_options(blocks),
         )
         return hidden
 
@@ -264,15 +258,21 @@ class _Run:
             self.m_blocks,
             *firsts,
             *arguments,
-            TOP_K=self.top_k,
-            BLOCK_M=self.config.block_m,
-            BLOCK_N=blocks.n,
-            BLOCK_K=blocks.k,
-            DOT=self.dot,
-            num_warps=blocks.warps,
-            num_stages=blocks.stages,
+            **self.launch_options(blocks),
         )
         return made
+
+    def launch_options(self, blocks: Blocks) -> dict[str, object]:
+        """Sizes that every kernel of products takes."""
+        return {
+            "TOP_K": self.top_k,
+            "BLOCK_M": self.config.block_m,
+            "BLOCK_N": blocks.n,
+            "BLOCK_K": blocks.k,
+            "DOT": self.dot,
+            "num_warps": blocks.warps,
+            "num_stages": blocks.stages,
+        }
 
     def _slabs(self, count: int, job: _Job) -> Tensor:
         rows = self.pairs if job.spec.routed else self.tokens

@@ -25,5 +25,5 @@ def test_kv_cache_of_mixtral() -> None:
 @pytest.mark.parametrize(("form", "method"), [("prune 25 %", "prune"), ("low rank 25 %", "low-rank")])
 def test_expert_bytes_are_what_the_plugin_holds(form: str, method: str) -> None:
     shape = SHAPES["OLMoE-1B-7B"]
-    _, tensors = synthetic_layer(synthetic_format(shape, method, 0.25, "bfloat16", 1), 0)
+    _, tensors = synthetic_layer(synthetic_format(shape, method=method, retain_ratio=0.25), 0)
     assert expert_bytes(shape, FORMS[form]) == shape.layers * sum(tensor.nbytes for tensor in tensors)

@@ -40,7 +40,7 @@ def test_dense_twins_load_in_transformers(name: str, tmp_path: Path) -> None:
 def test_compressed_twins_are_laid_out_as_compress_does(olmoe: Path, method: str, tmp_path: Path) -> None:
     config = make_config(method=method)
     compress(olmoe, tmp_path / "real", config)
-    write_compressed(tmp_path / "random", olmoe, method, config.retain_ratio)
+    write_compressed(tmp_path / "random", olmoe, method=method)
     real, random = CheckpointReader(tmp_path / "real"), CheckpointReader(tmp_path / "random")
     assert random.config == real.config
     assert {n: random.get(n).shape for n in random.names} == {n: real.get(n).shape for n in real.names}
@@ -49,7 +49,7 @@ def test_compressed_twins_are_laid_out_as_compress_does(olmoe: Path, method: str
 
 def test_compressed_twins_answer(olmoe: Path, tmp_path: Path) -> None:
     """Masks and value counts agree, so that the plugin and transformers can read them."""
-    write_compressed(tmp_path / "small", olmoe, "prune", 0.25)
+    write_compressed(tmp_path / "small", olmoe, method="prune")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
 

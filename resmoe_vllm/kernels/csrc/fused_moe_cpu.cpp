@@ -1,7 +1,7 @@
 // The fused ResMoE layer on a CPU: weights are read once for each block of tokens, still compressed.
 //
 // Plain C ABI, no torch headers: resmoe_fused_moe() gets pointers (struct Layer, mirrored in cpp_cpu.py).
-// Weights are bf16, fp16, fp32 or codes; x, sums and activations are fp32. Truth: fused_moe_ref in reference.py.
+// Weights are bf16, fp16, fp32 or codes; sums and activations are fp32. Truth: fused_moe_ref in reference.py.
 //
 // A pair is (token, local expert, router weight); pairs of one expert stand together. Phases, a barrier after each:
 //   1  rows of center gate/up . x, once per token; rows of low-rank V gate/up . x, once per pair          (dots)
@@ -9,7 +9,7 @@
 //      mixed[token] += a; low rank: shrunk[pair] += a * U; others: out[token] += a * D_down
 //   3  out[token] += mixed[token] * center_down; out[token] += shrunk[pair] * V_down                      (axpys)
 //   4  sum of the threads' outputs
-// U is read once for gate, up and down together. Each thread owns its rows, so nothing is shared but sums per
+// U is read once for gate, up and down. Each thread owns its rows, so nothing is shared but sums per
 // thread, and the result depends on the number of threads by rounding only.
 //
 // Products (products.h) read rows in the layer's dtype where they lie. Rows of bitmaps and codes (rows.h) are decoded
@@ -29,6 +29,7 @@ enum Dtype : int32_t { kFloat = 0, kBFloat16 = 1, kHalf = 2 };
 enum Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
 
 constexpr int kProjections = 3;  // gate, up, down
+constexpr int64_t kSums = 2 * kInputs;
 
 struct LowRank {            // one part's factors
   Matrix u;                 // [E, I, R]
@@ -56,6 +57,25 @@ inline float activate(int32_t kind, float g) {
   if (kind == kSilu) return g / (1.0f + expf(-g));
   if (kind == kGelu) return 0.5f * g * (1.0f + erff(g * 0.70710678118654752f));
   return 0.5f * g * (1.0f + tanhf(0.79788456080286536f * (g + 0.044715f * g * g * g)));
+}
+
+inline float load(const void* from, int32_t dtype, int64_t i) {
+  if (dtype == kFloat) return ((const float*)from)[i];
+  const uint16_t bits = ((const uint16_t*)from)[i];
+  return dtype == kHalf ? FP16::scalar(bits) : BF16::scalar(bits);
+}
+
+// Rounded to nearest, ties to even.
+inline void store(void* into, int32_t dtype, int64_t i, float value) {
+  if (dtype == kFloat) {
+    ((float*)into)[i] = value;
+  } else if (dtype == kHalf) {
+    ((uint16_t*)into)[i] = _mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(value), _MM_FROUND_TO_NEAREST_INT), 0);
+  } else {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    ((uint16_t*)into)[i] = value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  }
 }
 
 struct Span {
@@ -93,7 +113,8 @@ struct Run {
   const float* x;           // [T, H]
   int64_t tokens;
   const Routing& routing;
-  float* out;               // [T, H]
+  void* out;                // [T, H]
+  int32_t out_dtype;
   std::vector<float> common[2], mixed;            // [T, I] center's gate, up; weighted sums
   std::vector<std::vector<float>> z[2];           // per low-rank part: [P, R], V gate . x and V up . x
   std::vector<std::vector<float>> shrunk;         // per part: [threads, P, R], U^T a
@@ -102,13 +123,14 @@ struct Run {
   // One thread's buffers.
   struct Scratch {
     std::vector<float> rows;       // four decoded rows, and one more for the values of a bitmap's row
-    std::vector<float> gate, up;   // [kRows, kInputs]
+    std::vector<float> sums;       // [kRows, kSums]: of gate, then of up
     std::vector<float> hidden;     // [kInputs, kRows]
-    const float* in[kInputs];
+    std::vector<float> halves;     // [kSums, groups, 8], of 8-bit codes
+    const float* in[kSums];
     float* into[kInputs];
     int64_t ld;
     explicit Scratch(int64_t columns) : ld(columns + 2 * kLanes) {
-      rows.resize(5 * ld + 72), gate.resize(kRows * kInputs), up.resize(kRows * kInputs), hidden.resize(kInputs * kRows);
+      rows.resize(5 * ld + 72), sums.resize(kRows * kSums), hidden.resize(kInputs * kRows);
     }
     float* spare() { return rows.data() + 4 * ld; }
   };
@@ -141,7 +163,7 @@ struct Run {
       for (int64_t c = s.begin; c < s.end; ++c) {
         float total = 0;
         for (int t = 0; t < threads; ++t) total += partial[t * tokens * H + c];
-        out[c] = total;
+        store(out, out_dtype, c, total);
       }
     }
   }
@@ -158,18 +180,33 @@ struct Run {
     return (const W*)m.data + e * m.stride + i * columns;
   }
 
-  // sums[r * kInputs + s] += row i + r . in[s]
+  // sums[r * kSums + s] += row i + r . in[s]
   void dots(const Matrix& m, int64_t e, int64_t i, int64_t rows, int64_t n, int64_t inputs, float* sums, Scratch& scratch) const {
-    if (!m.bits) return add_dots<T>(stored(m, e, i, n), n, rows, n, scratch.in, inputs, sums, kInputs);
+    if (!m.bits) return add_dots<T>(stored(m, e, i, n), n, rows, n, scratch.in, inputs, sums, kSums);
+    if (m.bits == 8) return dots(ByteRows(m, e, i, n), rows, inputs, sums, scratch);
     if (inputs == 1 && n % (2 * kLanes) == 0) {
-      for (int64_t r = 0; r < rows; ++r) sums[r * kInputs] += dot_codes(m, e, i + r, n, scratch.in[0]);
+      for (int64_t r = 0; r < rows; ++r) sums[r * kSums] += dot_codes(m, e, i + r, n, scratch.in[0]);
       return;
     }
     for (int64_t r = 0; r < rows; r += 4) {
       const int64_t count = std::min<int64_t>(4, rows - r);
       decode(m, e, i + r, count, n, scratch);
-      add_dots<FP32, 2>(scratch.rows.data(), scratch.ld, count, n, scratch.in, inputs, sums + r * kInputs, kInputs);
+      add_dots<FP32, 2>(scratch.rows.data(), scratch.ld, count, n, scratch.in, inputs, sums + r * kSums, kSums);
     }
+  }
+  void dots(const ByteRows& bytes, int64_t rows, int64_t inputs, float* sums, Scratch& scratch) const {
+    const int64_t size = bytes.groups * kLanes;
+    if ((int64_t)scratch.halves.size() < kSums * size) scratch.halves.resize(kSums * size);
+    const float* halves[kSums];
+    for (int64_t s = 0; s < inputs; ++s) half_sums(bytes, scratch.in[s], scratch.halves.data() + s * size), halves[s] = scratch.halves.data() + s * size;
+    for (int64_t r = 0; r < rows; r += 4)
+      for (int64_t s = 0; s < inputs; s += 3) {
+        const int64_t count = std::min<int64_t>(3, inputs - s);
+        if (rows - r >= 4)
+          dot_bytes<4>(bytes.from(r), count, scratch.in + s, halves + s, sums + r * kSums + s, kSums);
+        else
+          for (int64_t k = r; k < rows; ++k) dot_bytes<1>(bytes.from(k), count, scratch.in + s, halves + s, sums + k * kSums + s, kSums);
+      }
   }
   void dots(const Bitmap& part, int p, int64_t e, int64_t i, int64_t rows, int64_t inputs, float* sums, Scratch& scratch) const {
     const int64_t H = layer.hidden, step = inputs <= kDirect ? 2 : 4;
@@ -178,18 +215,19 @@ struct Run {
       if (inputs <= kDirect) {
         const BitmapRow<T> at[2] = {locate<T>(part, p, layer.mask_bytes, e, i + r), locate<T>(part, p, layer.mask_bytes, e, i + r + count - 1)};
         if (at[0].whole(H) && at[1].whole(H)) {
-          dot_bitmap<T>(at, count, H, scratch.in, inputs, sums + r * kInputs, kInputs);
+          dot_bitmap<T>(at, count, H, scratch.in, inputs, sums + r * kSums, kSums);
           continue;
         }
       }
       decode(part, p, e, i + r, count, scratch);
-      add_dots<FP32, 2>(scratch.rows.data(), scratch.ld, count, H, scratch.in, inputs, sums + r * kInputs, kInputs);
+      add_dots<FP32, 2>(scratch.rows.data(), scratch.ld, count, H, scratch.in, inputs, sums + r * kSums, kSums);
     }
   }
 
   // into[s] += sum over r of a[s * lda + r] * row i + r
   void axpys(const float* a, int64_t lda, const Matrix& m, int64_t e, int64_t i, int64_t rows, int64_t n, int64_t outputs, Scratch& scratch) const {
     if (!m.bits) return add_axpys<T>(a, lda, stored(m, e, i, n), n, rows, n, scratch.into, outputs);
+    if (m.bits == 8) return axpys(a, lda, ByteRows(m, e, i, n), rows, outputs, scratch);
     if (outputs == 1 && n % kLanes == 0) {
       for (int64_t r = 0; r < rows; ++r) axpy_codes(a[r], m, e, i + r, n, scratch.into[0]);
       return;
@@ -199,6 +237,11 @@ struct Run {
       decode(m, e, i + r, count, n, scratch);
       add_axpys<FP32>(a + r, lda, scratch.rows.data(), scratch.ld, count, n, scratch.into, outputs);
     }
+  }
+  void axpys(const float* a, int64_t lda, const ByteRows& bytes, int64_t rows, int64_t outputs, Scratch& scratch) const {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) axpy_bytes<4>(outputs, a + r, lda, bytes.from(r), scratch.into);
+    for (; r < rows; ++r) axpy_bytes<1>(outputs, a + r, lda, bytes.from(r), scratch.into);
   }
   void axpys(const float* a, int64_t lda, const Bitmap& part, int64_t e, int64_t i, int64_t rows, int64_t outputs, Scratch& scratch) const {
     const int64_t H = layer.hidden, step = outputs <= kDirect ? 1 : 4;
@@ -226,7 +269,7 @@ struct Run {
   void into(int me, int threads, Scratch& scratch) {  // phase 1
     const int64_t I = layer.intermediate, H = layer.hidden;
     const Span rows = share(I, 4, me, threads);
-    float* sums = scratch.gate.data();
+    float* sums = scratch.sums.data();
     for (int64_t t = 0; t < tokens; t += kInputs) {
       const int64_t inputs = std::min(kInputs, tokens - t);
       for (int64_t s = 0; s < inputs; ++s) scratch.in[s] = x + (t + s) * H;
@@ -234,10 +277,10 @@ struct Run {
         if (layer.center[p].data)
           for (int64_t i = rows.begin; i < rows.end; i += kRows) {
             const int64_t count = std::min(kRows, rows.end - i);
-            std::fill_n(sums, count * kInputs, 0.0f);
+            std::fill_n(sums, count * kSums, 0.0f);
             dots(layer.center[p], 0, i, count, H, inputs, sums, scratch);
             for (int64_t s = 0; s < inputs; ++s)
-              for (int64_t r = 0; r < count; ++r) common[p][(t + s) * I + i + r] = sums[r * kInputs + s];
+              for (int64_t r = 0; r < count; ++r) common[p][(t + s) * I + i + r] = sums[r * kSums + s];
           }
     }
     for (int64_t g = 0; g < layer.num_low_rank; ++g) {
@@ -249,10 +292,10 @@ struct Run {
           if (part.v[p].data)
             for (int64_t k = ranks.begin; k < ranks.end; k += kRows) {
               const int64_t count = std::min(kRows, ranks.end - k);
-              std::fill_n(sums, count * kInputs, 0.0f);
+              std::fill_n(sums, count * kSums, 0.0f);
               dots(part.v[p], e, k, count, H, inputs, sums, scratch);
               for (int64_t s = 0; s < inputs; ++s)
-                for (int64_t r = 0; r < count; ++r) z[p][g][(q + s) * part.rank + k + r] = sums[r * kInputs + s];
+                for (int64_t r = 0; r < count; ++r) z[p][g][(q + s) * part.rank + k + r] = sums[r * kSums + s];
             }
       });
     }
@@ -261,22 +304,24 @@ struct Run {
   void across(int me, int threads, Scratch& scratch) {  // phase 2
     const int64_t I = layer.intermediate, H = layer.hidden;
     const Span rows = share(I, 4, me, threads);
-    float *sums[2] = {scratch.gate.data(), scratch.up.data()}, *hidden = scratch.hidden.data();
+    float* hidden = scratch.hidden.data();
     float* mine = partial.data() + me * tokens * H;
     for_pairs([&](int64_t e, int64_t q, int64_t inputs) {
       const int32_t* token = routing.token.data() + q;
+      float* sums[2] = {scratch.sums.data(), scratch.sums.data() + inputs};
       for (int64_t i = rows.begin; i < rows.end; i += kRows) {
         const int64_t count = std::min(kRows, rows.end - i);
         for (int p = 0; p < 2; ++p)
           for (int64_t s = 0; s < inputs; ++s)
-            for (int64_t r = 0; r < count; ++r) sums[p][r * kInputs + s] = common[p][token[s] * I + i + r];
+            for (int64_t r = 0; r < count; ++r) sums[p][r * kSums + s] = common[p][token[s] * I + i + r];
         for (int64_t g = 0; g < layer.num_low_rank; ++g) {
           const LowRank& part = layer.low_rank[g];
-          for (int p = 0; p < 2; ++p)
-            if (part.v[p].data) {
-              for (int64_t s = 0; s < inputs; ++s) scratch.in[s] = z[p][g].data() + (q + s) * part.rank;
-              dots(part.u, e, i, count, part.rank, inputs, sums[p], scratch);
-            }
+          // Gate and up where U serves both: its rows are read once.
+          const int first = part.v[0].data ? 0 : 1, last = part.v[1].data ? 1 : 0;
+          if (first > last) continue;
+          for (int p = first; p <= last; ++p)
+            for (int64_t s = 0; s < inputs; ++s) scratch.in[(p - first) * inputs + s] = z[p][g].data() + (q + s) * part.rank;
+          dots(part.u, e, i, count, part.rank, (last - first + 1) * inputs, sums[first], scratch);
         }
         for (int64_t s = 0; s < inputs; ++s) scratch.in[s] = x + token[s] * H;
         for (int p = 0; p < 2; ++p) {
@@ -287,7 +332,7 @@ struct Run {
         }
         for (int64_t s = 0; s < inputs; ++s)
           for (int64_t r = 0; r < count; ++r) {
-            const float a = activate(layer.activation, sums[0][r * kInputs + s]) * sums[1][r * kInputs + s] * routing.weight[q + s];
+            const float a = activate(layer.activation, sums[0][r * kSums + s]) * sums[1][r * kSums + s] * routing.weight[q + s];
             hidden[s * kRows + r] = a;
             mixed[token[s] * I + i + r] += a;
           }
@@ -340,8 +385,8 @@ struct Run {
 };
 
 template <class T>
-void run(const Layer& layer, const float* x, int64_t tokens, const Routing& routing, float* out, int threads) {
-  Run<T> work{layer, x, tokens, routing, out, {}, {}, {}, {}, {}};
+void run(const Layer& layer, const float* x, int64_t tokens, const Routing& routing, void* out, int32_t out_dtype, int threads) {
+  Run<T> work{layer, x, tokens, routing, out, out_dtype, {}, {}, {}, {}, {}};
   work.run(threads);
 }
 
@@ -351,15 +396,17 @@ using namespace resmoe;
 
 extern "C" {
 
-// x, out: fp32 [T, H]; ids: global experts [T, K]; weights: fp32 [T, K]; map: [global experts] -> local, or null.
+// x, out: [T, H] in x_dtype; ids: global experts [T, K]; weights: fp32 [T, K]; map: [global experts] -> local, or null.
 // Returns 0, or 1 for an unknown dtype.
-int resmoe_fused_moe(const Layer* layer, const float* x, int64_t tokens, const int32_t* ids, const float* weights,
-                     int64_t top_k, const int32_t* map, float* out, int threads) {
+int resmoe_fused_moe(const Layer* layer, const void* x, int32_t x_dtype, int64_t tokens, const int32_t* ids,
+                     const float* weights, int64_t top_k, const int32_t* map, void* out, int threads) {
   const Routing routing(ids, weights, tokens, top_k, map, layer->experts);
+  std::vector<float> wide(tokens * layer->hidden);
+  for (size_t c = 0; c < wide.size(); ++c) wide[c] = load(x, x_dtype, c);
   switch (layer->dtype) {
-    case kFloat: run<FP32>(*layer, x, tokens, routing, out, threads); return 0;
-    case kBFloat16: run<BF16>(*layer, x, tokens, routing, out, threads); return 0;
-    case kHalf: run<FP16>(*layer, x, tokens, routing, out, threads); return 0;
+    case kFloat: run<FP32>(*layer, wide.data(), tokens, routing, out, x_dtype, threads); return 0;
+    case kBFloat16: run<BF16>(*layer, wide.data(), tokens, routing, out, x_dtype, threads); return 0;
+    case kHalf: run<FP16>(*layer, wide.data(), tokens, routing, out, x_dtype, threads); return 0;
   }
   return 1;
 }

@@ -44,6 +44,32 @@ struct FP32 {
   static inline float scalar(type w) { return w; }
 };
 
+// Codes of 8 bits less 128, times 2**24: a shuffle into the upper bytes costs less than widening. The levels that they
+// stand for are half a step above.
+struct Byte {
+  using type = uint8_t;
+  static constexpr float kOne = 1 << 24;
+  static inline __m256i flip(__m128i codes) {
+    return _mm256_xor_si256(_mm256_broadcastsi128_si256(codes), _mm256_set1_epi8(-128));
+  }
+  // Eight of sixteen codes: the first, or from the ninth on.
+  template <int First>
+  static inline __m256 eight(__m256i flipped) {
+    constexpr int f = First;
+    const __m256i to_top = _mm256_setr_epi8(-1, -1, -1, f, -1, -1, -1, f + 1, -1, -1, -1, f + 2, -1, -1, -1, f + 3,
+                                            -1, -1, -1, f + 4, -1, -1, -1, f + 5, -1, -1, -1, f + 6, -1, -1, -1, f + 7);
+    return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(flipped, to_top));
+  }
+  static inline __m256 load(const type* p) { return eight<0>(flip(_mm_loadl_epi64((const __m128i*)p))); }
+  // visit(0, the first eight of sixteen), visit(1, the other eight)
+  template <class Visit>
+  static inline void load_two(const type* p, Visit visit) {
+    const __m256i flipped = flip(_mm_loadu_si128((const __m128i*)p));
+    visit(0, eight<0>(flipped)), visit(1, eight<8>(flipped));
+  }
+  static inline float scalar(type w) { return kOne * ((float)w - 128.0f); }
+};
+
 inline float sum(__m256 v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -75,6 +101,21 @@ inline void fetch_ahead(const typename T::type* row, int64_t stride) {
 
 // ---- dots ----------------------------------------------------------------------------------------------------
 
+// Eight columns of R rows and S inputs into one of the chains of sums.
+template <class T, int R, int S, int Chains>
+__attribute__((always_inline)) inline void dot_lanes(const typename T::type* row, int64_t stride, const float* const* x, int64_t c, int chain,
+                      __m256 (&acc)[R][S][Chains]) {
+  __m256 in[S];
+#pragma GCC unroll 16
+  for (int s = 0; s < S; ++s) in[s] = _mm256_loadu_ps(x[s] + c);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const __m256 w = T::load(row + r * stride + c);
+#pragma GCC unroll 16
+    for (int s = 0; s < S; ++s) acc[r][s][chain] = _mm256_fmadd_ps(w, in[s], acc[r][s][chain]);
+  }
+}
+
 // sums[r * ld + s] += row r . x[s] over columns [begin, end); n: columns of the whole row. Chains: sums of lanes that
 // take turns, for kernels that multiply one row while they decode it.
 // Ahead: fetch the R rows behind these, which come next where each row is read once.
@@ -93,36 +134,14 @@ inline void dot_tile(const typename T::type* row, int64_t stride, const float* c
     for (; c + 4 * kLanes <= end; c += 4 * kLanes) {
       fetch_ahead<T, R>(row + R * stride + c, stride);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        __m256 in[S];
-#pragma GCC unroll 16
-        for (int s = 0; s < S; ++s) in[s] = _mm256_loadu_ps(x[s] + c + j * kLanes);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-          const __m256 w = T::load(row + r * stride + c + j * kLanes);
-#pragma GCC unroll 16
-          for (int s = 0; s < S; ++s) acc[r][s][0] = _mm256_fmadd_ps(w, in[s], acc[r][s][0]);
-        }
-      }
+      for (int j = 0; j < 4; ++j) dot_lanes<T>(row, stride, x, c + j * kLanes, 0, acc);
     }
   for (; c + Chains * kLanes <= end; c += Chains * kLanes)
 #pragma GCC unroll 2
-    for (int j = 0; j < Chains; ++j) {
-      __m256 in[S];
-#pragma GCC unroll 16
-      for (int s = 0; s < S; ++s) in[s] = _mm256_loadu_ps(x[s] + c + j * kLanes);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const __m256 w = T::load(row + r * stride + c + j * kLanes);
-#pragma GCC unroll 16
-        for (int s = 0; s < S; ++s) acc[r][s][j] = _mm256_fmadd_ps(w, in[s], acc[r][s][j]);
-      }
-    }
+    for (int j = 0; j < Chains; ++j) dot_lanes<T>(row, stride, x, c + j * kLanes, j, acc);
   if (c < end) {
     if (Chains == 2 && c + kLanes <= end) {
-      for (int r = 0; r < R; ++r)
-        for (int s = 0; s < S; ++s)
-          acc[r][s][0] = _mm256_fmadd_ps(T::load(row + r * stride + c), _mm256_loadu_ps(x[s] + c), acc[r][s][0]);
+      dot_lanes<T>(row, stride, x, c, 0, acc);
       c += kLanes;
     }
     if (c < end)

@@ -201,6 +201,162 @@ inline void axpy_codes(float a, const Matrix& part, int64_t e, int64_t i, int64_
   });
 }
 
+// ---- rows of 8-bit codes, multiplied as they lie -------------------------------------------------------------
+//
+// level = scale * (Byte / kOne + 1/2), one scale for each group of columns: sums run over a group's bytes, then are
+// scaled, so that a weight costs a conversion and a multiplication.
+
+struct ByteRows {
+  const uint8_t* codes;    // the first row
+  const uint16_t* scales;  // its first group's
+  int64_t stride, groups, group, n;
+  ByteRows(const Matrix& m, int64_t e, int64_t i, int64_t columns) : n(columns) {
+    stride = octets_of(n) * kLanes, group = std::min(m.group, stride), groups = (n + group - 1) / group;
+    codes = (const uint8_t*)m.data + e * m.stride + i * stride;
+    scales = m.scales + e * m.scales_stride + i * groups;
+  }
+  ByteRows from(int64_t row) const {
+    ByteRows rest = *this;
+    rest.codes += row * stride, rest.scales += row * groups;
+    return rest;
+  }
+  // of a Byte
+  float scale(int64_t row, int64_t g) const { return BF16::scalar(scales[row * groups + g]) * (1.0f / Byte::kOne); }
+  int64_t end(int64_t g) const { return std::min(n, (g + 1) * group); }
+};
+
+// What half a step adds: half the sums of x, by lane, over each group of columns, in Bytes: [groups, 8].
+inline void half_sums(const ByteRows& rows, const float* x, float* halves) {
+  for (int64_t g = 0; g < rows.groups; ++g) {
+    __m256 acc = _mm256_setzero_ps();
+    int64_t c = g * rows.group;
+    const int64_t end = rows.end(g);
+    for (; c + kLanes <= end; c += kLanes) acc = _mm256_add_ps(acc, _mm256_loadu_ps(x + c));
+    if (c < end) acc = _mm256_add_ps(acc, load_tail<FP32>(x, end, end - c));
+    _mm256_storeu_ps(halves + g * kLanes, _mm256_mul_ps(acc, _mm256_set1_ps(0.5f * Byte::kOne)));
+  }
+}
+
+// sums[r * ld + s] += row r . x[s]; halves[s]: half_sums of x[s].
+template <int R, int S>
+void dot_bytes(const ByteRows& rows, const float* const* x, const float* const* halves, float* sums, int64_t ld) {
+  __m256 total[R][S];
+  for (auto& row : total)
+    for (auto& one : row) one = _mm256_setzero_ps();
+  for (int64_t g = 0; g < rows.groups; ++g) {
+    __m256 acc[R][S][1];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) acc[r][s][0] = _mm256_loadu_ps(halves[s] + g * kLanes);
+    int64_t c = g * rows.group;
+    const int64_t end = rows.end(g);
+    for (; c + 2 * kLanes <= end; c += 2 * kLanes) {
+      if (c % 64 == 0)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) _mm_prefetch((const char*)(rows.codes + (R + r) * rows.stride + c), _MM_HINT_T0);
+      __m256 in[S][2];
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) in[s][0] = _mm256_loadu_ps(x[s] + c), in[s][1] = _mm256_loadu_ps(x[s] + c + kLanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+        Byte::load_two(rows.codes + r * rows.stride + c, [&](int j, __m256 w) {
+#pragma GCC unroll 4
+          for (int s = 0; s < S; ++s) acc[r][s][0] = _mm256_fmadd_ps(w, in[s][j], acc[r][s][0]);
+        });
+    }
+    if (c + kLanes <= end) dot_lanes<Byte>(rows.codes, rows.stride, x, c, 0, acc), c += kLanes;
+    if (c < end)
+      for (int s = 0; s < S; ++s) {
+        const __m256 in = load_tail<FP32>(x[s], end, end - c);
+        for (int r = 0; r < R; ++r)
+          acc[r][s][0] = _mm256_fmadd_ps(load_tail<Byte>(rows.codes + r * rows.stride, end, end - c), in, acc[r][s][0]);
+      }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const __m256 scale = _mm256_set1_ps(rows.scale(r, g));
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) total[r][s] = _mm256_fmadd_ps(scale, acc[r][s][0], total[r][s]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int s = 0; s < S; ++s) sums[r * ld + s] += sum(total[r][s]);
+}
+
+template <int R>
+void dot_bytes(const ByteRows& rows, int64_t inputs, const float* const* x, const float* const* halves, float* sums, int64_t ld) {
+  switch (inputs) {
+    case 1: return dot_bytes<R, 1>(rows, x, halves, sums, ld);
+    case 2: return dot_bytes<R, 2>(rows, x, halves, sums, ld);
+    default: return dot_bytes<R, 3>(rows, x, halves, sums, ld);
+  }
+}
+
+// y[s] += sum over r < R of a[s * lda + r] * row r.
+template <int R, int S>
+void axpy_bytes(const float* a, int64_t lda, const ByteRows& rows, float* const* y) {
+  for (int64_t g = 0; g < rows.groups; ++g) {
+    float scaled[S][R], half[S];
+    for (int s = 0; s < S; ++s) {
+      half[s] = 0;
+      for (int r = 0; r < R; ++r) half[s] += 0.5f * Byte::kOne * (scaled[s][r] = a[s * lda + r] * rows.scale(r, g));
+    }
+    __m256 factor[S][R];
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) factor[s][r] = _mm256_set1_ps(scaled[s][r]);
+    int64_t c = g * rows.group;
+    const int64_t end = rows.end(g);
+    for (; c + 2 * kLanes <= end; c += 2 * kLanes) {
+      if (c % 64 == 0)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) _mm_prefetch((const char*)(rows.codes + (R + r) * rows.stride + c), _MM_HINT_T0);
+      __m256 into[S][2];
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) into[s][j] = _mm256_add_ps(_mm256_loadu_ps(y[s] + c + j * kLanes), _mm256_set1_ps(half[s]));
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+        Byte::load_two(rows.codes + r * rows.stride + c, [&](int j, __m256 w) {
+#pragma GCC unroll 4
+          for (int s = 0; s < S; ++s) into[s][j] = _mm256_fmadd_ps(factor[s][r], w, into[s][j]);
+        });
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) _mm256_storeu_ps(y[s] + c + j * kLanes, into[s][j]);
+    }
+    if (c + kLanes <= end) {
+      __m256 into[S];
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) into[s] = _mm256_add_ps(_mm256_loadu_ps(y[s] + c), _mm256_set1_ps(half[s]));
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const __m256 w = Byte::load(rows.codes + r * rows.stride + c);
+#pragma GCC unroll 4
+        for (int s = 0; s < S; ++s) into[s] = _mm256_fmadd_ps(factor[s][r], w, into[s]);
+      }
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) _mm256_storeu_ps(y[s] + c, into[s]);
+      c += kLanes;
+    }
+    for (; c < end; ++c)
+      for (int s = 0; s < S; ++s) {
+        float into = y[s][c] + half[s];
+        for (int r = 0; r < R; ++r) into = __builtin_fmaf(scaled[s][r], Byte::scalar(rows.codes[r * rows.stride + c]), into);
+        y[s][c] = into;
+      }
+  }
+}
+
+template <int R>
+void axpy_bytes(int64_t outputs, const float* a, int64_t lda, const ByteRows& rows, float* const* y) {
+  for (; outputs >= 2; outputs -= 2, a += 2 * lda, y += 2) axpy_bytes<R, 2>(a, lda, rows, y);
+  if (outputs) axpy_bytes<R, 1>(a, lda, rows, y);
+}
+
 // ---- one row of a bitmap part --------------------------------------------------------------------------------
 
 // Levels of `count` codes of 4 or 8 bits from the `first` on.
