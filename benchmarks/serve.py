@@ -13,6 +13,7 @@ import argparse
 import math
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.model:
             models = dict(args.model)
         elif args.synthetic:
-            models = make_synthetic(SHAPES[args.synthetic], args.layers, console)
+            models = make_synthetic(SHAPES[args.synthetic], args.layers, args.method or METHODS, console)
         else:
             models = make_models(args.preset, console)
         check_lengths(models, args.input_len + args.output_len)
@@ -72,6 +73,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--synthetic", choices=SHAPES, metavar="SHAPE", help=f"random models instead: {', '.join(SHAPES)}"
     )
+    parser.add_argument("--method", action="append", choices=METHODS, help="of the random models; default: all")
     parser.add_argument("--layers", type=int, default=8, help="decoder layers of the random models")
     parser.add_argument("--rates", nargs="+", type=float, default=[1, 4, float("inf")], help="requests/s; or inf")
     parser.add_argument("--max-concurrency", type=int, help="requests in flight at most")
@@ -99,9 +101,9 @@ def make_models(preset: str, console: Console) -> dict[str, Path]:
     return models
 
 
-def make_synthetic(shape: MoEShape, layers: int, console: Console) -> dict[str, Path]:
+def make_synthetic(shape: MoEShape, layers: int, methods: Iterable[str], console: Console) -> dict[str, Path]:
     """A random original and what each of ``METHODS`` would make of it, in the user's cache directory."""
-    models = {name: CACHE / f"{shape.name}-{layers}" / name for name in ("original", *METHODS)}
+    models = {name: CACHE / f"{shape.name}-{layers}" / name for name in ("original", *methods)}
     for name, path in models.items():
         if path.exists():
             console.print(f"{path} is there already; remove it to write it again", highlight=False)

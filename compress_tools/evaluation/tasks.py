@@ -47,4 +47,5 @@ def run_tasks(model: str, config: TasksConfig) -> dict[str, dict[str, Any]]:
         task_manager=tasks,
         limit=config.limit,
     )
-    return {task: {k: v for k, v in metrics.items() if k != "alias"} for task, metrics in found["results"].items()}
+    # Beside them lie the task's name and the number of its samples.
+    return {task: {k: v for k, v in metrics.items() if "," in k} for task, metrics in found["results"].items()}
