@@ -97,7 +97,7 @@ def main(
         for kind in kinds or KINDS:
             check = name != "Mixtral-8x7B" if check_svd is None else check_svd
             rows += layer_rows(_in_a_process(name, kind, workers, check, work_dir))
-            click.echo(f"{rows[-len(STAGES) - 3].name}: done", err=True)
+            click.echo(f"{name}, {kind}: done", err=True)
             if json_file:
                 write_rows(rows, json_file)
     print_rows(rows, "Compression of one layer")
