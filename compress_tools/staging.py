@@ -109,8 +109,8 @@ def hold(directory: Path) -> int:
         raise _held(directory) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        mine = directory.exists() and os.path.samestat(os.fstat(descriptor), directory.stat())
-    except BlockingIOError:
+        mine = os.path.samestat(os.fstat(descriptor), directory.stat())
+    except (BlockingIOError, FileNotFoundError):
         mine = False
     except OSError:
         mine = True

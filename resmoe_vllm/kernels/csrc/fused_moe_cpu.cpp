@@ -59,10 +59,8 @@ inline float activate(int32_t kind, float g) {
   return 0.5f * g * (1.0f + tanhf(0.79788456080286536f * (g + 0.044715f * g * g * g)));
 }
 
-inline float load(const void* from, int32_t dtype, int64_t i) {
-  if (dtype == kFloat) return ((const float*)from)[i];
-  const uint16_t bits = ((const uint16_t*)from)[i];
-  return dtype == kHalf ? FP16::scalar(bits) : BF16::scalar(bits);
+inline float load(const uint16_t* from, int32_t dtype, int64_t i) {
+  return dtype == kHalf ? FP16::scalar(from[i]) : BF16::scalar(from[i]);
 }
 
 // Rounded to nearest, ties to even.
@@ -266,6 +264,10 @@ struct Run {
     for (int64_t j = 0; j < rows; ++j) decode_codes(m, e, i + j, n, scratch.rows.data() + j * scratch.ld);
   }
 
+  static void clear(float* sums, int64_t rows, int64_t inputs) {
+    for (int64_t r = 0; r < rows; ++r) std::fill_n(sums + r * kSums, inputs, 0.0f);
+  }
+
   void into(int me, int threads, Scratch& scratch) {  // phase 1
     const int64_t I = layer.intermediate, H = layer.hidden;
     const Span rows = share(I, 4, me, threads);
@@ -277,7 +279,7 @@ struct Run {
         if (layer.center[p].data)
           for (int64_t i = rows.begin; i < rows.end; i += kRows) {
             const int64_t count = std::min(kRows, rows.end - i);
-            std::fill_n(sums, count * kSums, 0.0f);
+            clear(sums, count, inputs);
             dots(layer.center[p], 0, i, count, H, inputs, sums, scratch);
             for (int64_t s = 0; s < inputs; ++s)
               for (int64_t r = 0; r < count; ++r) common[p][(t + s) * I + i + r] = sums[r * kSums + s];
@@ -292,7 +294,7 @@ struct Run {
           if (part.v[p].data)
             for (int64_t k = ranks.begin; k < ranks.end; k += kRows) {
               const int64_t count = std::min(kRows, ranks.end - k);
-              std::fill_n(sums, count * kSums, 0.0f);
+              clear(sums, count, inputs);
               dots(part.v[p], e, k, count, H, inputs, sums, scratch);
               for (int64_t s = 0; s < inputs; ++s)
                 for (int64_t r = 0; r < count; ++r) z[p][g][(q + s) * part.rank + k + r] = sums[r * kSums + s];
@@ -401,12 +403,13 @@ extern "C" {
 int resmoe_fused_moe(const Layer* layer, const void* x, int32_t x_dtype, int64_t tokens, const int32_t* ids,
                      const float* weights, int64_t top_k, const int32_t* map, void* out, int threads) {
   const Routing routing(ids, weights, tokens, top_k, map, layer->experts);
-  std::vector<float> wide(tokens * layer->hidden);
-  for (size_t c = 0; c < wide.size(); ++c) wide[c] = load(x, x_dtype, c);
+  std::vector<float> converted(x_dtype == kFloat ? 0 : tokens * layer->hidden);
+  for (size_t c = 0; c < converted.size(); ++c) converted[c] = load((const uint16_t*)x, x_dtype, c);
+  const float* wide = x_dtype == kFloat ? (const float*)x : converted.data();
   switch (layer->dtype) {
-    case kFloat: run<FP32>(*layer, wide.data(), tokens, routing, out, x_dtype, threads); return 0;
-    case kBFloat16: run<BF16>(*layer, wide.data(), tokens, routing, out, x_dtype, threads); return 0;
-    case kHalf: run<FP16>(*layer, wide.data(), tokens, routing, out, x_dtype, threads); return 0;
+    case kFloat: run<FP32>(*layer, wide, tokens, routing, out, x_dtype, threads); return 0;
+    case kBFloat16: run<BF16>(*layer, wide, tokens, routing, out, x_dtype, threads); return 0;
+    case kHalf: run<FP16>(*layer, wide, tokens, routing, out, x_dtype, threads); return 0;
   }
   return 1;
 }

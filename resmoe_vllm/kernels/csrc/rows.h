@@ -132,9 +132,7 @@ void decode_row(const uint8_t* mask, const typename T::type* values, int64_t rea
 
 template <int Bits>
 inline __m256i codes8(const uint8_t* row, int64_t octet, int64_t octets) {
-  if constexpr (Bits == 8) {
-    return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(row + 8 * octet)));
-  } else if constexpr (Bits == 4) {
+  if constexpr (Bits == 4) {
     uint32_t word;
     memcpy(&word, row + 4 * octet, 4);
     const __m256i apart = _mm256_srlv_epi32(_mm256_set1_epi32(word), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
@@ -159,7 +157,10 @@ inline void visit_codes(const uint8_t* row, const uint16_t* scales, int64_t grou
     const __m256 s = _mm256_set1_ps(BF16::scalar(*scales++)), half = _mm256_set1_ps(0.5f * ((1 << Bits) - 1));
     const int64_t stop = std::min(octets, o + group / kLanes);
     const auto octet = [&](int64_t at) {
-      return _mm256_mul_ps(_mm256_sub_ps(_mm256_cvtepi32_ps(codes8<Bits>(row, at, octets)), half), s);
+      if constexpr (Bits == 8)  // decoded alone for the self-test of the loader; products take ByteRows
+        return _mm256_mul_ps(_mm256_fmadd_ps(Byte::load(row + kLanes * at), _mm256_set1_ps(1 / Byte::kOne), _mm256_set1_ps(0.5f)), s);
+      else
+        return _mm256_mul_ps(_mm256_sub_ps(_mm256_cvtepi32_ps(codes8<Bits>(row, at, octets)), half), s);
     };
     for (; o + 2 <= stop; o += 2) vectors(o, octet(o), 0), vectors(o + 1, octet(o + 1), 1);
     if (o < stop) vectors(o, octet(o), 0), ++o;
@@ -252,9 +253,7 @@ void dot_bytes(const ByteRows& rows, const float* const* x, const float* const* 
     int64_t c = g * rows.group;
     const int64_t end = rows.end(g);
     for (; c + 2 * kLanes <= end; c += 2 * kLanes) {
-      if (c % 64 == 0)
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) _mm_prefetch((const char*)(rows.codes + (R + r) * rows.stride + c), _MM_HINT_T0);
+      if (c % 64 == 0) fetch_ahead<Byte, R>(rows.codes + R * rows.stride + c, rows.stride);
       __m256 in[S][2];
 #pragma GCC unroll 4
       for (int s = 0; s < S; ++s) in[s][0] = _mm256_loadu_ps(x[s] + c), in[s][1] = _mm256_loadu_ps(x[s] + c + kLanes);
@@ -292,6 +291,33 @@ void dot_bytes(const ByteRows& rows, int64_t inputs, const float* const* x, cons
   }
 }
 
+// y[s] += half[s] + sum over r < R of factor[s][r] * row r, over Octets octets of columns from c on.
+template <int R, int S, int Octets>
+__attribute__((always_inline)) inline void axpy_octets(const __m256 (&factor)[S][R], const float (&half)[S], const ByteRows& rows,
+                                                       float* const* y, int64_t c) {
+  __m256 into[S][Octets];
+#pragma GCC unroll 4
+  for (int s = 0; s < S; ++s)
+#pragma GCC unroll 2
+    for (int j = 0; j < Octets; ++j) into[s][j] = _mm256_add_ps(_mm256_loadu_ps(y[s] + c + j * kLanes), _mm256_set1_ps(half[s]));
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    const auto add = [&](int j, __m256 w) {
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) into[s][j] = _mm256_fmadd_ps(factor[s][r], w, into[s][j]);
+    };
+    const uint8_t* codes = rows.codes + r * rows.stride + c;
+    if constexpr (Octets == 2)
+      Byte::load_two(codes, add);
+    else
+      add(0, Byte::load(codes));
+  }
+#pragma GCC unroll 4
+  for (int s = 0; s < S; ++s)
+#pragma GCC unroll 2
+    for (int j = 0; j < Octets; ++j) _mm256_storeu_ps(y[s] + c + j * kLanes, into[s][j]);
+}
+
 // y[s] += sum over r < R of a[s * lda + r] * row r.
 template <int R, int S>
 void axpy_bytes(const float* a, int64_t lda, const ByteRows& rows, float* const* y) {
@@ -309,39 +335,10 @@ void axpy_bytes(const float* a, int64_t lda, const ByteRows& rows, float* const*
     int64_t c = g * rows.group;
     const int64_t end = rows.end(g);
     for (; c + 2 * kLanes <= end; c += 2 * kLanes) {
-      if (c % 64 == 0)
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) _mm_prefetch((const char*)(rows.codes + (R + r) * rows.stride + c), _MM_HINT_T0);
-      __m256 into[S][2];
-#pragma GCC unroll 4
-      for (int s = 0; s < S; ++s)
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) into[s][j] = _mm256_add_ps(_mm256_loadu_ps(y[s] + c + j * kLanes), _mm256_set1_ps(half[s]));
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r)
-        Byte::load_two(rows.codes + r * rows.stride + c, [&](int j, __m256 w) {
-#pragma GCC unroll 4
-          for (int s = 0; s < S; ++s) into[s][j] = _mm256_fmadd_ps(factor[s][r], w, into[s][j]);
-        });
-#pragma GCC unroll 4
-      for (int s = 0; s < S; ++s)
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) _mm256_storeu_ps(y[s] + c + j * kLanes, into[s][j]);
+      if (c % 64 == 0) fetch_ahead<Byte, R>(rows.codes + R * rows.stride + c, rows.stride);
+      axpy_octets<R, S, 2>(factor, half, rows, y, c);
     }
-    if (c + kLanes <= end) {
-      __m256 into[S];
-#pragma GCC unroll 4
-      for (int s = 0; s < S; ++s) into[s] = _mm256_add_ps(_mm256_loadu_ps(y[s] + c), _mm256_set1_ps(half[s]));
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const __m256 w = Byte::load(rows.codes + r * rows.stride + c);
-#pragma GCC unroll 4
-        for (int s = 0; s < S; ++s) into[s] = _mm256_fmadd_ps(factor[s][r], w, into[s]);
-      }
-#pragma GCC unroll 4
-      for (int s = 0; s < S; ++s) _mm256_storeu_ps(y[s] + c, into[s]);
-      c += kLanes;
-    }
+    if (c + kLanes <= end) axpy_octets<R, S, 1>(factor, half, rows, y, c), c += kLanes;
     for (; c < end; ++c)
       for (int s = 0; s < S; ++s) {
         float into = y[s][c] + half[s];
