@@ -12,8 +12,8 @@
 // U is read once for gate, up and down. Each thread owns its rows, so nothing is shared but sums per
 // thread, and the result depends on the number of threads by rounding only.
 //
-// Products (products.h) read rows in the layer's dtype where they lie. Rows of bitmaps and codes (rows.h) are decoded
-// four at a time for all tokens of an expert; for few tokens they are multiplied while they are decoded.
+// Products (products.h) read rows in the layer's dtype where they lie. Rows of codes (rows.h) are multiplied while they
+// are decoded, rows of bitmaps for few tokens too; for many these are decoded four at a time for all tokens of an expert.
 
 #include <math.h>
 #include <omp.h>
@@ -123,7 +123,7 @@ struct Run {
     std::vector<float> rows;       // four decoded rows, and one more for the values of a bitmap's row
     std::vector<float> sums;       // [kRows, kSums]: of gate, then of up
     std::vector<float> hidden;     // [kInputs, kRows]
-    std::vector<float> halves;     // [kSums, groups, 8], of 8-bit codes
+    std::vector<float> shifts;     // [kSums, groups, 8], of codes
     const float* in[kSums];
     float* into[kInputs];
     int64_t ld;
@@ -178,32 +178,29 @@ struct Run {
     return (const W*)m.data + e * m.stride + i * columns;
   }
 
+  // Row i, or the last one if there are fewer.
+  BitmapRow<T> locate(const Bitmap& part, int p, int64_t e, int64_t i) const {
+    return resmoe::locate<T>(part, p, layer.mask_bytes, e, std::min(i, layer.intermediate - 1));
+  }
+
   // sums[r * kSums + s] += row i + r . in[s]
   void dots(const Matrix& m, int64_t e, int64_t i, int64_t rows, int64_t n, int64_t inputs, float* sums, Scratch& scratch) const {
     if (!m.bits) return add_dots<T>(stored(m, e, i, n), n, rows, n, scratch.in, inputs, sums, kSums);
-    if (m.bits == 8) return dots(ByteRows(m, e, i, n), rows, inputs, sums, scratch);
-    if (inputs == 1 && n % (2 * kLanes) == 0) {
-      for (int64_t r = 0; r < rows; ++r) sums[r * kSums] += dot_codes(m, e, i + r, n, scratch.in[0]);
-      return;
-    }
-    for (int64_t r = 0; r < rows; r += 4) {
-      const int64_t count = std::min<int64_t>(4, rows - r);
-      decode(m, e, i + r, count, n, scratch);
-      add_dots<FP32, 2>(scratch.rows.data(), scratch.ld, count, n, scratch.in, inputs, sums + r * kSums, kSums);
-    }
+    with_codes(m, e, i, n, [&](const auto& codes) { dots(codes, rows, inputs, sums, scratch); });
   }
-  void dots(const ByteRows& bytes, int64_t rows, int64_t inputs, float* sums, Scratch& scratch) const {
-    const int64_t size = bytes.groups * kLanes;
-    if ((int64_t)scratch.halves.size() < kSums * size) scratch.halves.resize(kSums * size);
-    const float* halves[kSums];
-    for (int64_t s = 0; s < inputs; ++s) half_sums(bytes, scratch.in[s], scratch.halves.data() + s * size), halves[s] = scratch.halves.data() + s * size;
+  template <int Bits>
+  void dots(const CodeRows<Bits>& codes, int64_t rows, int64_t inputs, float* sums, Scratch& scratch) const {
+    const int64_t size = codes.groups * kLanes;
+    if ((int64_t)scratch.shifts.size() < kSums * size) scratch.shifts.resize(kSums * size);
+    const float* shifts[kSums];
+    for (int64_t s = 0; s < inputs; ++s) shift_sums(codes, scratch.in[s], scratch.shifts.data() + s * size), shifts[s] = scratch.shifts.data() + s * size;
     for (int64_t r = 0; r < rows; r += 4)
       for (int64_t s = 0; s < inputs; s += 3) {
         const int64_t count = std::min<int64_t>(3, inputs - s);
         if (rows - r >= 4)
-          dot_bytes<4>(bytes.from(r), count, scratch.in + s, halves + s, sums + r * kSums + s, kSums);
+          dot_codes<Bits, 4>(codes.from(r), count, scratch.in + s, shifts + s, sums + r * kSums + s, kSums);
         else
-          for (int64_t k = r; k < rows; ++k) dot_bytes<1>(bytes.from(k), count, scratch.in + s, halves + s, sums + k * kSums + s, kSums);
+          for (int64_t k = r; k < rows; ++k) dot_codes<Bits, 1>(codes.from(k), count, scratch.in + s, shifts + s, sums + k * kSums + s, kSums);
       }
   }
   void dots(const Bitmap& part, int p, int64_t e, int64_t i, int64_t rows, int64_t inputs, float* sums, Scratch& scratch) const {
@@ -211,9 +208,9 @@ struct Run {
     for (int64_t r = 0; r < rows; r += step) {
       const int64_t count = std::min(step, rows - r);
       if (inputs <= kDirect) {
-        const BitmapRow<T> at[2] = {locate<T>(part, p, layer.mask_bytes, e, i + r), locate<T>(part, p, layer.mask_bytes, e, i + r + count - 1)};
+        const BitmapRow<T> at[2] = {locate(part, p, e, i + r), locate(part, p, e, i + r + count - 1)};
         if (at[0].whole(H) && at[1].whole(H)) {
-          dot_bitmap<T>(at, count, H, scratch.in, inputs, sums + r * kSums, kSums);
+          dot_bitmap<T>(at, locate(part, p, e, i + r + count), count, H, scratch.in, inputs, sums + r * kSums, kSums);
           continue;
         }
       }
@@ -225,45 +222,33 @@ struct Run {
   // into[s] += sum over r of a[s * lda + r] * row i + r
   void axpys(const float* a, int64_t lda, const Matrix& m, int64_t e, int64_t i, int64_t rows, int64_t n, int64_t outputs, Scratch& scratch) const {
     if (!m.bits) return add_axpys<T>(a, lda, stored(m, e, i, n), n, rows, n, scratch.into, outputs);
-    if (m.bits == 8) return axpys(a, lda, ByteRows(m, e, i, n), rows, outputs, scratch);
-    if (outputs == 1 && n % kLanes == 0) {
-      for (int64_t r = 0; r < rows; ++r) axpy_codes(a[r], m, e, i + r, n, scratch.into[0]);
-      return;
-    }
-    for (int64_t r = 0; r < rows; r += 4) {
-      const int64_t count = std::min<int64_t>(4, rows - r);
-      decode(m, e, i + r, count, n, scratch);
-      add_axpys<FP32>(a + r, lda, scratch.rows.data(), scratch.ld, count, n, scratch.into, outputs);
-    }
-  }
-  void axpys(const float* a, int64_t lda, const ByteRows& bytes, int64_t rows, int64_t outputs, Scratch& scratch) const {
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) axpy_bytes<4>(outputs, a + r, lda, bytes.from(r), scratch.into);
-    for (; r < rows; ++r) axpy_bytes<1>(outputs, a + r, lda, bytes.from(r), scratch.into);
+    with_codes(m, e, i, n, [&](const auto& codes) { axpy_codes(a, lda, codes, rows, scratch.into, outputs); });
   }
   void axpys(const float* a, int64_t lda, const Bitmap& part, int64_t e, int64_t i, int64_t rows, int64_t outputs, Scratch& scratch) const {
-    const int64_t H = layer.hidden, step = outputs <= kDirect ? 1 : 4;
+    const int64_t H = layer.hidden, step = outputs <= kDirect ? 2 : 4;
     for (int64_t r = 0; r < rows; r += step) {
-      const BitmapRow<T> at = locate<T>(part, 2, layer.mask_bytes, e, i + r);
-      if (outputs <= kDirect && at.whole(H)) {
-        axpy_bitmap<T>(a + r, lda, at, H, scratch.into, outputs);
-        continue;
-      }
       const int64_t count = std::min(step, rows - r);
+      if (outputs <= kDirect) {
+        const BitmapRow<T> at[2] = {locate(part, 2, e, i + r), locate(part, 2, e, i + r + count - 1)};
+        if (at[0].whole(H) && at[1].whole(H)) {
+          const BitmapRow<T> next = locate(part, 2, e, i + r + count);
+          if (count == 2)
+            axpy_bitmap<T, 2>(a + r, lda, at, next, H, scratch.into, outputs);
+          else
+            axpy_bitmap<T, 1>(a + r, lda, at, next, H, scratch.into, outputs);
+          continue;
+        }
+      }
       decode(part, 2, e, i + r, count, scratch);
       add_axpys<FP32>(a + r, lda, scratch.rows.data(), scratch.ld, count, H, scratch.into, outputs);
     }
   }
 
-  // Rows i.. of a bitmap or of codes, at most four, to scratch.rows.
+  // Rows i.. of a bitmap, at most four, to scratch.rows.
   void decode(const Bitmap& part, int p, int64_t e, int64_t i, int64_t rows, Scratch& scratch) const {
     for (int64_t j = 0; j < rows; ++j)
       decode_bitmap<T>(part, p, layer.mask_bytes, e, i + j, layer.hidden, scratch.rows.data() + j * scratch.ld, scratch.spare());
   }
-  void decode(const Matrix& m, int64_t e, int64_t i, int64_t rows, int64_t n, Scratch& scratch) const {
-    for (int64_t j = 0; j < rows; ++j) decode_codes(m, e, i + j, n, scratch.rows.data() + j * scratch.ld);
-  }
-
   static void clear(float* sums, int64_t rows, int64_t inputs) {
     for (int64_t r = 0; r < rows; ++r) std::fill_n(sums + r * kSums, inputs, 0.0f);
   }
@@ -425,7 +410,9 @@ int resmoe_decode_row(int32_t dtype, const uint8_t* mask, const void* values, in
 }
 
 // Decode row i of one matrix of codes: for the self-test.
-void resmoe_decode_codes(const Matrix* part, int64_t i, int64_t n, float* out) { decode_codes(*part, 0, i, n, out); }
+void resmoe_decode_codes(const Matrix* part, int64_t i, int64_t n, float* out) {
+  with_codes(*part, 0, i, n, [&](const auto& row) { decode_codes(row, out); });
+}
 
 int64_t resmoe_struct_bytes() { return sizeof(Matrix) + sizeof(Bitmap) + sizeof(LowRank) + sizeof(Quantized) + sizeof(Layer); }
 }

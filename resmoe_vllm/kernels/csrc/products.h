@@ -44,32 +44,6 @@ struct FP32 {
   static inline float scalar(type w) { return w; }
 };
 
-// Codes of 8 bits less 128, times 2**24: a shuffle into the upper bytes costs less than widening. The levels that they
-// stand for are half a step above.
-struct Byte {
-  using type = uint8_t;
-  static constexpr float kOne = 1 << 24;
-  static inline __m256i flip(__m128i codes) {
-    return _mm256_xor_si256(_mm256_broadcastsi128_si256(codes), _mm256_set1_epi8(-128));
-  }
-  // Eight of sixteen codes: the first, or from the ninth on.
-  template <int First>
-  static inline __m256 eight(__m256i flipped) {
-    constexpr int f = First;
-    const __m256i to_top = _mm256_setr_epi8(-1, -1, -1, f, -1, -1, -1, f + 1, -1, -1, -1, f + 2, -1, -1, -1, f + 3,
-                                            -1, -1, -1, f + 4, -1, -1, -1, f + 5, -1, -1, -1, f + 6, -1, -1, -1, f + 7);
-    return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(flipped, to_top));
-  }
-  static inline __m256 load(const type* p) { return eight<0>(flip(_mm_loadl_epi64((const __m128i*)p))); }
-  // visit(0, the first eight of sixteen), visit(1, the other eight)
-  template <class Visit>
-  static inline void load_two(const type* p, Visit visit) {
-    const __m256i flipped = flip(_mm_loadu_si128((const __m128i*)p));
-    visit(0, eight<0>(flipped)), visit(1, eight<8>(flipped));
-  }
-  static inline float scalar(type w) { return kOne * ((float)w - 128.0f); }
-};
-
 inline float sum(__m256 v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));

@@ -1,6 +1,8 @@
 // Rows of weights that are stored compressed: decoded to fp32, or multiplied while they are decoded.
 #pragma once
 
+#include <type_traits>
+
 #include "products.h"
 
 namespace resmoe {
@@ -55,67 +57,78 @@ struct ShuffleTable {
 };
 const ShuffleTable kShuffle;
 
-// Byte j of the result: set bits in bytes 0..j of word.
-inline uint64_t prefix_counts(uint64_t word) {
-  uint64_t x = word - (word >> 1 & 0x5555555555555555u);
-  x = (x & 0x3333333333333333u) + (x >> 2 & 0x3333333333333333u);
-  x = (x + (x >> 4)) & 0x0f0f0f0f0f0f0f0fu;
-  return x * 0x0101010101010101u;
-}
-
-// Eight columns from packed values; reads 16 (fp32: 32) bytes from `values`.
+// Eight columns from packed values, of which it reads 16 (fp32: 32) bytes. entry: the mask byte times kEntry, the wide
+// table's offset.
+constexpr int kEntry = sizeof ShuffleTable::wide[0];
 template <class T>
-inline __m256 expand8(const typename T::type* values, uint8_t mask);
+inline __m256 expand8(const typename T::type* values, uint64_t entry);
 template <>
-inline __m256 expand8<BF16>(const uint16_t* values, uint8_t mask) {
+inline __m256 expand8<BF16>(const uint16_t* values, uint64_t entry) {
   const __m256i packed = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)values));
-  return _mm256_castsi256_ps(_mm256_shuffle_epi8(packed, _mm256_load_si256((const __m256i*)kShuffle.wide[mask])));
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(packed, _mm256_load_si256((const __m256i*)(kShuffle.wide[0] + entry))));
 }
 template <>
-inline __m256 expand8<FP16>(const uint16_t* values, uint8_t mask) {
-  return FP16::widen(_mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)values), _mm_load_si128((const __m128i*)kShuffle.narrow[mask])));
+inline __m256 expand8<FP16>(const uint16_t* values, uint64_t entry) {
+  const __m128i control = _mm_load_si128((const __m128i*)kShuffle.narrow[entry / kEntry]);
+  return FP16::widen(_mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)values), control));
 }
 template <>
-inline __m256 expand8<FP32>(const float* values, uint8_t mask) {
-  const __m256i lanes = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)kShuffle.lane[mask]));
+inline __m256 expand8<FP32>(const float* values, uint64_t entry) {
+  const __m256i lanes = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)kShuffle.lane[entry / kEntry]));
   const __m256 spread = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), lanes);
   return _mm256_blendv_ps(spread, _mm256_setzero_ps(), _mm256_castsi256_ps(lanes));
 }
 
-// Visit the 64 columns of one mask word: vectors(j, columns 8 j .. 8 j + 7). Reads up to 72 values; returns their number.
-template <class T, class Vectors>
-inline int64_t visit_word(const uint8_t* mask, const typename T::type* values, Vectors vectors) {
-  uint64_t word;
-  memcpy(&word, mask, 8);
-  const uint64_t counts = prefix_counts(word);
 #if defined(__AVX512VBMI2__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-  if constexpr (sizeof(typename T::type) == 2) {
-    for (int half = 0; half < 2; ++half) {
-      const uint16_t* from = (const uint16_t*)values + (half ? (uint8_t)(counts >> 24) : 0);
-      alignas(64) uint16_t lanes[32];
-      _mm512_store_si512(lanes, _mm512_maskz_expand_epi16((__mmask32)(word >> 32 * half), _mm512_loadu_si512(from)));
-      for (int j = 0; j < 4; ++j) vectors(4 * half + j, T::load(lanes + kLanes * j));
-    }
-    return counts >> 56;
-  }
+constexpr bool kWideExpand = true;  // vpexpandw
+#else
+constexpr bool kWideExpand = false;
 #endif
-  alignas(8) uint8_t below[8];  // bytes through memory: one load each, where shifting takes two steps
-  const uint64_t shifted = counts << 8;
-  memcpy(below, &shifted, 8);
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; ++j) vectors(j, expand8<T>(values + below[j], mask[j]));
-  return counts >> 56;
-}
+
+// Unpacks a row, 64 columns at a time: begin() with their mask, then octet(0) to octet(7), in this order. Reads up to
+// 72 values from `values` on, which moves to the next columns' first.
+template <class T>
+struct Unpacker {
+  const typename T::type* values;
+  uint64_t word;  // the mask, turned so that an octet's byte comes to lie at its table entry
+  static constexpr bool kExpand = kWideExpand && sizeof(typename T::type) == 2;
+  alignas(64) uint16_t lanes[kExpand ? 64 : 1];
+
+  __attribute__((always_inline)) inline void begin(const uint8_t* mask) {
+    memcpy(&word, mask, 8);
+#if defined(__AVX512VBMI2__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+    if constexpr (kExpand)
+      for (int half = 0; half < 2; ++half, word >>= 32) {
+        _mm512_store_si512(lanes + 32 * half, _mm512_maskz_expand_epi16((__mmask32)word, _mm512_loadu_si512(values)));
+        values += __builtin_popcount((uint32_t)word);
+      }
+#endif
+    static_assert(kEntry == 1 << 5);
+    if constexpr (!kExpand) word = word << 5 | word >> 59;
+  }
+  __attribute__((always_inline)) inline __m256 octet(int j) {
+    if constexpr (kExpand) return T::load((const typename T::type*)lanes + kLanes * j);
+    uint64_t entry = (word >> 8 * j | word << (64 - 8 * j) % 64) & 255 * kEntry;
+    asm("" : "+r"(entry));  // one number serves as offset and for counting: compilers would make two
+    const __m256 w = expand8<T>(values, entry);
+    values += __builtin_popcountll(entry);
+    return w;
+  }
+};
 
 // Visit one row: vectors(column, __m256) for eight columns at a time, then scalars(column, float) for the rest.
 // `readable`: elements that may be read from `values` on; vectors never reach beyond.
 template <class T, class Vectors, class Scalars>
 inline void visit_row(const uint8_t* mask, const typename T::type* values, int64_t readable, int64_t n, Vectors vectors, Scalars scalars) {
   int64_t c = 0;
-  for (; c + 64 <= n && readable >= 72; c += 64, mask += 8) {
-    const int64_t count = visit_word<T>(mask, values, [&](int j, __m256 w) { vectors(c + kLanes * j, w); });
-    values += count, readable -= count;
+  Unpacker<T> packed;
+  packed.values = values;
+  for (; c + 64 <= n && readable >= packed.values - values + 72; c += 64, mask += 8) {
+    packed.begin(mask);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) vectors(c + kLanes * j, packed.octet(j));
   }
+  values = packed.values;
   for (; c < n; ++c) {
     scalars(c, mask[0] >> (c & 7) & 1 ? T::scalar(*values++) : 0.0f);
     if ((c & 7) == 7) ++mask;
@@ -129,229 +142,356 @@ void decode_row(const uint8_t* mask, const typename T::type* values, int64_t rea
 }
 
 // ---- rows of codes -------------------------------------------------------------------------------------------
+//
+// level = scale / kOne * (value + kShift), one scale for each group of columns. Sums run over a group's values, then
+// are scaled, so that a weight costs its conversion and a multiplication.
 
 template <int Bits>
-inline __m256i codes8(const uint8_t* row, int64_t octet, int64_t octets) {
-  if constexpr (Bits == 4) {
-    uint32_t word;
-    memcpy(&word, row + 4 * octet, 4);
-    const __m256i apart = _mm256_srlv_epi32(_mm256_set1_epi32(word), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
-    return _mm256_and_si256(apart, _mm256_set1_epi32(15));
-  } else {  // two bits, and for three a plane of high bits behind them
-    uint16_t word;
-    memcpy(&word, row + 2 * octet, 2);
-    const __m256i apart = _mm256_srlv_epi32(_mm256_set1_epi32(word), _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14));
-    const __m256i low = _mm256_and_si256(apart, _mm256_set1_epi32(3));
-    if constexpr (Bits == 2) return low;
-    const __m256i high = _mm256_sllv_epi32(_mm256_set1_epi32(row[2 * octets + octet]), _mm256_setr_epi32(2, 1, 0, 0, 0, 0, 0, 0));
-    const __m256i right = _mm256_srlv_epi32(high, _mm256_setr_epi32(0, 0, 0, 1, 2, 3, 4, 5));
-    return _mm256_or_si256(low, _mm256_and_si256(right, _mm256_set1_epi32(4)));
+struct Code {
+  static constexpr float kOne = 1, kShift = -0.5f * ((1 << Bits) - 1);
+  template <int Octets>
+  static inline __m256i broadcast(const uint8_t* from) {  // 16 bits for each octet
+    uint32_t word = 0;
+    memcpy(&word, from, 2 * Octets);
+    return _mm256_set1_epi32(word);
   }
-}
-
-// Visit the octets of a row of n columns in pairs: vectors(octet, (code - half) * scale, j).
-template <int Bits, class Vectors>
-inline void visit_codes(const uint8_t* row, const uint16_t* scales, int64_t group, int64_t n, Vectors vectors) {
-  const int64_t octets = octets_of(n);
-  for (int64_t o = 0; o < octets; ) {
-    const __m256 s = _mm256_set1_ps(BF16::scalar(*scales++)), half = _mm256_set1_ps(0.5f * ((1 << Bits) - 1));
-    const int64_t stop = std::min(octets, o + group / kLanes);
-    const auto octet = [&](int64_t at) {
-      if constexpr (Bits == 8)  // decoded alone for the self-test of the loader; products take ByteRows
-        return _mm256_mul_ps(_mm256_fmadd_ps(Byte::load(row + kLanes * at), _mm256_set1_ps(1 / Byte::kOne), _mm256_set1_ps(0.5f)), s);
-      else
-        return _mm256_mul_ps(_mm256_sub_ps(_mm256_cvtepi32_ps(codes8<Bits>(row, at, octets)), half), s);
-    };
-    for (; o + 2 <= stop; o += 2) vectors(o, octet(o), 0), vectors(o + 1, octet(o + 1), 1);
-    if (o < stop) vectors(o, octet(o), 0), ++o;
+  static inline __m256i shifts(int step, int from) {
+    return _mm256_add_epi32(_mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(step)), _mm256_set1_epi32(from));
   }
-}
-
-template <class Vectors>
-inline void visit_codes(const Matrix& part, int64_t e, int64_t i, int64_t n, Vectors vectors) {
-  const uint8_t* row = (const uint8_t*)part.data + e * part.stride + i * part.bits * octets_of(n);
-  const int64_t group = std::min(part.group, octets_of(n) * kLanes);
-  const uint16_t* scales = part.scales + e * part.scales_stride + i * ((n + group - 1) / group);
-  switch (part.bits) {
-    case 2: return visit_codes<2>(row, scales, group, n, vectors);
-    case 3: return visit_codes<3>(row, scales, group, n, vectors);
-    case 4: return visit_codes<4>(row, scales, group, n, vectors);
-    default: return visit_codes<8>(row, scales, group, n, vectors);
+  // visit(j, values) of one octet or of two. octets: of the row.
+  template <int Octets, class Visit>
+  static inline void load(const uint8_t* row, int64_t octet, int64_t octets, Visit visit) {
+    if constexpr (Bits == 4) {
+#pragma GCC unroll 2
+      for (int j = 0; j < Octets; ++j) {
+        uint32_t word;
+        memcpy(&word, row + 4 * (octet + j), 4);
+        const __m256i apart = _mm256_srlv_epi32(_mm256_set1_epi32(word), shifts(4, 0));
+        visit(j, _mm256_cvtepi32_ps(_mm256_and_si256(apart, _mm256_set1_epi32(15))));
+      }
+    } else {
+      static_assert(Bits == 2 || Bits == 3);  // three: a plane of high bits behind the row's low ones
+      const __m256i low = broadcast<Octets>(row + 2 * octet);
+      uint32_t high = 0;
+      if (Bits == 3) memcpy(&high, row + 2 * octets + octet, Octets);
+      const __m256i highs = _mm256_set1_epi32(high << 2);
+#pragma GCC unroll 2
+      for (int j = 0; j < Octets; ++j) {
+        __m256i code = _mm256_and_si256(_mm256_srlv_epi32(low, shifts(2, 16 * j)), _mm256_set1_epi32(3));
+        if (Bits == 3)
+          code = _mm256_or_si256(code, _mm256_and_si256(_mm256_srlv_epi32(highs, shifts(1, 8 * j)), _mm256_set1_epi32(4)));
+        visit(j, _mm256_cvtepi32_ps(code));
+      }
+    }
   }
+};
+
+// Values are codes less 128, times 2**24: a shuffle into the upper bytes costs less than widening.
+template <>
+struct Code<8> {
+  static constexpr float kOne = 1 << 24, kShift = 0.5f * kOne;
+  template <int First>  // of sixteen codes eight: the first, or from the ninth on
+  static inline __m256 eight(__m256i flipped) {
+    constexpr int f = First;
+    const __m256i to_top = _mm256_setr_epi8(-1, -1, -1, f, -1, -1, -1, f + 1, -1, -1, -1, f + 2, -1, -1, -1, f + 3,
+                                            -1, -1, -1, f + 4, -1, -1, -1, f + 5, -1, -1, -1, f + 6, -1, -1, -1, f + 7);
+    return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(flipped, to_top));
+  }
+  template <int Octets, class Visit>
+  static inline void load(const uint8_t* row, int64_t octet, int64_t, Visit visit) {
+    const __m128i* from = (const __m128i*)(row + kLanes * octet);
+    const __m128i codes = Octets == 2 ? _mm_loadu_si128(from) : _mm_loadl_epi64(from);
+    const __m256i flipped = _mm256_xor_si256(_mm256_broadcastsi128_si256(codes), _mm256_set1_epi8(-128));
+    visit(0, eight<0>(flipped));
+    if constexpr (Octets == 2) visit(1, eight<8>(flipped));
+  }
+};
+
+// What lies in the last, partly filled octet of n columns.
+inline __m256i lanes_of(int64_t columns) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)columns), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-// Writes whole octets.
-inline void decode_codes(const Matrix& part, int64_t e, int64_t i, int64_t n, float* out) {
-  visit_codes(part, e, i, n, [&](int64_t o, __m256 w, int) { _mm256_storeu_ps(out + o * kLanes, w); });
-}
-
-// Multiply while decoding, in the order of a dot of two chains; n a multiple of 16.
-inline float dot_codes(const Matrix& part, int64_t e, int64_t i, int64_t n, const float* x) {
-  __m256 acc[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-  visit_codes(part, e, i, n, [&](int64_t o, __m256 w, int j) {
-    acc[j] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + o * kLanes), acc[j]);
-  });
-  return sum(_mm256_add_ps(acc[0], acc[1]));
-}
-
-// n a multiple of 8.
-inline void axpy_codes(float a, const Matrix& part, int64_t e, int64_t i, int64_t n, float* y) {
-  const __m256 va = _mm256_set1_ps(a);
-  visit_codes(part, e, i, n, [&](int64_t o, __m256 w, int) {
-    _mm256_storeu_ps(y + o * kLanes, _mm256_fmadd_ps(va, w, _mm256_loadu_ps(y + o * kLanes)));
-  });
-}
-
-// ---- rows of 8-bit codes, multiplied as they lie -------------------------------------------------------------
-//
-// level = scale * (Byte / kOne + 1/2), one scale for each group of columns: sums run over a group's bytes, then are
-// scaled, so that a weight costs a conversion and a multiplication.
-
-struct ByteRows {
+template <int Bits>
+struct CodeRows {
   const uint8_t* codes;    // the first row
   const uint16_t* scales;  // its first group's
-  int64_t stride, groups, group, n;
-  ByteRows(const Matrix& m, int64_t e, int64_t i, int64_t columns) : n(columns) {
-    stride = octets_of(n) * kLanes, group = std::min(m.group, stride), groups = (n + group - 1) / group;
+  int64_t n, octets, stride, group, groups;
+  CodeRows(const Matrix& m, int64_t e, int64_t i, int64_t columns) : n(columns), octets(octets_of(n)), stride(Bits * octets) {
+    group = std::min(m.group, octets * kLanes), groups = (n + group - 1) / group;
     codes = (const uint8_t*)m.data + e * m.stride + i * stride;
     scales = m.scales + e * m.scales_stride + i * groups;
   }
-  ByteRows from(int64_t row) const {
-    ByteRows rest = *this;
+  CodeRows from(int64_t row) const {
+    CodeRows rest = *this;
     rest.codes += row * stride, rest.scales += row * groups;
     return rest;
   }
-  // of a Byte
-  float scale(int64_t row, int64_t g) const { return BF16::scalar(scales[row * groups + g]) * (1.0f / Byte::kOne); }
-  int64_t end(int64_t g) const { return std::min(n, (g + 1) * group); }
+  float scale(int64_t row, int64_t g) const { return BF16::scalar(scales[row * groups + g]) * (1.0f / Code<Bits>::kOne); }
+  int64_t begin(int64_t g) const { return g * group / kLanes; }  // octets
+  int64_t end(int64_t g) const { return std::min(octets, (g + 1) * group / kLanes); }
+  int64_t whole() const { return n / kLanes; }
+  // The next R rows, a cache line at a time.
+  template <int R>
+  void fetch_ahead(int64_t octet) const {
+    constexpr int kLow = Bits == 3 ? 2 : Bits;  // bytes
+    if (octet % (64 / kLow) == 0)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) _mm_prefetch((const char*)codes + (R + r) * stride + octet * kLow, _MM_HINT_T0);
+  }
 };
 
-// What half a step adds: half the sums of x, by lane, over each group of columns, in Bytes: [groups, 8].
-inline void half_sums(const ByteRows& rows, const float* x, float* halves) {
+// What kShift adds to a dot: x by lane over each group of columns, times kShift: [groups, 8].
+template <int Bits>
+void shift_sums(const CodeRows<Bits>& rows, const float* x, float* shifts) {
   for (int64_t g = 0; g < rows.groups; ++g) {
     __m256 acc = _mm256_setzero_ps();
-    int64_t c = g * rows.group;
-    const int64_t end = rows.end(g);
-    for (; c + kLanes <= end; c += kLanes) acc = _mm256_add_ps(acc, _mm256_loadu_ps(x + c));
-    if (c < end) acc = _mm256_add_ps(acc, load_tail<FP32>(x, end, end - c));
-    _mm256_storeu_ps(halves + g * kLanes, _mm256_mul_ps(acc, _mm256_set1_ps(0.5f * Byte::kOne)));
+    for (int64_t o = rows.begin(g); o < rows.end(g); ++o)
+      acc = _mm256_add_ps(acc, o < rows.whole() ? _mm256_loadu_ps(x + o * kLanes) : _mm256_maskload_ps(x + o * kLanes, lanes_of(rows.n - o * kLanes)));
+    _mm256_storeu_ps(shifts + g * kLanes, _mm256_mul_ps(acc, _mm256_set1_ps(Code<Bits>::kShift)));
   }
 }
 
-// sums[r * ld + s] += row r . x[s]; halves[s]: half_sums of x[s].
-template <int R, int S>
-void dot_bytes(const ByteRows& rows, const float* const* x, const float* const* halves, float* sums, int64_t ld) {
+// sums[r * ld + s] += row r . x[s]; shifts[s]: shift_sums of x[s].
+template <int Bits, int R, int S>
+void dot_codes(const CodeRows<Bits>& rows, const float* const* x, const float* const* shifts, float* sums, int64_t ld) {
   __m256 total[R][S];
-  for (auto& row : total)
-    for (auto& one : row) one = _mm256_setzero_ps();
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) total[r][s] = _mm256_setzero_ps();
   for (int64_t g = 0; g < rows.groups; ++g) {
-    __m256 acc[R][S][1];
+    __m256 acc[R][S];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int s = 0; s < S; ++s) acc[r][s][0] = _mm256_loadu_ps(halves[s] + g * kLanes);
-    int64_t c = g * rows.group;
-    const int64_t end = rows.end(g);
-    for (; c + 2 * kLanes <= end; c += 2 * kLanes) {
-      if (c % 64 == 0) fetch_ahead<Byte, R>(rows.codes + R * rows.stride + c, rows.stride);
-      __m256 in[S][2];
-#pragma GCC unroll 4
-      for (int s = 0; s < S; ++s) in[s][0] = _mm256_loadu_ps(x[s] + c), in[s][1] = _mm256_loadu_ps(x[s] + c + kLanes);
+      for (int s = 0; s < S; ++s) acc[r][s] = _mm256_loadu_ps(shifts[s] + g * kLanes);
+    const auto add = [&](auto count, int64_t o, const auto& in) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r)
-        Byte::load_two(rows.codes + r * rows.stride + c, [&](int j, __m256 w) {
+        Code<Bits>::template load<decltype(count)::value>(rows.codes + r * rows.stride, o, rows.octets, [&](int j, __m256 w) {
 #pragma GCC unroll 4
-          for (int s = 0; s < S; ++s) acc[r][s][0] = _mm256_fmadd_ps(w, in[s][j], acc[r][s][0]);
+          for (int s = 0; s < S; ++s) acc[r][s] = _mm256_fmadd_ps(w, in[s][j], acc[r][s]);
         });
+    };
+    int64_t o = rows.begin(g);
+    const int64_t end = rows.end(g), whole = std::min(end, rows.whole());
+    for (; o + 2 <= whole; o += 2) {
+      rows.template fetch_ahead<R>(o);
+      __m256 in[S][2];
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) in[s][0] = _mm256_loadu_ps(x[s] + o * kLanes), in[s][1] = _mm256_loadu_ps(x[s] + (o + 1) * kLanes);
+      add(std::integral_constant<int, 2>(), o, in);
     }
-    if (c + kLanes <= end) dot_lanes<Byte>(rows.codes, rows.stride, x, c, 0, acc), c += kLanes;
-    if (c < end)
-      for (int s = 0; s < S; ++s) {
-        const __m256 in = load_tail<FP32>(x[s], end, end - c);
-        for (int r = 0; r < R; ++r)
-          acc[r][s][0] = _mm256_fmadd_ps(load_tail<Byte>(rows.codes + r * rows.stride, end, end - c), in, acc[r][s][0]);
-      }
+    for (; o < end; ++o) {
+      const __m256i lanes = lanes_of(rows.n - o * kLanes);
+      __m256 in[S][1];
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) in[s][0] = _mm256_maskload_ps(x[s] + o * kLanes, lanes);
+      add(std::integral_constant<int, 1>(), o, in);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const __m256 scale = _mm256_set1_ps(rows.scale(r, g));
 #pragma GCC unroll 4
-      for (int s = 0; s < S; ++s) total[r][s] = _mm256_fmadd_ps(scale, acc[r][s][0], total[r][s]);
+      for (int s = 0; s < S; ++s) total[r][s] = _mm256_fmadd_ps(scale, acc[r][s], total[r][s]);
     }
   }
+#pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
     for (int s = 0; s < S; ++s) sums[r * ld + s] += sum(total[r][s]);
 }
 
-template <int R>
-void dot_bytes(const ByteRows& rows, int64_t inputs, const float* const* x, const float* const* halves, float* sums, int64_t ld) {
+template <int Bits, int R>
+void dot_codes(const CodeRows<Bits>& rows, int64_t inputs, const float* const* x, const float* const* shifts, float* sums, int64_t ld) {
   switch (inputs) {
-    case 1: return dot_bytes<R, 1>(rows, x, halves, sums, ld);
-    case 2: return dot_bytes<R, 2>(rows, x, halves, sums, ld);
-    default: return dot_bytes<R, 3>(rows, x, halves, sums, ld);
+    case 1: return dot_codes<Bits, R, 1>(rows, x, shifts, sums, ld);
+    case 2: return dot_codes<Bits, R, 2>(rows, x, shifts, sums, ld);
+    default: return dot_codes<Bits, R, 3>(rows, x, shifts, sums, ld);
   }
 }
 
-// y[s] += half[s] + sum over r < R of factor[s][r] * row r, over Octets octets of columns from c on.
-template <int R, int S, int Octets>
-__attribute__((always_inline)) inline void axpy_octets(const __m256 (&factor)[S][R], const float (&half)[S], const ByteRows& rows,
-                                                       float* const* y, int64_t c) {
+// y[s] += shift[s] + sum over r < R of factor[s][r] * row r, over octets from o on; lanes: those of a lone octet.
+template <int Bits, int R, int S, int Octets>
+__attribute__((always_inline)) inline void axpy_octets(const __m256 (&factor)[S][R], const float (&shift)[S], const CodeRows<Bits>& rows,
+                                                       float* const* y, int64_t o, __m256i lanes = _mm256_set1_epi32(-1)) {
   __m256 into[S][Octets];
 #pragma GCC unroll 4
   for (int s = 0; s < S; ++s)
 #pragma GCC unroll 2
-    for (int j = 0; j < Octets; ++j) into[s][j] = _mm256_add_ps(_mm256_loadu_ps(y[s] + c + j * kLanes), _mm256_set1_ps(half[s]));
+    for (int j = 0; j < Octets; ++j) {
+      const float* from = y[s] + (o + j) * kLanes;
+      into[s][j] = _mm256_add_ps(Octets == 1 ? _mm256_maskload_ps(from, lanes) : _mm256_loadu_ps(from), _mm256_set1_ps(shift[s]));
+    }
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-    const auto add = [&](int j, __m256 w) {
+  for (int r = 0; r < R; ++r)
+    Code<Bits>::template load<Octets>(rows.codes + r * rows.stride, o, rows.octets, [&](int j, __m256 w) {
 #pragma GCC unroll 4
       for (int s = 0; s < S; ++s) into[s][j] = _mm256_fmadd_ps(factor[s][r], w, into[s][j]);
-    };
-    const uint8_t* codes = rows.codes + r * rows.stride + c;
-    if constexpr (Octets == 2)
-      Byte::load_two(codes, add);
-    else
-      add(0, Byte::load(codes));
-  }
+    });
 #pragma GCC unroll 4
   for (int s = 0; s < S; ++s)
 #pragma GCC unroll 2
-    for (int j = 0; j < Octets; ++j) _mm256_storeu_ps(y[s] + c + j * kLanes, into[s][j]);
+    for (int j = 0; j < Octets; ++j) {
+      float* to = y[s] + (o + j) * kLanes;
+      if (Octets == 1)
+        _mm256_maskstore_ps(to, lanes, into[s][j]);
+      else
+        _mm256_storeu_ps(to, into[s][j]);
+    }
 }
 
 // y[s] += sum over r < R of a[s * lda + r] * row r.
-template <int R, int S>
-void axpy_bytes(const float* a, int64_t lda, const ByteRows& rows, float* const* y) {
+template <int Bits, int R, int S>
+void axpy_rows(const float* a, int64_t lda, const CodeRows<Bits>& rows, float* const* y) {
   for (int64_t g = 0; g < rows.groups; ++g) {
-    float scaled[S][R], half[S];
-    for (int s = 0; s < S; ++s) {
-      half[s] = 0;
-      for (int r = 0; r < R; ++r) half[s] += 0.5f * Byte::kOne * (scaled[s][r] = a[s * lda + r] * rows.scale(r, g));
-    }
+    float shift[S];
     __m256 factor[S][R];
+    for (int s = 0; s < S; ++s) {
+      shift[s] = 0;
 #pragma GCC unroll 4
-    for (int s = 0; s < S; ++s)
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) factor[s][r] = _mm256_set1_ps(scaled[s][r]);
-    int64_t c = g * rows.group;
-    const int64_t end = rows.end(g);
-    for (; c + 2 * kLanes <= end; c += 2 * kLanes) {
-      if (c % 64 == 0) fetch_ahead<Byte, R>(rows.codes + R * rows.stride + c, rows.stride);
-      axpy_octets<R, S, 2>(factor, half, rows, y, c);
-    }
-    if (c + kLanes <= end) axpy_octets<R, S, 1>(factor, half, rows, y, c), c += kLanes;
-    for (; c < end; ++c)
-      for (int s = 0; s < S; ++s) {
-        float into = y[s][c] + half[s];
-        for (int r = 0; r < R; ++r) into = __builtin_fmaf(scaled[s][r], Byte::scalar(rows.codes[r * rows.stride + c]), into);
-        y[s][c] = into;
+      for (int r = 0; r < R; ++r) {
+        const float f = a[s * lda + r] * rows.scale(r, g);
+        shift[s] += Code<Bits>::kShift * f, factor[s][r] = _mm256_set1_ps(f);
       }
+    }
+    int64_t o = rows.begin(g);
+    const int64_t end = rows.end(g), whole = std::min(end, rows.whole());
+    for (; o + 2 <= whole; o += 2) {
+      rows.template fetch_ahead<R>(o);
+      axpy_octets<Bits, R, S, 2>(factor, shift, rows, y, o);
+    }
+    for (; o < end; ++o) axpy_octets<Bits, R, S, 1>(factor, shift, rows, y, o, lanes_of(rows.n - o * kLanes));
   }
 }
 
-template <int R>
-void axpy_bytes(int64_t outputs, const float* a, int64_t lda, const ByteRows& rows, float* const* y) {
-  for (; outputs >= 2; outputs -= 2, a += 2 * lda, y += 2) axpy_bytes<R, 2>(a, lda, rows, y);
-  if (outputs) axpy_bytes<R, 1>(a, lda, rows, y);
+// For many outputs: kRows rows of some octets as fp32, and their factors, all in the first cache.
+template <int Bits>
+struct CodeBlock {
+  static constexpr int64_t kOctets = 16;
+  alignas(32) float wide[kRows][kOctets * kLanes];
+  float factor[kInputs][kRows], shift[kInputs][kRows];  // shift: of the four rows from r on; of one behind the last four
+
+  void set_factors(const float* a, int64_t lda, const CodeRows<Bits>& rows, int64_t count, int64_t g, int64_t outputs) {
+    const int64_t fours = count / 4 * 4;
+    for (int64_t s = 0; s < outputs; ++s)
+      for (int64_t r = 0; r < count; ++r) {
+        float& into = shift[s][r < fours ? r / 4 * 4 : r];
+        if (r % 4 == 0 || r >= fours) into = 0;
+        into += Code<Bits>::kShift * (factor[s][r] = a[s * lda + r] * rows.scale(r, g));
+      }
+  }
+  void widen(const CodeRows<Bits>& rows, int64_t count, int64_t begin, int64_t end) {
+    for (int64_t r = 0; r < count; ++r) {
+      const auto store = [&](int64_t o, __m256 w) { _mm256_store_ps(wide[r] + (o - begin) * kLanes, w); };
+      const uint8_t* codes = rows.codes + r * rows.stride;
+      int64_t o = begin;
+      for (; o + 2 <= end; o += 2) Code<Bits>::template load<2>(codes, o, rows.octets, [&](int j, __m256 w) { store(o + j, w); });
+      if (o < end) Code<Bits>::template load<1>(codes, o, rows.octets, [&](int, __m256 w) { store(o, w); });
+    }
+  }
+  // y[s] += factor . wide for S outputs from `first` on and V octets from o, in the order of axpy_octets.
+  template <int S, int V>
+  __attribute__((always_inline)) inline void add(int64_t count, float* const* y, int64_t first, int64_t begin, int64_t o, __m256i lanes = _mm256_set1_epi32(-1)) const {
+    __m256 into[S][V];
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const float* from = y[s] + (o + v) * kLanes;
+        into[s][v] = V == 1 ? _mm256_maskload_ps(from, lanes) : _mm256_loadu_ps(from);
+      }
+    const float *f = factor[first], *h = shift[first], *w = wide[0] + (o - begin) * kLanes;
+    const auto add_shift = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) into[s][v] = _mm256_add_ps(into[s][v], _mm256_broadcast_ss(h + s * kRows));
+    };
+    const auto add_row = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const __m256 one = _mm256_load_ps(w + v * kLanes);
+#pragma GCC unroll 4
+        for (int s = 0; s < S; ++s) into[s][v] = _mm256_fmadd_ps(_mm256_broadcast_ss(f + s * kRows), one, into[s][v]);
+      }
+      w += kOctets * kLanes, ++f, ++h;
+    };
+    int64_t r = 0;
+    for (; r + 4 <= count; r += 4) {
+      add_shift();
+      for (int k = 0; k < 4; ++k) add_row();
+    }
+    for (; r < count; ++r) add_shift(), add_row();
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        float* to = y[s] + (o + v) * kLanes;
+        if (V == 1)
+          _mm256_maskstore_ps(to, lanes, into[s][v]);
+        else
+          _mm256_storeu_ps(to, into[s][v]);
+      }
+  }
+  template <int S>
+  void add(const CodeRows<Bits>& rows, int64_t count, float* const* y, int64_t first, int64_t begin, int64_t end) const {
+    int64_t o = begin;
+    for (; o + 4 <= std::min(end, rows.whole()); o += 4) add<S, 4>(count, y, first, begin, o);
+    for (; o < end; ++o) add<S, 1>(count, y, first, begin, o, lanes_of(rows.n - o * kLanes));
+  }
+};
+
+// y[s] += sum over r < count of a[s * lda + r] * row r; count at most kRows, outputs at most kInputs. For one or two
+// outputs rows are read along.
+template <int Bits>
+void axpy_codes(const float* a, int64_t lda, const CodeRows<Bits>& rows, int64_t count, float* const* y, int64_t outputs) {
+  if (outputs <= 2) {
+    int64_t r = 0;
+    for (; r + 4 <= count; r += 4)
+      if (outputs == 1) axpy_rows<Bits, 4, 1>(a + r, lda, rows.from(r), y);
+      else axpy_rows<Bits, 4, 2>(a + r, lda, rows.from(r), y);
+    for (; r < count; ++r)
+      if (outputs == 1) axpy_rows<Bits, 1, 1>(a + r, lda, rows.from(r), y);
+      else axpy_rows<Bits, 1, 2>(a + r, lda, rows.from(r), y);
+    return;
+  }
+  CodeBlock<Bits> block;
+  for (int64_t g = 0; g < rows.groups; ++g) {
+    block.set_factors(a, lda, rows, count, g, outputs);
+    for (int64_t o = rows.begin(g); o < rows.end(g); o += block.kOctets) {
+      const int64_t end = std::min(rows.end(g), o + block.kOctets);
+      block.widen(rows, count, o, end);
+      for (int64_t s = 0; s < outputs; s += 3)
+        switch (outputs - s) {
+          case 1: block.template add<1>(rows, count, y + s, s, o, end); break;
+          case 2: block.template add<2>(rows, count, y + s, s, o, end); break;
+          default: block.template add<3>(rows, count, y + s, s, o, end);
+        }
+    }
+  }
+}
+
+// visit(CodeRows<Bits>) of the n columns of expert e's row i and those after it.
+template <class Visit>
+inline void with_codes(const Matrix& m, int64_t e, int64_t i, int64_t n, Visit visit) {
+  switch (m.bits) {
+    case 2: return visit(CodeRows<2>(m, e, i, n));
+    case 3: return visit(CodeRows<3>(m, e, i, n));
+    case 4: return visit(CodeRows<4>(m, e, i, n));
+    default: return visit(CodeRows<8>(m, e, i, n));
+  }
+}
+
+// One row's levels, whole octets: for the self-test of the loader.
+template <int Bits>
+void decode_codes(const CodeRows<Bits>& row, float* out) {
+  for (int64_t g = 0; g < row.groups; ++g)
+    for (int64_t o = row.begin(g); o < row.end(g); ++o)
+      Code<Bits>::template load<1>(row.codes, o, row.octets, [&](int, __m256 w) {
+        _mm256_storeu_ps(out + o * kLanes, _mm256_mul_ps(_mm256_add_ps(w, _mm256_set1_ps(Code<Bits>::kShift)), _mm256_set1_ps(row.scale(0, g))));
+      });
 }
 
 // ---- one row of a bitmap part --------------------------------------------------------------------------------
@@ -382,71 +522,127 @@ BitmapRow<T> locate(const Bitmap& part, int p, int64_t mask_bytes, int64_t e, in
   return {mask, (const typename T::type*)part.values[p] + start, part.readable[p] - start};
 }
 
-// Multiply while decoding, for few inputs: sums[r * ld + s] += row r . x[s], whole rows, in the order of a dot of two
-// chains (where n is a multiple of 64). Two rows at a time hide the additions' latency.
-template <class T, int R, int S>
-void dot_bitmap(const BitmapRow<T>* rows, int64_t n, const float* const* x, float* sums, int64_t ld) {
-  __m256 acc[R][S][2];
-  for (auto& row : acc)
-    for (auto& sum : row) sum[0] = sum[1] = _mm256_setzero_ps();
-  const typename T::type* values[R];
-  for (int r = 0; r < R; ++r) values[r] = rows[r].values;
-  int64_t c = 0;
-  for (; c + 64 <= n; c += 64)
+// Rows that stand together, and where the ones begin that are read after them: few inputs leave time to fetch those.
+template <class T, int R>
+struct BitmapRows {
+  Unpacker<T> packed[R];
+  const uint8_t* mask[R];
+  int64_t mask_ahead, values_ahead;  // from a row to the one R rows on
+  BitmapRows(const BitmapRow<T>* rows, const BitmapRow<T>& next) : mask_ahead(next.mask - rows->mask), values_ahead(next.values - rows->values) {
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) packed[r].values = rows[r].values, mask[r] = rows[r].mask;
+  }
+  __attribute__((always_inline)) inline void begin(int64_t c) {
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+      _mm_prefetch((const char*)(packed[r].values + values_ahead), _MM_HINT_T0);
+      if (c % 512 == 0) _mm_prefetch((const char*)(mask[r] + mask_ahead + c / 8), _MM_HINT_T0);
+      packed[r].begin(mask[r] + c / 8);
+    }
+  }
+  // rest(r, k, value) for the kept columns k from c on
+  template <class Rest>
+  __attribute__((always_inline)) inline void tail(int64_t c, int64_t n, Rest rest) {
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r)
-      values[r] += visit_word<T>(rows[r].mask + c / 8, values[r], [&](int j, __m256 w) {
-#pragma GCC unroll 4
-        for (int s = 0; s < S; ++s) acc[r][s][j & 1] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x[s] + c + kLanes * j), acc[r][s][j & 1]);
-      });
-  for (int r = 0; r < R; ++r) {
-    float rest[S] = {};
-    for (int64_t k = c; k < n; ++k) {
-      if (!(rows[r].mask[k / 8] >> (k & 7) & 1)) continue;
-      const float w = T::scalar(*values[r]++);
-      for (int s = 0; s < S; ++s) rest[s] += w * x[s][k];
-    }
-    for (int s = 0; s < S; ++s) sums[r * ld + s] += rest[s] + sum(_mm256_add_ps(acc[r][s][0], acc[r][s][1]));
+      for (int64_t k = c; k < n; ++k)
+        if (mask[r][k / 8] >> (k & 7) & 1) rest(r, k, T::scalar(*packed[r].values++));
   }
+};
+
+// Multiply while decoding, for few inputs: sums[r * ld + s] += row r . x[s], whole rows, in the order of a dot of two
+// chains (where n is a multiple of 64). Two rows at a time hide the additions' latency and share x.
+template <class T, int R, int S>
+void dot_bitmap(const BitmapRow<T>* rows, const BitmapRow<T>& next, int64_t n, const float* const* x, float* sums, int64_t ld) {
+  BitmapRows<T, R> at(rows, next);
+  __m256 acc[R][S][2];
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) acc[r][s][0] = acc[r][s][1] = _mm256_setzero_ps();
+  int64_t c = 0;
+  for (; c + 64 <= n; c += 64) {
+    at.begin(c);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      __m256 in[S];
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) {
+        in[s] = _mm256_loadu_ps(x[s] + c + kLanes * j);
+        if (R > 1) asm("" : "+x"(in[s]));  // in a register, not loaded for each row
+      }
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        const __m256 w = at.packed[r].octet(j);
+#pragma GCC unroll 4
+        for (int s = 0; s < S; ++s) acc[r][s][j & 1] = _mm256_fmadd_ps(w, in[s], acc[r][s][j & 1]);
+      }
+    }
+  }
+  float rest[R][S] = {};
+  at.tail(c, n, [&](int r, int64_t k, float w) {
+    for (int s = 0; s < S; ++s) rest[r][s] += w * x[s][k];
+  });
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) sums[r * ld + s] += rest[r][s] + sum(_mm256_add_ps(acc[r][s][0], acc[r][s][1]));
 }
 
-// y[s] += a[s * lda] * row.
-template <class T, int S>
-void axpy_bitmap(const float* a, int64_t lda, const BitmapRow<T>& row, int64_t n, float* const* y) {
-  __m256 factor[S];
-  for (int s = 0; s < S; ++s) factor[s] = _mm256_set1_ps(a[s * lda]);
-  visit_row<T>(
-      row.mask, row.values, row.readable, n,
-      [&](int64_t c, __m256 w) {
+// y[s] += a[s * lda + r] * row r, row after row.
+template <class T, int R, int S>
+void axpy_bitmap(const float* a, int64_t lda, const BitmapRow<T>* rows, const BitmapRow<T>& next, int64_t n, float* const* y) {
+  BitmapRows<T, R> at(rows, next);
+  __m256 factor[R][S];
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int s = 0; s < S; ++s) _mm256_storeu_ps(y[s] + c, _mm256_fmadd_ps(factor[s], w, _mm256_loadu_ps(y[s] + c)));
-      },
-      [&](int64_t c, float w) {
-        for (int s = 0; s < S; ++s) y[s][c] = __builtin_fmaf(a[s * lda], w, y[s][c]);
-      });
+    for (int s = 0; s < S; ++s) factor[r][s] = _mm256_set1_ps(a[s * lda + r]);
+  int64_t c = 0;
+  for (; c + 64 <= n; c += 64) {
+    at.begin(c);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      __m256 into[S];
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) into[s] = _mm256_loadu_ps(y[s] + c + kLanes * j);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        const __m256 w = at.packed[r].octet(j);
+#pragma GCC unroll 4
+        for (int s = 0; s < S; ++s) into[s] = _mm256_fmadd_ps(factor[r][s], w, into[s]);
+      }
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) _mm256_storeu_ps(y[s] + c + kLanes * j, into[s]);
+    }
+  }
+  at.tail(c, n, [&](int r, int64_t k, float w) {
+    for (int s = 0; s < S; ++s) y[s][k] = __builtin_fmaf(a[s * lda + r], w, y[s][k]);
+  });
 }
 
 constexpr int64_t kDirect = 4;  // inputs for which a row of a bitmap is multiplied while it is decoded
 
+// One or two rows.
 template <class T>
-void dot_bitmap(const BitmapRow<T>* rows, int64_t count, int64_t n, const float* const* x, int64_t inputs, float* sums, int64_t ld) {
-  if (count == 2 && inputs == 1) return dot_bitmap<T, 2, 1>(rows, n, x, sums, ld);
-  if (count == 2 && inputs == 2) return dot_bitmap<T, 2, 2>(rows, n, x, sums, ld);
+void dot_bitmap(const BitmapRow<T>* rows, const BitmapRow<T>& next, int64_t count, int64_t n, const float* const* x, int64_t inputs, float* sums, int64_t ld) {
+  if (count == 2 && inputs == 1) return dot_bitmap<T, 2, 1>(rows, next, n, x, sums, ld);
+  if (count == 2 && inputs == 2) return dot_bitmap<T, 2, 2>(rows, next, n, x, sums, ld);
   for (int64_t r = 0; r < count; ++r) switch (inputs) {
-      case 1: dot_bitmap<T, 1, 1>(rows + r, n, x, sums + r * ld, ld); break;
-      case 2: dot_bitmap<T, 1, 2>(rows + r, n, x, sums + r * ld, ld); break;
-      case 3: dot_bitmap<T, 1, 3>(rows + r, n, x, sums + r * ld, ld); break;
-      default: dot_bitmap<T, 1, 4>(rows + r, n, x, sums + r * ld, ld);
+      case 1: dot_bitmap<T, 1, 1>(rows + r, next, n, x, sums + r * ld, ld); break;
+      case 2: dot_bitmap<T, 1, 2>(rows + r, next, n, x, sums + r * ld, ld); break;
+      case 3: dot_bitmap<T, 1, 3>(rows + r, next, n, x, sums + r * ld, ld); break;
+      default: dot_bitmap<T, 1, 4>(rows + r, next, n, x, sums + r * ld, ld);
     }
 }
 
-template <class T>
-void axpy_bitmap(const float* a, int64_t lda, const BitmapRow<T>& row, int64_t n, float* const* y, int64_t outputs) {
+template <class T, int R>
+void axpy_bitmap(const float* a, int64_t lda, const BitmapRow<T>* rows, const BitmapRow<T>& next, int64_t n, float* const* y, int64_t outputs) {
   switch (outputs) {
-    case 1: return axpy_bitmap<T, 1>(a, lda, row, n, y);
-    case 2: return axpy_bitmap<T, 2>(a, lda, row, n, y);
-    case 3: return axpy_bitmap<T, 3>(a, lda, row, n, y);
-    default: return axpy_bitmap<T, 4>(a, lda, row, n, y);
+    case 1: return axpy_bitmap<T, R, 1>(a, lda, rows, next, n, y);
+    case 2: return axpy_bitmap<T, R, 2>(a, lda, rows, next, n, y);
+    case 3: return axpy_bitmap<T, R, 3>(a, lda, rows, next, n, y);
+    default: return axpy_bitmap<T, R, 4>(a, lda, rows, next, n, y);
   }
 }
 
