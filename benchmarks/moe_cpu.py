@@ -158,13 +158,13 @@ def _row(
         "threads": torch.get_num_threads(),
     }
     name = (
-        f"{shape.name}, {method} 25 %, T={tokens}: dense {dense.median():.2f} ms, "
+        f"{shape.name}, {method}, T={tokens}: dense {dense.median():.2f} ms, "
         f"ResMoE {resmoe.median():.2f} ms, {achieved:.1f} GB/s"
     )
     target = None
-    if tokens == 1:
+    if tokens == 1 and method in TARGET_T1:
         target = TARGET_T1_TOP2 if shape.top_k == 2 else TARGET_T1[method]
-    elif method != "prune":
+    elif method.startswith("low-rank"):
         target = TARGET_FLOOR
     if target is None:
         return Row(name, speed, "x", context=context)

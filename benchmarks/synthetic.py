@@ -19,6 +19,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "low-rank": {"method": "low-rank", "retain_ratio": 0.25},
     "low-rank-8bit": {"method": "low-rank", "retain_ratio": 0.25, "factor_bits": 8, "center_bits": 8},
     "prune": {"method": "prune", "retain_ratio": 0.25},
+    "quantize-4bit": {"method": "quantize", "bits": 4, "center_bits": 8},
 }
 
 
