@@ -7,6 +7,7 @@ AVX2, ``load`` says why and gives None, and the plain torch path, same result, s
 import ctypes
 import functools
 import hashlib
+import itertools
 import logging
 import os
 import platform
@@ -38,7 +39,7 @@ SOURCE = Path(__file__).parent / "csrc" / "fused_moe_cpu.cpp"
 HEADERS = (SOURCE.with_name("products.h"), SOURCE.with_name("rows.h"))
 # No contraction: the compiler may not fuse a scalar tail in one loop and not in another, so sums stay the same sums.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
-NEEDED_CPU_FLAGS = ("avx2", "fma", "f16c")
+NEEDED_CPU_FLAGS = ("avx2", "bmi2", "fma", "f16c")
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -157,7 +158,7 @@ def load() -> ctypes.CDLL | None:
         pointer,
         ctypes.c_int,
     ]
-    library.resmoe_decode_row.argtypes = [ctypes.c_int32, pointer, pointer, size, size, pointer]
+    library.resmoe_decode_row.argtypes = [ctypes.c_int32, size, pointer, pointer, pointer, *[size] * 3, pointer]
     library.resmoe_decode_codes.argtypes = [pointer, size, size, pointer]
     library.resmoe_decode_codes.restype = None
     library.resmoe_struct_bytes.restype = size
@@ -361,14 +362,30 @@ def _self_test(library: ctypes.CDLL) -> None:
     keep = torch.rand(columns, generator=torch.Generator().manual_seed(0)) < 0.4
     values = torch.randn(int(keep.sum()), generator=torch.Generator().manual_seed(1))
     mask = pack_mask(keep[None])
-    for dtype, number in DTYPES.items():
-        for slack in (0, 100):  # with room behind the values, and without
+    for slack in (0, 100):  # with room behind the values, and without
+        for dtype, number in DTYPES.items():
             stored = torch.cat([values, torch.full((slack,), 7.0)]).to(dtype)
             out = torch.empty(columns)
-            library.resmoe_decode_row(number, mask.data_ptr(), stored.data_ptr(), len(stored), columns, out.data_ptr())
+            size = len(stored)
+            library.resmoe_decode_row(
+                number, 0, mask.data_ptr(), stored.data_ptr(), None, 0, size, columns, out.data_ptr()
+            )
             expected = torch.zeros(columns).masked_scatter_(keep, values.to(dtype).float())
             if not torch.equal(out, expected):
                 raise KernelUnsupportedError(f"resmoe's C++ kernel decodes {dtype} bitmaps wrongly on this processor")
+        for bits, group_size in itertools.product((4, 8), (64, 32)):
+            codes = torch.randint(2**bits, (1, len(values) + slack), generator=torch.Generator().manual_seed(2)).byte()
+            scales = torch.rand(-(-columns // group_size)).bfloat16()
+            packed, out = pack_codes(codes, bits), torch.empty(columns)
+            size = packed.numel() * 8 // bits
+            library.resmoe_decode_row(
+                0, bits, mask.data_ptr(), packed.data_ptr(), scales.data_ptr(), group_size, size, columns, out.data_ptr()
+            )
+            levels = codes[0, : len(values)].float() - (2**bits - 1) / 2
+            expected = torch.zeros(columns).masked_scatter_(keep, levels)
+            expected *= scales.float().repeat_interleave(group_size)[:columns]
+            if not torch.equal(out, expected):
+                raise KernelUnsupportedError(f"resmoe's C++ kernel decodes {bits}-bit bitmaps wrongly on this processor")
     for bits in (2, 3, 4, 8):
         for group_size in (None, 32):
             codes = torch.randint(2**bits, (3, columns), generator=torch.Generator().manual_seed(bits)).byte()

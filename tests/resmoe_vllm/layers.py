@@ -46,7 +46,7 @@ def layer_kinds(size_i: int, size_h: int) -> dict[str, LayerSpec]:
         "both": layer_spec(low_rank(rank, *PROJECTIONS), bitmap(2 * count, UP, DOWN), bitmap(count, GATE)),
         "low_rank-8bit": layer_spec(low_rank(rank, GATE, UP, bits=8), low_rank(1, DOWN)),
         "low_rank-8bit-center-8bit": layer_spec(low_rank(rank, *PROJECTIONS, bits=8), bits=8),
-        "bitmap-8bit": layer_spec(bitmap(3 * count, *PROJECTIONS, bits=8)),
+        "bitmap-8bit": layer_spec(bitmap(3 * count, *PROJECTIONS, bits=8, by=64)),
         "bitmap-4bit": layer_spec(bitmap(2 * count + 1, UP, DOWN, bits=4, by=32), bitmap(count, GATE, bits=8)),
         "bitmap_rows": layer_spec(row_bitmap(few, *PROJECTIONS), center=(DOWN, GATE)),
         "bitmap_rows-8_and_4bit": layer_spec(

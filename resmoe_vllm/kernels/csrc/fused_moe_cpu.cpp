@@ -120,7 +120,7 @@ struct Run {
 
   // One thread's buffers.
   struct Scratch {
-    std::vector<float> rows;       // four decoded rows, and one more for the values of a bitmap's row
+    std::vector<float> rows;       // four decoded rows
     std::vector<float> sums;       // [kRows, kSums]: of gate, then of up
     std::vector<float> hidden;     // [kInputs, kRows]
     std::vector<float> shifts;     // [kSums, groups, 8], of codes
@@ -128,9 +128,8 @@ struct Run {
     float* into[kInputs];
     int64_t ld;
     explicit Scratch(int64_t columns) : ld(columns + 2 * kLanes) {
-      rows.resize(5 * ld + 72), sums.resize(kRows * kSums), hidden.resize(kInputs * kRows);
+      rows.resize(4 * ld), sums.resize(kRows * kSums), hidden.resize(kInputs * kRows);
     }
-    float* spare() { return rows.data() + 4 * ld; }
   };
 
   void run(int threads) {
@@ -179,8 +178,25 @@ struct Run {
   }
 
   // Row i, or the last one if there are fewer.
-  BitmapRow<T> locate(const Bitmap& part, int p, int64_t e, int64_t i) const {
-    return resmoe::locate<T>(part, p, layer.mask_bytes, e, std::min(i, layer.intermediate - 1));
+  template <class V>
+  BitmapRow<V> locate(const Bitmap& part, int p, int64_t e, int64_t i) const {
+    return resmoe::locate<V>(part, p, layer.mask_bytes, e, std::min(i, layer.intermediate - 1), layer.hidden);
+  }
+  // visit(rows, next) of rows i and, if count is 2, i + 1, where they can be multiplied while they are decoded; else false.
+  template <class V, class Visit>
+  bool direct(const Bitmap& part, int p, int64_t e, int64_t i, int64_t count, Visit visit) const {
+    const int64_t whole = layer.hidden / 64 * 64;
+    const BitmapRow<V> at[2] = {locate<V>(part, p, e, i), locate<V>(part, p, e, i + count - 1)};
+    if (at[0].vectors(layer.hidden) < whole || at[1].vectors(layer.hidden) < whole) return false;
+    visit(at, locate<V>(part, p, e, i + count));
+    return true;
+  }
+  // visit(T(), Kept8() or Kept4()): what stands for the values of a bitmap
+  template <class Visit>
+  static void with_kept(const Bitmap& part, Visit visit) {
+    if (part.bits == 8) return visit(Kept8());
+    if (part.bits == 4) return visit(Kept4());
+    visit(T());
   }
 
   // sums[r * kSums + s] += row i + r . in[s]
@@ -204,17 +220,18 @@ struct Run {
       }
   }
   void dots(const Bitmap& part, int p, int64_t e, int64_t i, int64_t rows, int64_t inputs, float* sums, Scratch& scratch) const {
+    with_kept(part, [&](auto kept) { dots<decltype(kept)>(part, p, e, i, rows, inputs, sums, scratch); });
+  }
+  template <class V>
+  void dots(const Bitmap& part, int p, int64_t e, int64_t i, int64_t rows, int64_t inputs, float* sums, Scratch& scratch) const {
     const int64_t H = layer.hidden, step = inputs <= kDirect ? 2 : 4;
     for (int64_t r = 0; r < rows; r += step) {
       const int64_t count = std::min(step, rows - r);
-      if (inputs <= kDirect) {
-        const BitmapRow<T> at[2] = {locate(part, p, e, i + r), locate(part, p, e, i + r + count - 1)};
-        if (at[0].whole(H) && at[1].whole(H)) {
-          dot_bitmap<T>(at, locate(part, p, e, i + r + count), count, H, scratch.in, inputs, sums + r * kSums, kSums);
-          continue;
-        }
-      }
-      decode(part, p, e, i + r, count, scratch);
+      const auto multiply = [&](const BitmapRow<V>* at, const BitmapRow<V>& next) {
+        dot_bitmap<V>(at, next, count, H, scratch.in, inputs, sums + r * kSums, kSums);
+      };
+      if (inputs <= kDirect && direct<V>(part, p, e, i + r, count, multiply)) continue;
+      decode<V>(part, p, e, i + r, count, scratch);
       add_dots<FP32, 2>(scratch.rows.data(), scratch.ld, count, H, scratch.in, inputs, sums + r * kSums, kSums);
     }
   }
@@ -225,30 +242,31 @@ struct Run {
     with_codes(m, e, i, n, [&](const auto& codes) { axpy_codes(a, lda, codes, rows, scratch.into, outputs); });
   }
   void axpys(const float* a, int64_t lda, const Bitmap& part, int64_t e, int64_t i, int64_t rows, int64_t outputs, Scratch& scratch) const {
+    with_kept(part, [&](auto kept) { axpys<decltype(kept)>(a, lda, part, e, i, rows, outputs, scratch); });
+  }
+  template <class V>
+  void axpys(const float* a, int64_t lda, const Bitmap& part, int64_t e, int64_t i, int64_t rows, int64_t outputs, Scratch& scratch) const {
     const int64_t H = layer.hidden, step = outputs <= kDirect ? 2 : 4;
     for (int64_t r = 0; r < rows; r += step) {
       const int64_t count = std::min(step, rows - r);
-      if (outputs <= kDirect) {
-        const BitmapRow<T> at[2] = {locate(part, 2, e, i + r), locate(part, 2, e, i + r + count - 1)};
-        if (at[0].whole(H) && at[1].whole(H)) {
-          const BitmapRow<T> next = locate(part, 2, e, i + r + count);
-          if (count == 2)
-            axpy_bitmap<T, 2>(a + r, lda, at, next, H, scratch.into, outputs);
-          else
-            axpy_bitmap<T, 1>(a + r, lda, at, next, H, scratch.into, outputs);
-          continue;
-        }
-      }
-      decode(part, 2, e, i + r, count, scratch);
+      const auto multiply = [&](const BitmapRow<V>* at, const BitmapRow<V>& next) {
+        if (count == 2)
+          axpy_bitmap<V, 2>(a + r, lda, at, next, H, scratch.into, outputs);
+        else
+          axpy_bitmap<V, 1>(a + r, lda, at, next, H, scratch.into, outputs);
+      };
+      if (outputs <= kDirect && direct<V>(part, 2, e, i + r, count, multiply)) continue;
+      decode<V>(part, 2, e, i + r, count, scratch);
       add_axpys<FP32>(a + r, lda, scratch.rows.data(), scratch.ld, count, H, scratch.into, outputs);
     }
   }
 
   // Rows i.. of a bitmap, at most four, to scratch.rows.
+  template <class V>
   void decode(const Bitmap& part, int p, int64_t e, int64_t i, int64_t rows, Scratch& scratch) const {
-    for (int64_t j = 0; j < rows; ++j)
-      decode_bitmap<T>(part, p, layer.mask_bytes, e, i + j, layer.hidden, scratch.rows.data() + j * scratch.ld, scratch.spare());
+    for (int64_t j = 0; j < rows; ++j) decode_row(locate<V>(part, p, e, i + j), layer.hidden, scratch.rows.data() + j * scratch.ld);
   }
+
   static void clear(float* sums, int64_t rows, int64_t inputs) {
     for (int64_t r = 0; r < rows; ++r) std::fill_n(sums + r * kSums, inputs, 0.0f);
   }
@@ -399,14 +417,17 @@ int resmoe_fused_moe(const Layer* layer, const void* x, int32_t x_dtype, int64_t
   return 1;
 }
 
-// Decode one bitmap row: for the self-test that runs when the library is loaded.
-int resmoe_decode_row(int32_t dtype, const uint8_t* mask, const void* values, int64_t readable, int64_t n, float* out) {
-  switch (dtype) {
-    case kFloat: decode_row<FP32>(mask, (const float*)values, readable, n, out); return 0;
-    case kBFloat16: decode_row<BF16>(mask, (const uint16_t*)values, readable, n, out); return 0;
-    case kHalf: decode_row<FP16>(mask, (const uint16_t*)values, readable, n, out); return 0;
-  }
-  return 1;
+// Decode one bitmap row: for the self-test that runs when the library is loaded. bits: of codes, which have scales; or 0.
+int resmoe_decode_row(int32_t dtype, int64_t bits, const uint8_t* mask, const void* values, const uint16_t* scales, int64_t group,
+                      int64_t readable, int64_t n, float* out) {
+  group = std::min(group, n);
+  if (bits == 8) decode_row<Kept8>({mask, (const uint8_t*)values, readable, scales, group}, n, out);
+  else if (bits == 4) decode_row<Kept4>({mask, {(const uint8_t*)values, 0}, readable, scales, group}, n, out);
+  else if (dtype == kFloat) decode_row<FP32>({mask, (const float*)values, readable, nullptr, n}, n, out);
+  else if (dtype == kBFloat16) decode_row<BF16>({mask, (const uint16_t*)values, readable, nullptr, n}, n, out);
+  else if (dtype == kHalf) decode_row<FP16>({mask, (const uint16_t*)values, readable, nullptr, n}, n, out);
+  else return 1;
+  return 0;
 }
 
 // Decode row i of one matrix of codes: for the self-test.
