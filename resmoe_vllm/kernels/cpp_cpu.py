@@ -379,13 +379,23 @@ def _self_test(library: ctypes.CDLL) -> None:
             packed, out = pack_codes(codes, bits), torch.empty(columns)
             size = packed.numel() * 8 // bits
             library.resmoe_decode_row(
-                0, bits, mask.data_ptr(), packed.data_ptr(), scales.data_ptr(), group_size, size, columns, out.data_ptr()
+                0,
+                bits,
+                mask.data_ptr(),
+                packed.data_ptr(),
+                scales.data_ptr(),
+                group_size,
+                size,
+                columns,
+                out.data_ptr(),
             )
             levels = codes[0, : len(values)].float() - (2**bits - 1) / 2
             expected = torch.zeros(columns).masked_scatter_(keep, levels)
             expected *= scales.float().repeat_interleave(group_size)[:columns]
             if not torch.equal(out, expected):
-                raise KernelUnsupportedError(f"resmoe's C++ kernel decodes {bits}-bit bitmaps wrongly on this processor")
+                raise KernelUnsupportedError(
+                    f"resmoe's C++ kernel decodes {bits}-bit bitmaps wrongly on this processor"
+                )
     for bits in (2, 3, 4, 8):
         for group_size in (None, 32):
             codes = torch.randint(2**bits, (3, columns), generator=torch.Generator().manual_seed(bits)).byte()
