@@ -240,6 +240,14 @@ inline __m256i lanes_of(int64_t columns) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)columns), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
+// The first `columns` of eight. vmaskmovps takes tens of cycles to store on AMD processors.
+inline void store_lanes(float* to, __m256 v, int64_t columns) {
+  if (columns >= kLanes) return _mm256_storeu_ps(to, v);
+  alignas(32) float lanes[kLanes];
+  _mm256_store_ps(lanes, v);
+  for (int64_t k = 0; k < columns; ++k) to[k] = lanes[k];
+}
+
 template <int Bits>
 struct CodeRows {
   const uint8_t* codes;    // the first row
@@ -259,9 +267,9 @@ struct CodeRows {
   int64_t begin(int64_t g) const { return g * group / kLanes; }  // octets
   int64_t end(int64_t g) const { return std::min(octets, (g + 1) * group / kLanes); }
   int64_t whole() const { return n / kLanes; }
-  // The next R rows, a cache line at a time.
+  // The next R rows, a cache line at a time. Always inline: GCC drops calls of what does nothing but prefetch.
   template <int R>
-  void fetch_ahead(int64_t octet) const {
+  __attribute__((always_inline)) void fetch_ahead(int64_t octet) const {
     constexpr int kLow = Bits == 3 ? 2 : Bits;  // bytes
     if (octet % (64 / kLow) == 0)
 #pragma GCC unroll 4
@@ -340,17 +348,17 @@ void dot_codes(const CodeRows<Bits>& rows, int64_t inputs, const float* const* x
   }
 }
 
-// y[s] += shift[s] + sum over r < R of factor[s][r] * row r, over octets from o on; lanes: those of a lone octet.
+// y[s] += shift[s] + sum over r < R of factor[s][r] * row r, over octets from o on.
 template <int Bits, int R, int S, int Octets>
 __attribute__((always_inline)) inline void axpy_octets(const __m256 (&factor)[S][R], const float (&shift)[S], const CodeRows<Bits>& rows,
-                                                       float* const* y, int64_t o, __m256i lanes = _mm256_set1_epi32(-1)) {
+                                                       float* const* y, int64_t o) {
   __m256 into[S][Octets];
 #pragma GCC unroll 4
   for (int s = 0; s < S; ++s)
 #pragma GCC unroll 2
     for (int j = 0; j < Octets; ++j) {
       const float* from = y[s] + (o + j) * kLanes;
-      into[s][j] = _mm256_add_ps(Octets == 1 ? _mm256_maskload_ps(from, lanes) : _mm256_loadu_ps(from), _mm256_set1_ps(shift[s]));
+      into[s][j] = _mm256_add_ps(Octets == 1 ? _mm256_maskload_ps(from, lanes_of(rows.n - o * kLanes)) : _mm256_loadu_ps(from), _mm256_set1_ps(shift[s]));
     }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
@@ -364,7 +372,7 @@ __attribute__((always_inline)) inline void axpy_octets(const __m256 (&factor)[S]
     for (int j = 0; j < Octets; ++j) {
       float* to = y[s] + (o + j) * kLanes;
       if (Octets == 1)
-        _mm256_maskstore_ps(to, lanes, into[s][j]);
+        store_lanes(to, into[s][j], rows.n - o * kLanes);
       else
         _mm256_storeu_ps(to, into[s][j]);
     }
@@ -390,7 +398,7 @@ void axpy_rows(const float* a, int64_t lda, const CodeRows<Bits>& rows, float* c
       rows.template fetch_ahead<R>(o);
       axpy_octets<Bits, R, S, 2>(factor, shift, rows, y, o);
     }
-    for (; o < end; ++o) axpy_octets<Bits, R, S, 1>(factor, shift, rows, y, o, lanes_of(rows.n - o * kLanes));
+    for (; o < end; ++o) axpy_octets<Bits, R, S, 1>(factor, shift, rows, y, o);
   }
 }
 
@@ -421,14 +429,14 @@ struct CodeBlock {
   }
   // y[s] += factor . wide for S outputs from `first` on and V octets from o, in the order of axpy_octets.
   template <int S, int V>
-  __attribute__((always_inline)) inline void add(int64_t count, float* const* y, int64_t first, int64_t begin, int64_t o, __m256i lanes = _mm256_set1_epi32(-1)) const {
+  __attribute__((always_inline)) inline void add(int64_t count, float* const* y, int64_t first, int64_t begin, int64_t o, int64_t columns = kLanes) const {
     __m256 into[S][V];
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s)
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         const float* from = y[s] + (o + v) * kLanes;
-        into[s][v] = V == 1 ? _mm256_maskload_ps(from, lanes) : _mm256_loadu_ps(from);
+        into[s][v] = V == 1 ? _mm256_maskload_ps(from, lanes_of(columns)) : _mm256_loadu_ps(from);
       }
     const float *f = factor[first], *h = shift[first], *w = wide[0] + (o - begin) * kLanes;
     const auto add_shift = [&]() __attribute__((always_inline)) {
@@ -458,7 +466,7 @@ struct CodeBlock {
       for (int v = 0; v < V; ++v) {
         float* to = y[s] + (o + v) * kLanes;
         if (V == 1)
-          _mm256_maskstore_ps(to, lanes, into[s][v]);
+          store_lanes(to, into[s][v], columns);
         else
           _mm256_storeu_ps(to, into[s][v]);
       }
@@ -467,22 +475,25 @@ struct CodeBlock {
   void add(const CodeRows<Bits>& rows, int64_t count, float* const* y, int64_t first, int64_t begin, int64_t end) const {
     int64_t o = begin;
     for (; o + 4 <= std::min(end, rows.whole()); o += 4) add<S, 4>(count, y, first, begin, o);
-    for (; o < end; ++o) add<S, 1>(count, y, first, begin, o, lanes_of(rows.n - o * kLanes));
+    for (; o < end; ++o) add<S, 1>(count, y, first, begin, o, rows.n - o * kLanes);
   }
 };
 
-// y[s] += sum over r < count of a[s * lda + r] * row r; count at most kRows, outputs at most kInputs. For one or two
-// outputs rows are read along.
+constexpr int64_t kBlocked = 8;  // outputs for which rows are widened once for all
+
+// y[s] += sum over r < count of a[s * lda + r] * row r; count at most kRows, outputs at most kInputs.
 template <int Bits>
 void axpy_codes(const float* a, int64_t lda, const CodeRows<Bits>& rows, int64_t count, float* const* y, int64_t outputs) {
-  if (outputs <= 2) {
+  if (outputs < kBlocked) {
+    const auto add = [&](auto rows_at_once, int64_t r) {
+      constexpr int R = decltype(rows_at_once)::value;
+      int64_t s = 0;
+      for (; s + 2 <= outputs; s += 2) axpy_rows<Bits, R, 2>(a + s * lda + r, lda, rows.from(r), y + s);
+      if (s < outputs) axpy_rows<Bits, R, 1>(a + s * lda + r, lda, rows.from(r), y + s);
+    };
     int64_t r = 0;
-    for (; r + 4 <= count; r += 4)
-      if (outputs == 1) axpy_rows<Bits, 4, 1>(a + r, lda, rows.from(r), y);
-      else axpy_rows<Bits, 4, 2>(a + r, lda, rows.from(r), y);
-    for (; r < count; ++r)
-      if (outputs == 1) axpy_rows<Bits, 1, 1>(a + r, lda, rows.from(r), y);
-      else axpy_rows<Bits, 1, 2>(a + r, lda, rows.from(r), y);
+    for (; r + 4 <= count; r += 4) add(std::integral_constant<int, 4>(), r);
+    for (; r < count; ++r) add(std::integral_constant<int, 1>(), r);
     return;
   }
   CodeBlock<Bits> block;
