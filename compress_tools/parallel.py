@@ -1,5 +1,6 @@
 """Experts side by side: one thread for each, so that the bytes depend neither on the workers nor on the cores."""
 
+import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -8,6 +9,10 @@ from typing import TypeVar
 
 import torch
 from threadpoolctl import ThreadpoolController
+from torch import Tensor
+
+# Bytes of an expert's design matrix from which on freed memory matters more than the milliseconds of returning it.
+_LARGE = 1 << 27
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -29,6 +34,18 @@ def in_parallel(function: Callable[[Item], Result], items: Iterable[Item], worke
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def give_memory_back(expert: Tensor) -> None:
+    """Return what is free to the system, beside a large expert: glibc keeps what threads freed, gigabytes at last."""
+    trim = _malloc_trim()
+    if trim is not None and expert.nbytes >= _LARGE:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 @cache
