@@ -12,7 +12,7 @@ from compress_tools.alignment_guess import is_certainly_optimal, rows_too_close
 from compress_tools.assignment import MAX_GAP, Certificate, certify, solve_assignment
 from compress_tools.clock import StageClock
 from compress_tools.errors import NumericalError
-from compress_tools.parallel import give_memory_back, in_parallel
+from compress_tools.parallel import in_parallel
 from compress_tools.products import product, row_distances, squared_distance, squared_norm
 
 # From this many rows on, the whole product costs more than the few passes that may prove a guess without it.
@@ -87,7 +87,6 @@ def align_experts(
         own = StageClock()
         with own.stage("cost matrix"):
             proved = _proved(center, design[expert], known, close, distance[expert]) if proving else None
-        give_memory_back(design[expert])
         found = proved or _match(expert, design[expert], center, center_energy, known, warm, own)
         advance()
         return found, own

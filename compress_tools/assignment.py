@@ -93,9 +93,15 @@ def certify(
     size, step = len(gain), max(1, _BLOCK // len(gain))
     blocks = [slice(first, first + step) for first in range(0, size, step)]
     matched = gain[torch.arange(size), columns].double()
+    # Written again and again: fresh memory for each block would scatter over glibc's heaps, hundreds of megabytes.
+    block_sums, block_best = matched.new_empty(step, size), matched.new_empty(size)
 
-    def longest(block: slice, offset: Tensor) -> Tensor:
-        return (gain[block] + offset[:, None]).amax(0)  # float64, as the offset is
+    def raise_to(potential: Tensor, block: slice, offset: Tensor) -> None:
+        """potential_j = max(potential_j, max over the block's rows i of gain_ij + offset_i)"""
+        sums = block_sums[: len(offset)]
+        torch.add(gain[block], offset[:, None], out=sums)
+        torch.amax(sums, 0, out=block_best)
+        torch.maximum(potential, block_best, out=potential)
 
     potential = torch.empty_like(matched)  # v, by column
     potential[columns] = matched / 2
@@ -104,12 +110,11 @@ def certify(
     for _ in range(max_sweeps):
         before = potential.sum()
         for block in blocks:
-            offset = potential[columns[block]] - matched[block]
-            potential = torch.maximum(potential, longest(block, offset))
+            raise_to(potential, block, potential[columns[block]] - matched[block])
         if potential.sum() - before <= tolerance:
             break
     u = matched - potential[columns]
     v = torch.full_like(potential, -torch.inf)
     for block in blocks:
-        v = torch.maximum(v, longest(block, -u[block]))
+        raise_to(v, block, -u[block])
     return Certificate((u.sum() + v.sum() - matched.sum()).item(), v, u)

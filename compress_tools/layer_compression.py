@@ -12,7 +12,7 @@ from compress_tools.design_matrix import design_to_rows, expert_to_rows, fill_de
 from compress_tools.format.codec import decode_residual, restore_center
 from compress_tools.format.schema import LayerSpec, Projection
 from compress_tools.format.tensors import BIAS, DTYPES, dense_layer_bytes, layer_bytes, layer_tensors, tensor_name
-from compress_tools.parallel import give_memory_back, in_parallel
+from compress_tools.parallel import in_parallel
 from compress_tools.plan import CompressionPlan
 from compress_tools.products import squared_distance, squared_norm
 from compress_tools.progress import ProgressListener
@@ -141,7 +141,6 @@ def code_layer(
         stored = encode_residual(own, residual, dtype, seed)
         energy = squared_norm(residual)
         del residual
-        give_memory_back(aligned)
         for projection, bias in weights.biases[expert].items():
             # down's bias belongs to the output, whose order does not change.
             ordered = bias if projection == "down_proj" else bias[perm]
