@@ -1,6 +1,5 @@
 """Experts side by side: one thread for each, so that the bytes depend neither on the workers nor on the cores."""
 
-import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -9,11 +8,6 @@ from typing import TypeVar
 
 import torch
 from threadpoolctl import ThreadpoolController
-
-# glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, bytes. Without them it comes to serve blocks of up to 32 MB from heaps
-# of its own for each thread and keeps those: 3.7 GB beside Mixtral's experts, whose blocks take 25 to 29 MB. Smaller
-# ones stay there: mapping them anew each time would cost more than filling them.
-_MALLOC_OPTIONS = {-1: 1 << 26, -3: 24 << 20}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,7 +22,6 @@ def in_parallel(function: Callable[[Item], Result], items: Iterable[Item], worke
     Raises:
         whatever ``function`` raises first, in the order of ``items``; what has not begun by then is dropped.
     """
-    _limit_heaps()
     with one_thread_each(), ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(function, item) for item in items]
         try:
@@ -36,14 +29,6 @@ def in_parallel(function: Callable[[Item], Result], items: Iterable[Item], worke
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-@cache
-def _limit_heaps() -> None:
-    """Have large blocks mapped on their own, so that they go back to the system when they are freed."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
-    for option, value in _MALLOC_OPTIONS.items() if mallopt else ():
-        mallopt(option, value)
 
 
 @cache

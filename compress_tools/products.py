@@ -34,14 +34,24 @@ def row_blocks(*matrices: Tensor) -> list[tuple[Tensor, ...]]:
     return list(zip(*(matrix.split(rows) for matrix in matrices), strict=True))
 
 
+# Results go to memory that was there before: a small result behind each block's temporary would pin the hole that the
+# temporary leaves, which glibc finds too small for the next one. A large matrix then left its own size behind.
+
+
 def row_products(left: Tensor, right: Tensor) -> Tensor:
     """``sum_c left[i, c] * right[i, c]``: ``[n, D]`` twice to ``[n]``, fp32."""
-    return torch.cat([(a * b).sum(1) for a, b in row_blocks(left, right)])
+    sums = left.new_empty(len(left), dtype=torch.float32)
+    for a, b, into in row_blocks(left, right, sums[:, None]):
+        torch.sum(a * b, 1, keepdim=True, out=into)
+    return sums
 
 
 def row_distances(left: Tensor, right: Tensor) -> Tensor:
     """Squared distances of rows: ``[n, D]`` twice, any float dtypes, to ``[n]``, fp32."""
-    return torch.cat([(a.float() - b.float()).square_().sum(1) for a, b in row_blocks(left, right)])
+    sums = left.new_empty(len(left), dtype=torch.float32)
+    for a, b, into in row_blocks(left, right, sums[:, None]):
+        torch.sum((a.float() - b.float()).square_(), 1, keepdim=True, out=into)
+    return sums
 
 
 def squared_distance(left: Tensor, right: Tensor) -> float:
