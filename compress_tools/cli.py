@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 from rich.console import Console
 
 from compress_tools import __version__, tables
-from compress_tools.config import CompressionConfig, make_slice
+from compress_tools.config import CompressionConfig, Slice, make_slice
 from compress_tools.errors import ConfigError, ResMoEError
 from compress_tools.evaluation.config import TasksConfig, TextConfig, make_tasks_config, make_text_config
 from compress_tools.live_progress import LiveProgress
@@ -153,7 +153,7 @@ def compress(
             "then --plan plan.yaml with each slice"
         )
     if dry_run:
-        _print_plan(src, request, None, as_json)
+        _print_plan(src, request, None, as_json, part)
         return
     going = {"resume": resume, "overwrite": overwrite}
     if part is not None:
@@ -370,11 +370,19 @@ def _print_report(report: CompressionReport, dst: str, as_json: bool) -> None:
         out.print(f"Written to {dst}. Next: [bold]vllm serve {dst}[/bold]", highlight=False)
 
 
-def _print_plan(src: str, request: Request, out_file: str | None, as_json: bool) -> None:
+def _print_plan(src: str, request: Request, out_file: str | None, as_json: bool, part: Slice | None = None) -> None:
+    """The whole plan; with ``part`` also what that slice makes of it."""
+    from compress_tools.slices import shards_of
+
     with _progress(as_json or request.budget is None) as progress:
         made, planned = planned_sizes(src, request, out_file, progress)
     content = made.summary() if planned is None else {**made.summary(), "plan": planned.resolved()}
+    layers = [] if part is None else [shard.layer for shard in shards_of(made, part) if shard.layer is not None]
+    if part is not None:
+        content |= {"slice": [part.number, part.count], "slice_layers": layers}
     _print(content, as_json, lambda: tables.plan_table(made))
+    if part is not None and not as_json:
+        out.print(f"Slice {part} makes layers {', '.join(map(str, layers))} of these.", highlight=False)
     if out_file is not None and not as_json:
         out.print(
             f"Written to {out_file}. Next: [bold]resmoe compress {src} DST --plan {out_file}[/bold]", highlight=False

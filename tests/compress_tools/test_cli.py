@@ -63,6 +63,16 @@ def test_the_whole_way(resmoe: Resmoe, tiny_mixtral: Path, tmp_path: Path) -> No
         assert "layer" in stdout
 
 
+def test_a_dry_run_of_a_slice_says_its_layers(resmoe: Resmoe, tiny_mixtral: Path, tmp_path: Path) -> None:
+    words = ("compress", tiny_mixtral, tmp_path / "x", "--dry-run")
+    code, stdout, _ = resmoe(*words, "--shard", "2/2", "--json")
+    assert code == 0
+    content = json.loads(stdout)
+    assert (content.pop("slice"), content.pop("slice_layers")) == ([2, 2], [1, 2])
+    assert content == json.loads(resmoe(*words, "--json")[1])
+    assert resmoe(*words, "--shard", "2/2")[1].endswith("Slice 2/2 makes layers 1, 2 of these.\n")
+
+
 def test_slices_and_merge(resmoe: Resmoe, tiny_mixtral: Path, tmp_path: Path) -> None:
     target = tmp_path / "small"
     for shard in ("2/2", "1/2"):
