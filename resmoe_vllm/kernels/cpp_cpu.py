@@ -362,7 +362,8 @@ def _self_test(library: ctypes.CDLL) -> None:
     keep = torch.rand(columns, generator=torch.Generator().manual_seed(0)) < 0.4
     values = torch.randn(int(keep.sum()), generator=torch.Generator().manual_seed(1))
     mask = pack_mask(keep[None])
-    for slack in (0, 100):  # with room behind the values, and without
+    generator = torch.Generator().manual_seed(2)
+    for slack in (0, columns + 72):  # without room behind the values, where scalars serve, and with it
         for dtype, number in DTYPES.items():
             stored = torch.cat([values, torch.full((slack,), 7.0)]).to(dtype)
             out = torch.empty(columns)
@@ -373,9 +374,9 @@ def _self_test(library: ctypes.CDLL) -> None:
             expected = torch.zeros(columns).masked_scatter_(keep, values.to(dtype).float())
             if not torch.equal(out, expected):
                 raise KernelUnsupportedError(f"resmoe's C++ kernel decodes {dtype} bitmaps wrongly on this processor")
-        for bits, group_size in itertools.product((4, 8), (64, 32)):
-            codes = torch.randint(2**bits, (1, len(values) + slack), generator=torch.Generator().manual_seed(2)).byte()
-            scales = torch.rand(-(-columns // group_size)).bfloat16()
+        for bits, group_size in itertools.product((4, 8), (32, 64, 128, columns)):
+            codes = torch.randint(2**bits, (1, len(values) + slack), generator=generator).byte()
+            scales = torch.rand(-(-columns // group_size), generator=generator).bfloat16()
             packed, out = pack_codes(codes, bits), torch.empty(columns)
             size = packed.numel() * 8 // bits
             library.resmoe_decode_row(
@@ -398,8 +399,8 @@ def _self_test(library: ctypes.CDLL) -> None:
                 )
     for bits in (2, 3, 4, 8):
         for group_size in (None, 32):
-            codes = torch.randint(2**bits, (3, columns), generator=torch.Generator().manual_seed(bits)).byte()
-            scales = torch.rand(3, 1 if group_size is None else -(-columns // 32)).bfloat16()
+            codes = torch.randint(2**bits, (3, columns), generator=generator).byte()
+            scales = torch.rand(3, 1 if group_size is None else -(-columns // 32), generator=generator).bfloat16()
             rows = Coded(pack_codes(codes, bits), scales, bits, columns, group_size)
             struct = _matrix(rows, shared=True)
             out = torch.empty(columns + 8)

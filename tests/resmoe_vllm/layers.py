@@ -50,7 +50,7 @@ def layer_kinds(size_i: int, size_h: int) -> dict[str, LayerSpec]:
         "bitmap-4bit": layer_spec(bitmap(2 * count + 1, UP, DOWN, bits=4, by=32), bitmap(count, GATE, bits=8)),
         "bitmap_rows": layer_spec(row_bitmap(few, *PROJECTIONS), center=(DOWN, GATE)),
         "bitmap_rows-8_and_4bit": layer_spec(
-            row_bitmap(few, GATE, bits=8), row_bitmap(size_h, UP, DOWN, bits=4, by=32)
+            row_bitmap(few, GATE, bits=8, by=128), row_bitmap(size_h, UP, DOWN, bits=4, by=32)
         ),
         "quantized-2bit": layer_spec(quantized(2, *PROJECTIONS), bits=8),
         "quantized-3bit": layer_spec(quantized(3, *PROJECTIONS, by=32), bits=4),

@@ -132,7 +132,7 @@ struct Run {
     }
   };
 
-  void run(int threads) {
+  void run(int most_threads) {
     const int64_t I = layer.intermediate, H = layer.hidden;
     int64_t columns = H;
     for (auto& c : common) c.assign(tokens * I, 0.0f);
@@ -143,12 +143,12 @@ struct Run {
       const int64_t rank = layer.low_rank[g].rank;
       columns = std::max(columns, rank);
       for (auto& part : z) part[g].assign(routing.pairs() * rank, 0.0f);
-      shrunk[g].assign(threads * routing.pairs() * rank, 0.0f);
+      shrunk[g].assign(most_threads * routing.pairs() * rank, 0.0f);
     }
-    partial.assign(threads * tokens * H, 0.0f);
-#pragma omp parallel num_threads(threads)
+    partial.assign(most_threads * tokens * H, 0.0f);
+#pragma omp parallel num_threads(most_threads)
     {
-      const int me = omp_get_thread_num();
+      const int me = omp_get_thread_num(), threads = omp_get_num_threads();
       Scratch scratch(columns);
       into(me, threads, scratch);
 #pragma omp barrier
@@ -230,7 +230,8 @@ struct Run {
       const auto multiply = [&](const BitmapRow<V>* at, const BitmapRow<V>& next) {
         dot_bitmap<V>(at, next, count, H, scratch.in, inputs, sums + r * kSums, kSums);
       };
-      if (inputs <= kDirect && direct<V>(part, p, e, i + r, count, multiply)) continue;
+      // Where a rest of columns is left over, a row multiplied while it is decoded would add up in another order.
+      if (inputs <= kDirect && H % 64 == 0 && direct<V>(part, p, e, i + r, count, multiply)) continue;
       decode<V>(part, p, e, i + r, count, scratch);
       add_dots<FP32, 2>(scratch.rows.data(), scratch.ld, count, H, scratch.in, inputs, sums + r * kSums, kSums);
     }

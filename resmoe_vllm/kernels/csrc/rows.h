@@ -543,10 +543,10 @@ struct BitmapRow {
   const uint16_t* scales;  // of codes: one for each group of columns
   int64_t group;
   float scale(int64_t c) const { return BF16::scalar(scales[c / group]) * (1.0f / V::kOne); }
-  // Columns that vectors may take: none of a row at the buffer's very end, or where groups end within 64 columns.
+  // Columns that vectors may take: none of a row at the buffer's very end, or where groups end within 32 columns.
   int64_t vectors(int64_t n) const {
     if constexpr (kCoded<V>)
-      if (group < n && group % 64) return 0;
+      if (group < n && group % 32) return 0;
     return readable >= n + 72 ? n / 64 * 64 : 0;
   }
 };
@@ -578,11 +578,11 @@ struct BitmapRows {
   Unpacker<V> packed[R];
   const BitmapRow<V>* rows;
   int64_t mask_ahead, values_ahead;  // from a row to the one R rows on
-  int64_t scaled = 0;                // codes: the column from which on other scales hold
-  __m256 scale[R];
+  int64_t scaled = 0;                // codes: where columns end that share the scales at hand
+  __m256 scale[R][2];                // of the first 32 columns at hand, of the others
   BitmapRows(const BitmapRow<V>* rows, const BitmapRow<V>& next) : rows(rows), mask_ahead(next.mask - rows->mask), values_ahead(next.values - rows->values) {
 #pragma GCC unroll 2
-    for (int r = 0; r < R; ++r) packed[r].values = rows[r].values, scale[r] = _mm256_setzero_ps();
+    for (int r = 0; r < R; ++r) packed[r].values = rows[r].values, scale[r][0] = scale[r][1] = _mm256_setzero_ps();
   }
   __attribute__((always_inline)) inline void begin(int64_t c) {
 #pragma GCC unroll 2
@@ -592,15 +592,18 @@ struct BitmapRows {
       packed[r].begin(rows[r].mask + c / 8);
     }
     if constexpr (kCoded<V>)
-      if (c >= scaled) {
-        scaled += rows->group;
+      if (c + 64 > scaled) {
+        const int64_t group = rows->group;
+        scaled = c / group == (c + 32) / group ? (c / group + 1) * group : 0;
 #pragma GCC unroll 2
-        for (int r = 0; r < R; ++r) scale[r] = _mm256_set1_ps(rows[r].scale(c));
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+          for (int half = 0; half < 2; ++half) scale[r][half] = _mm256_set1_ps(rows[r].scale(c + 32 * half));
       }
   }
   __attribute__((always_inline)) inline __m256 octet(int r, int j) {
     const __m256 w = packed[r].octet(j);
-    if constexpr (kCoded<V>) return _mm256_mul_ps(w, scale[r]);
+    if constexpr (kCoded<V>) return _mm256_mul_ps(w, scale[r][j / 4]);
     return w;
   }
   // rest(r, k, value) for the kept columns k from c on
@@ -631,8 +634,8 @@ void decode_row(const BitmapRow<V>& row, int64_t n, float* out) {
   at.tail(vectors, n, [&](int, int64_t k, float w) { out[k] = w; });
 }
 
-// Multiply while decoding, for few inputs: sums[r * ld + s] += row r . x[s], whole rows, in the order of a dot of two
-// chains (where n is a multiple of 64). Two rows at a time hide the additions' latency and share x.
+// Multiply while decoding, for few inputs: sums[r * ld + s] += row r . x[s], whole rows of n columns, a multiple of 64,
+// in the order of a dot of two chains. Two rows at a time hide the additions' latency and share x.
 template <class V, int R, int S>
 void dot_bitmap(const BitmapRow<V>* rows, const BitmapRow<V>& next, int64_t n, const float* const* x, float* sums, int64_t ld) {
   BitmapRows<V, R> at(rows, next);
@@ -641,8 +644,7 @@ void dot_bitmap(const BitmapRow<V>* rows, const BitmapRow<V>& next, int64_t n, c
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s) acc[r][s][0] = acc[r][s][1] = _mm256_setzero_ps();
-  int64_t c = 0;
-  for (; c + 64 <= n; c += 64) {
+  for (int64_t c = 0; c < n; c += 64) {
     at.begin(c);
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
@@ -660,14 +662,10 @@ void dot_bitmap(const BitmapRow<V>* rows, const BitmapRow<V>& next, int64_t n, c
       }
     }
   }
-  float rest[R][S] = {};
-  at.tail(c, n, [&](int r, int64_t k, float w) {
-    for (int s = 0; s < S; ++s) rest[r][s] += w * x[s][k];
-  });
 #pragma GCC unroll 2
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) sums[r * ld + s] += rest[r][s] + sum(_mm256_add_ps(acc[r][s][0], acc[r][s][1]));
+    for (int s = 0; s < S; ++s) sums[r * ld + s] += sum(_mm256_add_ps(acc[r][s][0], acc[r][s][1]));
 }
 
 // y[s] += a[s * lda + r] * row r, row after row.
