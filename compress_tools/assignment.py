@@ -90,10 +90,11 @@ def certify(
         start: column potentials ``[I]`` float64 to sweep from, such as those of a like problem; by default half the
             matched gains, which are feasible at once where the rows are noisy copies of each other.
     """
-    size, step = len(gain), max(1, _BLOCK // len(gain))
+    size = len(gain)
+    step = min(size, max(1, _BLOCK // size))
     blocks = [slice(first, first + step) for first in range(0, size, step)]
     matched = gain[torch.arange(size), columns].double()
-    # Written again and again: fresh memory for each block would scatter over glibc's heaps, hundreds of megabytes.
+    # Written for every block: fresh memory each time would be touched anew.
     block_sums, block_best = matched.new_empty(step, size), matched.new_empty(size)
 
     def raise_to(potential: Tensor, block: slice, offset: Tensor) -> None:

@@ -25,7 +25,7 @@ from compress_tools.probe_config import ProbeConfig
 from compress_tools.probe_tables import probe_tables
 from compress_tools.progress import ProgressListener, Together
 from compress_tools.report import CompressionReport
-from compress_tools.slices import slice_path
+from compress_tools.slices import shards_of, slice_path
 from compress_tools.staging import log_path
 
 # A pipe has no width of its own; 120 columns keep the tables whole in a log.
@@ -372,13 +372,11 @@ def _print_report(report: CompressionReport, dst: str, as_json: bool) -> None:
 
 def _print_plan(src: str, request: Request, out_file: str | None, as_json: bool, part: Slice | None = None) -> None:
     """The whole plan; with ``part`` also what that slice makes of it."""
-    from compress_tools.slices import shards_of
-
     with _progress(as_json or request.budget is None) as progress:
         made, planned = planned_sizes(src, request, out_file, progress)
     content = made.summary() if planned is None else {**made.summary(), "plan": planned.resolved()}
-    layers = [] if part is None else [shard.layer for shard in shards_of(made, part) if shard.layer is not None]
     if part is not None:
+        layers = [shard.layer for shard in shards_of(made, part) if shard.layer is not None]
         content |= {"slice": [part.number, part.count], "slice_layers": layers}
     _print(content, as_json, lambda: tables.plan_table(made))
     if part is not None and not as_json:

@@ -1,5 +1,7 @@
 """Products, distances and norms of large matrices."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -34,24 +36,26 @@ def row_blocks(*matrices: Tensor) -> list[tuple[Tensor, ...]]:
     return list(zip(*(matrix.split(rows) for matrix in matrices), strict=True))
 
 
-# Results go to memory that was there before: a small result behind each block's temporary would pin the hole that the
-# temporary leaves, which glibc finds too small for the next one. A large matrix then left its own size behind.
+def _row_sums(left: Tensor, right: Tensor, term: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Sums of each row of ``term(left, right)``, made block by block: ``[n, D]`` twice to ``[n]``, fp32.
+
+    They go to memory that was there before: a small result behind each block's temporary would pin the hole that the
+    temporary leaves, which glibc finds too small for the next one. A large matrix then left its own size behind.
+    """
+    sums = left.new_empty(len(left), dtype=torch.float32)
+    for a, b, into in row_blocks(left, right, sums[:, None]):
+        torch.sum(term(a, b), 1, keepdim=True, out=into)
+    return sums
 
 
 def row_products(left: Tensor, right: Tensor) -> Tensor:
     """``sum_c left[i, c] * right[i, c]``: ``[n, D]`` twice to ``[n]``, fp32."""
-    sums = left.new_empty(len(left), dtype=torch.float32)
-    for a, b, into in row_blocks(left, right, sums[:, None]):
-        torch.sum(a * b, 1, keepdim=True, out=into)
-    return sums
+    return _row_sums(left, right, torch.mul)
 
 
 def row_distances(left: Tensor, right: Tensor) -> Tensor:
     """Squared distances of rows: ``[n, D]`` twice, any float dtypes, to ``[n]``, fp32."""
-    sums = left.new_empty(len(left), dtype=torch.float32)
-    for a, b, into in row_blocks(left, right, sums[:, None]):
-        torch.sum((a.float() - b.float()).square_(), 1, keepdim=True, out=into)
-    return sums
+    return _row_sums(left, right, lambda a, b: (a.float() - b.float()).square_())
 
 
 def squared_distance(left: Tensor, right: Tensor) -> float:

@@ -363,40 +363,29 @@ def _self_test(library: ctypes.CDLL) -> None:
     values = torch.randn(int(keep.sum()), generator=torch.Generator().manual_seed(1))
     mask = pack_mask(keep[None])
     generator = torch.Generator().manual_seed(2)
+
+    def check_row(
+        what: object, dtype: int, bits: int, stored: Tensor, scales: Tensor | None, group_size: int, expected: Tensor
+    ) -> None:
+        out = torch.empty(columns)
+        room = stored.numel() * 8 // bits if bits else stored.numel()
+        pointers = mask.data_ptr(), stored.data_ptr(), _pointer(scales)
+        library.resmoe_decode_row(dtype, bits, *pointers, group_size, room, columns, out.data_ptr())
+        if not torch.equal(out, expected):
+            raise KernelUnsupportedError(f"resmoe's C++ kernel decodes {what} bitmaps wrongly on this processor")
+
     for slack in (0, columns + 72):  # without room behind the values, where scalars serve, and with it
         for dtype, number in DTYPES.items():
             stored = torch.cat([values, torch.full((slack,), 7.0)]).to(dtype)
-            out = torch.empty(columns)
-            size = len(stored)
-            library.resmoe_decode_row(
-                number, 0, mask.data_ptr(), stored.data_ptr(), None, 0, size, columns, out.data_ptr()
-            )
             expected = torch.zeros(columns).masked_scatter_(keep, values.to(dtype).float())
-            if not torch.equal(out, expected):
-                raise KernelUnsupportedError(f"resmoe's C++ kernel decodes {dtype} bitmaps wrongly on this processor")
+            check_row(dtype, number, 0, stored, None, 0, expected)
         for bits, group_size in itertools.product((4, 8), (32, 64, 128, columns)):
             codes = torch.randint(2**bits, (1, len(values) + slack), generator=generator).byte()
             scales = torch.rand(-(-columns // group_size), generator=generator).bfloat16()
-            packed, out = pack_codes(codes, bits), torch.empty(columns)
-            size = packed.numel() * 8 // bits
-            library.resmoe_decode_row(
-                0,
-                bits,
-                mask.data_ptr(),
-                packed.data_ptr(),
-                scales.data_ptr(),
-                group_size,
-                size,
-                columns,
-                out.data_ptr(),
-            )
             levels = codes[0, : len(values)].float() - (2**bits - 1) / 2
             expected = torch.zeros(columns).masked_scatter_(keep, levels)
             expected *= scales.float().repeat_interleave(group_size)[:columns]
-            if not torch.equal(out, expected):
-                raise KernelUnsupportedError(
-                    f"resmoe's C++ kernel decodes {bits}-bit bitmaps wrongly on this processor"
-                )
+            check_row(f"{bits}-bit", 0, bits, pack_codes(codes, bits), scales, group_size, expected)
     for bits in (2, 3, 4, 8):
         for group_size in (None, 32):
             codes = torch.randint(2**bits, (3, columns), generator=generator).byte()

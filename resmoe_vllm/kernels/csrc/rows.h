@@ -248,6 +248,31 @@ inline void store_lanes(float* to, __m256 v, int64_t columns) {
   for (int64_t k = 0; k < columns; ++k) to[k] = lanes[k];
 }
 
+// S outputs' octets from o on, in registers: V of them, or a lone one, of which there may be fewer columns than eight.
+template <int S, int V>
+__attribute__((always_inline)) inline void load_outputs(__m256 (&into)[S][V], const float* const* y, int64_t o, int64_t columns) {
+#pragma GCC unroll 4
+  for (int s = 0; s < S; ++s)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const float* from = y[s] + (o + v) * kLanes;
+      into[s][v] = V == 1 ? _mm256_maskload_ps(from, lanes_of(columns)) : _mm256_loadu_ps(from);
+    }
+}
+template <int S, int V>
+__attribute__((always_inline)) inline void store_outputs(const __m256 (&from)[S][V], float* const* y, int64_t o, int64_t columns) {
+#pragma GCC unroll 4
+  for (int s = 0; s < S; ++s)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      float* to = y[s] + (o + v) * kLanes;
+      if (V == 1)
+        store_lanes(to, from[s][v], columns);
+      else
+        _mm256_storeu_ps(to, from[s][v]);
+    }
+}
+
 template <int Bits>
 struct CodeRows {
   const uint8_t* codes;    // the first row
@@ -352,30 +377,20 @@ void dot_codes(const CodeRows<Bits>& rows, int64_t inputs, const float* const* x
 template <int Bits, int R, int S, int Octets>
 __attribute__((always_inline)) inline void axpy_octets(const __m256 (&factor)[S][R], const float (&shift)[S], const CodeRows<Bits>& rows,
                                                        float* const* y, int64_t o) {
+  const int64_t columns = rows.n - o * kLanes;
   __m256 into[S][Octets];
+  load_outputs(into, y, o, columns);
 #pragma GCC unroll 4
   for (int s = 0; s < S; ++s)
 #pragma GCC unroll 2
-    for (int j = 0; j < Octets; ++j) {
-      const float* from = y[s] + (o + j) * kLanes;
-      into[s][j] = _mm256_add_ps(Octets == 1 ? _mm256_maskload_ps(from, lanes_of(rows.n - o * kLanes)) : _mm256_loadu_ps(from), _mm256_set1_ps(shift[s]));
-    }
+    for (int j = 0; j < Octets; ++j) into[s][j] = _mm256_add_ps(into[s][j], _mm256_set1_ps(shift[s]));
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
     Code<Bits>::template load<Octets>(rows.codes + r * rows.stride, o, rows.octets, [&](int j, __m256 w) {
 #pragma GCC unroll 4
       for (int s = 0; s < S; ++s) into[s][j] = _mm256_fmadd_ps(factor[s][r], w, into[s][j]);
     });
-#pragma GCC unroll 4
-  for (int s = 0; s < S; ++s)
-#pragma GCC unroll 2
-    for (int j = 0; j < Octets; ++j) {
-      float* to = y[s] + (o + j) * kLanes;
-      if (Octets == 1)
-        store_lanes(to, into[s][j], rows.n - o * kLanes);
-      else
-        _mm256_storeu_ps(to, into[s][j]);
-    }
+  store_outputs(into, y, o, columns);
 }
 
 // y[s] += sum over r < R of a[s * lda + r] * row r.
@@ -431,13 +446,7 @@ struct CodeBlock {
   template <int S, int V>
   __attribute__((always_inline)) inline void add(int64_t count, float* const* y, int64_t first, int64_t begin, int64_t o, int64_t columns = kLanes) const {
     __m256 into[S][V];
-#pragma GCC unroll 4
-    for (int s = 0; s < S; ++s)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        const float* from = y[s] + (o + v) * kLanes;
-        into[s][v] = V == 1 ? _mm256_maskload_ps(from, lanes_of(columns)) : _mm256_loadu_ps(from);
-      }
+    load_outputs(into, y, o, columns);
     const float *f = factor[first], *h = shift[first], *w = wide[0] + (o - begin) * kLanes;
     const auto add_shift = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 4
@@ -460,16 +469,7 @@ struct CodeBlock {
       for (int k = 0; k < 4; ++k) add_row();
     }
     for (; r < count; ++r) add_shift(), add_row();
-#pragma GCC unroll 4
-    for (int s = 0; s < S; ++s)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        float* to = y[s] + (o + v) * kLanes;
-        if (V == 1)
-          store_lanes(to, into[s][v], columns);
-        else
-          _mm256_storeu_ps(to, into[s][v]);
-      }
+    store_outputs(into, y, o, columns);
   }
   template <int S>
   void add(const CodeRows<Bits>& rows, int64_t count, float* const* y, int64_t first, int64_t begin, int64_t end) const {
