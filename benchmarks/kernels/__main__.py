@@ -55,7 +55,7 @@ def check(device: str, dtype: torch.dtype) -> list[str]:
         x = torch.randn(tokens, shape.hidden, generator=generator, device=device).to(dtype)
         weights, ids = route(shape, tokens, generator)
         ids[-1, 0] = -1
-        config = default_config(sizes_for, shape.top_k, shape.experts, has_tiles=method != "low_rank")
+        config = default_config(sizes_for, shape.top_k, shape.experts, method)
         for mapped in (False, True):
             # with a map the ids are other numbers for the same experts
             expert_map = torch.arange(9, -1, -1, device=device, dtype=torch.int32) if mapped else None

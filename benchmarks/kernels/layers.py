@@ -9,6 +9,7 @@ from torch import Tensor
 from benchmarks.shapes import MoEShape
 from compress_tools.residuals.budget import affordable_rank
 from resmoe_vllm.kernels.activation import ACTIVATIONS
+from resmoe_vllm.kernels.triton_moe import octets_view
 from resmoe_vllm.kernels.triton_run import Factors, LayerPlan, Plan, Weight
 from resmoe_vllm.kernels.triton_tiles import PLAIN, Tile, TileSpec
 
@@ -158,7 +159,8 @@ class Maker:
             )
             scales = torch.rand(experts, size_i, groups, generator=self.generator, device=self.device)
             scales = (scales * self.scale / 8).bfloat16()
-            tile = Tile(own=codes, own_scales=scales, own_stride=codes.stride(0), own_scales_stride=scales.stride(0))
+            words = octets_view(codes, 4)
+            tile = Tile(own=words, own_scales=scales, own_stride=words.stride(0), own_scales_stride=scales.stride(0))
             self.layer.tiles[name] = tile, TileSpec(own_bits=4, own_group=GROUP)
             self.layer.expert_bytes += codes[0].nbytes + scales[0].nbytes
             if self.keep_truth:

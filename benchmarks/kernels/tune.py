@@ -23,7 +23,7 @@ def neighbours(config: Config) -> Iterator[Config]:
     """Every config that differs in one setting."""
     for programs in (132, 264, 528, 1056):
         yield replace(config, programs=programs)
-    for block_m in (16, 32, 64, 128):
+    for block_m in (16, 32, 64, 128, 256):
         yield replace(config, block_m=block_m)
     yield replace(config, restore=not config.restore)
     for launch in ("hidden", "first", "last", "shrink"):
@@ -39,7 +39,7 @@ def tune(shape: MoEShape, method: str, tokens: int, layers: list, deadline: floa
     from triton.runtime.errors import OutOfResources
 
     inputs, refresh = make_inputs(shape, tokens)
-    best = default_config(tokens, shape.top_k, shape.experts, method != "low_rank")
+    best = default_config(tokens, shape.top_k, shape.experts, method)
     best_ms = graph_ms(layer_calls(shape, method, layers, inputs, best), refresh, 5).median().item()
     print(f"{shape.name}, {method}, T={tokens}: by rule {best_ms:.4f} ms", flush=True)
     seen = {best}

@@ -56,21 +56,30 @@ class Config:
         return cls(**{**fields, **blocks})
 
 
-def default_config(tokens: int, top_k: int, experts: int, has_tiles: bool) -> Config:
+def default_config(tokens: int, top_k: int, experts: int, method: str) -> Config:
     """The rule where nothing was tuned; not yet measured.
 
     Args:
         tokens: T.
         top_k: K.
         experts: on this rank.
-        has_tiles: the layer has more than center and low rank, so tiles are decoded.
+        method: the layer's coders, joined by ``+``.
     """
+    coders = method.split("+")
     if tokens <= FEW_TOKENS:
         few = Blocks(n=32, k=128, warps=4, stages=4)
-        decoding = Blocks(n=32, k=128, warps=4, stages=3)
-        # longer steps spill: a thread adds up the slabs of two tiles
-        expanding = Blocks(n=32, k=64, warps=4, stages=4)
-        return Config(16, few, decoding if has_tiles else expanding, few, decoding if has_tiles else few, False, 528)
+        if any(coder.startswith("bitmap") for coder in coders):
+            # Steps of 32 columns leave a decoded tile where the matrix units take it, with no copy through shared
+            # memory; rows are long in the last launch, as what lies left of a block must be counted.
+            hidden, last = Blocks(n=32, k=32, warps=4, stages=3), Blocks(n=128, k=64, warps=4, stages=3)
+        elif "quantized" in coders:
+            hidden, last = Blocks(n=32, k=64, warps=4, stages=3), Blocks(n=64, k=64, warps=4, stages=3)
+        elif "dense" in coders:
+            hidden, last = Blocks(n=32, k=128, warps=4, stages=3), few
+        else:
+            # longer steps spill: a thread adds up the slabs of two tiles
+            hidden, last = Blocks(n=32, k=64, warps=4, stages=4), few
+        return Config(16, few, hidden, few, last, False, 528)
     per_expert = tokens * top_k / experts
     block_m = 32 if per_expert <= 24 else 64 if per_expert <= 96 else 128
     warps = 8 if block_m == 128 else 4
@@ -108,5 +117,4 @@ def pick_config(
     tuned = tuned_configs(CONFIGS / config_file(experts, hidden, intermediate, device, dtype, method))
     if tuned:
         return tuned[min(tuned, key=lambda count: (abs(count - tokens), count))]
-    has_tiles = any(not coder.startswith(("low_rank", "quantized_center", "dense")) for coder in method.split("+"))
-    return default_config(tokens, top_k, experts, has_tiles)
+    return default_config(tokens, top_k, experts, method)

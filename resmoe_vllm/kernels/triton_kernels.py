@@ -278,7 +278,8 @@ def _hidden_kernel(
         x_rows = x + tokens.to(tl.int64) * SIZE_H
         gate_before = tl.zeros((BLOCK_N,), tl.int32)
         up_before = tl.zeros((BLOCK_N,), tl.int32)
-        for h in range(0, SIZE_H, BLOCK_K):
+        # Short steps are unrolled, so that their loads are on the way together.
+        for h in tl.range(0, SIZE_H, BLOCK_K, loop_unroll_factor=4 if BLOCK_K == 32 else 1):
             h_offsets = h + tl.arange(0, BLOCK_K)
             ok = row_ok[:, None] & (h_offsets < SIZE_H)[None, :]
             a = tl.load(x_rows[:, None] + h_offsets[None, :], mask=ok, other=0).to(DOT)

@@ -139,9 +139,14 @@ def _add_bitmap(tile: Tile, spec: TileSpec, part: BitmapWeights | RowBitmapWeigh
     return tile, spec
 
 
+def octets_view(codes: Tensor, bits: int) -> Tensor:
+    """``codes`` uint8 ``[..., bytes]`` with one integer for each octet, as kernels load them; 3 bits stay bytes."""
+    return codes if bits == 3 else codes.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[bits])
+
+
 def _matrix(matrix: Matrix) -> tuple[Tensor, Tensor | None, int, int]:
     if isinstance(matrix, Coded):
-        return matrix.codes, matrix.scales, matrix.bits, matrix.group_size or 0
+        return octets_view(matrix.codes, matrix.bits), matrix.scales, matrix.bits, matrix.group_size or 0
     return matrix, None, PLAIN, 0
 
 

@@ -3,6 +3,12 @@
 A weight is ``[rows, columns]`` in the format's orientation (SPEC.md, 3), any sum of up to three terms. ``Tile`` holds
 its pointers and strides, ``TileSpec`` what is known when a kernel is compiled. Offsets between experts are 64 bits,
 those within one expert's matrix 32.
+
+Codes and bitmaps are decoded by octets: eight neighbouring columns in the registers of one lane, where the matrix
+units, or wide stores to shared memory, take them as they are. Pointers to octets carry two hints, neighbours along
+the columns (``max_contiguous``) and no alignment (``multiple_of`` 1): lanes then lie side by side along the columns
+and each loads one element. Without them Triton 3.6 lays lanes down the rows and moves every column through shared
+memory by itself.
 """
 
 from typing import NamedTuple
@@ -69,43 +75,60 @@ class TileSpec(NamedTuple):
 
 
 @triton.jit
-def _unpack(codes, BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Bytes ``[ROWS, COLUMNS * BITS / 8]`` to int32 ``[ROWS, COLUMNS]``, the first code lowest."""
-    shifts = tl.arange(0, 8 // BITS) * BITS
-    wide = (codes.to(tl.int32)[:, :, None] >> shifts[None, None, :]) & ((1 << BITS) - 1)
-    return tl.reshape(wide, (ROWS, COLUMNS))
+def _by_octet(c0, c1, c2, c3, c4, c5, c6, c7, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Eight ``[ROWS, COLUMNS / 8]``, the columns of each octet, to ``[ROWS, COLUMNS]``; stays in a lane's registers."""
+    even = tl.join(tl.join(c0, c4), tl.join(c2, c6))
+    odd = tl.join(tl.join(c1, c5), tl.join(c3, c7))
+    return tl.reshape(tl.join(even, odd), (ROWS, COLUMNS))
 
 
 @triton.jit
-def _load_codes(
-    start, rows, row_ok, first_column, BITS: tl.constexpr, ROW_BYTES: tl.constexpr, FROM: tl.constexpr,
-    PLANE_BYTES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+def _load_octets(
+    start, rows, row_ok, first_column, BITS: tl.constexpr, NUM_COLUMNS: tl.constexpr, OCTETS: tl.constexpr
 ):  # fmt: skip
-    """One plane of codes: ``PLANE_BYTES`` of each row, from byte ``FROM``; int32 ``[ROWS, COLUMNS]``."""
-    places = first_column * BITS // 8 + tl.arange(0, COLUMNS * BITS // 8)
-    ok = row_ok[:, None] & (places < PLANE_BYTES)[None, :]
-    codes = tl.load(start + rows[:, None] * ROW_BYTES + FROM + places[None, :], mask=ok, other=0)
-    return _unpack(codes, BITS, ROWS, COLUMNS)
-
-
-@triton.jit
-def _scaled(
-    levels, scales, rows, row_ok, first_column, GROUP: tl.constexpr, NUM_COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr
-):  # fmt: skip
-    """``levels`` fp32 ``[ROWS, COLUMNS]`` times the scale of each group of columns, or of the row where GROUP is 0."""
-    if GROUP == 0:
-        scale = tl.load(scales + rows, mask=row_ok, other=0).to(tl.float32)
-        scaled = levels * scale[:, None]
+    """The codes of each octet in one integer, ``[ROWS, OCTETS]``; with 3 bits the upper plane from bit 16 on."""
+    ROW: tl.constexpr = (NUM_COLUMNS + 7) // 8
+    places = first_column // 8 + tl.arange(0, OCTETS)
+    ok = row_ok[:, None] & (places < ROW)[None, :]
+    if BITS == 3:
+        low = start + (rows[:, None] * (3 * ROW) + 2 * places[None, :])
+        low = tl.multiple_of(tl.max_contiguous(low, [1, 2]), [1, 1])
+        high = start + (rows[:, None] * (3 * ROW) + 2 * ROW + places[None, :])
+        high = tl.multiple_of(tl.max_contiguous(high, [1, 2]), [1, 1])
+        words = tl.load(low, mask=ok, other=0).to(tl.int32)
+        second = tl.multiple_of(tl.max_contiguous(low + 1, [1, 2]), [1, 1])
+        words |= tl.load(second, mask=ok, other=0).to(tl.int32) << 8
+        words |= tl.load(high, mask=ok, other=0).to(tl.int32) << 16
     else:
-        SPAN: tl.constexpr = GROUP if GROUP < COLUMNS else COLUMNS
+        words = start + (rows[:, None] * ROW + places[None, :])
+        words = tl.load(tl.multiple_of(tl.max_contiguous(words, [1, 2]), [1, 1]), mask=ok, other=0)
+    return words
+
+
+@triton.jit
+def _decoded(words, scale, shift, COLUMN: tl.constexpr, BITS: tl.constexpr):
+    """Column ``COLUMN`` of each octet of codes: fp32, and exact: a product has 16 bits, its sum with ``shift`` 17."""
+    if BITS == 3:
+        code = ((words >> (2 * COLUMN)) & 3) | (((words >> (16 + COLUMN)) & 1) << 2)
+    else:
+        code = (words >> (BITS * COLUMN)) & ((1 << BITS) - 1)
+    return code.to(tl.int32).to(tl.float32) * scale + shift
+
+
+@triton.jit
+def _octet_scales(
+    scales, rows, row_ok, first_column, GROUP: tl.constexpr, NUM_COLUMNS: tl.constexpr, OCTETS: tl.constexpr
+):  # fmt: skip
+    """The scale of each octet, fp32 ``[ROWS, OCTETS]``; of each row, ``[ROWS, 1]``, where GROUP is 0."""
+    if GROUP == 0:
+        found = tl.load(scales + rows, mask=row_ok, other=0)[:, None]
+    else:
         GROUPS: tl.constexpr = (NUM_COLUMNS + GROUP - 1) // GROUP
-        group = (first_column + tl.arange(0, COLUMNS // SPAN) * SPAN) // GROUP
+        group = (first_column + tl.arange(0, OCTETS) * 8) // GROUP
         ok = row_ok[:, None] & (group < GROUPS)[None, :]
-        scale = tl.load(scales + rows[:, None] * GROUPS + group[None, :], mask=ok, other=0).to(tl.float32)
-        wide = tl.reshape(levels, (ROWS, COLUMNS // SPAN, SPAN)) * scale[:, :, None]
-        scaled = tl.reshape(wide, (ROWS, COLUMNS))
-    return scaled
+        found = scales + (rows[:, None] * GROUPS + group[None, :])
+        found = tl.load(tl.multiple_of(tl.max_contiguous(found, [1, 2]), [1, 1]), mask=ok, other=0)
+    return found.to(tl.float32)
 
 
 @triton.jit
@@ -119,17 +142,40 @@ def _rows_tile(
         ok = row_ok[:, None] & (columns < NUM_COLUMNS)[None, :]
         tile = tl.load(start + rows[:, None] * NUM_COLUMNS + columns[None, :], mask=ok, other=0)
     else:
-        OCTETS: tl.constexpr = (NUM_COLUMNS + 7) // 8
-        ROW_BYTES: tl.constexpr = BITS * OCTETS
-        if BITS == 3:
-            codes = _load_codes(start, rows, row_ok, first_column, 2, ROW_BYTES, 0, 2 * OCTETS, ROWS, COLUMNS)
-            high = _load_codes(start, rows, row_ok, first_column, 1, ROW_BYTES, 2 * OCTETS, OCTETS, ROWS, COLUMNS)
-            codes = codes | (high << 2)
-        else:
-            codes = _load_codes(start, rows, row_ok, first_column, BITS, ROW_BYTES, 0, ROW_BYTES, ROWS, COLUMNS)
-        levels = codes.to(tl.float32) - ((1 << BITS) - 1) / 2
-        tile = _scaled(levels, scales, rows, row_ok, first_column, GROUP, NUM_COLUMNS, ROWS, COLUMNS)
+        OCTETS: tl.constexpr = COLUMNS // 8
+        w = _load_octets(start, rows, row_ok, first_column, BITS, NUM_COLUMNS, OCTETS)
+        scale = _octet_scales(scales, rows, row_ok, first_column, GROUP, NUM_COLUMNS, OCTETS)
+        shift = scale * (-((1 << BITS) - 1) / 2)
+        tile = _by_octet(
+            _decoded(w, scale, shift, 0, BITS), _decoded(w, scale, shift, 1, BITS), _decoded(w, scale, shift, 2, BITS),
+            _decoded(w, scale, shift, 3, BITS), _decoded(w, scale, shift, 4, BITS), _decoded(w, scale, shift, 5, BITS),
+            _decoded(w, scale, shift, 6, BITS), _decoded(w, scale, shift, 7, BITS), ROWS, COLUMNS
+        )  # fmt: skip
     return tile
+
+
+@triton.jit
+def _kept_column(values, numbers, place, COLUMN: tl.constexpr, BITS: tl.constexpr):
+    """Column ``COLUMN`` of each octet, 0 where it is not kept.
+
+    Args:
+        values: the expert's, for codes; plain ones are found by ``place`` alone.
+        numbers: in nibble j, which kept value of the octet column j is, from 1 on; 0 where it is not kept.
+        place: of the value before the octet's first: a pointer for plain values, the number of a code.
+    """
+    number = ((numbers >> (4 * COLUMN)) & 15).to(tl.int32)
+    keep = number != 0
+    if BITS == _PLAIN:
+        found = tl.multiple_of(tl.max_contiguous(place + number, [1, 2]), [1, 1])
+        column = tl.load(found, mask=keep, other=0)
+    else:
+        # one or two codes in a byte, so one less is the logarithm
+        PER: tl.constexpr = 8 // BITS
+        found = tl.multiple_of(tl.max_contiguous(values + ((place + number) >> (PER - 1)), [1, 2]), [1, 1])
+        packed = tl.load(found, mask=keep, other=0).to(tl.int32)
+        codes = (packed >> (((place + number) & (PER - 1)) * BITS)) & ((1 << BITS) - 1)
+        column = tl.where(keep, codes.to(tl.float32) - ((1 << BITS) - 1) / 2, 0.0)
+    return column
 
 
 @triton.jit
@@ -142,45 +188,41 @@ def _bitmap_tile(
     A value lies at the row's first value + ``before`` + the kept ones of the bytes to the left in the tile + those
     below its bit in its own byte. The last are counted for all eight bits at once, in the nibbles of 32 bits.
     """
-    BYTES: tl.constexpr = COLUMNS // 8
     ROW_BYTES: tl.constexpr = (NUM_COLUMNS + 63) // 64 * 8
-    places = first_column // 8 + tl.arange(0, BYTES)
+    places = first_column // 8 + tl.arange(0, COLUMNS // 8)
     ok = row_ok[:, None] & (places < ROW_BYTES)[None, :]
     mask = t.mask + expert * t.mask_stride
-    octets = tl.load(mask + rows[:, None] * ROW_BYTES + places[None, :], mask=ok, other=0).to(tl.uint32)
+    mask = tl.multiple_of(tl.max_contiguous(mask + (rows[:, None] * ROW_BYTES + places[None, :]), [1, 2]), [1, 1])
+    octets = tl.load(mask, mask=ok, other=0).to(tl.uint32)
     spread = (octets | (octets << 12)) & 0x000F000F
     spread = (spread | (spread << 6)) & 0x03030303
     spread = (spread | (spread << 3)) & 0x11111111  # bit j in nibble j
-    counts = spread + (spread << 4)
-    counts = counts + (counts << 8)
-    counts = counts + (counts << 16)  # nibble j: kept among bits 0..j, at most 8
+    counts = spread * 0x11111111  # nibble j: kept among bits 0..j, at most 8
+    numbers = counts & (spread * 15)  # and 0 where bit j is not set
     kept = (counts >> 28).to(tl.int32)
-    left = before[:, None] + tl.cumsum(kept, 1) - kept
-    nibbles = (tl.arange(0, 8) * 4).to(tl.uint32)
-    bits = (spread[:, :, None] >> nibbles[None, None, :]) & 1
-    ranks = ((counts[:, :, None] >> nibbles[None, None, :]) & 15) - bits
-    position = tl.reshape(left[:, :, None] + ranks.to(tl.int32), (ROWS, COLUMNS))
-    keep = tl.reshape(bits, (ROWS, COLUMNS)) != 0
     if s.row_stride == 0:
         first = tl.load(t.row_ptr + expert * t.row_ptr_stride + rows, mask=row_ok, other=0)
-    else:
+    elif s.value_bits == _PLAIN:
         first = rows * s.row_stride
+    else:
+        first = rows * (s.row_stride * (8 // s.value_bits))
+    place = (first + before)[:, None] + tl.cumsum(kept, 1) - kept - 1
     values = t.kept_values + expert * t.values_stride
     if t.starts is not None:
         values += tl.load(t.starts + expert * t.starts_stride)
     if s.value_bits == _PLAIN:
-        tile = tl.load(values + first[:, None] + position, mask=keep, other=0)
-    else:
-        PER: tl.constexpr = 8 // s.value_bits
-        if s.row_stride == 0:
-            position += first[:, None]
-            packed = tl.load(values + position // PER, mask=keep, other=0).to(tl.int32)
-        else:
-            packed = tl.load(values + first[:, None] + position // PER, mask=keep, other=0).to(tl.int32)
-        codes = (packed >> (position % PER * s.value_bits)) & ((1 << s.value_bits) - 1)
-        levels = tl.where(keep, codes.to(tl.float32) - ((1 << s.value_bits) - 1) / 2, 0.0)
+        place = values + place
+    tile = _by_octet(
+        _kept_column(values, numbers, place, 0, s.value_bits), _kept_column(values, numbers, place, 1, s.value_bits),
+        _kept_column(values, numbers, place, 2, s.value_bits), _kept_column(values, numbers, place, 3, s.value_bits),
+        _kept_column(values, numbers, place, 4, s.value_bits), _kept_column(values, numbers, place, 5, s.value_bits),
+        _kept_column(values, numbers, place, 6, s.value_bits), _kept_column(values, numbers, place, 7, s.value_bits),
+        ROWS, COLUMNS
+    )  # fmt: skip
+    if s.value_bits != _PLAIN:
         scales = t.value_scales + expert * t.value_scales_stride
-        tile = _scaled(levels, scales, rows, row_ok, first_column, s.value_group, NUM_COLUMNS, ROWS, COLUMNS)
+        scale = _octet_scales(scales, rows, row_ok, first_column, s.value_group, NUM_COLUMNS, COLUMNS // 8)
+        tile = tl.reshape(tl.reshape(tile, (ROWS, COLUMNS // 8, 8)) * scale[:, :, None], (ROWS, COLUMNS))
     return tile, before + tl.sum(kept, 1)
 
 
@@ -190,18 +232,18 @@ def kept_before(t, expert, rows, row_ok, first_column, NUM_COLUMNS: tl.constexpr
     ROW_WORDS: tl.constexpr = (NUM_COLUMNS + 63) // 64 * 2
     STEP: tl.constexpr = 8
     row = t.words + expert * (t.mask_stride // 4) + rows[:, None] * ROW_WORDS
-    total = tl.zeros((ROWS,), tl.int32)
+    # counts of two bytes each, so that lanes are summed only once
+    pairs = tl.zeros((ROWS, STEP), tl.uint32)
     words = first_column // 32
     for begin in range(0, words, STEP):
         places = begin + tl.arange(0, STEP)
         ok = row_ok[:, None] & (places < words)[None, :]
         v = tl.load(row + places[None, :], mask=ok, other=0).to(tl.uint32, bitcast=True)
-        v = (v & 0x55555555) + ((v >> 1) & 0x55555555)
+        v = v - ((v >> 1) & 0x55555555)
         v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
-        v = (v & 0x0F0F0F0F) + ((v >> 4) & 0x0F0F0F0F)
-        v = v + (v >> 8)
-        total += tl.sum(((v + (v >> 16)) & 63).to(tl.int32), 1)
-    return total
+        v = (v + (v >> 4)) & 0x0F0F0F0F
+        pairs += (v + (v >> 8)) & 0x00FF00FF
+    return tl.sum(((pairs + (pairs >> 16)) & 0xFFFF).to(tl.int32), 1)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for an H200 down to machine code, on any machine: no GPU, no launch.
 
-`python -m tests.resmoe_vllm.hopper [METHOD...]` prints one line for each kernel: registers, spilled and
-shared bytes, and how often the matrix units are used in its code.
+`python -m tests.resmoe_vllm.hopper [METHOD...]` prints one line for each kernel: the instructions and barriers of its
+longest loop, registers, spilled and shared bytes, and how often the matrix units are used in its code.
 Must run without TRITON_INTERPRET.
 """
 
@@ -43,7 +43,7 @@ class _Hopper:
         return 0
 
 
-def compile_plan(plan_of: Callable[[bool], LayerPlan], has_tiles: bool, tokens: int) -> list[dict[str, Any]]:
+def compile_plan(plan_of: Callable[[bool], LayerPlan], method: str, tokens: int) -> list[dict[str, Any]]:
     """Every kernel that a layer launches for ``tokens`` tokens, compiled: name, shared bytes, code."""
     built: list[dict[str, Any]] = []
     plain: Callable = JITFunction.run
@@ -58,7 +58,7 @@ def compile_plan(plan_of: Callable[[bool], LayerPlan], has_tiles: bool, tokens: 
         x = torch.zeros(tokens, SHAPE.hidden, dtype=torch.bfloat16)
         ids = torch.zeros(tokens, SHAPE.top_k, dtype=torch.int32)
         expert_map = torch.arange(SHAPE.experts, dtype=torch.int32)
-        config = default_config(tokens, SHAPE.top_k, SHAPE.experts, has_tiles)
+        config = default_config(tokens, SHAPE.top_k, SHAPE.experts, method)
         weights = torch.ones(tokens, SHAPE.top_k)
         run_plan(x, weights, ids, plan_of(config.restore), "silu", expert_map, config)
     finally:
@@ -68,15 +68,35 @@ def compile_plan(plan_of: Callable[[bool], LayerPlan], has_tiles: bool, tokens: 
 
 def resources(cubin: bytes) -> tuple[int, int]:
     """(registers, bytes of stack, which is where spilled registers go) of one kernel."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    dump = _tool_output(cubin, "cuobjdump", "--dump-resource-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", dump)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing of registers: {dump}")
+    return int(found[1]), int(found[2])
+
+
+def longest_loop(cubin: bytes) -> tuple[int, int]:
+    """(instructions, barriers) of one kernel's longest loop, loops inside of it counted once."""
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    longest: list[str] = []
+    for line in _tool_output(cubin, "nvdisasm", "-c").splitlines():
+        if label := re.match(r"(\.L\w+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
+            code.append(instruction[1])
+            back = re.search(r"BRA.*`\((\.L\w+)\)", instruction[1])
+            begin = labels.get(back[1], len(code)) if back else len(code)
+            longest = max(longest, code[begin:], key=len)
+    return len(longest), sum(bool(re.search(r"\bBAR\.", instruction)) for instruction in longest)
+
+
+def _tool_output(cubin: bytes, tool: str, option: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
-    if found is None:
-        raise RuntimeError(f"cuobjdump says nothing of registers: {done.stdout}")
-    return int(found[1]), int(found[2])
+        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def main() -> None:
@@ -84,15 +104,18 @@ def main() -> None:
     for method in sys.argv[1:] or METHODS:
         layer = make_layer(SHAPE, method, "cpu", torch.bfloat16, seed=0)
         for tokens in (4, 1024):
-            for kernel in compile_plan(layer.plan, method != "low_rank", tokens):
+            for kernel in compile_plan(layer.plan, method, tokens):
                 shared, code = kernel["shared"], kernel["asm"]
                 name = f"{method} T={tokens} {kernel['name']}"
                 if shared > MAX_SHARED_BYTES:
                     raise SystemExit(f"{name} needs {shared} bytes of shared memory, a block has {MAX_SHARED_BYTES}")
                 registers, stack = resources(code["cubin"])
+                loop, barriers = longest_loop(code["cubin"])
                 products = code["ptx"].count("wgmma.mma_async") + code["ptx"].count("mma.sync")
                 print(
-                    f"{name}: {registers} registers, {stack} spilled, {shared} shared, {products} products", flush=True
+                    f"{name}: loop of {loop} instructions, {barriers} barriers, {registers} registers, "
+                    f"{stack} spilled, {shared} shared, {products} products",
+                    flush=True,
                 )
     print(f"compiled for sm_90 by triton {triton.__version__}")
 

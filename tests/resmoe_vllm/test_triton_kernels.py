@@ -268,7 +268,7 @@ def test_tuned_sizes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert triton_config.pick_config(3, 8, *shape) == tuned[1]
     assert triton_config.pick_config(4096, 8, *shape) == tuned[64]
     other = (*shape[:-1], "bitmap")
-    assert triton_config.pick_config(1, 8, *other) == triton_config.default_config(1, 8, 64, has_tiles=True)
+    assert triton_config.pick_config(1, 8, *other) == triton_config.default_config(1, 8, 64, "bitmap")
     assert triton_config.pick_config(4096, 8, *other).restore
 
 
