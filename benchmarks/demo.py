@@ -91,7 +91,7 @@ def run_demo(out_dir: str | Path = "demo-output", config: ReferenceModelConfig |
 def serve_and_ask(name: str, model_dir: Path, heldout: str, out_dir: Path, console: Console) -> DemoRow:
     """Serve one model, no option beyond directory and port, and ask it in every way that the row needs."""
     with VllmServer(model_dir, log_path=out_dir / f"serve-{model_dir.name}.log", console=console) as server:
-        command = " ".join(["vllm", *server.command[1:]])
+        command = server.shown_command
         console.print(f"$ {command}   (healthy after {server.startup_s:.0f} s)", highlight=False)
         client = Client(server)
         with console.status(f"{name}: completions, streaming, logprobs, perplexity"):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,12 @@ class CheckpointReader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise CheckpointError(f"{self.path}: no such directory; expected a Hugging Face checkpoint directory")
+            # as the hub spells a model
+            named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None
+            advice = f"; a model of the hub must be downloaded: `hf download {path} --local-dir DIR`" if named else ""
+            raise CheckpointError(
+                f"{self.path}: no such directory; expected a Hugging Face checkpoint directory{advice}"
+            )
         self.config: dict[str, Any] = self._read_json(CONFIG_NAME)
         self.shards = self._shard_names()
         self._handles: dict[str, Any] = {}

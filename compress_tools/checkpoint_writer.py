@@ -1,6 +1,8 @@
 """Tensors to shards, index and config.json in a staging directory, renamed when whole; resumable until then."""
 
 import contextlib
+import errno
+import hashlib
 import json
 import os
 import shutil
@@ -30,6 +32,8 @@ from compress_tools.staging import (
     staging_path,
     tidy,
 )
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointWriter:
@@ -115,7 +119,10 @@ class CheckpointWriter:
                 (self._state / MAY_REPLACE_NAME).touch()
 
     def record(self, filename: str) -> dict[str, Any] | None:
-        """The record of a shard that an earlier run wrote whole, or None; ``bytes`` is the file's size."""
+        """The record of a shard that an earlier run wrote whole, or None.
+
+        ``bytes`` is the file's size, ``sha256`` its checksum.
+        """
         file = self._record_file(filename)
         shard = self.staging / filename
         if not file.is_file() or not shard.is_file():
@@ -137,8 +144,9 @@ class CheckpointWriter:
             # safetensors makes private files; a server often runs as another user.
             temporary.chmod(0o666 & ~_umask())
             _sync(temporary)
+            checksum = file_checksum(temporary)
             os.replace(temporary, self.staging / filename)
-            return self._write_record(filename, record)
+            return self._write_record(filename, {**record, "sha256": checksum})
 
     def take_shard(self, source: Path, filename: str, record: dict[str, Any]) -> None:
         """Make a shard that lies elsewhere part of this checkpoint, then write its record.
@@ -231,6 +239,12 @@ def check_space(writer: CheckpointWriter, shard_bytes: int, files: dict[Path, Pa
         )
 
 
+def file_checksum(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def free_bytes(path: Path) -> int:
     """Free bytes of the file system that will hold ``path``."""
     existing = path.absolute()
@@ -244,9 +258,10 @@ def _writing(staging: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as err:
-        raise CheckpointError(
-            f"{staging}: can't write: {err}; make room, then run the same command with --resume"
-        ) from err
+        # safetensors keeps the number of the error in its text alone
+        full = any(f"os error {number}" in str(err) or getattr(err, "errno", None) == number for number in _FULL)
+        advice = "; make room, then run the same command with --resume" if full else ""
+        raise CheckpointError(f"{staging}: can't write: {err}{advice}") from err
 
 
 def _write_text(file: Path, text: str) -> None:

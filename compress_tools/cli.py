@@ -14,6 +14,8 @@ from pydantic_core import PydanticUndefined
 from rich.console import Console
 
 from compress_tools import __version__, tables
+from compress_tools.architectures.registry import find_architecture
+from compress_tools.checkpoint_reader import CheckpointReader
 from compress_tools.config import CompressionConfig, Slice, make_slice
 from compress_tools.errors import ConfigError, ResMoEError
 from compress_tools.evaluation.config import TasksConfig, TextConfig, make_tasks_config, make_text_config
@@ -24,7 +26,7 @@ from compress_tools.planner.request import Request, kept_plan_path, plan_for_out
 from compress_tools.probe_config import ProbeConfig
 from compress_tools.probe_tables import probe_tables
 from compress_tools.progress import ProgressListener, Together
-from compress_tools.report import CompressionReport
+from compress_tools.report import CompressionReport, next_step
 from compress_tools.slices import shards_of, slice_path
 from compress_tools.staging import log_path
 
@@ -200,15 +202,16 @@ def merge(dst: str, slices: tuple[str, ...], remove_slices: bool, resume: bool, 
 @recipe_options
 @planner_options
 @click.option("--out", metavar="FILE", help="Write the plan for --target-bytes-ratio; edit it, then pass it to --plan.")
+@click.option("--overwrite", is_flag=True, help="Replace the file of --out.")
 @json_option
 @click.pass_context
-def plan(context: click.Context, src: str, out: str | None, as_json: bool, **options: Any) -> None:
+def plan(context: click.Context, src: str, out: str | None, overwrite: bool, as_json: bool, **options: Any) -> None:
     """Say what `resmoe compress SRC` would write: params, bytes, peak memory.
 
     Weights are read only with --target-bytes-ratio, which measures them; nothing is written but --out.
     """
     request = _request(context, options)
-    _print_plan(src, request, out, as_json)
+    _print_plan(src, request, out, as_json, overwrite=overwrite)
 
 
 @cli.command("probe")
@@ -277,6 +280,9 @@ def eval_command(model: str, as_json: bool, **options: Any) -> None:
     given = {name: value for name, value in options.items() if value is not None}
     if ("text" in given) == ("tasks" in given):
         raise ConfigError("resmoe eval: give one of --text FILE (perplexity) and --tasks NAME[,NAME] (lm-eval)")
+    kind, fields = ("--tasks", TasksConfig) if "tasks" in given else ("--text", TextConfig)
+    if idle := [name for name in given if name not in fields.model_fields]:
+        raise ConfigError(f"--{idle[0].replace('_', '-')} has no effect with {kind}")
     if "tasks" in given:
         found = run_tasks(model, make_tasks_config(**given))
         _print(found, as_json, lambda: tables.tasks_table(model, found))
@@ -321,7 +327,9 @@ def main(command: click.Command = cli) -> None:
     try:
         command.main(standalone_mode=False)
     except click.exceptions.Abort:
-        print("resmoe: interrupted; `--resume` goes on from the last whole shard", file=sys.stderr)
+        resumes = {"compress", "merge", "restore"} & set(sys.argv[1:2])
+        advice = "; `--resume` goes on from the last whole shard" if resumes else ""
+        print(f"resmoe: interrupted{advice}", file=sys.stderr)
         sys.exit(130)
     except click.ClickException as err:
         err.show()
@@ -367,18 +375,23 @@ def _print(content: Any, as_json: bool, human: Callable[[], Any]) -> None:
 def _print_report(report: CompressionReport, dst: str, as_json: bool) -> None:
     _print(report.content(), as_json, lambda: tables.report_table(report))
     if not as_json:
-        out.print(f"Written to {dst}. Next: [bold]vllm serve {dst}[/bold]", highlight=False)
+        family = find_architecture(CheckpointReader(dst).config)
+        out.print(f"Written to {dst}. {next_step(family, dst)}", highlight=False)
 
 
-def _print_plan(src: str, request: Request, out_file: str | None, as_json: bool, part: Slice | None = None) -> None:
+def _print_plan(
+    src: str, request: Request, out_file: str | None, as_json: bool, part: Slice | None = None, overwrite: bool = False
+) -> None:
     """The whole plan; with ``part`` also what that slice makes of it."""
     with _progress(as_json or request.budget is None) as progress:
-        made, planned = planned_sizes(src, request, out_file, progress)
+        made, planned = planned_sizes(src, request, out_file, progress, overwrite)
     content = made.summary() if planned is None else {**made.summary(), "plan": planned.resolved()}
     if part is not None:
         layers = [shard.layer for shard in shards_of(made, part) if shard.layer is not None]
         content |= {"slice": [part.number, part.count], "slice_layers": layers}
     _print(content, as_json, lambda: tables.plan_table(made))
+    if planned is not None and planned.found is not None and request.budget is not None and not as_json:
+        out.print(tables.planned_table(planned.found, request.budget.optimize), highlight=False)
     if part is not None and not as_json:
         out.print(f"Slice {part} makes layers {', '.join(map(str, layers))} of these.", highlight=False)
     if out_file is not None and not as_json:

@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -87,6 +88,14 @@ class CompressionConfig(BaseModel):
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> Self:
+        for name, why in self.without_effect().items():
+            default = 0.25 if name == "retain_ratio" else type(self).model_fields[name].default
+            if getattr(self, name) != default:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} has no effect with {why}")
+        return self
+
+    def without_effect(self) -> dict[str, str]:
+        """Fields that change nothing here, and the choice that makes it so."""
         prunes, factors, quantizes = self.method == "prune", "low-rank" in self.method, "quantize" in self.method
         applies = {
             "retain_ratio": prunes or factors,
@@ -98,13 +107,7 @@ class CompressionConfig(BaseModel):
             "low_rank_form": factors,
             "center_bits": self.center != "none",
         }
-        for name, has_effect in applies.items():
-            field = type(self).model_fields[name]
-            default = 0.25 if name == "retain_ratio" else field.default
-            if not has_effect and getattr(self, name) != default:
-                option = "--" + name.replace("_", "-")
-                raise ValueError(f"{option} {getattr(self, name)} has no effect with {self._why_not(name)}")
-        return self
+        return {name: self._why_not(name) for name, has_effect in applies.items() if not has_effect}
 
     def _why_not(self, name: str) -> str:
         if name == "center_bits":
@@ -170,6 +173,26 @@ def make_slice(text: str) -> Slice:
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise ConfigError(f"--shard {text}: expected I/N with 1 <= I <= N, such as 1/4")
     return Slice(int(match[1]), int(match[2]))
+
+
+def check_output_file(option: str, path: str | Path) -> None:
+    """Refuse a file that could not be written, before the work.
+
+    Raises:
+        ConfigError: its directory does not exist or can't be written to, or it is a directory.
+    """
+    file = Path(path).absolute()
+    if not file.parent.is_dir():
+        raise ConfigError(f"{option} {path}: no directory {file.parent}; make it first")
+    if file.is_dir():
+        raise ConfigError(f"{option} {path}: is a directory; name a file in it")
+    existed = file.exists()
+    try:
+        file.open("a").close()
+    except OSError as err:
+        raise ConfigError(f"{option} {path}: can't be written: {err.strerror}") from err
+    if not existed:
+        file.unlink()
 
 
 def check_device(device: str) -> None:

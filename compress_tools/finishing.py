@@ -32,6 +32,7 @@ def make_report(outline: Outline, records: dict[str, dict[str, Any]]) -> Compres
         outline.expert_bytes_after,
         outline.other_bytes,
         {str(layer): records[filename]["seconds"] for filename, layer in layers.items()},
+        {filename: records[filename]["sha256"] for filename in outline.shards},
     )
 
 
@@ -44,6 +45,7 @@ def read_report(directory: Path, outline: Outline) -> CompressionReport:
         outline.expert_bytes_after,
         outline.other_bytes,
         json.loads((directory / TIMINGS_NAME).read_text(encoding="utf-8")),
+        content["shards"],
     )
 
 

@@ -72,7 +72,7 @@ def compress_layer(
     report = LayerReport(
         layer=layer,
         approximation_error=sum(coded.errors) / len(coded.errors) / fmt.intermediate_size,
-        relative_error=sum(coded.errors) / energy,
+        relative_error=sum(coded.errors) / energy if energy else 0.0,
         residual_energy=sum(coded.residual_energies) / energy if energy else 0.0,
         bytes_before=dense_layer_bytes(fmt),
         bytes_after=layer_bytes(fmt, layer),

@@ -98,10 +98,11 @@ def _read_all(dst: Path, paths: list[Path]) -> list[SliceManifest]:
                 f"{manifest.path}: slice {part} is given twice, first as {by_number[part.number].path}"
             )
         by_number[part.number] = manifest
-    missing = [str(number) for number in range(1, first.part.count + 1) if number not in by_number]
+    count = first.part.count
+    missing = [f"{number}/{count}" for number in range(1, count + 1) if number not in by_number]
     if missing:
         raise CheckpointError(
-            f"{dst}: of {first.part.count} slices, {', '.join(missing)} "
+            f"{dst}: {'slice' if len(missing) == 1 else 'slices'} {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} missing; make them with `resmoe compress --shard`, or name "
             "their directories"
         )

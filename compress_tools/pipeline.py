@@ -8,7 +8,6 @@ from compress_tools.architectures.layouts import open_source
 from compress_tools.checkpoint_reader import CheckpointReader
 from compress_tools.checkpoint_writer import CheckpointWriter, check_space
 from compress_tools.config import CompressionConfig, Slice, check_device
-from compress_tools.errors import ConfigError
 from compress_tools.finishing import finish, output_name_of_file, read_report
 from compress_tools.format.tensors import layer_bytes
 from compress_tools.identity import MACHINE, machine, versions
@@ -20,6 +19,7 @@ from compress_tools.planner.plan_file import PlanFile
 from compress_tools.progress import ProgressListener, Silent
 from compress_tools.report import CompressionReport, LayerReport
 from compress_tools.slices import files_of, finish_slice, shards_of, slice_path
+from compress_tools.staging import check_apart
 
 
 def compress(
@@ -110,7 +110,7 @@ class _Job:
 def _prepare(src: Path, dst: Path, config: CompressionConfig, spelled: str | Path, planned: PlanFile | None) -> _Job:
     check_device(config.device)
     reader = CheckpointReader(src)
-    _check_apart(src, dst)
+    check_apart(src, dst)
     if planned is None:
         plan = make_plan(reader, config)
     else:
@@ -172,11 +172,3 @@ def _file_bytes(job: _Job, shard: Shard) -> int:
     if shard.layer is not None:
         return layer_bytes(job.plan.fmt, shard.layer) + header
     return sum(map(job.plan.source.reader.nbytes, shard.names)) + header
-
-
-def _check_apart(src: Path, dst: Path) -> None:
-    source, target = src.absolute().resolve(), dst.absolute().resolve()
-    if source == target:
-        raise ConfigError(f"{dst}: source and destination are the same directory")
-    if source in target.parents or target in source.parents:
-        raise ConfigError(f"{dst}: source and destination lie one inside the other; choose a place outside {src}")

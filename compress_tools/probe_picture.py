@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from compress_tools.config import check_output_file
 from compress_tools.errors import ConfigError
 from compress_tools.probe_coders import CODERS
 from compress_tools.probe_result import SHARES, Curves, ProbeResult
@@ -20,13 +21,11 @@ def check_picture_path(path: str) -> None:
     """Refuse a picture that could not be written, before the work.
 
     Raises:
-        ConfigError: not a .png, or its directory does not exist.
+        ConfigError: not a .png, or it can't be written.
     """
-    file = Path(path)
-    if file.suffix.lower() != ".png":
+    if Path(path).suffix.lower() != ".png":
         raise ConfigError(f"--picture {path}: a PNG is written; end the name in .png")
-    if not file.parent.is_dir():
-        raise ConfigError(f"--picture {path}: no directory {file.parent}; make it first")
+    check_output_file("--picture", path)
 
 
 def draw_probe(found: ProbeResult, path: str | Path) -> None:

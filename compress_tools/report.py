@@ -3,6 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from compress_tools.architectures.base import MoEArchitecture
+from compress_tools.architectures.registry import find_architecture
+from compress_tools.config import CompressionConfig
 from compress_tools.outline import Outline
 
 RECIPE_NAME = "resmoe_recipe.json"
@@ -41,13 +44,17 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """The whole run. ``seconds`` (by layer and stage) goes to a file of its own: it differs from run to run."""
+    """The whole run. ``seconds`` (by layer and stage) goes to a file of its own: it differs from run to run.
+
+    ``shards`` are the SHA-256 checksums of the weight files, by name.
+    """
 
     layers: list[LayerReport]
     expert_bytes_before: int
     expert_bytes_after: int
     other_bytes: int
     seconds: dict[str, dict[str, float]]
+    shards: dict[str, str]
 
     @property
     def relative_error(self) -> float:
@@ -65,15 +72,22 @@ class CompressionReport:
             "total_bytes_ratio": (after + other) / (before + other),
             "mean_relative_error": self.relative_error,
             "layers": [asdict(layer) for layer in self.layers],
+            "shards": self.shards,
         }
 
 
 def command_line(outline: Outline, dst_name: str) -> str:
-    """The ``resmoe compress`` command that repeats a run, every option spelled out, or the plan that it followed."""
+    """The ``resmoe compress`` command that repeats a run, every option that matters, or the plan that it followed."""
     if outline.plan_text is not None:
         return f"resmoe compress {outline.source} {dst_name} --plan {PLAN_NAME}"
-    options = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in outline.recipe.items())
+    idle = CompressionConfig(**outline.recipe).without_effect()
+    options = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in outline.recipe.items() if key not in idle)
     return f"resmoe compress {outline.source} {dst_name} {options}"
+
+
+def next_step(family: MoEArchitecture, dst: str) -> str:
+    """What to do with a written checkpoint, for people; console markup."""
+    return f"Next: [bold]vllm serve {dst}[/bold]" if family.vllm else f"{family.title} runs in {family.runs_in}."
 
 
 def model_card(outline: Outline, dst_name: str, report: CompressionReport) -> str:
@@ -85,8 +99,10 @@ def model_card(outline: Outline, dst_name: str, report: CompressionReport) -> st
         f"| {layer.bytes_before} | {layer.bytes_after} |"
         for layer in report.layers
     )
+    family = find_architecture(outline.config)
+    serve = f"vllm serve {dst_name}" if family.vllm else f"# {outline.title} runs in {family.runs_in}"
     return f"""---
-library_name: vllm
+library_name: {"vllm" if family.vllm else "transformers"}
 tags: [resmoe, moe, compressed]
 ---
 
@@ -97,7 +113,7 @@ expert for each MoE layer, and for each expert a compressed residual. One-shot, 
 
 ```
 {command_line(outline, dst_name)}
-vllm serve {dst_name}
+{serve}
 ```
 
 | | bytes before | bytes after | ratio |

@@ -17,6 +17,7 @@ from compress_tools.plan import group_by_bytes
 from compress_tools.progress import ProgressListener, Silent
 from compress_tools.report import CARD_NAME, PLAN_NAME, RECIPE_NAME, REPORT_NAME, TIMINGS_NAME
 from compress_tools.resmoe_checkpoint import ResMoECheckpoint
+from compress_tools.staging import check_apart
 
 NOT_COPIED = {PLAN_NAME, RECIPE_NAME, REPORT_NAME, TIMINGS_NAME, CARD_NAME}
 
@@ -40,9 +41,10 @@ def restore(
     Returns:
         total bytes of the written tensors.
     Raises:
-        CheckpointError, FormatError, UnsupportedArchitectureError: see errors.py.
+        CheckpointError, ConfigError, FormatError, UnsupportedArchitectureError: see errors.py.
     """
     progress = progress or Silent()
+    check_apart(src, dst)
     checkpoint = ResMoECheckpoint(src)
     reader, fmt = checkpoint.reader, checkpoint.fmt
     architecture = find_architecture(reader.config)

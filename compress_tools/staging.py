@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress_tools.checkpoint_reader import CONFIG_NAME
-from compress_tools.errors import CheckpointError
+from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.identity import differences
 
 STATE_DIR = ".resmoe-state"
@@ -52,6 +52,15 @@ def check_destination(dst: Path) -> None:
         raise CheckpointError(
             f"{dst}: is a mount point, which a finished checkpoint can't be renamed to; choose a directory inside it"
         )
+
+
+def check_apart(src: str | Path, dst: str | Path) -> None:
+    """Raises ConfigError where source and destination are one directory, or one lies inside the other."""
+    source, target = Path(src).absolute().resolve(), Path(dst).absolute().resolve()
+    if source == target:
+        raise ConfigError(f"{dst}: source and destination are the same directory")
+    if source in target.parents or target in source.parents:
+        raise ConfigError(f"{dst}: source and destination lie one inside the other; choose a place outside {src}")
 
 
 def is_occupied(directory: Path) -> bool:

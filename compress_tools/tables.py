@@ -5,8 +5,9 @@ from typing import Any
 from rich.table import Table
 
 from compress_tools.evaluation.perplexity import Evaluation
-from compress_tools.inspection import Inspection
+from compress_tools.inspection import Inspection, describe_coding
 from compress_tools.plan import CompressionPlan
+from compress_tools.planner.planned import Planned
 from compress_tools.report import CompressionReport, LayerReport
 from compress_tools.verify import LayerVerdict
 
@@ -76,7 +77,7 @@ def plan_table(plan: CompressionPlan) -> Table:
     summary = plan.summary()
     table = _table(f"plan for {plan.source.architecture.title}", "", "before", "after", "ratio")
     for label, key in (
-        ("expert params", "expert_params"),
+        ("expert params, center included", "expert_params"),
         ("expert bytes", "expert_bytes"),
         ("total bytes", "total_bytes"),
     ):
@@ -86,6 +87,22 @@ def plan_table(plan: CompressionPlan) -> Table:
     table.add_section()
     table.add_row("layers compressed", "", f"{summary['layers_compressed']} of {summary['moe_layers']}", "")
     table.add_row("peak memory (estimate)", "", human_bytes(summary["peak_memory_bytes"]), "")
+    return table
+
+
+def planned_table(planned: Planned, optimize: str) -> Table:
+    """What a plan for a byte budget stores each layer as, and the error it predicts."""
+    what = "error" if optimize == "error" else "effect on output"
+    table = _table("as planned", "layer", "coding", "bytes", f"predicted {what}")
+    for index, layer in planned.layers.items():
+        coding = "as it is" if layer.spec is None else describe_coding(layer.spec)
+        table.add_row(str(index), coding, f"{layer.nbytes / layer.dense_bytes:.3f}", f"{layer.error:.4g}")
+    table.add_section()
+    share = planned.expert_bytes_after / planned.expert_bytes_before
+    table.add_row("mean", "", f"{share:.3f}", f"{planned.error:.4g}")
+    if planned.best_uniform is not None:
+        label, error = planned.best_uniform
+        table.add_row("best single coder", label, "", f"{error:.4g}")
     return table
 
 

@@ -4,12 +4,15 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from compress_tools.alignment import align_experts
-from compress_tools.architectures.layouts import MoESource, open_source
+from compress_tools.architectures.layouts import MoESource, check_whole, open_source
+from compress_tools.architectures.registry import find_architecture
 from compress_tools.checkpoint_reader import CheckpointReader
+from compress_tools.checkpoint_writer import file_checksum
 from compress_tools.design_matrix import expert_to_rows, rows_to_design
 from compress_tools.errors import FormatError
 from compress_tools.products import squared_distance, squared_norm
@@ -43,14 +46,19 @@ def verify(
     workers: int = 1,
     advance: Callable[[], None] = lambda: None,
 ) -> list[LayerVerdict]:
-    """Check names, shapes, finiteness, masks; with a source, copied tensors and the reported error too.
+    """Check layers, names, shapes, finiteness, masks, and each weight file's bytes by the checksum in the report.
+
+    With a source, copied tensors and the reported error too.
 
     Raises:
         CheckpointError, FormatError, NumericalError: what is wrong, and where.
     """
     checkpoint = ResMoECheckpoint(path)
     source = open_source(CheckpointReader(against)) if against is not None else None
-    reported = _reported_errors(Path(path))
+    check_whole(find_architecture(checkpoint.reader.config), checkpoint.reader, checkpoint.fmt.layers)
+    report = _read_report(Path(path))
+    reported = {layer["layer"]: layer["relative_error"] for layer in report.get("layers", [])}
+    _check_bytes(Path(path), report.get("shards", {}))
     if source is not None:
         _check_copied(checkpoint, source)
     verdicts = []
@@ -64,14 +72,27 @@ def verify(
     return verdicts
 
 
-def _reported_errors(path: Path) -> dict[int, float]:
+def _read_report(path: Path) -> dict[str, Any]:
+    """The report's content, as far as it is used here; empty without a report."""
     file = path / REPORT_NAME
     if not file.is_file():
         return {}
     try:
-        return {layer["layer"]: layer["relative_error"] for layer in json.loads(file.read_text())["layers"]}
+        content = json.loads(file.read_text())
+        return {
+            "layers": [{key: layer[key] for key in ("layer", "relative_error")} for layer in content["layers"]],
+            "shards": dict(content.get("shards", {})),
+        }
     except (ValueError, KeyError, TypeError) as err:
         raise FormatError(f"{file}: not a report of this version: {err}") from err
+
+
+def _check_bytes(path: Path, shards: dict[str, str]) -> None:
+    for name, checksum in shards.items():
+        if not (path / name).is_file():
+            raise FormatError(f"{path}: {name} is missing")
+        if file_checksum(path / name) != checksum:
+            raise FormatError(f"{path}: {name} is not the file that was written: its SHA-256 differs from the report's")
 
 
 def _check_copied(checkpoint: ResMoECheckpoint, source: MoESource) -> None:

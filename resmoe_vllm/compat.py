@@ -9,6 +9,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
@@ -20,8 +21,10 @@ __all__ = [
     "QuantizationConfig",
     "QuantizeMethodBase",
     "RoutedExperts",
+    "UnquantizedEmbeddingMethod",
     "UnquantizedFusedMoEMethod",
     "UnquantizedLinearMethod",
+    "VocabParallelEmbedding",
     "allow_amx",
     "direct_register_custom_op",
     "extract_layer_index",

@@ -11,10 +11,11 @@ from resmoe_vllm.compat import (
     QuantizeMethodBase,
     RoutedExperts,
     UnquantizedFusedMoEMethod,
-    UnquantizedLinearMethod,
+    VocabParallelEmbedding,
     extract_layer_index,
 )
 from resmoe_vllm.fused_moe import ResMoEFusedMoEMethod
+from resmoe_vllm.plain_layers import PlainEmbeddingMethod, PlainLinearMethod
 
 
 class ResMoEConfig(QuantizationConfig):
@@ -63,5 +64,7 @@ class ResMoEConfig(QuantizationConfig):
                 return UnquantizedFusedMoEMethod(layer.moe_config)
             return ResMoEFusedMoEMethod(layer.moe_config, self.fmt, index)
         if isinstance(layer, LinearBase):
-            return UnquantizedLinearMethod()
+            return PlainLinearMethod(prefix)
+        if isinstance(layer, VocabParallelEmbedding):
+            return PlainEmbeddingMethod(prefix)
         return None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compress_tools.evaluation.predictions import Predictions
+from compress_tools.evaluation.source import vllm_errors
 from compress_tools.evaluation.windows import Window
 
 # vLLM gives log-probabilities as Python lists, some 100 bytes an entry: 0.4 GB at a time.
@@ -30,24 +31,29 @@ def predict(
         device: not used: vLLM takes its own.
         whole: give distributions, not the targets' log-probabilities alone.
         top_k: of each distribution the K most probable tokens; None: the whole vocabulary.
+    Raises:
+        CheckpointError: vLLM could not start.
     """
     # The command's stdout is its result; vLLM logs there unless told otherwise.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     from vllm import LLM, SamplingParams
 
+    # Windows are short: on a CPU vLLM would take nearly all memory for their cache.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     count = 0 if not whole else -1 if top_k is None else top_k
-    llm = LLM(
-        path,
-        dtype=dtype,
-        max_model_len=max(len(window.tokens) for window in windows) + 1,
-        max_logprobs=count,
-        # A window's tokens are not another's prefix, and cached tokens would get no log-probabilities.
-        enable_prefix_caching=False,
-        skip_tokenizer_init=True,
-        # Prompts alone are run, each once: compiling and capturing graphs would take longer than it saves.
-        enforce_eager=True,
-        seed=0,
-    )
+    with vllm_errors(path):
+        llm = LLM(
+            path,
+            dtype=dtype,
+            max_model_len=max(len(window.tokens) for window in windows) + 1,
+            max_logprobs=count,
+            # A window's tokens are not another's prefix, and cached tokens would get no log-probabilities.
+            enable_prefix_caching=False,
+            skip_tokenizer_init=True,
+            # Prompts alone are run, each once: compiling and capturing graphs would take longer than it saves.
+            enforce_eager=True,
+            seed=0,
+        )
     # One token is the least vLLM generates.
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=count, flat_logprobs=True, detokenize=False)
     vocabulary = llm.llm_engine.model_config.get_vocab_size()

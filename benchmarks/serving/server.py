@@ -68,7 +68,7 @@ class VllmServer:
         self._probe = resident_probe.Reader(Path(self._scratch.name) / "resident")
         self._env = self._probe.environment({**os.environ, **(env or {})})
         if collect_environment().gpu is None:
-            # vLLM would take half of the machine's memory for the KV cache.
+            # vLLM would take nearly all of the machine's memory for the KV cache.
             self._env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         self._timeout_s = timeout_s
         self._console = console or Console(stderr=True)
@@ -95,6 +95,12 @@ class VllmServer:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    @property
+    def shown_command(self) -> str:
+        """The command as a person would type it, with the cache that was set for a CPU."""
+        cache = self._env.get("VLLM_CPU_KVCACHE_SPACE")
+        return shlex.join([*([f"VLLM_CPU_KVCACHE_SPACE={cache}"] if cache else []), "vllm", *self.command[1:]])
 
     @property
     def log(self) -> str:
@@ -132,7 +138,7 @@ class VllmServer:
 
     def _wait_until_healthy(self) -> None:
         started = time.perf_counter()
-        shown = shlex.join(["vllm", *self.command[1:]])
+        shown = self.shown_command
         with self._console.status(shown) as status:
             while not _answers(f"{self.base_url}/health"):
                 waited = time.perf_counter() - started

@@ -1,7 +1,7 @@
 """What the tool must know of a model family: where its experts are and how they are laid out on disk."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +101,7 @@ class MoEArchitecture:
         """
         values = []
         for keys in (self.num_experts_keys, self.hidden_size_keys, self.intermediate_size_keys):
-            key = next((key for key in keys if key in config), keys[0])
+            key = next((key for key in keys if key in config), " or ".join(keys))
             value = config.get(key)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UnsupportedArchitectureError(
@@ -121,6 +121,34 @@ class MoEArchitecture:
     def expert_names(self, config: dict[str, Any]) -> ExpertNames:
         """The names that a ResMoE checkpoint of this model uses."""
         return ExpertNames(expert=self.expert, projections=dict(self.projections), layers=self.layer_texts(config))
+
+    def absent(self, names: Iterable[str], config: dict[str, Any], moe_layers: Collection[int]) -> list[str]:
+        """What the decoder's own names say is missing: whole layers, and tensors that other MoE layers have.
+
+        Args:
+            names: of all tensors.
+            config: config.json.
+            moe_layers: layers with experts; what is under their experts is not looked at.
+        Returns:
+            names, or ``layer N``, sorted; empty for families whose layers are not simply numbered.
+        """
+        before, _, after = self.expert.partition("{layer}")
+        count = self.num_layers(config)
+        if self.layer_texts(config) or not after or not isinstance(count, int):
+            return []
+        experts = {stem.partition("{layer}")[2].partition("{expert}")[0] for stem in self._stems()}
+        found: dict[int, set[str]] = {}
+        for name in names:
+            if match := re.match(re.escape(before) + r"(\d+)(\..*)", name):
+                own = found.setdefault(int(match[1]), set())
+                if not match[2].startswith(tuple(experts)):
+                    own.add(match[2])
+        usual = set().union(*(found.get(layer, ()) for layer in moe_layers))
+        lacking = [f"{before}{layer}{rest}" for layer in moe_layers for rest in usual - found.get(layer, set())]
+        return [f"layer {layer}" for layer in range(count) if layer not in found] + sorted(lacking)
+
+    def _stems(self) -> list[str]:
+        return [self.expert] if self.fused is None else [self.expert, self.fused.experts + "."]
 
     def find_layers(self, template: str, names: Iterable[str], config: dict[str, Any]) -> list[int]:
         """Layer indices of the tensors whose names begin with ``template``, ascending.

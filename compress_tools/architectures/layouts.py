@@ -1,6 +1,7 @@
 """The ways that checkpoints lay experts out, and one source object that reads any of them."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -146,10 +147,21 @@ def open_source(reader: CheckpointReader) -> MoESource:
         raise UnsupportedArchitectureError(
             f"{reader.path}: no experts found under {architecture.expert!r}; not an MoE checkpoint"
         )
+    check_whole(architecture, reader, layers)
     source = MoESource(reader, architecture, sizes, names, tuple(layers), fused)
     for layer in layers:
         source.check(layer)
     return source
+
+
+def check_whole(architecture: MoEArchitecture, reader: CheckpointReader, moe_layers: Collection[int]) -> None:
+    """Raises CheckpointError where a layer that config.json counts, or a tensor of other MoE layers, is missing."""
+    if absent := architecture.absent(reader.names, reader.config, moe_layers):
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise CheckpointError(
+            f"{reader.path}: incomplete: there is no {', '.join(absent[:3])}{more}; config.json counts "
+            f"{architecture.num_layers(reader.config)} layers"
+        )
 
 
 def interleave(gate: Tensor, up: Tensor) -> Tensor:

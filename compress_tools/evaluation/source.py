@@ -1,5 +1,7 @@
 """What both backends are given: the text as tokens, the models' configs, dtype, context."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +85,15 @@ def choose_window(window: int | None, stride: int | None, config: dict[str, Any]
 def stored_dtype(dtype: str, config: dict[str, Any]) -> str:
     """``auto`` as the dtype that config.json names; any other as it is."""
     return dtype if dtype != "auto" else str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+@contextmanager
+def vllm_errors(model: str) -> Iterator[None]:
+    """What stops vLLM, as a CheckpointError in one sentence; vLLM has logged the rest."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as err:
+        raise CheckpointError(
+            f"{model}: vLLM could not run it: {err}; its own log is above. On a CPU VLLM_CPU_KVCACHE_SPACE=4 (GiB) "
+            "keeps it from taking nearly all memory"
+        ) from err

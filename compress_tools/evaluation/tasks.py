@@ -7,7 +7,7 @@ from typing import Any
 
 from compress_tools.errors import ConfigError
 from compress_tools.evaluation.config import TasksConfig
-from compress_tools.evaluation.source import read_model_config, stored_dtype
+from compress_tools.evaluation.source import read_model_config, stored_dtype, vllm_errors
 
 
 def run_tasks(model: str, config: TasksConfig) -> dict[str, dict[str, Any]]:
@@ -20,7 +20,7 @@ def run_tasks(model: str, config: TasksConfig) -> dict[str, dict[str, Any]]:
         for each task its metrics as lm-eval names them (``acc,none``, ``acc_stderr,none``).
     Raises:
         ConfigError: lm-eval or vLLM is not installed; no such task or directory.
-        CheckpointError: not a readable checkpoint.
+        CheckpointError: not a readable checkpoint, or vLLM could not run it.
     """
     if find_spec("lm_eval") is None:
         raise ConfigError("--tasks: lm-eval is not installed; pip install 'resmoe[eval]'")
@@ -40,12 +40,13 @@ def run_tasks(model: str, config: TasksConfig) -> dict[str, dict[str, Any]]:
             f"--tasks: lm-eval knows no {', '.join(unknown)}; `lm-eval ls tasks` lists its own, --include-path adds "
             "those of a directory"
         )
-    found = simple_evaluate(
-        model="vllm",
-        model_args={"pretrained": model, "dtype": stored_dtype(config.dtype, model_config)},
-        tasks=config.names,
-        task_manager=tasks,
-        limit=config.limit,
-    )
+    with vllm_errors(model):
+        found = simple_evaluate(
+            model="vllm",
+            model_args={"pretrained": model, "dtype": stored_dtype(config.dtype, model_config)},
+            tasks=config.names,
+            task_manager=tasks,
+            limit=config.limit,
+        )
     # Beside them lie the task's name and the number of its samples.
     return {task: {k: v for k, v in metrics.items() if "," in k} for task, metrics in found["results"].items()}

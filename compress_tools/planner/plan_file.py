@@ -31,6 +31,7 @@ from compress_tools.config import CompressionConfig, make_config
 from compress_tools.errors import ConfigError
 from compress_tools.format.schema import LayerSpec
 from compress_tools.planner.config import CENTER_FIELDS, center_recipe
+from compress_tools.planner.planned import Planned
 
 DENSE = "dense"
 PLAN_VERSION = 1
@@ -46,12 +47,14 @@ class PlanFile:
         where: its name, for errors.
         recipe: how centers are found: the fields of ``CENTER_FIELDS``.
         specs: by decoder layer index; None leaves a layer as it is.
+        found: what the planner predicted, where it has just made the plan.
     """
 
     text: str
     where: str
     recipe: dict[str, Any]
     specs: dict[int, LayerSpec | None]
+    found: Planned | None = None
 
     def config(self, device: str, workers: int) -> CompressionConfig:
         """How centers are found, on this machine."""

@@ -8,7 +8,7 @@ from compress_tools.config import CompressionConfig
 from compress_tools.format.schema import LayerSpec
 from compress_tools.planner.config import PlannerConfig, center_recipe
 from compress_tools.planner.plan_file import DENSE, PLAN_VERSION, spec_content
-from compress_tools.planner.planner import Planned
+from compress_tools.planner.planned import Planned
 
 
 def plan_text(

@@ -11,7 +11,6 @@ from compress_tools.checkpoint_reader import CheckpointReader
 from compress_tools.clock import StageClock
 from compress_tools.config import CompressionConfig, check_device, make_config
 from compress_tools.errors import ConfigError
-from compress_tools.format.schema import LayerSpec
 from compress_tools.format.tensors import DTYPES
 from compress_tools.layer_compression import read_layer
 from compress_tools.plan import CompressionPlan, make_plan
@@ -22,54 +21,8 @@ from compress_tools.planner.config import PlannerConfig, layer_bounds
 from compress_tools.planner.frontier import Frontier
 from compress_tools.planner.measure import Sample, measure_layer
 from compress_tools.planner.output_weights import LayerInputs, open_inputs, output_weights
+from compress_tools.planner.planned import Planned, PlannedLayer
 from compress_tools.progress import ProgressListener, Silent
-
-
-@dataclass(frozen=True)
-class PlannedLayer:
-    """One layer of a plan.
-
-    Attributes:
-        spec: how it is stored; None: as it is.
-        nbytes: as planned.
-        dense_bytes: as it is.
-        error: predicted, what the objective counts.
-    """
-
-    spec: LayerSpec | None
-    nbytes: int
-    dense_bytes: int
-    error: float
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What the planner found.
-
-    Attributes:
-        layers: by decoder layer index; every MoE layer.
-        best_uniform: the best single coder that keeps to budget and bounds, and its mean error; None where none does.
-        exact: everything was measured, nothing scaled up from a sample.
-    """
-
-    layers: dict[int, PlannedLayer]
-    best_uniform: tuple[str, float] | None
-    exact: bool
-
-    @property
-    def expert_bytes_before(self) -> int:
-        """Bytes of all experts as they are."""
-        return sum(layer.dense_bytes for layer in self.layers.values())
-
-    @property
-    def expert_bytes_after(self) -> int:
-        """Bytes of all experts as planned, uncompressed layers included."""
-        return sum(layer.nbytes for layer in self.layers.values())
-
-    @property
-    def error(self) -> float:
-        """Mean over all MoE layers of their predicted errors."""
-        return sum(layer.error for layer in self.layers.values()) / len(self.layers)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from compress_tools.architectures.layouts import open_source
 from compress_tools.checkpoint_reader import CheckpointReader
-from compress_tools.config import CompressionConfig, make_config
+from compress_tools.config import CompressionConfig, check_output_file, make_config
 from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.identity import versions
 from compress_tools.plan import CompressionPlan, make_plan
@@ -58,7 +58,10 @@ def read_request(
         return Request(make_config(**machine), planned=read_plan(plan))
     if budget["target_bytes_ratio"] is None:
         _refuse(budget, given, "without --target-bytes-ratio")
-        return Request(make_config(**options))
+        config = make_config(**options)
+        for name, why in config.without_effect().items():
+            _refuse([name], given, f"with {why}")
+        return Request(config)
     _refuse(CHOSEN_BY_PLANNER, given, "with --target-bytes-ratio, which chooses coders; --coders restricts the choice")
     chosen = {name: value for name, value in options.items() if name not in CHOSEN_BY_PLANNER}
     asked = {name: value for name, value in budget.items() if value is not None}
@@ -87,7 +90,7 @@ def plan_for_budget(
     reader = CheckpointReader(src)
     planned = find_plan(reader, config, budget, progress)
     text = plan_text(planned, config, budget, Path(src).name, _digest(reader, config, budget))
-    return parse_plan(text, "the plan found")
+    return replace(parse_plan(text, "the plan found"), found=planned)
 
 
 def plan_for_output(
@@ -121,7 +124,11 @@ def plan_for_output(
 
 
 def planned_sizes(
-    src: str | Path, request: Request, out: str | Path | None, progress: ProgressListener | None = None
+    src: str | Path,
+    request: Request,
+    out: str | Path | None,
+    progress: ProgressListener | None = None,
+    overwrite: bool = False,
 ) -> tuple[CompressionPlan, PlanFile | None]:
     """What a request would write, and the plan behind it, if any; weights are read for a budget only.
 
@@ -130,14 +137,16 @@ def planned_sizes(
         request: what is asked.
         out: file to write the plan for a budget to.
         progress: told of layers and experts.
+        overwrite: replace ``out``.
     Raises:
         ConfigError: there is no plan to write to ``out``, or no place; or the request does not fit the model.
     """
     if out is not None:
         if request.budget is None:
             raise ConfigError("--out has no effect without --target-bytes-ratio")
-        if not Path(out).absolute().parent.is_dir() or Path(out).is_dir():
-            raise ConfigError(f"--out {out}: not a file in a directory that exists")
+        check_output_file("--out", out)
+        if Path(out).exists() and not overwrite:
+            raise ConfigError(f"--out {out}: exists, perhaps edited; choose another name or pass --overwrite")
     planned = request.planned
     if request.budget is not None:
         planned = plan_for_budget(src, request.config, request.budget, progress)

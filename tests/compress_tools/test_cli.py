@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from benchmarks.tiny_models import save_tiny_model
 from compress_tools.cli import main
 
 Resmoe = Callable[..., tuple[int, str, str]]
@@ -101,6 +103,7 @@ def test_slices_and_merge(resmoe: Resmoe, tiny_mixtral: Path, tmp_path: Path) ->
         (["compress", "{model}", "{new}", "--retain-ratio", "much"], 2, "not a valid float"),
         (["compress", "{model}", "{new}", "--method", "magic"], 2, "'prune', 'low-rank'"),
         (["compress", "{model}", "{new}", "--bits", "3"], 2, "--bits 3 has no effect with --method prune"),
+        (["compress", "{model}", "{new}", "--bits", "4"], 2, "--bits has no effect with --method prune"),
         (["compress", "{model}", "{new}", "--method", "quantize", "--bits", "5"], 2, "'5' is not one of"),
         (["compress", "{model}", "{new}", "--layers", "9"], 2, "MoE layers are 0-2"),
         (["compress", "{model}", "{new}", "--resume", "--overwrite"], 2, "exclude each other"),
@@ -119,6 +122,12 @@ def test_slices_and_merge(resmoe: Resmoe, tiny_mixtral: Path, tmp_path: Path) ->
         (["inspect", "{model}"], 4, "not a ResMoE checkpoint"),
         (["verify", "{missing}"], 4, "no such directory"),
         (["restore", "{model}", "{new}"], 4, "not a ResMoE checkpoint"),
+        (["restore", "{model}", "{model}", "--overwrite"], 2, "same directory"),
+        (["eval", "{model}", "--text", "{model}/config.json", "--limit", "5"], 2, "--limit has no effect with --text"),
+        (["plan", "{model}", "--target-bytes-ratio", "0.5", "--out", "{model}"], 2, "is a directory"),
+        (["plan", "{model}", "--target-bytes-ratio", "0.5", "--out", "/proc/none/x"], 2, "no directory /proc/none"),
+        (["plan", "{model}", "--target-bytes-ratio", "0.5", "--out", "{model}/config.json"], 2, "pass --overwrite"),
+        (["probe", "{model}", "--picture", "/sys/x.png"], 2, "can't be written"),
         (["dance"], 2, "No such command"),
     ],
     ids=lambda value: "-".join(value[:1] + value[3:]) if isinstance(value, list) else None,
@@ -131,3 +140,42 @@ def test_refusals(
     assert (found, stdout) == (code, ""), stderr
     assert sentence in stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_says_what_it_predicts_and_replaces_a_file_only_when_told(
+    resmoe: Resmoe, tiny_mixtral: Path, tmp_path: Path
+) -> None:
+    words = "plan", tiny_mixtral, "--target-bytes-ratio", "0.4", "--out", tmp_path / "plan.yaml"
+    (tmp_path / "plan.yaml").write_text("edited")
+    assert resmoe(*words)[0] == 2
+    assert (tmp_path / "plan.yaml").read_text() == "edited"
+    code, stdout, stderr = resmoe(*words, "--overwrite")
+    assert code == 0, stderr
+    text = (tmp_path / "plan.yaml").read_text()
+    mean = next(line for line in text.splitlines() if line.startswith("# Mean error of all layers"))
+    row = next(line.split() for line in stdout.splitlines() if " mean " in line)
+    assert float(row[-2]) == pytest.approx(float(mean.rpartition(": ")[2]), rel=1e-3)
+    assert "best single coder" in stdout
+
+
+def test_a_family_that_vllm_cannot_serve_is_not_sent_there(resmoe: Resmoe, tmp_path: Path) -> None:
+    source = save_tiny_model("gpt_oss", tmp_path / "model", torch.bfloat16)
+    code, stdout, stderr = resmoe("compress", source, tmp_path / "small", "--center", "mean")
+    assert code == 0, stderr
+    assert "vllm serve" not in stdout
+    assert "runs in transformers only" in " ".join(stdout.split())
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "library_name: transformers" in card
+    assert "vllm serve" not in card
+
+
+def test_the_cards_command_is_accepted(resmoe: Resmoe, tiny_mixtral: Path, tmp_path: Path) -> None:
+    options = "--method", "prune", "--value-bits", "8", "--center", "mean"
+    assert resmoe("compress", tiny_mixtral, tmp_path / "small", *options)[0] == 0
+    card = (tmp_path / "small" / "README.md").read_text()
+    line = next(line for line in card.splitlines() if line.startswith("resmoe compress"))
+    again = [tmp_path / "again" if word == "small" else word for word in line.split()[1:]]
+    code, _, stderr = resmoe(*again)
+    assert code == 0, stderr
+    for name in ("config.json", "resmoe_report.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "small" / name).read_bytes()

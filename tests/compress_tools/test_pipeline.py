@@ -287,3 +287,42 @@ def test_verify_finds_other_weights(tiny_olmoe: Path, tmp_path: Path) -> None:
     changed = rewritten(tiny_olmoe, tmp_path / "changed", {EXPERT: torch.ones(24, 64)})
     with pytest.raises(FormatError, match="its report says"):
         verify(tmp_path / "small", changed)
+
+
+def test_verify_finds_changed_bytes(tiny_olmoe: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    compress(tiny_olmoe, small, make_config(center="mean"))
+    verify(small)
+    shard = small / "model-00002-of-00003.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(FormatError, match=f"{shard.name} is not the file that was written"):
+        verify(small)
+
+
+def test_layers_that_are_not_there(tiny_olmoe: Path, tmp_path: Path) -> None:
+    source = edited_config(tiny_olmoe, tmp_path / "source", num_hidden_layers=4)
+    with pytest.raises(CheckpointError, match="there is no layer 2, layer 3; config.json counts 4"):
+        compress(source, tmp_path / "small", make_config())
+    compress(tiny_olmoe, tmp_path / "small", make_config(center="mean"))
+    with pytest.raises(CheckpointError, match="no layer 2, layer 3"):
+        verify(edited_config(tmp_path / "small", tmp_path / "cut", num_hidden_layers=4))
+
+
+def test_a_tensor_that_other_layers_have(tiny_olmoe: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.gate.weight"
+    source = rewritten(tiny_olmoe, tmp_path / "source", {name: None})
+    with pytest.raises(CheckpointError, match=f"there is no {name};"):
+        compress(source, tmp_path / "small", make_config())
+
+
+@pytest.mark.parametrize("method", ["prune", "low-rank", "quantize"])
+def test_a_layer_of_zeros(method: str, tiny_olmoe: Path, tmp_path: Path) -> None:
+    names = load_file(tiny_olmoe / "model.safetensors")
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in names.items() if ".1.mlp.experts." in name}
+    source = rewritten(tiny_olmoe, tmp_path / "source", zeros)
+    report = compress(source, tmp_path / "small", make_config(method=method))
+    assert report.layers[1].relative_error == 0
+    restore(tmp_path / "small", tmp_path / "dense")
+    assert not any(load_file(next((tmp_path / "dense").glob("*-00003-of-*.safetensors")))[name].any() for name in zeros)

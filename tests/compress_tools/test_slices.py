@@ -147,7 +147,7 @@ def lost(slices: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (drop, "of 3 slices, 2 is missing"),
+        (drop, "slice 2/3 is missing"),
         (unfinished, "shard-2-of-3: not finished.*--resume"),
         (twice, "slice 3/3 is given twice"),
         (other_division, "slice 3/4.*slice 1/3"),

@@ -9,7 +9,7 @@ from statistics import mean
 import pytest
 from safetensors.torch import load_file, save_file
 
-from compress_tools.errors import FormatError
+from compress_tools.errors import CheckpointError, FormatError
 from compress_tools.format.schema import parse_format
 from compress_tools.format.tensors import group_map_bytes, layer_bytes, row_pointer_bytes
 from tests.resmoe_vllm.serving import logprob_gaps, serve, serve_in_subprocess, start
@@ -167,6 +167,19 @@ def test_a_damaged_checkpoint_stops_vllm(small, tmp_path: Path, old: str, new: s
 
     with pytest.raises((FormatError, AttributeError), match=message):
         start(damaged(small[0], tmp_path / "damaged", change), dtype="float32")
+
+
+@pytest.mark.parametrize(
+    "name, layer",
+    [
+        ("model.layers.1.self_attn.k_proj.weight", "model.layers.1.self_attn.qkv_proj"),
+        ("lm_head.weight", "lm_head"),
+    ],
+)
+def test_a_missing_tensor_outside_of_the_experts_stops_vllm(small, tmp_path: Path, name: str, layer: str) -> None:
+    """vLLM checks this for plain models alone."""
+    with pytest.raises(CheckpointError, match=f"{layer}: not all of its weight is in the checkpoint"):
+        start(damaged(small[0], tmp_path / "damaged", lambda tensors: tensors.pop(name)), dtype="float32")
 
 
 def test_another_format_version_stops_vllm(small, tmp_path: Path) -> None:
