@@ -9,9 +9,8 @@ from torch import Tensor
 from benchmarks.shapes import MoEShape
 from compress_tools.residuals.budget import affordable_rank
 from resmoe_vllm.kernels.activation import ACTIVATIONS
-from resmoe_vllm.kernels.triton_moe import octets_view
 from resmoe_vllm.kernels.triton_run import Factors, LayerPlan, Plan, Weight
-from resmoe_vllm.kernels.triton_tiles import PLAIN, Tile, TileSpec
+from resmoe_vllm.kernels.triton_tiles import PLAIN, Tile, TileSpec, octets_view
 
 RETAIN_RATIO = 0.25
 PROJECTIONS = ("gate", "up", "down")

@@ -18,7 +18,7 @@ from resmoe_vllm.kernel_weights import (
 )
 from resmoe_vllm.kernels.triton_config import pick_config
 from resmoe_vllm.kernels.triton_run import Factors, LayerPlan, Plan, Weight, run_plan
-from resmoe_vllm.kernels.triton_tiles import PLAIN, Tile, TileSpec
+from resmoe_vllm.kernels.triton_tiles import PLAIN, Tile, TileSpec, octets_view
 from resmoe_vllm.layout import LayerLayout
 
 
@@ -134,14 +134,9 @@ def _add_bitmap(tile: Tile, spec: TileSpec, part: BitmapWeights | RowBitmapWeigh
     spec = spec._replace(
         value_bits=part.value_bits or PLAIN,
         value_group=part.group_size or 0,
-        row_stride=values.shape[-1] if by_row else 0,
+        row_stride=values.shape[-1] * 8 // (part.value_bits or 8) if by_row else 0,
     )
     return tile, spec
-
-
-def octets_view(codes: Tensor, bits: int) -> Tensor:
-    """``codes`` uint8 ``[..., bytes]`` with one integer for each octet, as kernels load them; 3 bits stay bytes."""
-    return codes if bits == 3 else codes.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[bits])
 
 
 def _matrix(matrix: Matrix) -> tuple[Tensor, Tensor | None, int, int]:

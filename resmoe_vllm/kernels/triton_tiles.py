@@ -5,14 +5,12 @@ its pointers and strides, ``TileSpec`` what is known when a kernel is compiled. 
 those within one expert's matrix 32.
 
 Codes and bitmaps are decoded by octets: eight neighbouring columns in the registers of one lane, where the matrix
-units, or wide stores to shared memory, take them as they are. Pointers to octets carry two hints, neighbours along
-the columns (``max_contiguous``) and no alignment (``multiple_of`` 1): lanes then lie side by side along the columns
-and each loads one element. Without them Triton 3.6 lays lanes down the rows and moves every column through shared
-memory by itself.
+units, or wide stores to shared memory, take them as they are.
 """
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -62,7 +60,7 @@ class TileSpec(NamedTuple):
             share a scale, 0 for the whole row.
         own_bits: likewise.
         value_bits: likewise, of the bitmap's values.
-        row_stride: from one row of a bitmap's own values to the next, in elements; 0 where ``row_ptr`` says.
+        row_stride: from one row of a bitmap's own values to the next, in values; 0 where ``row_ptr`` says.
     """
 
     center_bits: int = 0
@@ -72,6 +70,22 @@ class TileSpec(NamedTuple):
     value_bits: int = 0
     value_group: int = 0
     row_stride: int = 0
+
+
+def octets_view(codes: Tensor, bits: int) -> Tensor:
+    """``codes`` uint8 ``[..., bytes]`` with one integer for each octet, as kernels load them; 3 bits stay bytes."""
+    return codes if bits == 3 else codes.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[bits])
+
+
+@triton.jit
+def _load_lanes(start, offsets, ok):
+    """One element a lane, lanes side by side along the columns: ``[ROWS, OCTETS]``, 0 where not ok.
+
+    Two hints see to that: neighbours along the columns (``max_contiguous``), no alignment (``multiple_of`` 1). Without
+    them Triton 3.6 lays lanes down the rows and moves every decoded column through shared memory by itself.
+    """
+    pointers = tl.multiple_of(tl.max_contiguous(start + offsets, [1, 2]), [1, 1])
+    return tl.load(pointers, mask=ok, other=0)
 
 
 @triton.jit
@@ -91,17 +105,13 @@ def _load_octets(
     places = first_column // 8 + tl.arange(0, OCTETS)
     ok = row_ok[:, None] & (places < ROW)[None, :]
     if BITS == 3:
-        low = start + (rows[:, None] * (3 * ROW) + 2 * places[None, :])
-        low = tl.multiple_of(tl.max_contiguous(low, [1, 2]), [1, 1])
-        high = start + (rows[:, None] * (3 * ROW) + 2 * ROW + places[None, :])
-        high = tl.multiple_of(tl.max_contiguous(high, [1, 2]), [1, 1])
-        words = tl.load(low, mask=ok, other=0).to(tl.int32)
-        second = tl.multiple_of(tl.max_contiguous(low + 1, [1, 2]), [1, 1])
-        words |= tl.load(second, mask=ok, other=0).to(tl.int32) << 8
-        words |= tl.load(high, mask=ok, other=0).to(tl.int32) << 16
+        low = rows[:, None] * (3 * ROW) + 2 * places[None, :]
+        high = rows[:, None] * (3 * ROW) + 2 * ROW + places[None, :]
+        words = _load_lanes(start, low, ok).to(tl.int32)
+        words |= _load_lanes(start, low + 1, ok).to(tl.int32) << 8
+        words |= _load_lanes(start, high, ok).to(tl.int32) << 16
     else:
-        words = start + (rows[:, None] * ROW + places[None, :])
-        words = tl.load(tl.multiple_of(tl.max_contiguous(words, [1, 2]), [1, 1]), mask=ok, other=0)
+        words = _load_lanes(start, rows[:, None] * ROW + places[None, :], ok)
     return words
 
 
@@ -126,8 +136,7 @@ def _octet_scales(
         GROUPS: tl.constexpr = (NUM_COLUMNS + GROUP - 1) // GROUP
         group = (first_column + tl.arange(0, OCTETS) * 8) // GROUP
         ok = row_ok[:, None] & (group < GROUPS)[None, :]
-        found = scales + (rows[:, None] * GROUPS + group[None, :])
-        found = tl.load(tl.multiple_of(tl.max_contiguous(found, [1, 2]), [1, 1]), mask=ok, other=0)
+        found = _load_lanes(scales, rows[:, None] * GROUPS + group[None, :], ok)
     return found.to(tl.float32)
 
 
@@ -155,26 +164,25 @@ def _rows_tile(
 
 
 @triton.jit
-def _kept_column(values, numbers, place, COLUMN: tl.constexpr, BITS: tl.constexpr):
+def _kept_column(start, numbers, place, scale, shift, COLUMN: tl.constexpr, BITS: tl.constexpr):
     """Column ``COLUMN`` of each octet, 0 where it is not kept.
 
     Args:
-        values: the expert's, for codes; plain ones are found by ``place`` alone.
+        start: the expert's values; or of each octet, for plain ones, the value before its first.
         numbers: in nibble j, which kept value of the octet column j is, from 1 on; 0 where it is not kept.
-        place: of the value before the octet's first: a pointer for plain values, the number of a code.
+        place: number of the code before the octet's first; 0 for plain values.
+        scale: of codes; ``shift`` is what a code of 0 gives.
     """
     number = ((numbers >> (4 * COLUMN)) & 15).to(tl.int32)
     keep = number != 0
     if BITS == _PLAIN:
-        found = tl.multiple_of(tl.max_contiguous(place + number, [1, 2]), [1, 1])
-        column = tl.load(found, mask=keep, other=0)
+        column = _load_lanes(start, number, keep)
     else:
         # one or two codes in a byte, so one less is the logarithm
         PER: tl.constexpr = 8 // BITS
-        found = tl.multiple_of(tl.max_contiguous(values + ((place + number) >> (PER - 1)), [1, 2]), [1, 1])
-        packed = tl.load(found, mask=keep, other=0).to(tl.int32)
-        codes = (packed >> (((place + number) & (PER - 1)) * BITS)) & ((1 << BITS) - 1)
-        column = tl.where(keep, codes.to(tl.float32) - ((1 << BITS) - 1) / 2, 0.0)
+        packed = _load_lanes(start, (place + number) >> (PER - 1), keep).to(tl.int32)
+        code = (packed >> (((place + number) & (PER - 1)) * BITS)) & ((1 << BITS) - 1)
+        column = tl.where(keep, code.to(tl.float32) * scale + shift, 0.0)
     return column
 
 
@@ -192,8 +200,7 @@ def _bitmap_tile(
     places = first_column // 8 + tl.arange(0, COLUMNS // 8)
     ok = row_ok[:, None] & (places < ROW_BYTES)[None, :]
     mask = t.mask + expert * t.mask_stride
-    mask = tl.multiple_of(tl.max_contiguous(mask + (rows[:, None] * ROW_BYTES + places[None, :]), [1, 2]), [1, 1])
-    octets = tl.load(mask, mask=ok, other=0).to(tl.uint32)
+    octets = _load_lanes(mask, rows[:, None] * ROW_BYTES + places[None, :], ok).to(tl.uint32)
     spread = (octets | (octets << 12)) & 0x000F000F
     spread = (spread | (spread << 6)) & 0x03030303
     spread = (spread | (spread << 3)) & 0x11111111  # bit j in nibble j
@@ -202,27 +209,32 @@ def _bitmap_tile(
     kept = (counts >> 28).to(tl.int32)
     if s.row_stride == 0:
         first = tl.load(t.row_ptr + expert * t.row_ptr_stride + rows, mask=row_ok, other=0)
-    elif s.value_bits == _PLAIN:
-        first = rows * s.row_stride
     else:
-        first = rows * (s.row_stride * (8 // s.value_bits))
+        first = rows * s.row_stride
     place = (first + before)[:, None] + tl.cumsum(kept, 1) - kept - 1
     values = t.kept_values + expert * t.values_stride
     if t.starts is not None:
         values += tl.load(t.starts + expert * t.starts_stride)
     if s.value_bits == _PLAIN:
-        place = values + place
-    tile = _by_octet(
-        _kept_column(values, numbers, place, 0, s.value_bits), _kept_column(values, numbers, place, 1, s.value_bits),
-        _kept_column(values, numbers, place, 2, s.value_bits), _kept_column(values, numbers, place, 3, s.value_bits),
-        _kept_column(values, numbers, place, 4, s.value_bits), _kept_column(values, numbers, place, 5, s.value_bits),
-        _kept_column(values, numbers, place, 6, s.value_bits), _kept_column(values, numbers, place, 7, s.value_bits),
-        ROWS, COLUMNS
-    )  # fmt: skip
-    if s.value_bits != _PLAIN:
+        values += place
+        place = 0
+        scale = 1.0
+        shift = 0.0
+    else:
         scales = t.value_scales + expert * t.value_scales_stride
         scale = _octet_scales(scales, rows, row_ok, first_column, s.value_group, NUM_COLUMNS, COLUMNS // 8)
-        tile = tl.reshape(tl.reshape(tile, (ROWS, COLUMNS // 8, 8)) * scale[:, :, None], (ROWS, COLUMNS))
+        shift = scale * (-((1 << s.value_bits) - 1) / 2)
+    tile = _by_octet(
+        _kept_column(values, numbers, place, scale, shift, 0, s.value_bits),
+        _kept_column(values, numbers, place, scale, shift, 1, s.value_bits),
+        _kept_column(values, numbers, place, scale, shift, 2, s.value_bits),
+        _kept_column(values, numbers, place, scale, shift, 3, s.value_bits),
+        _kept_column(values, numbers, place, scale, shift, 4, s.value_bits),
+        _kept_column(values, numbers, place, scale, shift, 5, s.value_bits),
+        _kept_column(values, numbers, place, scale, shift, 6, s.value_bits),
+        _kept_column(values, numbers, place, scale, shift, 7, s.value_bits),
+        ROWS, COLUMNS
+    )  # fmt: skip
     return tile, before + tl.sum(kept, 1)
 
 
