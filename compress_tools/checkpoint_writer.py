@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from compress_tools.checkpoint_reader import CONFIG_NAME, INDEX_NAME
 from compress_tools.errors import CheckpointError
+from compress_tools.shard_file import file_checksum
 from compress_tools.staging import (
     IDENTITY_NAME,
     MAY_REPLACE_NAME,
@@ -237,12 +237,6 @@ def check_space(writer: CheckpointWriter, shard_bytes: int, files: dict[Path, Pa
         raise CheckpointError(
             f"{writer.dst}: needs {needed} bytes more, {free} are free; make room, then run again with --resume"
         )
-
-
-def file_checksum(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def free_bytes(path: Path) -> int:

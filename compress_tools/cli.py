@@ -26,7 +26,7 @@ from compress_tools.planner.request import Request, kept_plan_path, plan_for_out
 from compress_tools.probe_config import ProbeConfig
 from compress_tools.probe_tables import probe_tables
 from compress_tools.progress import ProgressListener, Together
-from compress_tools.report import CompressionReport, next_step
+from compress_tools.report import CompressionReport
 from compress_tools.slices import shards_of, slice_path
 from compress_tools.staging import log_path
 
@@ -174,7 +174,7 @@ def compress(
         report = run(src, dst, request.config, planned=planned, progress=progress, **going)
         if request.budget is not None:
             kept_plan_path(dst).unlink(missing_ok=True)
-    _print_report(report, dst, as_json)
+    print_report(report, dst, as_json)
 
 
 @cli.command()
@@ -194,7 +194,7 @@ def merge(dst: str, slices: tuple[str, ...], remove_slices: bool, resume: bool, 
     _check_exclusive(resume, overwrite)
     with _progress(as_json, dst) as progress:
         report = run(dst, slices, resume=resume, overwrite=overwrite, remove_slices=remove_slices, progress=progress)
-    _print_report(report, dst, as_json)
+    print_report(report, dst, as_json)
 
 
 @cli.command()
@@ -327,7 +327,8 @@ def main(command: click.Command = cli) -> None:
     try:
         command.main(standalone_mode=False)
     except click.exceptions.Abort:
-        resumes = {"compress", "merge", "restore"} & set(sys.argv[1:2])
+        invoked = getattr(command, "commands", {}).get("".join(sys.argv[1:2]))
+        resumes = invoked is not None and any(option.name == "resume" for option in invoked.params)
         advice = "; `--resume` goes on from the last whole shard" if resumes else ""
         print(f"resmoe: interrupted{advice}", file=sys.stderr)
         sys.exit(130)
@@ -372,11 +373,13 @@ def _print(content: Any, as_json: bool, human: Callable[[], Any]) -> None:
         out.print(human(), highlight=False)
 
 
-def _print_report(report: CompressionReport, dst: str, as_json: bool) -> None:
+def print_report(report: CompressionReport, dst: str, as_json: bool) -> None:
+    """What a compression did, and what to do with it."""
     _print(report.content(), as_json, lambda: tables.report_table(report))
     if not as_json:
         family = find_architecture(CheckpointReader(dst).config)
-        out.print(f"Written to {dst}. {next_step(family, dst)}", highlight=False)
+        then = f"Next: [bold]vllm serve {dst}[/bold]" if family.vllm else f"{family.title} runs in {family.runs_in}."
+        out.print(f"Written to {dst}. {then}", highlight=False)
 
 
 def _print_plan(
@@ -390,11 +393,13 @@ def _print_plan(
         layers = [shard.layer for shard in shards_of(made, part) if shard.layer is not None]
         content |= {"slice": [part.number, part.count], "slice_layers": layers}
     _print(content, as_json, lambda: tables.plan_table(made))
-    if planned is not None and planned.found is not None and request.budget is not None and not as_json:
+    if as_json:
+        return
+    if request.budget is not None:
         out.print(tables.planned_table(planned.found, request.budget.optimize), highlight=False)
-    if part is not None and not as_json:
+    if part is not None:
         out.print(f"Slice {part} makes layers {', '.join(map(str, layers))} of these.", highlight=False)
-    if out_file is not None and not as_json:
+    if out_file is not None:
         out.print(
             f"Written to {out_file}. Next: [bold]resmoe compress {src} DST --plan {out_file}[/bold]", highlight=False
         )

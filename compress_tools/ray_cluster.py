@@ -14,17 +14,15 @@ from typing import Any
 
 import click
 
-from compress_tools import tables
-from compress_tools.architectures.registry import find_architecture
 from compress_tools.checkpoint_reader import CheckpointReader
-from compress_tools.cli import main, out, recipe_options
+from compress_tools.cli import main, print_report, recipe_options
 from compress_tools.config import CompressionConfig, Slice, make_config
 from compress_tools.errors import CheckpointError, ConfigError, ResMoEError
 from compress_tools.log_progress import logged
 from compress_tools.merge import merge
 from compress_tools.pipeline import compress_slice
 from compress_tools.plan import make_plan
-from compress_tools.report import CompressionReport, next_step
+from compress_tools.report import CompressionReport
 from compress_tools.slices import shards_of, slice_path
 from compress_tools.staging import destination, is_occupied, is_published, log_path, staging_path
 
@@ -143,9 +141,7 @@ def cli(src: str, dst: str, **options: Any) -> None:
     options["workers"] = options["workers"] or own["cpus_per_task"]
     config = make_config(**{name: value for name, value in options.items() if value is not None})
     report = compress_on_cluster(src, dst, config, own.pop("shards"), **own)
-    out.print(tables.report_table(report), highlight=False)
-    family = find_architecture(CheckpointReader(dst).config)
-    out.print(f"Written to {dst}. {next_step(family, dst)}", highlight=False)
+    print_report(report, dst, as_json=False)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from compress_tools.architectures.base import MoEArchitecture
 from compress_tools.architectures.registry import find_architecture
 from compress_tools.config import CompressionConfig
 from compress_tools.outline import Outline
@@ -85,11 +84,6 @@ def command_line(outline: Outline, dst_name: str) -> str:
     return f"resmoe compress {outline.source} {dst_name} {options}"
 
 
-def next_step(family: MoEArchitecture, dst: str) -> str:
-    """What to do with a written checkpoint, for people; console markup."""
-    return f"Next: [bold]vllm serve {dst}[/bold]" if family.vllm else f"{family.title} runs in {family.runs_in}."
-
-
 def model_card(outline: Outline, dst_name: str, report: CompressionReport) -> str:
     """README.md of the compressed checkpoint."""
     content = report.content()
@@ -100,7 +94,7 @@ def model_card(outline: Outline, dst_name: str, report: CompressionReport) -> st
         for layer in report.layers
     )
     family = find_architecture(outline.config)
-    serve = f"vllm serve {dst_name}" if family.vllm else f"# {outline.title} runs in {family.runs_in}"
+    serve = f"vllm serve {dst_name}" if family.vllm else f"# {family.title} runs in {family.runs_in}"
     return f"""---
 library_name: {"vllm" if family.vllm else "transformers"}
 tags: [resmoe, moe, compressed]

@@ -33,6 +33,12 @@ def shard_digest(file: Path) -> str:
     return digest.hexdigest()
 
 
+def file_checksum(file: Path) -> str:
+    """SHA-256 of all of a file, in hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def first_cut_tensor(file: Path) -> str:
     """A clause that names the first tensor whose data is not all in the file; empty if the header does not say."""
     try:

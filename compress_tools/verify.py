@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -12,12 +11,12 @@ from compress_tools.alignment import align_experts
 from compress_tools.architectures.layouts import MoESource, check_whole, open_source
 from compress_tools.architectures.registry import find_architecture
 from compress_tools.checkpoint_reader import CheckpointReader
-from compress_tools.checkpoint_writer import file_checksum
 from compress_tools.design_matrix import expert_to_rows, rows_to_design
 from compress_tools.errors import FormatError
 from compress_tools.products import squared_distance, squared_norm
 from compress_tools.report import REPORT_NAME
 from compress_tools.resmoe_checkpoint import ResMoECheckpoint
+from compress_tools.shard_file import file_checksum
 
 # The best matching of restored rows to source rows can only beat the one the report was made with.
 REPORT_TOLERANCE = 1e-3
@@ -56,9 +55,8 @@ def verify(
     checkpoint = ResMoECheckpoint(path)
     source = open_source(CheckpointReader(against)) if against is not None else None
     check_whole(find_architecture(checkpoint.reader.config), checkpoint.reader, checkpoint.fmt.layers)
-    report = _read_report(Path(path))
-    reported = {layer["layer"]: layer["relative_error"] for layer in report.get("layers", [])}
-    _check_bytes(Path(path), report.get("shards", {}))
+    reported, checksums = _read_report(Path(path))
+    _check_bytes(Path(path), checksums)
     if source is not None:
         _check_copied(checkpoint, source)
     verdicts = []
@@ -72,23 +70,21 @@ def verify(
     return verdicts
 
 
-def _read_report(path: Path) -> dict[str, Any]:
-    """The report's content, as far as it is used here; empty without a report."""
+def _read_report(path: Path) -> tuple[dict[int, float], dict[str, str]]:
+    """Relative errors by layer and checksums by weight file; both empty without a report."""
     file = path / REPORT_NAME
     if not file.is_file():
-        return {}
+        return {}, {}
     try:
         content = json.loads(file.read_text())
-        return {
-            "layers": [{key: layer[key] for key in ("layer", "relative_error")} for layer in content["layers"]],
-            "shards": dict(content.get("shards", {})),
-        }
+        errors = {layer["layer"]: layer["relative_error"] for layer in content["layers"]}
+        return errors, dict(content.get("shards", {}))
     except (ValueError, KeyError, TypeError) as err:
         raise FormatError(f"{file}: not a report of this version: {err}") from err
 
 
-def _check_bytes(path: Path, shards: dict[str, str]) -> None:
-    for name, checksum in shards.items():
+def _check_bytes(path: Path, checksums: dict[str, str]) -> None:
+    for name, checksum in checksums.items():
         if not (path / name).is_file():
             raise FormatError(f"{path}: {name} is missing")
         if file_checksum(path / name) != checksum:

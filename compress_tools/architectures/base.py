@@ -132,23 +132,21 @@ class MoEArchitecture:
         Returns:
             names, or ``layer N``, sorted; empty for families whose layers are not simply numbered.
         """
-        before, _, after = self.expert.partition("{layer}")
         count = self.num_layers(config)
-        if self.layer_texts(config) or not after or not isinstance(count, int):
+        if self.layer_texts(config) or not isinstance(count, int):
             return []
-        experts = {stem.partition("{layer}")[2].partition("{expert}")[0] for stem in self._stems()}
+        before = self.expert.partition("{layer}")[0]
+        stems = [self.expert] if self.fused is None else [self.expert, f"{self.fused.experts}."]
+        experts = tuple(stem.partition("{layer}")[2].partition("{expert}")[0] for stem in stems)
         found: dict[int, set[str]] = {}
         for name in names:
             if match := re.match(re.escape(before) + r"(\d+)(\..*)", name):
                 own = found.setdefault(int(match[1]), set())
-                if not match[2].startswith(tuple(experts)):
+                if not match[2].startswith(experts):
                     own.add(match[2])
         usual = set().union(*(found.get(layer, ()) for layer in moe_layers))
         lacking = [f"{before}{layer}{rest}" for layer in moe_layers for rest in usual - found.get(layer, set())]
         return [f"layer {layer}" for layer in range(count) if layer not in found] + sorted(lacking)
-
-    def _stems(self) -> list[str]:
-        return [self.expert] if self.fused is None else [self.expert, self.fused.experts + "."]
 
     def find_layers(self, template: str, names: Iterable[str], config: dict[str, Any]) -> list[int]:
         """Layer indices of the tensors whose names begin with ``template``, ascending.

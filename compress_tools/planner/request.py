@@ -18,6 +18,7 @@ from compress_tools.planner.plan_file import PlanFile, parse_plan, read_plan
 from compress_tools.planner.plan_text import plan_text
 from compress_tools.planner.planner import find_plan
 from compress_tools.progress import ProgressListener
+from compress_tools.shard_file import file_checksum
 from compress_tools.staging import destination, is_occupied, is_published, staging_path
 
 
@@ -170,7 +171,7 @@ def _digest(reader: CheckpointReader, config: CompressionConfig, budget: Planner
     calibration = ""
     if budget.calibration is not None:
         try:
-            calibration = hashlib.sha256(Path(budget.calibration).read_bytes()).hexdigest()
+            calibration = file_checksum(Path(budget.calibration))
         except OSError as err:
             raise CheckpointError(f"--calibration {budget.calibration}: not readable: {err}") from err
     content = [reader.fingerprint(), config.recipe(), budget.model_dump(), calibration, versions()]
