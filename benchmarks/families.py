@@ -15,14 +15,14 @@ import click
 import torch
 from rich.console import Console
 
-from benchmarks.rows import Row, print_rows, write_rows
-from benchmarks.tiny_models import TINY_CONFIGS, save_tiny_model
+from benchmarks.harness.rows import Row, print_rows, write_rows
+from benchmarks.models.tiny_models import TINY_CONFIGS, save_tiny_model
 from compress_tools.architectures.base import MoEArchitecture
 from compress_tools.architectures.registry import ARCHITECTURES
 from compress_tools.config import make_config
 from compress_tools.pipeline import compress
-from compress_tools.restore import restore
-from compress_tools.verify import verify
+from compress_tools.stored.restore import restore
+from compress_tools.stored.verify import verify
 
 METHODS = ("prune", "low-rank")
 PROMPTS = [list(range(3 + start, 19 + 2 * start)) for start in range(6)]

@@ -14,9 +14,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.shapes import SHAPES, MoEShape
-from benchmarks.synthetic import synthetic_format
-from benchmarks.synthetic_checkpoint import FAMILIES
+from benchmarks.harness.shapes import SHAPES, MoEShape
+from benchmarks.models.synthetic import synthetic_format
+from benchmarks.models.synthetic_checkpoint import FAMILIES
 from compress_tools.format.tensors import dense_layer_bytes, layer_bytes, row_pointer_bytes
 
 GB = 1e9

@@ -15,10 +15,10 @@ import click
 import torch
 from torch import Tensor
 
-from benchmarks.routing import route
-from benchmarks.rows import Row, print_rows, write_rows
-from benchmarks.shapes import SHAPES, MoEShape
-from benchmarks.synthetic import METHODS, synthetic_format, synthetic_layer
+from benchmarks.harness.routing import route
+from benchmarks.harness.rows import Row, print_rows, write_rows
+from benchmarks.harness.shapes import SHAPES, MoEShape
+from benchmarks.models.synthetic import METHODS, synthetic_format, synthetic_layer
 from compress_tools.format.tensors import layer_bytes, row_pointer_bytes
 
 DEFAULT_TOKENS = (1, 4, 16, 64, 256, 1024)

@@ -18,16 +18,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.models import compress, ensure_reference_model, expert_bytes_on_disk
-from benchmarks.reference_models import PRESETS, preset_config
-from benchmarks.rows import Row, print_rows, write_rows
+from benchmarks.harness.rows import Row, print_rows, write_rows
+from benchmarks.harness.shapes import SHAPES, MoEShape
+from benchmarks.models.prepared import compress, ensure_reference_model, expert_bytes_on_disk
+from benchmarks.models.reference_models import PRESETS, preset_config
+from benchmarks.models.synthetic import METHODS
+from benchmarks.models.synthetic_checkpoint import write_compressed, write_dense
 from benchmarks.serving.bench_client import Load, run_load
 from benchmarks.serving.server import VllmServer
-from benchmarks.shapes import SHAPES, MoEShape
-from benchmarks.synthetic import METHODS
-from benchmarks.synthetic_checkpoint import write_compressed, write_dense
-from compress_tools.checkpoint_reader import CheckpointReader
 from compress_tools.errors import ConfigError, ResMoEError
+from compress_tools.source.reader import CheckpointReader
 
 MIB = 2**20
 ON_DISK, RESIDENT, WEIGHT_LOAD = "experts on disk", "experts resident in the server", "weight load"

@@ -1,7 +1,8 @@
 """ResMoE compression: a Hugging Face MoE checkpoint in, a ResMoE checkpoint out (arXiv:2503.06881)."""
 
-__version__ = "0.1.0"
+from compress_tools.hf.import_hook import register_when_imported
+from compress_tools.version import __version__
 
-from compress_tools.transformers_hook import register_when_imported
+__all__ = ["__version__"]
 
 register_when_imported()

@@ -1,5 +1,5 @@
 """``python -m compress_tools``: the ``resmoe`` command."""
 
-from compress_tools.cli import main
+from compress_tools.cli.commands import main
 
 main()

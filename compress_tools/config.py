@@ -1,8 +1,6 @@
 """What the user asks for: one validated object, made before any weight is read. The CLI's options derive from it."""
 
 import os
-import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -10,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compress_tools.errors import ConfigError
 
-T = TypeVar("T")
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 Method = Literal["prune", "low-rank", "quantize", "low-rank+quantize"]
 Center = Literal["barycenter", "git-rebasin", "mean", "none"]
@@ -146,35 +143,6 @@ def validated(model: type[AnyModel], options: dict[str, object]) -> AnyModel:
         raise ConfigError(f"{option}: {first['msg']}, found {first['input']!r}") from err
 
 
-@dataclass(frozen=True)
-class Slice:
-    """``--shard number/count``: one of ``count`` parts of the work, numbered from 1."""
-
-    number: int
-    count: int
-
-    def __str__(self) -> str:
-        return f"{self.number}/{self.count}"
-
-    def of(self, items: list[T]) -> list[T]:
-        """This part of ``items``: neighbours, and as many as in any other part, or one more."""
-        return items[len(items) * (self.number - 1) // self.count : len(items) * self.number // self.count]
-
-
-def make_slice(text: str) -> Slice:
-    """Read ``--shard``.
-
-    Args:
-        text: ``i/n`` with ``1 <= i <= n``.
-    Raises:
-        ConfigError: names the value found and the rule.
-    """
-    match = re.fullmatch(r"(\d+)/(\d+)", text.strip(), re.ASCII)
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise ConfigError(f"--shard {text}: expected I/N with 1 <= I <= N, such as 1/4")
-    return Slice(int(match[1]), int(match[2]))
-
-
 def check_output_file(option: str, path: str | Path) -> None:
     """Refuse a file that could not be written, before the work.
 
@@ -211,49 +179,3 @@ def check_device(device: str) -> None:
         raise ConfigError(f"--device {device}: this machine has no usable CUDA device; use --device cpu")
     if kind not in ("cpu", "cuda"):
         raise ConfigError(f"--device {device}: expected cpu, cuda or cuda:N")
-
-
-def select_layers(selection: str, moe_layers: list[int]) -> list[int]:
-    """Resolve ``--layers`` against a model's MoE layers.
-
-    Args:
-        selection: ``all``, ``top:N``, ``bottom:N``, or comma-separated indices and ranges (``0-3,7``).
-        moe_layers: decoder layer indices that hold experts, ascending.
-    Returns:
-        the selected decoder layer indices, ascending.
-    Raises:
-        ConfigError: not understood, or names a layer without experts.
-    """
-    text = selection.strip().lower()
-    if text == "all":
-        return list(moe_layers)
-    end, colon, number = text.partition(":")
-    if colon and end in ("top", "bottom") and number.isdecimal():
-        count = int(number)
-        if not 1 <= count <= len(moe_layers):
-            raise ConfigError(f"--layers {selection}: the model has {len(moe_layers)} MoE layers")
-        return moe_layers[-count:] if end == "top" else moe_layers[:count]
-    chosen: set[int] = set()
-    for item in text.split(","):
-        first, dash, last = item.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
-            raise ConfigError(
-                f"--layers {selection}: expected all, top:N, bottom:N, or indices and ranges such as 0-3,7"
-            )
-        chosen.update(range(int(first), int(last or first) + 1))
-    if unknown := chosen - set(moe_layers):
-        raise ConfigError(
-            f"--layers {selection}: no experts in layers {sorted(unknown)}; MoE layers are {_spans(moe_layers)}"
-        )
-    return sorted(chosen)
-
-
-def _spans(indices: list[int]) -> str:
-    """``[0, 1, 2, 5]`` as ``0-2,5``."""
-    spans: list[list[int]] = []
-    for index in indices:
-        if spans and index == spans[-1][1] + 1:
-            spans[-1][1] = index
-        else:
-            spans.append([index, index])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

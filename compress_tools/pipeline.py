@@ -4,22 +4,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compress_tools.architectures.layouts import open_source
-from compress_tools.checkpoint_reader import CheckpointReader
-from compress_tools.checkpoint_writer import CheckpointWriter, check_space
-from compress_tools.config import CompressionConfig, Slice, check_device
-from compress_tools.finishing import finish, output_name_of_file, read_report
+from compress_tools.config import CompressionConfig, check_device
 from compress_tools.format.tensors import layer_bytes
-from compress_tools.identity import MACHINE, machine, versions
-from compress_tools.layer_compression import compress_layer
-from compress_tools.outline import Outline, make_outline
-from compress_tools.parallel import one_thread_each
-from compress_tools.plan import CompressionPlan, Shard, make_plan
+from compress_tools.layer import compress_layer
+from compress_tools.numerics.parallel import one_thread_each
+from compress_tools.output.finish import finish, output_name_of_file, read_report
+from compress_tools.output.outline import Outline, make_outline
+from compress_tools.output.run_identity import MACHINE, machine, versions
+from compress_tools.output.staging import check_apart
+from compress_tools.output.target import CompressionPlan, Shard, make_plan
+from compress_tools.output.writer import CheckpointWriter, check_space
 from compress_tools.planner.plan_file import PlanFile
-from compress_tools.progress import ProgressListener, Silent
+from compress_tools.progress.listener import ProgressListener, Silent
 from compress_tools.report import CompressionReport, LayerReport
-from compress_tools.slices import files_of, finish_slice, shards_of, slice_path
-from compress_tools.staging import check_apart
+from compress_tools.slices.slices import Slice, files_of, finish_slice, shards_of, slice_path
+from compress_tools.source.moe_source import open_source
+from compress_tools.source.reader import CheckpointReader
 
 
 def compress(
@@ -116,7 +116,8 @@ def _prepare(src: Path, dst: Path, config: CompressionConfig, spelled: str | Pat
     else:
         config = planned.config(config.device, config.workers)
         plan = make_plan(reader, config, planned.compressed(open_source(reader)))
-    outline = make_outline(spelled, config, plan, planned)
+    recipe = config.recipe() if planned is None else {"plan": planned.resolved()}
+    outline = make_outline(spelled, recipe, plan, None if planned is None else planned.text)
     identity = {
         "source": reader.fingerprint(),
         "recipe": outline.recipe,

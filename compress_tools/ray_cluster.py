@@ -14,17 +14,17 @@ from typing import Any
 
 import click
 
-from compress_tools.checkpoint_reader import CheckpointReader
-from compress_tools.cli import main, print_report, recipe_options
-from compress_tools.config import CompressionConfig, Slice, make_config
+from compress_tools.cli.commands import main, print_report, recipe_options
+from compress_tools.config import CompressionConfig, make_config
 from compress_tools.errors import CheckpointError, ConfigError, ResMoEError
-from compress_tools.log_progress import logged
-from compress_tools.merge import merge
+from compress_tools.output.staging import destination, is_occupied, is_published, log_path, staging_path
+from compress_tools.output.target import make_plan
 from compress_tools.pipeline import compress_slice
-from compress_tools.plan import make_plan
+from compress_tools.progress.log import logged
 from compress_tools.report import CompressionReport
-from compress_tools.slices import shards_of, slice_path
-from compress_tools.staging import destination, is_occupied, is_published, log_path, staging_path
+from compress_tools.slices.merge import merge
+from compress_tools.slices.slices import Slice, shards_of, slice_path
+from compress_tools.source.reader import CheckpointReader
 
 # A lost worker or node is tried again this often; what it wrote is kept.
 MAX_RETRIES = 5

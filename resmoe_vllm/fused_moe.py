@@ -13,7 +13,7 @@ from resmoe_vllm.compat import (
     is_dummy_load,
     platform_device,
 )
-from resmoe_vllm.weights import GroupCall, LayerLoader
+from resmoe_vllm.weights.layer_loader import GroupCall, LayerLoader
 
 
 class ResMoEFusedMoEMethod(FusedMoEMethodBase):

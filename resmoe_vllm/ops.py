@@ -9,9 +9,10 @@ from torch import Tensor
 
 from compress_tools.errors import KernelUnsupportedError
 from resmoe_vllm.compat import direct_register_custom_op
-from resmoe_vllm.kernels import cpu, cuda
 from resmoe_vllm.kernels.activation import ACTIVATIONS
-from resmoe_vllm.layout import LayerLayout, parse_layout
+from resmoe_vllm.kernels.cpu import dispatch as cpu
+from resmoe_vllm.kernels.gpu import dispatch as gpu
+from resmoe_vllm.weights.layout import LayerLayout, parse_layout
 
 # (x [T, H], topk_weights [T, K], topk_ids [T, K], tensors, layout, activation, expert_map [E] or None) -> [T, H]
 Kernel = Callable[[Tensor, Tensor, Tensor, list[Tensor], LayerLayout, str, Tensor | None], Tensor]
@@ -51,7 +52,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # The first row that fits is taken.
 KERNELS = (
     KernelRow(cpu.fused_moe, CODERS, _FLOATS, "cpu"),
-    KernelRow(cuda.fused_moe, CODERS, _FLOATS, "cuda"),
+    KernelRow(gpu.fused_moe, CODERS, _FLOATS, "cuda"),
 )
 
 # the library's life is the op's

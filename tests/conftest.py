@@ -11,8 +11,8 @@ if not Path("/dev/nvidiactl").exists():
 import pytest
 import torch
 
-from benchmarks.reference_models import build_reference_model, preset_config
-from benchmarks.tiny_models import save_tiny_model
+from benchmarks.models.reference_models import build_reference_model, preset_config
+from benchmarks.models.tiny_models import save_tiny_model
 from compress_tools.config import make_config
 from compress_tools.pipeline import compress
 

@@ -17,8 +17,8 @@ import click
 from benchmarks.compress.pot import CASES, Comparison, compare
 from benchmarks.compress.run import STAGES, LayerRun, run_layer
 from benchmarks.compress.source import KINDS, Kind, write_source
-from benchmarks.rows import Row, print_rows, write_rows
-from benchmarks.shapes import SHAPES
+from benchmarks.harness.rows import Row, print_rows, write_rows
+from benchmarks.harness.shapes import SHAPES
 from compress_tools.config import default_workers
 
 # Part of the project's goals: minutes for near-copied and for unrelated experts, and peak memory in GB.

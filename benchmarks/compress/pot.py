@@ -8,7 +8,7 @@ import numpy as np
 import ot
 import torch
 
-from compress_tools.barycenter import barycenter
+from compress_tools.center.barycenter import barycenter
 
 # E, I, D, kind. From about 2048 rows on, POT's solver stops at its pivot cap and only warns.
 CASES = (

@@ -13,20 +13,21 @@ import torch
 from torch import Tensor
 
 from benchmarks.compress.source import Kind
-from benchmarks.shapes import MoEShape
-from compress_tools import products
-from compress_tools.barycenter import CenterResult, find_center
-from compress_tools.checkpoint_reader import CheckpointReader
-from compress_tools.checkpoint_writer import CheckpointWriter
-from compress_tools.clock import StageClock
+from benchmarks.harness.shapes import MoEShape
+from compress_tools.center.barycenter import CenterResult, find_center
 from compress_tools.config import make_config
-from compress_tools.format.tensors import layer_tensors, tensor_name
-from compress_tools.layer_compression import code_layer, read_layer
-from compress_tools.parallel import in_parallel
-from compress_tools.plan import make_plan
-from compress_tools.products import product, squared_norm
-from compress_tools.progress import Silent
-from compress_tools.svd import left_singular_vectors, tail_energy
+from compress_tools.format.tensors import DTYPES, layer_tensors, tensor_name
+from compress_tools.layer import code_layer
+from compress_tools.numerics import products
+from compress_tools.numerics.clock import StageClock
+from compress_tools.numerics.parallel import in_parallel
+from compress_tools.numerics.products import product, squared_norm
+from compress_tools.output.target import make_plan
+from compress_tools.output.writer import CheckpointWriter
+from compress_tools.progress.listener import Silent
+from compress_tools.residuals.svd import left_singular_vectors, tail_energy
+from compress_tools.source.layer_weights import read_layer
+from compress_tools.source.reader import CheckpointReader
 
 METHODS = ("prune", "low-rank")
 STAGES = ("read", "cost matrix", "assignment", "center", "residual prune", "residual low-rank", "write")
@@ -110,7 +111,7 @@ def run_layer(source: Path, work: Path, shape: MoEShape, kind: Kind, workers: in
     reader, silent, clock = CheckpointReader(source), Silent(), StageClock()
     plans = {method: make_plan(reader, make_config(method=method, workers=workers)) for method in METHODS}
     config = make_config(workers=workers)
-    weights = read_layer(plans["prune"], 0, "cpu", silent, clock)
+    weights = read_layer(plans["prune"].source, 0, DTYPES[plans["prune"].fmt.dtype], "cpu", silent, clock)
     work_done: dict[str, int] = {}
     with _counted() as operations:
         found = find_center(weights.design, "barycenter", config.max_iterations, config.tolerance, workers, clock=clock)

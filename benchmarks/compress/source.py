@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.shapes import MoEShape
+from benchmarks.harness.shapes import MoEShape
 
 Kind = Literal["near-copied", "unrelated"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

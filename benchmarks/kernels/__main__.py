@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.environment import collect_environment
-from benchmarks.routing import route
-from benchmarks.shapes import SHAPES, MoEShape
+from benchmarks.harness.environment import collect_environment
+from benchmarks.harness.routing import route
+from benchmarks.harness.shapes import SHAPES, MoEShape
 
 if TYPE_CHECKING:
-    from resmoe_vllm.kernels.triton_config import Config
+    from resmoe_vllm.kernels.gpu.block_sizes import Config
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 TIMED = ("low_rank", "bitmap", "quantized")
@@ -44,8 +44,8 @@ CALLS, RUNS = 8, 15
 def check(device: str, dtype: torch.dtype) -> list[str]:
     """What is wrong: every method, both strategies, few and many tokens, odd sizes, skipped pairs, an expert map."""
     from benchmarks.kernels.layers import METHODS, layer_ref, make_layer
-    from resmoe_vllm.kernels.triton_config import default_config
-    from resmoe_vllm.kernels.triton_run import run_plan
+    from resmoe_vllm.kernels.gpu.block_sizes import default_config
+    from resmoe_vllm.kernels.gpu.launches import run_plan
 
     shape = MoEShape("check", hidden=200, intermediate=72, experts=5, top_k=2, layers=1)
     wrong = []
@@ -94,8 +94,8 @@ def layer_calls(
     shape: MoEShape, method: str, layers: list, inputs: list, config: "Config | None" = None
 ) -> list[Callable[[], object]]:
     """One call for each input, layers in turn; tuned block sizes where there are any, if none are given."""
-    from resmoe_vllm.kernels.triton_config import pick_config
-    from resmoe_vllm.kernels.triton_run import run_plan
+    from resmoe_vllm.kernels.gpu.block_sizes import pick_config
+    from resmoe_vllm.kernels.gpu.launches import run_plan
 
     if config is None:
         sizes = shape.experts, shape.hidden, shape.intermediate

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import MoEShape
+from benchmarks.harness.shapes import MoEShape
 from compress_tools.residuals.budget import affordable_rank
 from resmoe_vllm.kernels.activation import ACTIVATIONS
-from resmoe_vllm.kernels.triton_run import Factors, LayerPlan, Plan, Weight
-from resmoe_vllm.kernels.triton_tiles import PLAIN, Tile, TileSpec, octets_view
+from resmoe_vllm.kernels.gpu.launches import Factors, LayerPlan, Plan, Weight
+from resmoe_vllm.kernels.gpu.tiles import PLAIN, Tile, TileSpec, octets_view
 
 RETAIN_RATIO = 0.25
 PROJECTIONS = ("gate", "up", "down")
@@ -40,7 +40,7 @@ class Layer:
     truth: dict[str, Tensor] = field(default_factory=dict)
 
     def plan(self, restore: bool) -> LayerPlan:
-        """As ``triton_moe.plan_layer`` makes it: with ``restore``, decoded tiles hold the center."""
+        """As ``gpu.layer.plan_layer`` makes it: with ``restore``, decoded tiles hold the center."""
         plans = []
         for name in PROJECTIONS:
             center, tile = self.centers.get(name), self.tiles.get(name)

@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import torch
 
+from benchmarks.harness.shapes import SHAPES, MoEShape
 from benchmarks.kernels.__main__ import TIMED_FIRST, TOKENS, cell_options, layer_calls, make_inputs, make_layers
 from benchmarks.kernels.timing import graph_ms
-from benchmarks.shapes import SHAPES, MoEShape
-from resmoe_vllm.kernels.triton_config import CONFIGS, Config, config_file, default_config, write_configs
+from resmoe_vllm.kernels.gpu.block_sizes import CONFIGS, Config, config_file, default_config, write_configs
 
 CHOICES = {"n": (16, 32, 64, 128), "k": (32, 64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5)}
 GAIN = 0.98

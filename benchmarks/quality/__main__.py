@@ -9,7 +9,9 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from benchmarks.models import ensure_reference_model
+from benchmarks.harness.rows import Row, print_rows, write_rows
+from benchmarks.models.prepared import ensure_reference_model
+from benchmarks.models.reference_models import preset_config
 from benchmarks.quality.compare import (
     Measured,
     bytes_section,
@@ -22,8 +24,6 @@ from benchmarks.quality.methods import PLANNER, PLANNER_BY_OUTPUT
 from benchmarks.quality.picture import draw
 from benchmarks.quality.subject import Subject
 from benchmarks.quality.tables import print_section
-from benchmarks.reference_models import preset_config
-from benchmarks.rows import Row, print_rows, write_rows
 from compress_tools.errors import ResMoEError
 
 PRESETS = {"upcycled": "quality-upcycled", "scratch": "quality-scratch"}
@@ -52,7 +52,7 @@ ORDER = (
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="A model of `benchmarks.reference_models`; may be given more than once. [default: train both]",
+    help="A model of `benchmarks.models.reference_models`; may be given more than once. [default: train both]",
 )
 @click.option(
     "--cache",

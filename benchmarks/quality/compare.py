@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness.rows import Row
+from benchmarks.models.reference_models import ReferenceModelConfig
+from benchmarks.models.reference_models.model import expert_modules, new_model, upcycle
 from benchmarks.quality.methods import (
     CENTER_BITS,
     PAPER,
@@ -21,9 +24,6 @@ from benchmarks.quality.methods import (
     run_method,
 )
 from benchmarks.quality.subject import Checkpoint, Subject
-from benchmarks.reference_models import ReferenceModelConfig
-from benchmarks.reference_models.model import expert_modules, new_model, upcycle
-from benchmarks.rows import Row
 from compress_tools.evaluation.predictions import Scores
 
 RETAIN_RATIO = 0.25

@@ -27,15 +27,15 @@ from transformers import (
     SwitchTransformersForConditionalGeneration,
 )
 
+from benchmarks.harness.rows import Row, print_rows, write_rows
+from benchmarks.models.reference_models.corpus import read_corpus
+from benchmarks.models.reference_models.tokenizer import save_tokenizer, train_tokenizer
 from benchmarks.quality.merging import merge_all
-from benchmarks.reference_models.corpus import read_corpus
-from benchmarks.reference_models.tokenizer import save_tokenizer, train_tokenizer
-from benchmarks.rows import Row, print_rows, write_rows
 from compress_tools.architectures.base import ExpertWeights
 from compress_tools.config import make_config
-from compress_tools.design_matrix import design_to_rows, expert_to_rows, rows_to_design
 from compress_tools.errors import CheckpointError
 from compress_tools.pipeline import compress
+from compress_tools.source.design_matrix import design_to_rows, expert_to_rows, rows_to_design
 
 PACKAGES = (("asyncio", "concurrent", "multiprocessing"), ("email", "http", "urllib"))
 PASSAGE_LINES = 3

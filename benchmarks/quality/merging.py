@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress_tools.barycenter import find_center
-from compress_tools.products import squared_distance
+from compress_tools.center.barycenter import find_center
+from compress_tools.numerics.products import squared_distance
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from typing import Any
 from benchmarks.quality.merging import Merged, RouterUse, merge_all, merge_groups
 from benchmarks.quality.subject import Checkpoint, Experts, Subject
 from compress_tools.config import make_config
-from compress_tools.design_matrix import design_to_rows, rows_to_expert
 from compress_tools.errors import ConfigError
-from compress_tools.inspection import inspect
+from compress_tools.numerics.products import squared_norm
+from compress_tools.output.target import make_plan
 from compress_tools.pipeline import compress
-from compress_tools.plan import make_plan
 from compress_tools.planner.config import make_planner_config
 from compress_tools.planner.request import plan_for_budget
-from compress_tools.products import squared_norm
-from compress_tools.resmoe_checkpoint import ResMoECheckpoint
+from compress_tools.source.design_matrix import design_to_rows, rows_to_expert
+from compress_tools.stored.checkpoint import ResMoECheckpoint
+from compress_tools.stored.inspection import inspect
 
 BISECTIONS = 14
 

@@ -7,19 +7,19 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from benchmarks.models.reference_models.build import HELDOUT_FILE
+from benchmarks.models.reference_models.model import residual_energy_shares
 from benchmarks.quality.merging import RouterUse
-from benchmarks.reference_models.build import HELDOUT_FILE
-from benchmarks.reference_models.model import residual_energy_shares
 from compress_tools.architectures.base import ExpertWeights
-from compress_tools.architectures.layouts import open_source
-from compress_tools.checkpoint_reader import CheckpointReader
-from compress_tools.design_matrix import expert_to_rows, rows_to_design
 from compress_tools.errors import CheckpointError
 from compress_tools.evaluation.predictions import Scores
 from compress_tools.evaluation.source import read_tokens
 from compress_tools.evaluation.transformers_backend import predict_windows
 from compress_tools.evaluation.windows import cut_windows
-from compress_tools.transformers_loader import fill_experts
+from compress_tools.hf.quantizer import fill_experts
+from compress_tools.source.design_matrix import expert_to_rows, rows_to_design
+from compress_tools.source.moe_source import open_source
+from compress_tools.source.reader import CheckpointReader
 
 CALIBRATION_TOKENS = 8192
 Experts = Mapping[int, list[ExpertWeights]]  # by layer
@@ -47,7 +47,7 @@ class Subject(Checkpoint):
     """One model, loaded once, in fp32, on the CPU.
 
     Args:
-        path: a checkpoint of `benchmarks.reference_models`, with its held-out text.
+        path: a checkpoint of `benchmarks.models.reference_models`, with its held-out text.
         tokens: how many tokens of that text to score; those behind them are left for calibration.
         window, stride: as in `resmoe eval`; the window at most the model's context.
     Raises:
@@ -57,7 +57,9 @@ class Subject(Checkpoint):
     def __init__(self, path: Path, tokens: int, window: int, stride: int) -> None:
         super().__init__(path)
         if not (path / HELDOUT_FILE).is_file():
-            raise CheckpointError(f"{path}: no {HELDOUT_FILE}; expected a folder of `benchmarks.reference_models`")
+            raise CheckpointError(
+                f"{path}: no {HELDOUT_FILE}; expected a folder of `benchmarks.models.reference_models`"
+            )
         text = read_tokens(str(path), str(path / HELDOUT_FILE), tokens + 1 + CALIBRATION_TOKENS)
         if len(text) < tokens + 1 + window:
             raise CheckpointError(f"{path}: {len(text)} held-out tokens; {tokens + 1 + window} are needed")

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.environment import collect_environment
+from benchmarks.harness.environment import collect_environment
 from benchmarks.quality.compare import Measured
 
 TITLES = {

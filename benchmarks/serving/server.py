@@ -21,7 +21,7 @@ from typing import Self
 import psutil
 from rich.console import Console
 
-from benchmarks.environment import collect_environment
+from benchmarks.harness.environment import collect_environment
 from benchmarks.serving import resident_probe
 from compress_tools.errors import ResMoEError
 

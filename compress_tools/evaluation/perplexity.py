@@ -10,7 +10,7 @@ from compress_tools.evaluation.config import TextConfig
 from compress_tools.evaluation.predictions import Predictions, Scores
 from compress_tools.evaluation.source import choose_window, read_model_config, read_tokens, stored_dtype
 from compress_tools.evaluation.windows import cut_windows
-from compress_tools.progress import ProgressListener, Silent
+from compress_tools.progress.listener import ProgressListener, Silent
 
 # A backend is a module with one function, `predict`. vLLM's lies with the plugin: nothing here imports vLLM.
 BACKENDS = {"transformers": "compress_tools.evaluation.transformers_backend", "vllm": "resmoe_vllm.evaluation"}

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress_tools.checkpoint_reader import CheckpointReader
 from compress_tools.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
+from compress_tools.source.reader import CheckpointReader
 
 DEFAULT_WINDOW = 1024
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len")

@@ -40,7 +40,7 @@ from compress_tools.format.tensors import (
     U,
     V,
 )
-from compress_tools.products import product
+from compress_tools.numerics.products import product
 
 Rows = dict[Projection, Tensor]
 Stored = Mapping[tuple[Projection, str], Tensor]

@@ -7,8 +7,9 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from compress_tools.config import CompressionConfig, select_layers, validated
+from compress_tools.config import CompressionConfig, validated
 from compress_tools.errors import ConfigError
+from compress_tools.source.layer_selection import select_layers
 
 CODERS = ("quantize", "prune", "low-rank", "low-rank+quantize")
 

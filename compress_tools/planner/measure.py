@@ -12,17 +12,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from compress_tools.barycenter import CenterResult
-from compress_tools.design_matrix import Rows, design_to_rows, rows_to_design
+from compress_tools.center.barycenter import CenterResult
 from compress_tools.format.codec import decode_part, restore_center
 from compress_tools.format.quantization import expand_scales, half_range
 from compress_tools.format.schema import LayerSpec, Projection, QuantizedResidual, ResidualPart
-from compress_tools.parallel import in_parallel
+from compress_tools.numerics.parallel import in_parallel
+from compress_tools.numerics.products import squared_norm
+from compress_tools.numerics.sampling import spaced
 from compress_tools.planner.candidates import CenterBits, Coder, center_parts
-from compress_tools.probe_config import spaced
-from compress_tools.products import squared_norm
 from compress_tools.residuals.quantizer import quantize_rows
 from compress_tools.residuals.registry import CODERS, encode_center
+from compress_tools.source.design_matrix import Rows, design_to_rows, rows_to_design
 
 # Of a layer that is not measured as a whole.
 LOW_RANK_EXPERTS = 2

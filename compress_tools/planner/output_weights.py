@@ -18,13 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from compress_tools.architectures.layouts import MoESource
-from compress_tools.design_matrix import design_to_rows
 from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.format.schema import Projection
-from compress_tools.layer_compression import LayerWeights
-from compress_tools.parallel import in_parallel
+from compress_tools.numerics.parallel import in_parallel
 from compress_tools.planner.config import PlannerConfig
+from compress_tools.source.design_matrix import design_to_rows
+from compress_tools.source.layer_weights import LayerWeights
+from compress_tools.source.moe_source import MoESource
 
 RANDOM_INPUTS = 256
 

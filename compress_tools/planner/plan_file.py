@@ -26,12 +26,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from compress_tools.architectures.layouts import MoESource
 from compress_tools.config import CompressionConfig, make_config
 from compress_tools.errors import ConfigError
 from compress_tools.format.schema import LayerSpec
 from compress_tools.planner.config import CENTER_FIELDS, center_recipe
 from compress_tools.planner.planned import Planned
+from compress_tools.source.moe_source import MoESource
 
 DENSE = "dense"
 PLAN_VERSION = 1

@@ -6,14 +6,12 @@ from math import ceil, inf
 
 import torch
 
-from compress_tools.barycenter import find_center
-from compress_tools.checkpoint_reader import CheckpointReader
-from compress_tools.clock import StageClock
+from compress_tools.center.barycenter import find_center
 from compress_tools.config import CompressionConfig, check_device, make_config
 from compress_tools.errors import ConfigError
 from compress_tools.format.tensors import DTYPES
-from compress_tools.layer_compression import read_layer
-from compress_tools.plan import CompressionPlan, make_plan
+from compress_tools.numerics.clock import StageClock
+from compress_tools.output.target import CompressionPlan, make_plan
 from compress_tools.planner.allocate import Allocation, allocate, smallest
 from compress_tools.planner.candidates import CenterBits, Coder, Sizes, menu
 from compress_tools.planner.choices import Choice, expert_groups, layer_choices, uniform_choice
@@ -22,7 +20,9 @@ from compress_tools.planner.frontier import Frontier
 from compress_tools.planner.measure import Sample, measure_layer
 from compress_tools.planner.output_weights import LayerInputs, open_inputs, output_weights
 from compress_tools.planner.planned import Planned, PlannedLayer
-from compress_tools.progress import ProgressListener, Silent
+from compress_tools.progress.listener import ProgressListener, Silent
+from compress_tools.source.layer_weights import read_layer
+from compress_tools.source.reader import CheckpointReader
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _measure_layer(
     progress: ProgressListener,
 ) -> LayerChoices:
     clock = StageClock()
-    read = read_layer(base, layer, config.device, progress, clock)
+    read = read_layer(base.source, layer, DTYPES[base.fmt.dtype], config.device, progress, clock)
     progress.stage(f"layer {layer}: center", None)
     limits = (config.max_iterations, config.tolerance, config.workers, progress.step, clock)
     found = find_center(read.design, config.center, *limits)

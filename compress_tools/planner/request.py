@@ -7,19 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compress_tools.architectures.layouts import open_source
-from compress_tools.checkpoint_reader import CheckpointReader
 from compress_tools.config import CompressionConfig, check_output_file, make_config
 from compress_tools.errors import CheckpointError, ConfigError
-from compress_tools.identity import versions
-from compress_tools.plan import CompressionPlan, make_plan
+from compress_tools.format.shard_file import file_checksum
+from compress_tools.output.run_identity import versions
+from compress_tools.output.staging import destination, is_occupied, is_published, staging_path
+from compress_tools.output.target import CompressionPlan, make_plan
 from compress_tools.planner.config import CENTER_FIELDS, CHOSEN_BY_PLANNER, PlannerConfig, make_planner_config
 from compress_tools.planner.plan_file import PlanFile, parse_plan, read_plan
 from compress_tools.planner.plan_text import plan_text
 from compress_tools.planner.planner import find_plan
-from compress_tools.progress import ProgressListener
-from compress_tools.shard_file import file_checksum
-from compress_tools.staging import destination, is_occupied, is_published, staging_path
+from compress_tools.progress.listener import ProgressListener
+from compress_tools.source.moe_source import open_source
+from compress_tools.source.reader import CheckpointReader
 
 
 @dataclass(frozen=True)

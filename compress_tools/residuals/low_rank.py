@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from compress_tools.design_matrix import design_to_rows
 from compress_tools.format.codec import restore_left_factor
 from compress_tools.format.schema import LowRankResidual
 from compress_tools.format.tensors import U_CODES, U_SCALES, V_CODES, V_SCALES, U, V
-from compress_tools.products import product
+from compress_tools.numerics.products import product
 from compress_tools.residuals.base import StoredTensors
 from compress_tools.residuals.quantize import pack_rows
-from compress_tools.svd import left_singular_vectors
+from compress_tools.residuals.svd import left_singular_vectors
+from compress_tools.source.design_matrix import design_to_rows
 
 
 class LowRank:

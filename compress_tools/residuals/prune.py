@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress_tools.design_matrix import design_to_rows
 from compress_tools.format.codec import Rows, encode_bitmap, encode_row_bitmap
 from compress_tools.format.packing import pack_codes
 from compress_tools.format.schema import BitmapResidual, RowBitmapResidual
 from compress_tools.format.tensors import ROW_VALUE_CODES, ROW_VALUES, VALUE_CODES, VALUE_SCALES, VALUES
 from compress_tools.residuals.base import StoredTensors
 from compress_tools.residuals.quantizer import quantize_rows
+from compress_tools.source.design_matrix import design_to_rows
 
 _TIES_AT_ONCE = 1 << 24
 

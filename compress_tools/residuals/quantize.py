@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from compress_tools.design_matrix import design_to_rows
 from compress_tools.format.packing import pack_codes
 from compress_tools.format.schema import QuantizedResidual
 from compress_tools.format.tensors import CODES, SCALES
 from compress_tools.residuals.base import StoredTensors
 from compress_tools.residuals.quantizer import quantize_rows
+from compress_tools.source.design_matrix import design_to_rows
 
 
 def pack_rows(matrix: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from compress_tools.design_matrix import design_to_rows
 from compress_tools.format.codec import decode_part
 from compress_tools.format.schema import PROJECTIONS, LayerSpec, Projection
 from compress_tools.format.tensors import CENTER, CENTER_CODES, CENTER_SCALES
@@ -11,6 +10,7 @@ from compress_tools.residuals.base import ResidualCoder, StoredTensors
 from compress_tools.residuals.low_rank import LowRank
 from compress_tools.residuals.prune import Prune, PruneRows
 from compress_tools.residuals.quantize import Quantize, pack_rows
+from compress_tools.source.design_matrix import design_to_rows
 
 CODERS: dict[str, ResidualCoder] = {coder.method: coder for coder in (Prune(), PruneRows(), LowRank(), Quantize())}
 

@@ -5,7 +5,9 @@ from torch import Tensor
 
 from compress_tools.format.packing import unpack_mask
 from compress_tools.format.schema import Projection
-from resmoe_vllm.kernel_weights import (
+from resmoe_vllm.kernels.activation import ACTIVATIONS
+from resmoe_vllm.kernels.routing import local_ids
+from resmoe_vllm.weights.bound import (
     BitmapWeights,
     LowRankWeights,
     QuantizedWeights,
@@ -13,8 +15,6 @@ from resmoe_vllm.kernel_weights import (
     RowBitmapWeights,
     expert_scales,
 )
-from resmoe_vllm.kernels.activation import ACTIVATIONS
-from resmoe_vllm.kernels.routing import local_ids
 
 
 def decode_bitmap_ref(

@@ -10,7 +10,7 @@ from benchmarks.compress.__main__ import TARGETS, layer_rows, pot_rows
 from benchmarks.compress.pot import compare
 from benchmarks.compress.run import STAGES, run_layer
 from benchmarks.compress.source import KINDS, NOISE, Kind, write_source
-from benchmarks.shapes import SHAPES, MoEShape
+from benchmarks.harness.shapes import SHAPES, MoEShape
 
 SMALL = MoEShape("Qwen3-30B-A3B", hidden=64, intermediate=48, experts=4, top_k=2, layers=1)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.demo import run_demo
-from benchmarks.reference_models import preset_config
+from benchmarks.models.reference_models import preset_config
 
 
 @pytest.mark.vllm

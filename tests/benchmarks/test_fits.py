@@ -3,8 +3,8 @@
 import pytest
 
 from benchmarks.fits import FORMS, expert_bytes, footprint
-from benchmarks.shapes import SHAPES
-from benchmarks.synthetic import synthetic_format, synthetic_layer
+from benchmarks.harness.shapes import SHAPES
+from benchmarks.models.synthetic import synthetic_format, synthetic_layer
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ class Absent(importlib.abc.MetaPathFinder):
 
 
 sys.meta_path.insert(0, Absent())
-import benchmarks.kernels.__main__, benchmarks.kernels.layers, resmoe_vllm.kernels.triton_run
+import benchmarks.kernels.__main__, benchmarks.kernels.layers, resmoe_vllm.kernels.gpu.launches
 """
 
 

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from benchmarks.models import compress, expert_bytes_on_disk
+from benchmarks.models.prepared import compress, expert_bytes_on_disk
 from compress_tools.errors import ResMoEError
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from benchmarks.models.reference_models import build_reference_model, preset_config
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import compare, methods
 from benchmarks.quality.merging import RouterUse, merge_all, merge_groups
 from benchmarks.quality.methods import CENTER_BITS, FITTED, PAPER, PLAIN_BITS, Method, knob_for, run_method
 from benchmarks.quality.picture import STYLES, line_of
 from benchmarks.quality.subject import Checkpoint, Subject
-from benchmarks.reference_models import build_reference_model, preset_config
 from compress_tools.config import make_config
 from compress_tools.errors import CheckpointError
 from compress_tools.evaluation.config import make_text_config

@@ -9,13 +9,13 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.reference_models import PRESETS, build, build_reference_model, preset_config
-from benchmarks.reference_models import __main__ as cli
-from benchmarks.reference_models.bigram import bigram_counts, fit_bigrams
-from benchmarks.reference_models.corpus import HELD_OUT, read_corpus
-from benchmarks.reference_models.model import expert_modules, new_model, residual_energy_shares, upcycle
-from benchmarks.reference_models.tokenizer import END_OF_TEXT, encode_documents, train_tokenizer
-from benchmarks.reference_models.train import heldout_loss, learning_rate, train_phase, window_batches
+from benchmarks.models.reference_models import PRESETS, build, build_reference_model, preset_config
+from benchmarks.models.reference_models import __main__ as cli
+from benchmarks.models.reference_models.bigram import bigram_counts, fit_bigrams
+from benchmarks.models.reference_models.corpus import HELD_OUT, read_corpus
+from benchmarks.models.reference_models.model import expert_modules, new_model, residual_energy_shares, upcycle
+from benchmarks.models.reference_models.tokenizer import END_OF_TEXT, encode_documents, train_tokenizer
+from benchmarks.models.reference_models.train import heldout_loss, learning_rate, train_phase, window_batches
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks.environment import collect_environment
-from benchmarks.rows import Row, format_value, print_rows, write_rows
+from benchmarks.harness.environment import collect_environment
+from benchmarks.harness.rows import Row, format_value, print_rows, write_rows
 
 ROWS = [
     Row("speed", 12.5, "tokens/s", context={"model": "small"}),

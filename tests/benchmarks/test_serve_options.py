@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import serve
-from benchmarks.rows import Row
+from benchmarks.harness.rows import Row
 from benchmarks.serving.bench_client import Load
 
 

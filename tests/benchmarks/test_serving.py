@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import serve
-from benchmarks.reference_models import build_reference_model, preset_config
+from benchmarks.models.reference_models import build_reference_model, preset_config
 from benchmarks.serving.client import Client
 from benchmarks.serving.server import ServerError, VllmServer
 

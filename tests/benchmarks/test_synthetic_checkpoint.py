@@ -7,12 +7,12 @@ import pytest
 import torch
 import transformers
 
-from benchmarks.shapes import SHAPES, MoEShape
-from benchmarks.synthetic_checkpoint import write_compressed, write_dense
-from compress_tools.checkpoint_reader import CheckpointReader
+from benchmarks.harness.shapes import SHAPES, MoEShape
+from benchmarks.models.synthetic_checkpoint import write_compressed, write_dense
 from compress_tools.config import make_config
 from compress_tools.errors import CheckpointError
 from compress_tools.pipeline import compress
+from compress_tools.source.reader import CheckpointReader
 
 
 def tiny(name: str) -> MoEShape:

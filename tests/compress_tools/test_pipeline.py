@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from benchmarks.tiny_models import TINY_CONFIGS, save_tiny_model
-from compress_tools.checkpoint_reader import INDEX_NAME, CheckpointReader
-from compress_tools.config import CompressionConfig, make_config, select_layers
+from benchmarks.models.tiny_models import TINY_CONFIGS, save_tiny_model
+from compress_tools.config import CompressionConfig, make_config
 from compress_tools.errors import (
     CheckpointError,
     ConfigError,
@@ -19,12 +18,14 @@ from compress_tools.errors import (
     NumericalError,
     UnsupportedArchitectureError,
 )
+from compress_tools.output.staging import staging_path
 from compress_tools.pipeline import compress
 from compress_tools.report import TIMINGS_NAME
-from compress_tools.resmoe_checkpoint import ResMoECheckpoint
-from compress_tools.restore import restore
-from compress_tools.staging import staging_path
-from compress_tools.verify import verify
+from compress_tools.source.layer_selection import select_layers
+from compress_tools.source.reader import INDEX_NAME, CheckpointReader
+from compress_tools.stored.checkpoint import ResMoECheckpoint
+from compress_tools.stored.restore import restore
+from compress_tools.stored.verify import verify
 
 # Switch is an encoder-decoder: test_transformers_loader.py. transformers has no class for the original DeepSeekMoE.
 FAMILIES = sorted(set(TINY_CONFIGS) - {"switch_transformers", "deepseek"})

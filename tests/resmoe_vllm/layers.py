@@ -9,8 +9,8 @@ from torch import Tensor
 from compress_tools.format.codec import Rows, restore_expert
 from compress_tools.format.schema import LayerSpec, Projection, ResMoEFormat
 from compress_tools.format.tensors import DTYPES
-from resmoe_vllm.layout import PARAM_PREFIX, PROJECTION_OF_SHARD
-from resmoe_vllm.weights import LayerLoader
+from resmoe_vllm.weights.layer_loader import LayerLoader
+from resmoe_vllm.weights.layout import PARAM_PREFIX, PROJECTION_OF_SHARD
 from tests.resmoe_vllm.twins import (
     DOWN,
     GATE,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.families import MAX_DEVIATION, METHODS, check_family, family_table
-from benchmarks.tiny_models import TINY_CONFIGS
+from benchmarks.models.tiny_models import TINY_CONFIGS
 from compress_tools.architectures.base import MoEArchitecture
 from compress_tools.architectures.registry import ARCHITECTURES
 

@@ -1,0 +1,1 @@
+"""What benchmarks share: rows, environment, routing, shapes."""

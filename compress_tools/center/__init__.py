@@ -1,0 +1,1 @@
+"""The center expert: exact row assignments and the barycenter over them."""

@@ -1,0 +1,1 @@
+"""The `resmoe` command: options in, results and exit codes out."""

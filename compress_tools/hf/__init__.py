@@ -1,0 +1,1 @@
+"""ResMoE checkpoints in transformers."""

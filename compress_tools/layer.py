@@ -1,0 +1,132 @@
+"""One MoE layer from weights to stored tensors: read, find the center, code the residuals, measure the error."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress_tools.center.barycenter import CenterResult, find_center
+from compress_tools.config import CompressionConfig
+from compress_tools.format.codec import decode_residual, restore_center
+from compress_tools.format.schema import LayerSpec
+from compress_tools.format.tensors import BIAS, DTYPES, dense_layer_bytes, layer_bytes, layer_tensors, tensor_name
+from compress_tools.numerics.clock import StageClock
+from compress_tools.numerics.parallel import in_parallel
+from compress_tools.numerics.products import squared_distance, squared_norm
+from compress_tools.output.target import CompressionPlan
+from compress_tools.progress.listener import ProgressListener
+from compress_tools.report import LayerReport
+from compress_tools.residuals.base import StoredTensors
+from compress_tools.residuals.registry import encode_center, encode_residual
+from compress_tools.source.design_matrix import design_to_rows, rows_to_design
+from compress_tools.source.layer_weights import LayerWeights, read_layer
+
+
+@dataclass(frozen=True)
+class CodedLayer:
+    """One MoE layer's stored tensors.
+
+    Attributes:
+        shared: the center's tensors by (projection, suffix).
+        experts: each expert's tensors by (projection, suffix).
+        errors: for each expert ``||aligned - restored||_F^2``.
+        residual_energies: for each expert ``||aligned - center||_F^2``, the center as stored.
+    """
+
+    shared: StoredTensors
+    experts: list[StoredTensors]
+    errors: list[float]
+    residual_energies: list[float]
+
+
+def compress_layer(
+    plan: CompressionPlan,
+    config: CompressionConfig,
+    layer: int,
+    progress: ProgressListener,
+) -> tuple[dict[str, Tensor], LayerReport, dict[str, float]]:
+    """One MoE layer: tensors by name, its report, seconds by stage."""
+    fmt, clock = plan.fmt, StageClock()
+    spec = fmt.layers[layer]
+    weights = read_layer(plan.source, layer, DTYPES[fmt.dtype], config.device, progress, clock)
+    progress.stage(f"layer {layer}: center", None)
+    # Without a center there is nothing to align to: rows keep their order, which is the plain baseline's.
+    kind = config.center if spec.center else "none"
+    found = find_center(
+        weights.design, kind, config.max_iterations, config.tolerance, config.workers, progress.step, clock
+    )
+    coded = code_layer(plan, layer, spec, weights, found, config.seed, config.workers, progress, clock)
+    energy = sum(in_parallel(squared_norm, weights.design, config.workers))
+    report = LayerReport(
+        layer=layer,
+        approximation_error=sum(coded.errors) / len(coded.errors) / fmt.intermediate_size,
+        relative_error=sum(coded.errors) / energy if energy else 0.0,
+        residual_energy=sum(coded.residual_energies) / energy if energy else 0.0,
+        bytes_before=dense_layer_bytes(fmt),
+        bytes_after=layer_bytes(fmt, layer),
+        center_start=found.start,
+        center_objective=found.objective,
+        assignment_gap=found.gap,
+    )
+    named = {tensor_name(fmt, layer, None, *key): tensor for key, tensor in coded.shared.items()}
+    for expert, stored in enumerate(coded.experts):
+        named.update({tensor_name(fmt, layer, expert, *key): tensor for key, tensor in stored.items()})
+    return {name: named[name] for name in layer_tensors(fmt, layer)}, report, clock.seconds
+
+
+def code_layer(
+    plan: CompressionPlan,
+    layer: int,
+    spec: LayerSpec,
+    weights: LayerWeights,
+    found: CenterResult,
+    seed: int,
+    workers: int,
+    progress: ProgressListener,
+    clock: StageClock,
+) -> CodedLayer:
+    """Code one layer by its spec, experts side by side, and measure each expert's error on what is stored."""
+    sizes, projections, dtype = plan.source.sizes, plan.source.projections, DTYPES[plan.fmt.dtype]
+    shared: StoredTensors = {}
+    center = None
+    if found.center is not None:
+        shared = encode_center(spec, found.center, dtype)
+        # The residual is taken against the center as stored, so that its rounding is not lost.
+        absent = torch.zeros(sizes.intermediate_size, sizes.hidden_size)
+        rows = {**dict.fromkeys(projections, absent), **restore_center(spec, shared, sizes.hidden_size)}
+        center = rows_to_design({projection: rows[projection] for projection in projections})
+        del rows
+    stored_center = {} if center is None else design_to_rows(center, projections)
+    if center is not None:
+        center = center.to(weights.design.device)
+
+    def code(expert: int) -> tuple[StoredTensors, float, float]:
+        perm = found.perm[expert]
+        aligned = weights.design[expert][perm.to(weights.design.device)]
+        residual = aligned.float() if center is None else aligned - center
+        own = spec.of_expert(expert)
+        stored = encode_residual(own, residual, dtype, seed)
+        energy = squared_norm(residual)
+        del residual
+        for projection, bias in weights.biases[expert].items():
+            # down's bias belongs to the output, whose order does not change.
+            ordered = bias if projection == "down_proj" else bias[perm]
+            stored[projection, BIAS] = ordered.to(dtype).contiguous()
+        # As ``restore_expert`` does, but in place: a large expert is not copied three times.
+        restored = decode_residual(own, stored, sizes.hidden_size)
+        for projection, center_rows in stored_center.items():
+            restored[projection] += center_rows
+        rows = design_to_rows(aligned.cpu(), projections)
+        error = sum(squared_distance(rows[projection], restored[projection]) for projection in projections)
+        progress.step()
+        return stored, error, energy
+
+    with clock.stage("residual"):
+        progress.stage(f"layer {layer}: residuals", sizes.num_experts)
+        coded = in_parallel(code, range(sizes.num_experts), workers)
+    return CodedLayer(
+        shared,
+        [stored for stored, _, _ in coded],
+        [error for _, error, _ in coded],
+        [energy for _, _, energy in coded],
+    )

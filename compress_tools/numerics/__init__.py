@@ -1,0 +1,1 @@
+"""Products of large matrices, experts side by side, clocks and samples."""

@@ -1,0 +1,1 @@
+"""The directory to be written: what goes in, put together beside it, renamed when whole."""

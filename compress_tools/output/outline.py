@@ -1,0 +1,65 @@
+"""The finished checkpoint in plain data: all that finishing needs to know of source and plan. A slice carries it."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from compress_tools.output.target import CompressionPlan
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A compression without its weights and errors; survives JSON.
+
+    Attributes:
+        source: the source directory as the user spelled it.
+        source_name: its last part.
+        title: the family's name for people.
+        moe_layers: MoE layers of the model, compressed or not.
+        recipe: what determines the output.
+        plan_text: the plan file that it follows, if any.
+        resolved_layers: layers to be compressed, ascending.
+        config: content of config.json to be.
+        shards: by output file, in order: the layer (None for copied tensors) and the tensor names.
+        expert_bytes_before: bytes of all routed experts in the source.
+        expert_bytes_after: bytes of the same in the output.
+        other_bytes: bytes of all other tensors.
+    """
+
+    source: str
+    source_name: str
+    title: str
+    moe_layers: int
+    recipe: dict[str, Any]
+    plan_text: str | None
+    resolved_layers: list[int]
+    config: dict[str, Any]
+    shards: dict[str, tuple[int | None, list[str]]]
+    expert_bytes_before: int
+    expert_bytes_after: int
+    other_bytes: int
+
+    def content(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+def make_outline(
+    src: str | Path, recipe: dict[str, Any], plan: CompressionPlan, plan_text: str | None = None
+) -> Outline:
+    """The outline of what a recipe, or a plan file of this text, makes of the checkpoint in ``src``."""
+    source = plan.source
+    return Outline(
+        source=str(src),
+        source_name=Path(src).name,
+        title=source.architecture.title,
+        moe_layers=len(source.layers),
+        recipe=recipe,
+        plan_text=plan_text,
+        resolved_layers=sorted(plan.fmt.layers),
+        config={**source.reader.config, "quantization_config": plan.fmt.model_dump(mode="json")},
+        shards={shard.filename: (shard.layer, list(map(source.output_name, shard.names))) for shard in plan.shards},
+        expert_bytes_before=plan.expert_bytes_before,
+        expert_bytes_after=plan.expert_bytes_after,
+        other_bytes=plan.other_bytes,
+    )

@@ -1,0 +1,1 @@
+"""Is a center worth it? Asked of a sample, before any compression."""

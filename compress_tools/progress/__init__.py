@@ -1,0 +1,1 @@
+"""What long work reports, and who shows it."""

@@ -1,0 +1,1 @@
+"""One compression on several machines."""

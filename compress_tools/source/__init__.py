@@ -1,0 +1,1 @@
+"""The checkpoint to compress, seen as MoE layers of experts."""

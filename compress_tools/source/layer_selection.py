@@ -1,0 +1,49 @@
+"""``--layers``: which of a model's MoE layers."""
+
+from compress_tools.errors import ConfigError
+
+
+def select_layers(selection: str, moe_layers: list[int]) -> list[int]:
+    """Resolve ``--layers`` against a model's MoE layers.
+
+    Args:
+        selection: ``all``, ``top:N``, ``bottom:N``, or comma-separated indices and ranges (``0-3,7``).
+        moe_layers: decoder layer indices that hold experts, ascending.
+    Returns:
+        the selected decoder layer indices, ascending.
+    Raises:
+        ConfigError: not understood, or names a layer without experts.
+    """
+    text = selection.strip().lower()
+    if text == "all":
+        return list(moe_layers)
+    end, colon, number = text.partition(":")
+    if colon and end in ("top", "bottom") and number.isdecimal():
+        count = int(number)
+        if not 1 <= count <= len(moe_layers):
+            raise ConfigError(f"--layers {selection}: the model has {len(moe_layers)} MoE layers")
+        return moe_layers[-count:] if end == "top" else moe_layers[:count]
+    chosen: set[int] = set()
+    for item in text.split(","):
+        first, dash, last = item.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise ConfigError(
+                f"--layers {selection}: expected all, top:N, bottom:N, or indices and ranges such as 0-3,7"
+            )
+        chosen.update(range(int(first), int(last or first) + 1))
+    if unknown := chosen - set(moe_layers):
+        raise ConfigError(
+            f"--layers {selection}: no experts in layers {sorted(unknown)}; MoE layers are {_spans(moe_layers)}"
+        )
+    return sorted(chosen)
+
+
+def _spans(indices: list[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``0-2,5``."""
+    spans: list[list[int]] = []
+    for index in indices:
+        if spans and index == spans[-1][1] + 1:
+            spans[-1][1] = index
+        else:
+            spans.append([index, index])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

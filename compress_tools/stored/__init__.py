@@ -1,0 +1,1 @@
+"""A ResMoE checkpoint read back: described, verified, restored."""

@@ -1,0 +1,151 @@
+"""A ResMoE checkpoint opened for reading: validated, and its experts by layer and index."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress_tools.errors import FormatError, NumericalError
+from compress_tools.format.codec import Rows, restore_expert
+from compress_tools.format.packing import mask_row_counts, pack_codes, unpack_codes, unpack_mask
+from compress_tools.format.schema import BitmapResidual, Projection, RowBitmapResidual, parse_format
+from compress_tools.format.tensors import (
+    BIAS,
+    DTYPES,
+    MASK,
+    TensorSpec,
+    expert_tensors,
+    is_resmoe_name,
+    is_scale,
+    layer_tensors,
+    shared_tensors,
+    tensor_name,
+)
+from compress_tools.residuals.base import StoredTensors
+from compress_tools.source.reader import CheckpointReader
+
+SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
+
+
+class ResMoECheckpoint:
+    """A ResMoE checkpoint directory.
+
+    Args:
+        path: the directory.
+    Raises:
+        CheckpointError: not a readable checkpoint.
+        FormatError: not ResMoE, or names, shapes or dtypes disagree with the config.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.reader = CheckpointReader(path)
+        block = self.reader.config.get("quantization_config")
+        if not isinstance(block, dict):
+            raise FormatError(f"{self.reader.path}: config.json has no quantization_config; not a ResMoE checkpoint")
+        self.fmt = parse_format(block, str(self.reader.path / "config.json"))
+        self._last_shared: tuple[int, StoredTensors] | None = None
+        self._check_tensors()
+
+    def expert(self, layer: int, expert: int) -> Rows:
+        """One restored expert, fp32 ``[I, H]`` rows for each projection."""
+        return restore_expert(
+            self.fmt.layers[layer].of_expert(expert),
+            self.shared(layer),
+            self.stored(layer, expert),
+            self.fmt.hidden_size,
+        )
+
+    def biases(self, layer: int, expert: int) -> dict[Projection, Tensor] | None:
+        """One expert's biases by projection, in the row order of the restored expert; None without biases."""
+        if not self.fmt.biases:
+            return None
+        stored = self.stored(layer, expert)
+        found = {projection: tensor for (projection, suffix), tensor in stored.items() if suffix == BIAS}
+        return found
+
+    def shared(self, layer: int) -> StoredTensors:
+        """A layer's shared tensors by (projection, suffix); kept for the last layer, as every expert needs them."""
+        if self._last_shared is None or self._last_shared[0] != layer:
+            self._last_shared = layer, self._read(layer, shared_tensors(self.fmt, self.fmt.layers[layer]))
+        return self._last_shared[1]
+
+    def stored(self, layer: int, expert: int) -> StoredTensors:
+        """One expert's stored tensors by (projection, suffix)."""
+        return self._read(layer, expert_tensors(self.fmt, self.fmt.layers[layer], expert))
+
+    def check_values(self, layer: int) -> None:
+        """Read a whole layer: finite everywhere, masks with as many bits as values, clean padding.
+
+        Raises:
+            NumericalError: NaN or Inf; names the tensor.
+            FormatError: a mask disagrees with the config.
+        """
+        for name, spec in layer_tensors(self.fmt, layer).items():
+            tensor = self.reader.get(name)
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise NumericalError(f"{self.reader.path}: {name!r} holds NaN or Inf")
+            if spec.suffix == MASK:
+                self._check_padding(name, tensor)
+            if is_scale(spec.suffix) and (tensor < 0).any():
+                raise FormatError(f"{self.reader.path}: {name!r} holds a negative scale")
+            if spec.codes is not None and not torch.equal(
+                pack_codes(unpack_codes(tensor, *spec.codes), spec.codes[0]), tensor
+            ):
+                raise FormatError(f"{self.reader.path}: {name!r}: padding codes are set")
+        for expert in range(self.fmt.num_experts):
+            for part in self.fmt.layers[layer].of_expert(expert).residual:
+                if part.method in ("bitmap", "bitmap_rows"):
+                    self._check_mask_bits(layer, expert, part)
+
+    def _read(self, layer: int, specs: Iterable[TensorSpec]) -> StoredTensors:
+        return {
+            (spec.projection, spec.suffix): self.reader.get(
+                tensor_name(self.fmt, layer, spec.expert, spec.projection, spec.suffix)
+            )
+            for spec in specs
+        }
+
+    def _check_tensors(self) -> None:
+        expected: set[str] = set()
+        for layer in self.fmt.layers:
+            for name, spec in layer_tensors(self.fmt, layer).items():
+                expected.add(name)
+                if name not in self.reader:
+                    raise FormatError(f"{self.reader.path}: layer {layer}: tensor {name!r} is missing")
+                found = (self.reader.shape(name), self.reader.dtype(name))
+                if found != (spec.shape, SAFETENSORS_NAMES[spec.dtype]):
+                    raise FormatError(
+                        f"{self.reader.path}: {name!r} is {found[1]} {list(found[0])}, the config says "
+                        f"{SAFETENSORS_NAMES[spec.dtype]} {list(spec.shape)}"
+                    )
+        extra = [name for name in self.reader.names if is_resmoe_name(name) and name not in expected]
+        if extra:
+            raise FormatError(
+                f"{self.reader.path}: {len(extra)} tensors that the config does not name, first {extra[0]!r}"
+            )
+
+    def _check_padding(self, name: str, mask: Tensor) -> None:
+        used = unpack_mask(mask, self.fmt.hidden_size).sum()
+        if used != mask_row_counts(mask).sum():
+            raise FormatError(f"{self.reader.path}: {name!r}: padding bits are set")
+
+    def _check_mask_bits(self, layer: int, expert: int, part: BitmapResidual | RowBitmapResidual) -> None:
+        where = f"{self.reader.path}: layer {layer}, expert {expert}"
+        counts = [
+            mask_row_counts(self.reader.get(tensor_name(self.fmt, layer, expert, p, MASK))) for p in part.projections
+        ]
+        if part.method == "bitmap":
+            if (bits := sum(int(own.sum()) for own in counts)) != part.values_per_expert:
+                raise FormatError(f"{where}: masks keep {bits} values, the config says {part.values_per_expert}")
+        else:
+            for own in counts:
+                if (wrong := own[own != part.values_per_row]).numel():
+                    raise FormatError(
+                        f"{where}: a row keeps {int(wrong[0])} values, the config says {part.values_per_row}"
+                    )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the stored center, values and factors."""
+        return DTYPES[self.fmt.dtype]

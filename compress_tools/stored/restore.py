@@ -1,0 +1,102 @@
+"""A ResMoE checkpoint back to a dense Hugging Face checkpoint, expert by expert."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from compress_tools.architectures.base import MoEArchitecture
+from compress_tools.architectures.registry import find_architecture
+from compress_tools.format.tensors import dense_layer_bytes, is_resmoe_name
+from compress_tools.output.run_identity import versions
+from compress_tools.output.staging import check_apart
+from compress_tools.output.target import group_by_bytes
+from compress_tools.output.writer import CheckpointWriter
+from compress_tools.progress.listener import ProgressListener, Silent
+from compress_tools.report import CARD_NAME, PLAN_NAME, RECIPE_NAME, REPORT_NAME, TIMINGS_NAME
+from compress_tools.source.design_matrix import rows_to_expert
+from compress_tools.source.moe_source import dense_tensors
+from compress_tools.stored.checkpoint import ResMoECheckpoint
+
+NOT_COPIED = {PLAN_NAME, RECIPE_NAME, REPORT_NAME, TIMINGS_NAME, CARD_NAME}
+
+
+def restore(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: ProgressListener | None = None,
+) -> int:
+    """Write the dense checkpoint that a ResMoE checkpoint stands for.
+
+    Args:
+        src: ResMoE checkpoint.
+        dst: output directory; appears when it is whole.
+        resume: go on with an interrupted run.
+        overwrite: replace ``dst`` and what an unfinished run left.
+        progress: told of shards.
+    Returns:
+        total bytes of the written tensors.
+    Raises:
+        CheckpointError, ConfigError, FormatError, UnsupportedArchitectureError: see errors.py.
+    """
+    progress = progress or Silent()
+    check_apart(src, dst)
+    checkpoint = ResMoECheckpoint(src)
+    reader, fmt = checkpoint.reader, checkpoint.fmt
+    architecture = find_architecture(reader.config)
+    identity = {"source": reader.fingerprint(), "recipe": "restore", "version": versions()}
+    kept = [name for name in reader.names if not is_resmoe_name(name)]
+    total_bytes = sum(reader.nbytes(name) for name in kept) + len(fmt.layers) * dense_layer_bytes(fmt)
+    with CheckpointWriter(dst, identity, resume=resume, overwrite=overwrite) as writer:
+        if not writer.is_whole:
+            _write(checkpoint, architecture, kept, total_bytes, writer, progress)
+    return total_bytes
+
+
+def _write(
+    checkpoint: ResMoECheckpoint,
+    architecture: MoEArchitecture,
+    kept: list[str],
+    total_bytes: int,
+    writer: CheckpointWriter,
+    progress: ProgressListener,
+) -> None:
+    reader, fmt = checkpoint.reader, checkpoint.fmt
+    layers = sorted(fmt.layers)
+    groups = group_by_bytes(reader, kept)
+    total = len(groups) + len(layers)
+    progress.start(total)
+    shards: dict[str, tuple[str, ...]] = {}
+
+    def write(number: int, make: Callable[[], dict[str, Tensor]]) -> None:
+        filename = f"model-{number:05d}-of-{total:05d}.safetensors"
+        record = writer.record(filename)
+        if record is None:
+            tensors = make()
+            record = writer.write_shard(filename, tensors, {"names": list(tensors)})
+        shards[filename] = tuple(record["names"])
+        progress.shard_done()
+
+    def dense_layer(layer: int) -> dict[str, Tensor]:
+        progress.stage(f"layer {layer}: restoring", fmt.num_experts)
+        experts = []
+        for expert in range(fmt.num_experts):
+            rows = {p: rows.to(checkpoint.dtype) for p, rows in checkpoint.expert(layer, expert).items()}
+            experts.append(rows_to_expert(rows, checkpoint.biases(layer, expert)))
+            progress.step()
+        return dense_tensors(architecture, fmt.names, layer, experts)
+
+    for number, names in enumerate(groups, start=1):
+        write(number, lambda names=names: {name: reader.get(name) for name in names})
+    for number, layer in enumerate(layers, start=len(groups) + 1):
+        write(number, partial(dense_layer, layer))
+    for file in reader.other_files():
+        relative = file.relative_to(reader.path)
+        if str(relative) not in NOT_COPIED:
+            writer.copy_file(file, Path(CARD_NAME) if str(relative) == "SOURCE_README.md" else relative)
+    config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
+    writer.finish(config, shards, total_bytes)

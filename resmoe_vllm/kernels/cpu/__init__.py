@@ -1,0 +1,1 @@
+"""The CPU's kernels: C++, and plain torch for every coder."""

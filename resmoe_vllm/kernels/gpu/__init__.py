@@ -1,0 +1,1 @@
+"""The GPU's kernels: Triton for every coder."""

@@ -1,0 +1,149 @@
+"""A compressed layer for the Triton kernels: parameters to pointers, sizes by token count (launches.py runs it)."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from compress_tools.errors import KernelUnsupportedError
+from compress_tools.format.schema import Projection
+from resmoe_vllm.kernels.gpu.block_sizes import pick_config
+from resmoe_vllm.kernels.gpu.launches import Factors, LayerPlan, Plan, Weight, run_plan
+from resmoe_vllm.kernels.gpu.tiles import PLAIN, Tile, TileSpec, octets_view
+from resmoe_vllm.weights.bound import (
+    BitmapWeights,
+    Coded,
+    LowRankWeights,
+    Matrix,
+    QuantizedWeights,
+    ResMoEWeights,
+    RowBitmapWeights,
+)
+from resmoe_vllm.weights.layout import LayerLayout
+
+
+def plan_layer(weights: ResMoEWeights, restore: bool) -> LayerPlan:
+    """Weights to pointers; with ``restore``, decoded tiles hold the center.
+
+    Raises:
+        KernelUnsupportedError: one expert's matrix is too large for 32-bit offsets.
+    """
+    if 3 * weights.intermediate_size * weights.hidden_size >= 2**31:
+        raise KernelUnsupportedError(
+            f"resmoe's GPU kernels take experts of up to 2**31 weights, not three of "
+            f"[{weights.intermediate_size}, {weights.hidden_size}]; use tensor parallelism"
+        )
+    plans = (_plan(weights, projection, restore) for projection in ("gate_proj", "up_proj", "down_proj"))
+    return LayerPlan(*plans, weights.num_experts, weights.intermediate_size, weights.hidden_size)
+
+
+def _plan(weights: ResMoEWeights, projection: Projection, restore: bool) -> Plan:
+    center = weights.center.get(projection)
+    parts = [part for part in weights.residual if not isinstance(part, LowRankWeights)]
+    factors = None
+    for number, part in enumerate(weights.residual):
+        if isinstance(part, LowRankWeights) and projection in part.projections:
+            factors = Factors(rows_tile(part.u), rows_tile(part.v[projection]), part.rank, number)
+    tile = sum_tile(None, parts, projection)
+    if tile is not None and restore:
+        return Plan(None, sum_tile(center, parts, projection), factors)
+    return Plan(sum_tile(center, [], projection), tile, factors)
+
+
+def fused_moe(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    tensors: list[Tensor],
+    layout: LayerLayout,
+    activation: str,
+    expert_map: Tensor | None = None,
+) -> Tensor:
+    """See ``fused_moe_ref``; weights in x's dtype or codes, all on one GPU; products in x's dtype, sums in fp32."""
+    weights = layout.bind(tensors)
+    config = pick_config(
+        len(x),
+        topk_ids.shape[1],
+        weights.num_experts,
+        layout.hidden_size,
+        layout.intermediate_size,
+        device_name(x.device),
+        x.dtype,
+        "+".join(sorted(layout.coders)),
+    )
+    plan = plan_layer(weights, config.restore)
+    return run_plan(x, topk_weights, topk_ids, plan, activation, expert_map, config)
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    """As vLLM's files of tuned sizes have it, with spaces; ``cpu`` in Triton's interpreter."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def rows_tile(own: Matrix) -> Weight:
+    """One matrix for each expert: ``[E, rows, columns]``."""
+    pointer, scales, bits, group = _matrix(own)
+    return (
+        Tile(own=pointer, own_scales=scales, own_stride=pointer.stride(0), own_scales_stride=_stride(scales)),
+        TileSpec(own_bits=bits, own_group=group),
+    )
+
+
+def sum_tile(
+    center: Matrix | None, parts: list[QuantizedWeights | BitmapWeights | RowBitmapWeights], projection: str
+) -> Weight | None:
+    """Center and the parts that cover the projection; None where there is no term."""
+    tile, spec = Tile(), TileSpec()
+    if center is not None:
+        pointer, scales, bits, group = _matrix(center)
+        tile = tile._replace(center=pointer, center_scales=scales)
+        spec = spec._replace(center_bits=bits, center_group=group)
+    for part in parts:
+        if projection not in part.projections:
+            continue
+        if isinstance(part, QuantizedWeights):
+            own, own_spec = rows_tile(part.rows[projection])
+            tile = tile._replace(**{name: getattr(own, name) for name in Tile._fields if name.startswith("own")})
+            spec = spec._replace(own_bits=own_spec.own_bits, own_group=own_spec.own_group)
+        else:
+            tile, spec = _add_bitmap(tile, spec, part, projection)
+    return None if spec == TileSpec() else (tile, spec)
+
+
+def _add_bitmap(tile: Tile, spec: TileSpec, part: BitmapWeights | RowBitmapWeights, projection: str) -> Weight:
+    mask = part.mask[projection]
+    by_row = isinstance(part, RowBitmapWeights)
+    values = part.values[projection] if by_row else part.values
+    row_ptr = None if by_row else part.row_ptr[projection]
+    starts = None if by_row else part.starts
+    scales = None if part.scales is None else part.scales[projection]
+    tile = tile._replace(
+        mask=mask,
+        words=mask.view(torch.int32),
+        row_ptr=row_ptr,
+        kept_values=values,
+        starts=starts,
+        value_scales=scales,
+        mask_stride=mask.stride(0),
+        row_ptr_stride=_stride(row_ptr),
+        values_stride=0 if starts is not None else values.stride(0),
+        starts_stride=_stride(starts),
+        value_scales_stride=_stride(scales),
+    )
+    spec = spec._replace(
+        value_bits=part.value_bits or PLAIN,
+        value_group=part.group_size or 0,
+        row_stride=values.shape[-1] * 8 // (part.value_bits or 8) if by_row else 0,
+    )
+    return tile, spec
+
+
+def _matrix(matrix: Matrix) -> tuple[Tensor, Tensor | None, int, int]:
+    if isinstance(matrix, Coded):
+        return octets_view(matrix.codes, matrix.bits), matrix.scales, matrix.bits, matrix.group_size or 0
+    return matrix, None, PLAIN, 0
+
+
+def _stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)

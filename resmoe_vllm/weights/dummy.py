@@ -1,0 +1,48 @@
+"""Tensors for ``--load-format dummy``: what one expert could have stored, small and random."""
+
+import torch
+from torch import Tensor
+
+from compress_tools.format.packing import pack_mask
+from compress_tools.format.schema import BitmapResidual, LayerSpec, ResMoEFormat, RowBitmapResidual
+from compress_tools.format.tensors import DTYPES, MASK, expert_tensors, is_scale, shared_tensors
+from resmoe_vllm.weights.layout import Key
+
+
+def dummy_tensors(fmt: ResMoEFormat, spec: LayerSpec) -> dict[Key, Tensor]:
+    """Shared tensors and those of any expert, by (projection, suffix), on the CPU.
+
+    Args:
+        fmt: the checkpoint's format block.
+        spec: one group's.
+    Returns:
+        values in [-1e-3, 1e-3), scales in [0, 1e-3), codes anywhere, masks evenly spread.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    tensors: dict[Key, Tensor] = {}
+    for tensor in (*shared_tensors(fmt, spec), *expert_tensors(fmt, spec, 0)):
+        key = tensor.projection, tensor.suffix
+        if tensor.dtype == "uint8":
+            tensors[key] = torch.randint(256, tensor.shape, generator=generator, dtype=torch.uint8, device="cpu")
+        else:
+            values = torch.rand(tensor.shape, generator=generator, dtype=torch.float32, device="cpu") * 2e-3
+            tensors[key] = (values / 2 if is_scale(tensor.suffix) else values - 1e-3).to(DTYPES[tensor.dtype])
+    for part in spec.residual:
+        if part.method in ("bitmap", "bitmap_rows"):
+            for projection, keep in zip(part.projections, _spread(fmt, part), strict=True):
+                tensors[projection, MASK] = pack_mask(keep)
+    return tensors
+
+
+def _spread(fmt: ResMoEFormat, part: BitmapResidual | RowBitmapResidual) -> Tensor:
+    """As many entries as the part keeps, evenly spread: bool ``[P, I, H]``."""
+    shape = (len(part.projections), fmt.intermediate_size, fmt.hidden_size)
+    keep = torch.zeros(shape, dtype=torch.bool, device="cpu")
+    if part.method == "bitmap":
+        keep.view(-1)[torch.arange(part.values_per_expert, device="cpu") * keep.numel() // part.values_per_expert] = (
+            True
+        )
+    else:
+        columns = torch.arange(part.values_per_row, device="cpu") * fmt.hidden_size // part.values_per_row
+        keep[..., columns] = True
+    return keep

@@ -1,0 +1,169 @@
+"""Checkpoint tensors -> stacked parameters of one layer on one rank, every tensor checked and counted.
+
+vLLM drops unmatched names under ``experts.`` in silence and doesn't check completeness of quantised models,
+so both are done here. Tensor parallelism slices rows (the intermediate dimension); expert parallelism keeps
+local experts. A layer of several groups of experts has parameters for each group; vLLM knows those of the first
+group that has a suffix, and their loader hands each tensor to its expert's group.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from compress_tools.errors import FormatError
+from compress_tools.format.schema import ResMoEFormat
+from compress_tools.format.tensors import CENTER_EXPERT, follows_model_dtype, tensor_name
+from resmoe_vllm.weights.dummy import dummy_tensors
+from resmoe_vllm.weights.group_loader import GroupLoader
+from resmoe_vllm.weights.layout import PROJECTION_OF_SHARD
+
+
+@dataclass(frozen=True)
+class GroupCall:
+    """What the op is given for one group of experts.
+
+    Attributes:
+        params: attributes of the layer that hold the op's tensors, in its order.
+        layout_key: the group's layout.
+        expert_map: attribute of the layer that holds the group's own int32 ``[E]``, global expert -> row, -1
+            elsewhere; None where the layer has one group: vLLM's own map is right.
+    """
+
+    params: tuple[str, ...]
+    layout_key: str
+    expert_map: str | None
+
+
+class LayerLoader:
+    """Creates the parameters of one compressed layer and fills them.
+
+    Args:
+        fmt: the checkpoint's format block.
+        index: decoder layer index.
+        local_expert: global expert index -> local one, -1 when another rank's.
+        tp_size: ranks that share the rows of every expert.
+        tp_rank: this rank's place among them.
+    """
+
+    def __init__(
+        self,
+        fmt: ResMoEFormat,
+        index: int,
+        local_expert: Callable[[int], int],
+        tp_size: int = 1,
+        tp_rank: int = 0,
+    ) -> None:
+        self.fmt, self.index = fmt, index
+        layer = fmt.layers[index]
+        self.groups: list[GroupLoader] = []
+        self.group_of: dict[int, GroupLoader] = {}
+        for number, group in enumerate(layer.expert_groups(fmt.num_experts)):
+            here = sorted((expert for expert in group.experts if local_expert(expert) >= 0), key=local_expert)
+            rows = {expert: row for row, expert in enumerate(here)}
+            loader = GroupLoader(
+                fmt, index, layer.of_group(group), group.experts, rows, number == 0, tp_size=tp_size, tp_rank=tp_rank
+            )
+            self.groups.append(loader)
+            self.group_of |= dict.fromkeys(group.experts, loader)
+
+    def create_params(self, layer: torch.nn.Module, dtype: torch.dtype) -> tuple[GroupCall, ...]:
+        """Register the layer's parameters on the default device.
+
+        Args:
+            layer: their owner.
+            dtype: the model's; center, values and factors are held in it.
+        Returns:
+            how to call the op: once for each group that has experts on this rank.
+        """
+        calls = []
+        taken: set[str] = set()
+        for number, group in enumerate(self.groups):
+            attributes = {}
+            for name, (columns, stored_dtype, shared) in group.layout.params.items():
+                attributes[name] = name if shared or name not in taken else f"{name}_{number}"
+                if shared and number > 0:
+                    group.params[name] = self.groups[0].params[name]
+                    continue
+                kind = dtype if follows_model_dtype(name.split("_", 1)[1]) else getattr(torch, stored_dtype)
+                tensor = torch.empty(1 if shared else len(group.rows), columns, dtype=kind)
+                param = torch.nn.Parameter(tensor, requires_grad=False)
+                param.weight_loader = partial(self.load, name)
+                layer.register_parameter(attributes[name], param)
+                group.params[name] = param
+            taken |= set(group.layout.params)
+            expert_map = None
+            if len(self.groups) > 1:
+                expert_map = f"resmoe_expert_map_{number}"
+                rows = [group.rows.get(expert, -1) for expert in range(self.fmt.num_experts)]
+                layer.register_buffer(expert_map, torch.tensor(rows, dtype=torch.int32), persistent=False)
+            if group.rows:
+                calls.append(GroupCall(tuple(attributes.values()), group.layout.key, expert_map))
+        return tuple(calls)
+
+    def load(
+        self,
+        name: str,
+        param: torch.nn.Parameter,
+        loaded_weight: Tensor,
+        weight_name: str = "",
+        shard_id: str = "",
+        expert_id: int = CENTER_EXPERT,
+        return_success: bool = False,
+    ) -> bool | None:
+        """vLLM's weight loader of the parameter ``name``: check one tensor and put this rank's part in place.
+
+        Args:
+            name: parameter name in the group's layout, bound by ``create_params``.
+            param: the parameter that vLLM found; the tensor's own may be another group's.
+            loaded_weight: the stored tensor.
+            weight_name: vLLM's name of it; only for messages.
+            shard_id: "w1" gate, "w3" up, "w2" down.
+            expert_id: global expert index.
+            return_success: vLLM asks whether the tensor was this rank's.
+        Returns:
+            whether it was, or None when not asked.
+        Raises:
+            FormatError: not a tensor of this layer, loaded before, or of a wrong shape or dtype.
+        """
+        if shard_id not in PROJECTION_OF_SHARD:
+            raise FormatError(f"{weight_name or name}: this model's loader doesn't say which expert tensor it loads")
+        projection, suffix = PROJECTION_OF_SHARD[shard_id], name.split("_", 1)[1]
+        group = self.group_of[expert_id]
+        spec = group.stored.get((projection, suffix))
+        if spec is None or (spec.expert is None and expert_id != CENTER_EXPERT):
+            stored_name = tensor_name(self.fmt, self.index, expert_id, projection, suffix)
+            raise FormatError(f"{stored_name}: quantization_config has no such tensor in layer {self.index}")
+        if spec.expert is None:
+            group = self.groups[0]
+        row = 0 if spec.expert is None else group.rows.get(expert_id, -1)
+        if row >= 0:
+            group.put(spec, row, expert_id, loaded_weight)
+        return row >= 0 if return_success else None
+
+    def check_complete(self) -> None:
+        """Called after loading.
+
+        Raises:
+            FormatError: tensors are missing; names the first.
+        """
+        missing = [name for group in self.groups for name in group.missing()]
+        if missing:
+            total = sum(group.num_places for group in self.groups)
+            raise FormatError(
+                f"layer {self.index}: {len(missing)} of {total} tensors are missing, "
+                f"first {missing[0]}; the checkpoint is incomplete, download or compress it again"
+            )
+
+    def load_dummies(self) -> None:
+        """Load small random values and evenly spread masks, as if stored (``--load-format dummy``)."""
+        for group in self.groups:
+            tensors = dummy_tensors(self.fmt, group.spec)
+            for spec in group.own_specs():
+                if spec.expert is None:
+                    group.put(spec, 0, CENTER_EXPERT, tensors[spec.projection, spec.suffix])
+                    continue
+                for expert, row in group.rows.items():
+                    group.put(spec, row, expert, tensors[spec.projection, spec.suffix])

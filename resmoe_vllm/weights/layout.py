@@ -1,0 +1,249 @@
+"""Where each stored tensor lies in vLLM's parameters: slots, and how a kernel's structs are bound to them.
+
+A parameter ``w13_<suffix>`` (gate and up) or ``w2_<suffix>`` (down) is one matrix ``[rows, columns]``: a row
+per expert (one row for what a layer shares), in it one slot per projection or group, in the order of the
+layer's spec. So any grouping of projections and any pair of ranks stacks without padding, and an expert's
+bytes are contiguous. With one joint low-rank group, for example, ``w13_resmoe_u`` is ``[E, I*R]``,
+``w13_resmoe_v`` ``[E, 2*R*H]`` and ``w2_resmoe_v`` ``[E, R*H]``; a slot's view has the shape that the format
+gives one expert's tensor, ``[E, R, H]``.
+
+Two tensors exist in memory only: ``resmoe_row_ptr`` (int32 ``[E, I]`` per bitmap projection: position of a
+row's first value, counted from the expert's first value in its group) and, when tensor parallelism leaves
+each expert a different number of values, ``resmoe_value_starts`` (int64 ``[E]`` per bitmap group) into the
+packed values ``[N]`` or bytes of codes.
+
+A layer whose experts are coded in groups has a layout for each group; E is then the group's experts.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache, cached_property
+from math import prod
+
+from torch import Tensor
+
+from compress_tools.format.schema import LayerSpec, Projection, ResidualPart, ResMoEFormat
+from compress_tools.format.tensors import (
+    CENTER,
+    CENTER_CODES,
+    CENTER_SCALES,
+    CODES,
+    MASK,
+    ROW_VALUE_CODES,
+    ROW_VALUES,
+    SCALES,
+    U_CODES,
+    U_SCALES,
+    V_CODES,
+    V_SCALES,
+    VALUE_CODES,
+    VALUE_SCALES,
+    VALUES,
+    TensorSpec,
+    U,
+    V,
+    expert_tensors,
+    shared_tensors,
+)
+from resmoe_vllm.weights.bound import (
+    BitmapWeights,
+    Coded,
+    LowRankWeights,
+    Matrix,
+    QuantizedWeights,
+    ResidualWeights,
+    ResMoEWeights,
+    RowBitmapWeights,
+)
+
+ROW_PTR = "resmoe_row_ptr"
+STARTS = "resmoe_value_starts"
+# one run of values for a whole group, which tensor parallelism can't slice without the masks
+STREAMS = (VALUES, VALUE_CODES)
+
+PARAM_PREFIX: dict[Projection, str] = {"gate_proj": "w13", "up_proj": "w13", "down_proj": "w2"}
+PROJECTION_OF_SHARD: dict[str, Projection] = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+Key = tuple[Projection, str]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor's columns in every row of a parameter.
+
+    Attributes:
+        param: parameter name.
+        start: first column.
+        shape: shape of one row's tensor on this rank.
+        dtype: its dtype's name.
+        shared: the parameter has one row, not one per expert.
+    """
+
+    param: str
+    start: int
+    shape: tuple[int, ...]
+    dtype: str
+    shared: bool
+
+    def view(self, param: Tensor) -> Tensor:
+        """``[rows, columns]`` to ``[rows, *shape]``, without a copy."""
+        return param[:, self.start : self.start + prod(self.shape)].unflatten(1, self.shape)
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """Slots of one layer on one rank.
+
+    Attributes:
+        key: text that ``parse_layout`` makes this layout of; what the custom op is given.
+        hidden_size: H.
+        intermediate_size: I on this rank.
+        spec: the layer's spec.
+        slots: by (projection, suffix).
+        packed: unstructured bitmap values are packed, because tensor parallelism slices them.
+    """
+
+    key: str
+    hidden_size: int
+    intermediate_size: int
+    spec: LayerSpec
+    slots: dict[Key, Slot]
+    packed: bool
+
+    @cached_property
+    def params(self) -> dict[str, tuple[int, str, bool]]:
+        """(columns, dtype, shared) by parameter name, in the order that ``bind`` takes them."""
+        params: dict[str, tuple[int, str, bool]] = {}
+        for slot in self.slots.values():
+            columns = params[slot.param][0] if slot.param in params else 0
+            params[slot.param] = (columns + prod(slot.shape), slot.dtype, slot.shared)
+        return params
+
+    @cached_property
+    def coders(self) -> frozenset[str]:
+        """What a kernel must read, by the kernel table's words: see ``ops.CODERS``."""
+        found = {"quantized_center" for part in self.spec.center if part.method == "quantized"}
+        for part in self.spec.residual:
+            in_codes = part.method in ("bitmap", "bitmap_rows") and part.value_bits is not None
+            in_codes |= part.method == "low_rank" and part.factor_bits is not None
+            found.add(f"{part.method}_codes" if in_codes else part.method)
+        return frozenset(found)
+
+    def bind(self, tensors: list[Tensor]) -> ResMoEWeights:
+        """Views of the parameters, given in the order of ``params``."""
+        binder = _Binder(self, dict(zip(self.params, tensors, strict=True)))
+        return ResMoEWeights(
+            self.hidden_size,
+            self.intermediate_size,
+            center={
+                p: binder.view(p, CENTER)[0]
+                if part.method == "dense"
+                else binder.coded(p, CENTER_CODES, CENTER_SCALES, part.bits, self.hidden_size, part.group_size)[0]
+                for part in self.spec.center
+                for p in part.projections
+            },
+            residual=tuple(map(binder.part, self.spec.residual)),
+        )
+
+
+@dataclass(frozen=True)
+class _Binder:
+    layout: LayerLayout
+    tensors: dict[str, Tensor]
+
+    def view(self, projection: Projection, suffix: str) -> Tensor:
+        slot = self.layout.slots[projection, suffix]
+        return slot.view(self.tensors[slot.param])
+
+    def coded(
+        self, projection: Projection, codes: str, scales: str, bits: int, columns: int, group_size: int | None
+    ) -> Coded:
+        return Coded(self.view(projection, codes), self.view(projection, scales), bits, columns, group_size)
+
+    def part(self, part: ResidualPart) -> ResidualWeights:
+        hidden_size, first = self.layout.hidden_size, part.projections[0]
+        if part.method == "quantized":
+            return QuantizedWeights(
+                part.projections,
+                {p: self.coded(p, CODES, SCALES, part.bits, hidden_size, part.group_size) for p in part.projections},
+            )
+        if part.method == "low_rank":
+            return self._low_rank(part.projections, part.rank, part.factor_bits)
+        scales = None if part.value_bits is None else {p: self.view(p, VALUE_SCALES) for p in part.projections}
+        mask = {p: self.view(p, MASK) for p in part.projections}
+        if part.method == "bitmap_rows":
+            suffix = ROW_VALUES if part.value_bits is None else ROW_VALUE_CODES
+            values = {p: self.view(p, suffix) for p in part.projections}
+            return RowBitmapWeights(
+                part.projections, mask, values, part.values_per_row, part.value_bits, scales, part.group_size
+            )
+        suffix = VALUES if part.value_bits is None else VALUE_CODES
+        packed = self.layout.packed
+        return BitmapWeights(
+            part.projections,
+            mask=mask,
+            row_ptr={p: self.view(p, ROW_PTR) for p in part.projections},
+            values=self.tensors[self.layout.slots[first, suffix].param] if packed else self.view(first, suffix),
+            starts=self.view(first, STARTS)[:, 0] if packed else None,
+            value_bits=part.value_bits,
+            scales=scales,
+            group_size=part.group_size,
+        )
+
+    def _low_rank(self, projections: tuple[Projection, ...], rank: int, bits: int | None) -> LowRankWeights:
+        first, hidden_size = projections[0], self.layout.hidden_size
+        if bits is None:
+            return LowRankWeights(projections, self.view(first, U), {p: self.view(p, V) for p in projections})
+        v: dict[Projection, Matrix] = {
+            p: self.coded(p, V_CODES, V_SCALES, bits, hidden_size, None) for p in projections
+        }
+        return LowRankWeights(projections, self.coded(first, U_CODES, U_SCALES, bits, rank, None), v)
+
+
+def layout_key(fmt: ResMoEFormat, spec: LayerSpec, tp_size: int) -> str:
+    """Text that holds all of a layout on one rank; equal for equal layouts. ``spec`` is one group's, or has none."""
+    return json.dumps(
+        {
+            "dtype": fmt.dtype,
+            "hidden_size": fmt.hidden_size,
+            "intermediate_size": fmt.intermediate_size // tp_size,
+            "packed": tp_size > 1,
+            "layer": spec.model_dump(),
+        }
+    )
+
+
+@cache
+def parse_layout(key: str) -> LayerLayout:
+    """Layout of a key; cached, for the custom op asks on every call."""
+    fields = json.loads(key)
+    spec = LayerSpec.model_validate(fields["layer"])
+    packed = fields["packed"]
+    # not validated: a rank may exceed the rows that tensor parallelism leaves
+    local = ResMoEFormat.model_construct(
+        dtype=fields["dtype"],
+        hidden_size=fields["hidden_size"],
+        intermediate_size=fields["intermediate_size"],
+    )
+    slots: dict[Key, Slot] = {}
+    ends: dict[str, int] = {}
+
+    def add(projection: Projection, suffix: str, shape: tuple[int, ...], dtype: str, shared: bool) -> None:
+        param = f"{PARAM_PREFIX[projection]}_{suffix}"
+        slots[projection, suffix] = Slot(param, ends.get(param, 0), shape, dtype, shared)
+        ends[param] = ends.get(param, 0) + prod(shape)
+
+    def add_stored(tensor: TensorSpec) -> None:
+        shape = (0,) if packed and tensor.suffix in STREAMS else tensor.shape
+        add(tensor.projection, tensor.suffix, shape, tensor.dtype, tensor.expert is None)
+
+    unordered = {p for part in spec.residual if part.method == "bitmap" for p in part.projections}
+    for tensor in shared_tensors(local, spec):
+        add_stored(tensor)
+    for tensor in expert_tensors(local, spec, 0):
+        add_stored(tensor)
+        if tensor.suffix == MASK and tensor.projection in unordered:
+            add(tensor.projection, ROW_PTR, (local.intermediate_size,), "int32", shared=False)
+        if tensor.suffix in STREAMS and packed:
+            add(tensor.projection, STARTS, (1,), "int64", shared=False)
+    return LayerLayout(key, local.hidden_size, local.intermediate_size, spec, slots, packed)

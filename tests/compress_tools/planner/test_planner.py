@@ -1,0 +1,454 @@
+"""The planner's law: at every budget at or below the best single coder, on what is written; and the file between."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from benchmarks.models.tiny_models import save_tiny_model
+from compress_tools.cli.commands import main
+from compress_tools.config import make_config
+from compress_tools.errors import CheckpointError, ConfigError
+from compress_tools.format.schema import LayerSpec
+from compress_tools.output.target import make_plan
+from compress_tools.pipeline import compress
+from compress_tools.planner import frontier as frontiers
+from compress_tools.planner.allocate import allocate
+from compress_tools.planner.candidates import Sizes
+from compress_tools.planner.choices import expert_groups
+from compress_tools.planner.config import make_planner_config
+from compress_tools.planner.frontier import combined, frontier
+from compress_tools.planner.output_weights import LayerInputs, expert_effects, output_weights
+from compress_tools.planner.plan_file import parse_plan
+from compress_tools.planner.plan_text import plan_text
+from compress_tools.planner.planner import Measured, choose, find_plan, measure
+from compress_tools.planner.request import plan_for_budget
+from compress_tools.progress.listener import Silent
+from compress_tools.source.reader import CheckpointReader
+from compress_tools.stored.verify import verify
+
+KINDS = ("random", "near copies", "trained-like")
+RATIOS = (0.15, 0.18, 0.2, 0.23, 0.25, 0.28, 0.3, 0.35, 0.4, 0.5, 0.7, 0.9)
+SILU = torch.nn.functional.silu
+
+
+def expert_tensors(tensors: dict[str, torch.Tensor], layer: int, projection: str) -> list[str]:
+    """Names of one projection of a layer's experts, in their order."""
+    return [f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{projection}.weight" for expert in range(4)]
+
+
+def make_model(kind: str, path: Path) -> Path:
+    """Mixtral, 2 layers, 4 experts, H 64, I 32, bf16.
+
+    near copies: of one expert, one layer's copies nearer than the other's, one expert farther than the rest.
+    trained-like: row norms spread, a low-rank part shared by all, heavy tails.
+    """
+    save_tiny_model("mixtral", path, torch.bfloat16, num_hidden_layers=2, intermediate_size=32)
+    if kind == "random":
+        return path
+    generator = torch.Generator().manual_seed(3)
+    tensors = load_file(path / "model.safetensors")
+    for layer, projection in itertools.product(range(2), ("w1", "w2", "w3")):
+        names = expert_tensors(tensors, layer, projection)
+        shared = tensors[names[0]].float()
+        noise = 0.1 if layer == 0 else 0.4
+        for expert, name in enumerate(names):
+            fresh = torch.randn(shared.shape, generator=generator) * shared.std()
+            if kind == "near copies":
+                made = shared + fresh * noise * (3 if expert == 3 else 1)
+            else:
+                rows = torch.exp(0.7 * torch.randn(shared.shape[0], 1, generator=generator))
+                factors = torch.randn(shared.shape[0], 2, generator=generator), torch.randn(2, shared.shape[1])
+                made = shared + 0.6 * rows * fresh * fresh.abs() / shared.std() + 0.02 * factors[0] @ factors[1]
+            tensors[name] = made.bfloat16().contiguous()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("planner")
+    return {kind: make_model(kind, root / kind.replace(" ", "-")) for kind in KINDS}
+
+
+def measured(path: Path, **options: object) -> Measured:
+    """Everything measured, one worker."""
+    reader, config = CheckpointReader(path), make_config(workers=1)
+    base = make_plan(reader, make_config(method="quantize"))
+    return measure(base, config, make_planner_config(target_bytes_ratio=0.25, **options), Silent())
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def menu_of(models: dict[str, Path], kind: str) -> Measured:
+    return measured(models[kind])
+
+
+def test_never_above_the_best_single_coder_and_falling(menu_of: Measured) -> None:
+    before = float("inf")
+    total = sum(menu_of.dense.values())
+    for ratio in RATIOS:
+        found = choose(menu_of, make_planner_config(target_bytes_ratio=ratio))
+        assert found.expert_bytes_after <= ratio * total
+        assert found.error <= before
+        before = found.error
+        for key in next(iter(menu_of.layers.values())).uniform:
+            own = [layer.uniform[key] for layer in menu_of.layers.values()]
+            if sum(nbytes for nbytes, _, _ in own) <= ratio * total:
+                assert found.error <= sum(error for _, error, _ in own) / len(own) * (1 + 1e-12)
+
+
+# What the command line offers as one coder for all layers.
+SINGLE = (
+    *({"method": "quantize", "bits": bits, "center": "none"} for bits in (2, 3, 4)),
+    *({"method": "quantize", "bits": bits, "center_bits": 8} for bits in (2, 3)),
+    {"method": "prune", "retain_ratio": 0.12, "value_bits": 4, "center_bits": 8},
+    {"method": "prune", "retain_ratio": 0.1, "center": "none"},
+    {"method": "low-rank", "retain_ratio": 0.15, "factor_bits": 8, "center_bits": 8},
+)
+
+
+@pytest.mark.parametrize("ratio", [0.22, 0.34])
+def test_on_written_checkpoints(
+    models: dict[str, Path], kind: str, menu_of: Measured, ratio: float, tmp_path: Path
+) -> None:
+    source, request = models[kind], make_planner_config(target_bytes_ratio=ratio)
+    found = choose(menu_of, request)
+    plan = parse_plan(plan_text(found, make_config(), request, "source", ""), "plan")
+    report = compress(source, tmp_path / "planned", make_config(workers=1), planned=plan)
+    assert report.expert_bytes_after <= ratio * report.expert_bytes_before
+    errors = {verdict.layer: verdict.relative_error for verdict in verify(tmp_path / "planned", source)}
+    mean = sum(errors.values()) / 2  # a layer left as it is has no error
+    assert mean == pytest.approx(found.error, rel=1e-3)
+    compared = 0
+    for number, options in enumerate(SINGLE):
+        single = compress(source, tmp_path / str(number), make_config(workers=1, **options))
+        if single.expert_bytes_after <= ratio * single.expert_bytes_before:
+            compared += 1
+            assert mean <= sum(v.relative_error for v in verify(tmp_path / str(number), source)) / 2 * (1 + 1e-6)
+    assert compared >= 3 if ratio > 0.3 else compared
+
+
+def test_bytes_go_where_they_pay(models: dict[str, Path]) -> None:
+    found = choose(measured(models["near copies"], coders="quantize"), make_planner_config(target_bytes_ratio=0.22))
+    assert found.layers[0].nbytes < found.layers[1].nbytes
+    assert any(layer.spec.center for layer in found.layers.values())
+    grouped = [layer.spec for layer in found.layers.values() if layer.spec.groups]
+    for spec in grouped:
+        assert (3,) in [group.experts for group in spec.groups]
+
+
+def test_allocation_is_the_brute_force_optimum() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        layers = []
+        for _ in range(4):
+            sizes = generator.choice(100, 6, replace=False) + 1
+            layers.append(frontier((int(size), float(generator.random() / size), (int(size),)) for size in sizes))
+        everything = list(itertools.product(*(zip(own.nbytes, own.errors, strict=True) for own in layers)))
+        for budget in (sum(int(own.nbytes[0]) for own in layers), 90, 150, 400):
+            fitting = [sum(e for _, e in picks) for picks in everything if sum(b for b, _ in picks) <= budget]
+            if fitting:
+                found = allocate(layers, budget)
+                assert found.error == pytest.approx(min(fitting), rel=1e-12)
+                assert sum(found.nbytes) <= budget
+
+
+def test_thinning_loses_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(1)
+    layers = []
+    for _ in range(12):
+        steps = np.cumsum(generator.integers(1000, 9000, 20))
+        layers.append(frontier((int(b), float(generator.uniform(0.9, 1.1) / b**2), (int(b),)) for b in steps))
+    exact = [allocate(layers, budget).error for budget in (300000, 500000)]
+    monkeypatch.setattr(frontiers, "MAX_POINTS", 256)
+    thinned = [allocate(layers, budget).error for budget in (300000, 500000)]
+    assert thinned == pytest.approx(exact, rel=0.01)
+
+
+def test_combined_frontiers_keep_only_what_pays() -> None:
+    left, right = frontier([(1, 3.0, ("a",)), (2, 5.0, ("b",)), (4, 1.0, ("c",))]), frontier([(1, 1.0, ("d",))])
+    assert left.picks == [("a",), ("c",)]
+    both = combined(left, right, most=4)
+    assert (both.nbytes.tolist(), both.errors.tolist(), both.picks) == ([2], [4.0], [("a", "d")])
+
+
+def test_expert_groups() -> None:
+    assert expert_groups(torch.tensor([1.0, 1.0, 9.0, 1.0]), 2) == ((0, 1, 3), (2,))
+    assert expert_groups(torch.tensor([1.0, 1.01, 1.0, 1.02]), 2) == ((0, 1, 2, 3),)
+    assert expert_groups(torch.tensor([1.0, 9.0]), 1) == ((0, 1),)
+    assert expert_groups(torch.tensor([1.0]), 2) == ((0,),)
+
+
+def test_a_sample_predicts_the_whole(models: dict[str, Path]) -> None:
+    whole = measured(models["trained-like"], coders="quantize,low-rank")
+    some = measured(models["trained-like"], coders="quantize,low-rank", measure_rows=16)
+    assert whole.layers[0].exact
+    assert not some.layers[0].exact
+    for key, (nbytes, error, _) in whole.layers[0].uniform.items():
+        assert some.layers[0].uniform[key][:2] == (nbytes, pytest.approx(error, rel=0.15))
+
+
+def test_bounds_uniform_and_too_small(models: dict[str, Path]) -> None:
+    menu = measured(models["near copies"], coders="quantize")
+
+    def ask(**options: object) -> list[float]:
+        found = choose(menu, make_planner_config(**{"target_bytes_ratio": 0.3, **options}))
+        return [layer.nbytes / layer.dense_bytes for layer in found.layers.values()]
+
+    assert ask(layer_bytes_ratio="0:0.33..")[0] >= 0.33
+    assert ask(layer_bytes_ratio="1:..0.25")[1] <= 0.25
+    assert len(set(ask(uniform=True))) == 1
+    with pytest.raises(ConfigError, match="smallest possible is (0[.][0-9]+)") as caught:
+        ask(target_bytes_ratio=0.05)
+    least = float(str(caught.value).rpartition(" ")[2])
+    assert sum(ask(target_bytes_ratio=least)) / 2 <= least
+    with pytest.raises(ConfigError, match="nothing that layer 1 could be stored as"):
+        ask(layer_bytes_ratio="1:..0.01")
+    with pytest.raises(ConfigError, match="no single coder keeps to"):
+        ask(layer_bytes_ratio="1:..0.01", uniform=True)
+
+
+def test_bytes_are_the_formats_own(models: dict[str, Path], menu_of: Measured) -> None:
+    sizes = menu_of.sizes
+    assert isinstance(sizes, Sizes)
+    for (bits, coder), (nbytes, _, choice) in menu_of.layers[0].uniform.items():
+        spec = choice.spec(sizes)
+        made = make_plan(CheckpointReader(models["random"]), make_config(), dict.fromkeys((0, 1), spec))
+        assert made.expert_bytes_after == 2 * nbytes, (bits, coder.label)
+
+
+class TestPlanFile:
+    TEXT = """version: 1
+center: barycenter
+max_iterations: 25
+tolerance: 1e-4
+seed: 0
+layers:
+  0:
+    center:
+    - {method: quantized, projections: [gate_proj], bits: 8}
+    groups:
+    - experts: [0, 3]
+      residual:
+      - {method: bitmap, projections: [gate_proj, up_proj, down_proj], values_per_expert: 99}
+    - experts: [1, 2]
+      residual:
+      - {method: quantized, projections: [gate_proj, up_proj, down_proj], bits: 2, group_size: 32}
+  1: dense
+"""
+
+    def test_edited_by_hand_and_followed(self, models: dict[str, Path], tmp_path: Path) -> None:
+        plan = parse_plan(self.TEXT, "plan.yaml")
+        assert plan.recipe["tolerance"] == 1e-4
+        assert plan.specs[1] is None
+        report = compress(models["random"], tmp_path / "out", make_config(), planned=plan)
+        assert [layer.layer for layer in report.layers] == [0]
+        stored = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["layers"]["0"]
+        assert LayerSpec.model_validate(stored) == plan.specs[0]
+        for name in ("resmoe_recipe.json", "resmoe_report.json"):
+            written = json.loads((tmp_path / "out" / name).read_text())["plan"]
+            assert written["layers"]["1"] == "dense"
+            assert LayerSpec.model_validate(written["layers"]["0"]) == plan.specs[0]
+        assert (tmp_path / "out/resmoe_plan.yaml").read_text() == self.TEXT
+        assert "--plan resmoe_plan.yaml" in (tmp_path / "out/README.md").read_text()
+
+    @pytest.mark.parametrize(
+        ("old", "new", "message"),
+        [
+            ("version: 1", "version: 7", "line 1: version: found 7, this version reads 1"),
+            ("seed: 0\n", "", "line 1: seed is missing"),
+            ("seed: 0", "seed: -1", "line 5: seed: Input should be greater than or equal to 0"),
+            ("seed: 0", "sead: 0", "line 5: sead: unknown key"),
+            ("bits: 2", "bits: 5", "line 16: layers.0.groups.1.residual.0.quantized.bits: Input should be 2, 3, 4"),
+            ("bits: 2,", "", "bits: Field required"),
+            ("bits: 2", "bitz: 2", "line 16: layers.0.groups.1.residual.0.quantized.bit"),
+            ("experts: [1, 2]", "experts: [0, 2]", "line 7: layers.0: Value error, an expert is in two groups"),
+            ("method: bitmap", "method: magic", "line 13: layers.0.groups.0.residual.0: Input tag 'magic'"),
+            ("1: dense", "1: sparse", "line 17: layers.1: expected center and residual, or dense; found 'sparse'"),
+            ("1: dense", "one: dense", "line 17: layers.one: expected a layer index"),
+            ("1: dense", "0: dense", "line 17: layers.0: given twice"),
+            ("1: dense", "1: [", "line 18: not YAML"),
+        ],
+    )  # fmt: skip
+    def test_refusals_name_line_and_key(self, old: str, new: str, message: str) -> None:
+        assert old in self.TEXT
+        with pytest.raises(ConfigError) as caught:
+            parse_plan(self.TEXT.replace(old, new), "plan.yaml")
+        assert str(caught.value).startswith("plan.yaml: line ")
+        assert message in str(caught.value)
+
+    def test_layers_must_be_the_models(self, models: dict[str, Path], tmp_path: Path) -> None:
+        for change, message in (
+            ("", r"\[1\] are not listed"),
+            ("  1: dense\n  2: dense\n", r"\[2\] have no experts"),
+        ):
+            plan = parse_plan(self.TEXT.replace("  1: dense\n", change), "plan.yaml")
+            with pytest.raises(ConfigError, match=message):
+                compress(models["random"], tmp_path / "out", make_config(), planned=plan)
+
+    def test_round_trip(self, models: dict[str, Path], kind: str) -> None:
+        request = make_planner_config(target_bytes_ratio=0.25, coders="quantize")
+        config = make_config(workers=1)
+        plan = plan_for_budget(models[kind], config, request)
+        found = find_plan(CheckpointReader(models[kind]), config, request)
+        assert plan.specs == {index: layer.spec for index, layer in found.layers.items()}
+        assert yaml.safe_load(plan.text)["center"] == "barycenter"
+
+
+class TestOutputWeights:
+    def test_match_a_direct_measurement(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        rows = {p: torch.randn(24, 32, generator=generator) / 6 for p in ("gate_proj", "up_proj", "down_proj")}
+        tokens = torch.randn(64, 32, generator=generator)
+
+        def output(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+            inner = SILU(tokens @ weights["gate_proj"].T) * (tokens @ weights["up_proj"].T)
+            return inner @ weights["down_proj"]
+
+        effects, energy = expert_effects(rows, tokens, SILU)
+        torch.testing.assert_close(energy, output(rows).square().sum(1))
+        for projection in rows:
+            ratios = []
+            for _ in range(200):
+                error = 1e-3 * torch.randn(24, 32, generator=generator)
+                changed = output({**rows, projection: rows[projection] + error}) - output(rows)
+                ratios.append(changed.square().sum() / error.square().sum())
+            measured_effect = torch.stack(ratios).mean()
+            assert float(effects[projection].sum()) == pytest.approx(float(measured_effect), rel=0.05), projection
+
+    def test_bytes_follow_the_effect(self, models: dict[str, Path], tmp_path: Path) -> None:
+        path = tmp_path / "scaled"
+        make_model("random", path)
+        tensors = load_file(path / "model.safetensors")
+        for name in expert_tensors(tensors, 0, "w2"):
+            tensors[name] *= 0.03  # hardly any of the weights' energy, all of the output's
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+        def down_bits(**options: object) -> int:
+            request = make_planner_config(target_bytes_ratio=0.2, coders="quantize", **options)
+            found = find_plan(CheckpointReader(path), make_config(workers=1, center="none"), request)
+            return {p: part.bits for part in found.layers[0].spec.residual for p in part.projections}["down_proj"]
+
+        assert down_bits() < down_bits(optimize="output")
+
+    def test_calibration(self, models: dict[str, Path], tmp_path: Path) -> None:
+        inputs = {f"layer.{layer}": torch.randn(20, 64) for layer in (0, 1)}
+        inputs["layer.1.routing"] = torch.eye(4)[torch.zeros(20, dtype=torch.long)]
+        save_file(inputs, tmp_path / "inputs.safetensors")
+        request = {"target_bytes_ratio": 0.25, "coders": "quantize", "optimize": "output"}
+        found = find_plan(
+            CheckpointReader(models["random"]),
+            make_config(workers=1),
+            make_planner_config(**request, calibration=str(tmp_path / "inputs.safetensors")),
+        )
+        assert found.error > 0
+        given = LayerInputs(SILU, 64, 4, 0, tmp_path / "inputs.safetensors")
+        design = torch.randn(4, 32, 192)
+        weights = output_weights(
+            type("Read", (), {"design": design})(), ("gate_proj", "up_proj", "down_proj"), given, 1
+        )
+        assert weights[1:].abs().sum() == 0  # no token is routed to them
+        with pytest.raises(CheckpointError, match="can't read 'layer.7'"):
+            given.of(7)
+        with pytest.raises(CheckpointError, match=r"expected \[N, 65\]"):
+            LayerInputs(SILU, 65, 4, 0, tmp_path / "inputs.safetensors").of(0)
+
+
+def resmoe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object) -> tuple[int, str, str]:
+    """Run the command in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["resmoe", *map(str, words)])
+    code: object = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code
+    return (int(str(code or 0)), *capsys.readouterr())
+
+
+def test_plan_then_compress_gives_equal_bytes(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, wanted = models["near copies"], ("--target-bytes-ratio", "0.25", "--coders", "quantize")
+    for words in (
+        ("plan", source, *wanted, "--out", tmp_path / "plan.yaml"),
+        ("compress", source, tmp_path / "a" / "x", *wanted),
+        ("compress", source, tmp_path / "b" / "x", "--plan", tmp_path / "plan.yaml"),
+        ("compress", source, tmp_path / "c" / "x", "--plan", tmp_path / "plan.yaml", "--shard", "1/2"),
+        ("compress", source, tmp_path / "c" / "x", "--plan", tmp_path / "plan.yaml", "--shard", "2/2"),
+        ("merge", tmp_path / "c" / "x"),
+    ):
+        code, _, stderr = resmoe(capsys, monkeypatch, *words)
+        assert code == 0, stderr
+    first, *others = (
+        {file.name: file.read_bytes() for file in (tmp_path / name / "x").iterdir() if "timings" not in file.name}
+        for name in "abc"
+    )
+    assert all(other == first for other in others)
+    assert not (tmp_path / "a" / "x.plan.yaml").exists()
+
+
+def test_a_resumed_run_measures_nothing(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("compress", models["random"], tmp_path / "x", "--target-bytes-ratio", "0.3", "--coders", "quantize")
+    with monkeypatch.context() as broken:
+        broken.setattr("compress_tools.pipeline.compress_layer", lambda *_: (_ for _ in ()).throw(ConfigError("stop")))
+        assert resmoe(capsys, monkeypatch, *words)[0] == 2
+    assert (tmp_path / "x.plan.yaml").exists()
+    code, _, stderr = resmoe(capsys, monkeypatch, *words)
+    assert code == 4
+    assert "--resume" in stderr
+    monkeypatch.setattr("compress_tools.planner.request.find_plan", None)
+    code, _, stderr = resmoe(capsys, monkeypatch, *words, "--resume")
+    assert code == 0, stderr
+    code, _, stderr = resmoe(capsys, monkeypatch, *words)
+    assert (code, "not empty" in stderr) == (4, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--target-bytes-ratio", "1.5"], "--target-bytes-ratio: Input should be less than 1"),
+        (["--target-bytes-ratio", "much"], "--target-bytes-ratio: Input should be a valid number"),
+        (["--target-bytes-ratio", "0.01"], "the smallest possible is 0."),
+        (["--target-bytes-ratio", "0.3", "--method", "quantize"], "--method has no effect with --target-bytes-ratio"),
+        (["--target-bytes-ratio", "0.3", "--bits", "4"], "--bits has no effect with --target-bytes-ratio"),
+        (["--target-bytes-ratio", "0.3", "--coders", "magic"], "'magic' is none of quantize, prune"),
+        (["--target-bytes-ratio", "0.3", "--optimize", "speed"], "--optimize: Input should be 'error' or 'output'"),
+        (["--target-bytes-ratio", "0.3", "--calibration", "x"], "add --optimize output"),
+        (["--target-bytes-ratio", "0.3", "--optimize", "output", "--calibration", "x"], "x: not readable"),
+        (["--target-bytes-ratio", "0.3", "--layer-bytes-ratio", "0:1"], "expected LAYERS:LEAST..MOST"),
+        (["--target-bytes-ratio", "0.3", "--layer-bytes-ratio", "9:0.."], "no experts in layers [9]"),
+        (["--target-bytes-ratio", "0.3", "--shard", "1/2"], "resmoe plan SRC --target-bytes-ratio ... --out"),
+        (["--target-bytes-ratio", "0.3", "--plan", "x"], "exclude each other"),
+        (["--optimize", "output"], "--optimize has no effect without --target-bytes-ratio"),
+        (["--uniform"], "--uniform has no effect without --target-bytes-ratio"),
+        (["--plan", "nowhere.yaml"], "--plan nowhere.yaml: not readable"),
+        (["--plan", "x", "--seed", "1"], "--seed has no effect with --plan"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else None,
+)
+def test_refusals(
+    words: list[str],
+    sentence: str,
+    models: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code, stdout, stderr = resmoe(capsys, monkeypatch, "compress", models["random"], tmp_path / "new", *words)
+    assert (code, stdout) == (4 if "not readable" in sentence and "plan" not in sentence else 2, ""), stderr
+    assert sentence in stderr
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".log"]

@@ -1,0 +1,288 @@
+"""Triton kernels against their plain-torch truths; in Triton's interpreter where there is no GPU.
+
+New memory is full of NaN here, so what a kernel forgets to write, or reads though nobody wrote it, shows.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from compress_tools.errors import KernelUnsupportedError
+from resmoe_vllm import ops
+from resmoe_vllm.kernels.activation import ACTIVATIONS
+from resmoe_vllm.kernels.gpu import align, block_sizes, launches
+from resmoe_vllm.kernels.gpu import layer as gpu_layer
+from resmoe_vllm.kernels.gpu.block_sizes import Blocks, Config
+from resmoe_vllm.kernels.gpu.tiles import Tile, TileSpec
+from resmoe_vllm.kernels.reference import align_ref, combine_ref, fused_moe_ref, hidden_ref, products_ref
+from resmoe_vllm.kernels.routing import local_ids
+from tests.resmoe_vllm.kernels.test_vllm_kernels import KINDS, ROUTINGS, SIZES, hidden_states, make_routing
+from tests.resmoe_vllm.layers import layer_kinds, load_all, new_loader, op_tensors, store_layer
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# largest error allowed, as a share of the largest output
+TOLERANCE = {"float32": 3e-6, "bfloat16": 1.5e-2, "float16": 2e-3}
+# one of each way to hold a residual
+MAIN_KINDS = ("low_rank-joint", "bitmap-joint", "quantized-3bit")
+# decoded tiles of each kind, and sums of them
+TILED_KINDS = ("bitmap-down_first-center_up", "both", "bitmap-4bit", "bitmap_rows", "quantized-8bit+low_rank+bitmap")
+REPO = Path(__file__).resolve().parents[3]
+
+SMALL = Blocks(n=32, k=32, warps=4, stages=2)
+# several blocks of pairs for one expert, several steps and splits, and the center inside of decoded tiles
+RESTORING = Config(16, SMALL, SMALL, SMALL, SMALL, restore=True, programs=24)
+
+
+@pytest.fixture(autouse=True)
+def _nan_memory() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """``loaded(kind, size, dtype, **ranks)`` -> (module, layout) on the device; each once."""
+    made: dict[tuple, tuple] = {}
+
+    def get(kind: str, size: str, dtype: str, **ranks: object) -> tuple:
+        key = kind, size, dtype, str(ranks)
+        if key not in made:
+            experts, size_i, size_h = SIZES[size]
+            layer = store_layer(layer_kinds(size_i, size_h)[kind], experts, size_i, size_h, dtype)
+            module, loader = new_loader(layer, **ranks)
+            load_all(module, loader, layer)
+            made[key] = module.to(DEVICE), loader.groups[0].layout
+        return made[key]
+
+    return get
+
+
+def assert_near(found: Tensor, expected: Tensor, dtype: str) -> None:
+    """Same shape, finite in the same places, error within ``TOLERANCE``."""
+    limit = TOLERANCE[dtype] * max(1e-6, expected.abs().nan_to_num().max().item() if expected.numel() else 0)
+    torch.testing.assert_close(found.float().cpu(), expected.float().cpu(), rtol=0, atol=limit, equal_nan=True)
+
+
+def check(module, layout, weights, ids, x, dtype: str, activation="silu", expert_map=None) -> None:
+    """The layer against ``fused_moe_ref``."""
+    tensors = op_tensors(module)
+    expected = fused_moe_ref(x, weights, ids, layout.bind([t.cpu() for t in tensors]), activation, expert_map)
+    on_device = [None if t is None else t.to(DEVICE) for t in (x, weights, ids, expert_map)]
+    found = gpu_layer.fused_moe(*on_device[:3], tensors, layout, activation, on_device[3])
+    assert found.dtype == x.dtype
+    assert found.is_contiguous()
+    assert_near(found, expected, dtype)
+
+
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [(kind, dtype) for dtype in TOLERANCE for kind in (MAIN_KINDS if dtype == "float16" else KINDS)],
+)
+def test_every_coder(loaded, kind: str, dtype: str) -> None:
+    module, layout = loaded(kind, "E4-I33-H67", dtype)
+    weights, ids = make_routing(4, "T7-K2-padded")
+    check(module, layout, weights, ids, hidden_states(7, 67, dtype), dtype)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("kind", MAIN_KINDS)
+def test_every_routing(loaded, kind: str, routing: str) -> None:
+    module, layout = loaded(kind, "E4-I33-H67", "float32")
+    weights, ids = make_routing(4, routing)
+    check(module, layout, weights, ids, hidden_states(len(ids), 67, "float32"), "float32")
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", MAIN_KINDS)
+def test_every_size(loaded, kind: str, size: str) -> None:
+    experts, _, size_h = SIZES[size]
+    module, layout = loaded(kind, size, "bfloat16")
+    weights, ids = make_routing(experts, "T1-KE")
+    check(module, layout, weights, ids, hidden_states(1, size_h, "bfloat16"), "bfloat16")
+
+
+@pytest.mark.parametrize("kind", TILED_KINDS)
+def test_center_inside_of_decoded_tiles(loaded, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_layer, "pick_config", lambda *shape: RESTORING)
+    module, layout = loaded(kind, "E4-I33-H67", "float32")
+    plan = gpu_layer.plan_layer(layout.bind(op_tensors(module)), restore=True)
+    assert all(side.tile is None or side.center is None for side in (plan.gate, plan.up, plan.down))
+    weights, ids = make_routing(4, "T13-K2")
+    check(module, layout, weights, ids, hidden_states(13, 67, "float32"), "float32")
+
+
+def test_more_tokens_than_a_block_and_than_few(loaded) -> None:
+    """T = 80: larger blocks, slabs in the model's dtype, the tokens' sums in a launch of their own."""
+    module, layout = loaded("both", "E4-I33-H67", "bfloat16")
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.rand(80, 4, generator=generator).argsort(1)[:, :2].int()
+    ids[::5] = torch.tensor([1, -1], dtype=torch.int32)
+    check(module, layout, torch.rand(80, 2, generator=generator), ids, hidden_states(80, 67, "bfloat16"), "bfloat16")
+
+
+@pytest.mark.parametrize("kind", MAIN_KINDS)
+def test_expert_map(loaded, kind: str) -> None:
+    module, layout = loaded(kind, "E4-I33-H67", "float32", local_experts=[3, 0])
+    expert_map = torch.tensor([1, -1, -1, 0], dtype=torch.int32)
+    weights, ids = make_routing(4, "T7-K2-padded")
+    check(module, layout, weights, ids, hidden_states(7, 67, "float32"), "float32", expert_map=expert_map)
+
+
+@pytest.mark.parametrize("kind", ["low_rank-gate_up+down", "bitmap-gate_up+down", "bitmap-4bit"])
+def test_rows_of_a_rank(loaded, kind: str) -> None:
+    """Tensor parallelism packs bitmap values: each expert begins where ``resmoe_value_starts`` says."""
+    module, layout = loaded(kind, "E4-I33-H67", "float32", tp_size=3, tp_rank=1)
+    weights, ids = make_routing(4, "T7-K2-padded")
+    check(module, layout, weights, ids, hidden_states(7, 67, "float32"), "float32")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(loaded, activation: str) -> None:
+    module, layout = loaded("low_rank-joint", "E4-I33-H67", "float32")
+    weights, ids = make_routing(4, "T1-KE")
+    check(module, layout, weights, ids, 3 * hidden_states(1, 67, "float32"), "float32", activation)
+
+
+def test_weights_that_are_not_int32_or_contiguous(loaded) -> None:
+    module, layout = loaded("low_rank-joint", "E4-I33-H67", "float32")
+    weights, ids = make_routing(4, "T7-K2-padded")
+    x = hidden_states(7, 2 * 67, "float32")[:, ::2]
+    check(module, layout, weights.mT.contiguous().mT, ids.long(), x, "float32")
+
+
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("mapped", [False, True], ids=["all_experts", "expert_map"])
+@pytest.mark.parametrize("routing", [name for name in ROUTINGS if name != "T0-K2"])
+def test_align(routing: str, mapped: bool, block: int) -> None:
+    _, ids = make_routing(4, routing)
+    expert_map = torch.tensor([2, -1, 0, 1], dtype=torch.int32) if mapped else None
+    experts = 3 if mapped else 4
+    pairs, blocks, length = align_ref(ids, block, experts, expert_map)
+    assert length % block == 0
+    assert align.max_blocks(ids.numel(), block, experts) >= length // block
+    found = align.align(ids.to(DEVICE), block, experts, None if expert_map is None else expert_map.to(DEVICE))
+    assert found[2].tolist() == [length]
+    assert torch.equal(found[0][:length].cpu(), pairs)
+    assert torch.equal(found[1][: length // block].cpu(), blocks)
+
+
+def test_align_over_several_chunks() -> None:
+    ids = torch.randint(-1, 40, (700, 4), generator=torch.Generator().manual_seed(0)).int()
+    pairs, blocks, length = align_ref(ids, 32, 40, None)
+    found = align.align(ids.to(DEVICE), 32, 40, None)
+    assert found[2].tolist() == [length]
+    assert torch.equal(found[0][:length].cpu(), pairs)
+    assert torch.equal(found[1][: length // 32].cpu(), blocks)
+
+
+def run_of(tokens: int, top_k: int, ids: Tensor, expert_map: Tensor | None, size_i: int, size_h: int):
+    """A run whose plan holds sizes only."""
+    nothing = launches.Plan(None, None, None)
+    plan = launches.LayerPlan(nothing, nothing, nothing, 3, size_i, size_h)
+    x = hidden_states(tokens, size_h, "float32").to(DEVICE)
+    return launches._Run(x, ids.to(DEVICE), expert_map, plan, RESTORING)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("routed", [False, True])
+def test_products(routed: bool, transposed: bool) -> None:
+    """n and k odd, several splits; twice in one launch, the second after the first's programs."""
+    generator = torch.Generator().manual_seed(0)
+    _, ids = make_routing(3, "T7-K2-padded")
+    run = run_of(7, 2, ids, None, 5, 131)
+    rows = torch.randn((3, 41, 131) if transposed else (3, 131, 41), generator=generator)
+    tile = Tile(own=rows.to(DEVICE), own_stride=rows.stride(0)), TileSpec(own_bits=16)
+    spec = launches.ProductSpec(routed, 2 if routed else 1, 1, False, transposed, 41, 131, 1)
+    job = launches._Job(run.x, 131, tile, spec)
+    a = run.x.cpu().repeat_interleave(2, 0) if routed else run.x.cpu()
+    expected = products_ref(a, rows, local_ids(ids, None).flatten() if routed else None, transposed)
+    found = run.products([job, job], SMALL)
+    assert [len(slabs) for slabs in found] == [2, 2]
+    for slabs in found:
+        assert_near(slabs.sum(0), expected, "float32")
+
+
+@pytest.mark.parametrize("kind", MAIN_KINDS)
+def test_hidden(loaded, kind: str) -> None:
+    module, layout = loaded(kind, "E4-I33-H67", "float32")
+    weights, ids = make_routing(4, "T7-K2-padded")
+    x = hidden_states(7, 67, "float32")
+    bound = layout.bind(op_tensors(module))
+    run = launches._Run(x.to(DEVICE), ids.to(DEVICE), None, gpu_layer.plan_layer(bound, False), RESTORING)
+    cpu = layout.bind([t.cpu() for t in op_tensors(module)])
+    assert_near(run.hidden(weights.to(DEVICE), "silu"), hidden_ref(x, weights, ids, cpu, "silu"), "float32")
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["all_experts", "expert_map"])
+def test_combine(mapped: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    _, ids = make_routing(3, "T7-K2-padded")
+    expert_map = torch.tensor([-1, 0, 1], dtype=torch.int32) if mapped else None
+    run = run_of(7, 2, ids, None if expert_map is None else expert_map.to(DEVICE), 5, 67)
+    pairs, tokens = torch.randn(3, 14, 67, generator=generator), torch.randn(2, 7, 67, generator=generator)
+    pairs[:, local_ids(ids, expert_map).flatten() < 0] = float("nan")
+    for whole in (tokens, None):
+        out = torch.empty(7, 67, device=DEVICE)
+        run.combine(out, pairs.to(DEVICE), None if whole is None else whole.to(DEVICE))
+        assert_near(out, combine_ref(pairs, whole, ids, expert_map, torch.float32), "float32")
+
+
+def test_kernel_table_has_every_coder_on_cuda() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert ops.select_kernel(ops.CODERS, dtype, "cuda").__module__ == "resmoe_vllm.kernels.gpu.dispatch"
+
+
+def test_refusals(loaded) -> None:
+    module, layout = loaded("low_rank-joint", "E4-I33-H67", "float32")
+    weights, ids = make_routing(4, "T7-K2-padded")
+    x, tensors = hidden_states(7, 67, "float32"), op_tensors(module)
+    with pytest.raises(KernelUnsupportedError, match="no 'relu'"):
+        gpu_layer.fused_moe(x, weights, ids, tensors, layout, "relu")
+    with pytest.raises(KernelUnsupportedError, match=r"float64"):
+        gpu_layer.fused_moe(x.double(), weights, ids, tensors, layout, "silu")
+    with pytest.raises(KernelUnsupportedError, match=r"expected x \[T, 67\] .* found x \[7, 66\]"):
+        gpu_layer.fused_moe(x[:, :66], weights, ids, tensors, layout, "silu")
+    with pytest.raises(KernelUnsupportedError, match=r"expected x \[T, 67\] .* topk_ids \[6, 2\]"):
+        gpu_layer.fused_moe(x, weights, ids[:6], tensors, layout, "silu")
+    bound = layout.bind(tensors)
+    with pytest.raises(KernelUnsupportedError, match="tensor parallelism"):
+        gpu_layer.plan_layer(replace(bound, intermediate_size=2**20, hidden_size=2**10), restore=False)
+
+
+def test_tuned_sizes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_sizes, "CONFIGS", tmp_path)
+    shape = (64, 2048, 1024, "NVIDIA H200", torch.bfloat16, "low_rank")
+    name = "E=64,H=2048,I=1024,device_name=NVIDIA_H200,dtype=bfloat16,method=low_rank.json"
+    assert block_sizes.config_file(*shape) == name
+    tuned = {1: replace(RESTORING, programs=1), 64: replace(RESTORING, programs=64)}
+    block_sizes.write_configs(tmp_path / name, tuned)
+    assert json.loads((tmp_path / name).read_text())["64"]["hidden"] == {"n": 32, "k": 32, "warps": 4, "stages": 2}
+    assert block_sizes.pick_config(3, 8, *shape) == tuned[1]
+    assert block_sizes.pick_config(4096, 8, *shape) == tuned[64]
+    other = (*shape[:-1], "bitmap")
+    assert block_sizes.pick_config(1, 8, *other) == block_sizes.default_config(1, 8, 64, "bitmap")
+    assert block_sizes.pick_config(4096, 8, *other).restore
+
+
+def test_kernels_compile_for_hopper() -> None:
+    """Down to machine code, by the compiler and not the interpreter; needs no GPU."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.resmoe_vllm.kernels.hopper", "low_rank", "bitmap"]
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert lines[-1].startswith("compiled for sm_90")
+    for kernel in ("_products_kernel", "_hidden_kernel"):
+        found = [line.split() for line in lines if kernel in line]
+        assert len(found) >= 4
+        assert min(int(words[-2]) for words in found) > 0, "no product runs on the matrix units"
+        assert max(int(words[-6]) for words in found) == 0, "registers are spilled"

@@ -1,0 +1,282 @@
+"""The op against ``fused_moe_ref`` over the shape grid, ``fused_moe_ref`` against ``restore_expert``."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, silu
+
+from compress_tools.format.tensors import DTYPES
+from resmoe_vllm.kernels.activation import ACTIVATIONS
+from resmoe_vllm.kernels.cpu import native, plain_torch
+from resmoe_vllm.kernels.reference import fused_moe_ref
+from tests.resmoe_vllm.layers import (
+    StoredLayer,
+    grouped_layer,
+    layer_kinds,
+    load_all,
+    new_loader,
+    op_tensors,
+    store_layer,
+)
+
+# largest error allowed, as a share of the largest output
+TOLERANCE = {"float32": 2e-6, "bfloat16": 1.5e-2, "float16": 2e-3}
+
+KINDS = tuple(layer_kinds(3, 3))
+# (E, I, H) and why
+SIZES = {
+    "E4-I33-H67": (4, 33, 67),  # odd; a mask row of two words, the second almost empty
+    "E3-I16-H64": (3, 16, 64),  # mask rows without padding
+    "E2-I5-H3": (2, 5, 3),  # less than one byte of mask
+}
+# (T, K) and routing
+ROUTINGS = {
+    "T0-K2": (0, 2, "random"),
+    "T1-K1": (1, 1, "random"),
+    "T1-KE": (1, None, "random"),  # every expert
+    "T13-K2": (13, 2, "random"),
+    "T13-K2-empty": (13, 2, "no last expert"),  # the last expert gets nothing
+    "T9-K1-one": (9, 1, "one expert"),
+    "T7-K2-padded": (7, 2, "padded"),  # some ids -1
+    "T3-K2-all_padded": (3, 2, "all padded"),
+    "T101-K2": (101, 2, "random"),  # more tokens than a block of the C++ kernel
+}
+
+
+def make_routing(num_experts: int, name: str, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """(topk_weights fp32 [T, K], topk_ids int32 [T, K]); distinct experts per token."""
+    tokens, top_k, kind = ROUTINGS[name]
+    top_k = num_experts if top_k is None else top_k
+    generator = torch.Generator().manual_seed(seed)
+    choices = num_experts - 1 if kind == "no last expert" and num_experts > top_k else num_experts
+    ids = torch.rand(tokens, choices, generator=generator).argsort(1)[:, :top_k].int()
+    weights = torch.rand(tokens, top_k, generator=generator)
+    if kind == "one expert":
+        ids.fill_(1)
+    if kind == "padded":
+        ids[::2, 0] = -1
+    if kind == "all padded":
+        ids.fill_(-1)
+    return weights, ids
+
+
+def run_op(x, weights, ids, module, loader, activation="silu", expert_map=None) -> Tensor:
+    """``torch.ops.resmoe.fused_moe``."""
+    (call,) = module.calls
+    return torch.ops.resmoe.fused_moe(x, weights, ids, expert_map, op_tensors(module), call.layout_key, activation)
+
+
+def run_ref(x, weights, ids, module, loader, activation="silu", expert_map=None) -> Tensor:
+    """``fused_moe_ref`` on the same parameters."""
+    bound = loader.groups[0].layout.bind(op_tensors(module))
+    return fused_moe_ref(x, weights, ids, bound, activation, expert_map)
+
+
+def assert_near(found: Tensor, expected: Tensor, dtype: str) -> None:
+    """Same shape and dtype, error within ``TOLERANCE``."""
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    limit = TOLERANCE[dtype] * max(1e-6, expected.abs().max().item() if expected.numel() else 0)
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0, atol=limit)
+
+
+def hidden_states(tokens: int, size_h: int, dtype: str) -> Tensor:
+    """Seeded x [T, H]."""
+    return torch.randn(tokens, size_h, generator=torch.Generator().manual_seed(2)).to(DTYPES[dtype])
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """``loaded(kind, size, dtype)`` -> (StoredLayer, module, loader); made once."""
+    made: dict[tuple[str, str, str], tuple] = {}
+
+    def get(kind: str, size: str, dtype: str) -> tuple:
+        if (kind, size, dtype) not in made:
+            experts, size_i, size_h = SIZES[size]
+            layer = store_layer(layer_kinds(size_i, size_h)[kind], experts, size_i, size_h, dtype)
+            module, loader = new_loader(layer)
+            load_all(module, loader, layer)
+            made[kind, size, dtype] = layer, module, loader
+        return made[kind, size, dtype]
+
+    return get
+
+
+def dense_loop(x: Tensor, weights: Tensor, ids: Tensor, layer: StoredLayer, activation: str = "silu") -> Tensor:
+    """Token by token, choice by choice, on restored experts; fp64."""
+    act = {"silu": silu, "gelu": gelu, "gelu_tanh": lambda g: gelu(g, approximate="tanh")}[activation]
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for token in range(x.shape[0]):
+        for choice in range(ids.shape[1]):
+            expert = int(ids[token, choice])
+            if expert >= 0:
+                rows = {p: part.double() for p, part in layer.restored(expert).items()}
+                row = x[token].double()
+                hidden = act(rows["gate_proj"] @ row) * (rows["up_proj"] @ row)
+                out[token] += weights[token, choice].double() * (hidden @ rows["down_proj"])
+    return out
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_reference_is_restore_expert_and_a_dense_loop(loaded, kind: str, size: str) -> None:
+    layer, module, loader = loaded(kind, size, "float32")
+    weights, ids = make_routing(layer.fmt.num_experts, "T7-K2-padded")
+    x = hidden_states(7, layer.fmt.hidden_size, "float32")
+    expected = dense_loop(x, weights, ids, layer)
+    assert expected.abs().max() > 0.01
+    assert_near(run_ref(x, weights, ids, module, loader), expected.float(), "float32")
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_op_is_the_reference(loaded, kind: str, size: str, dtype: str) -> None:
+    """Every routing."""
+    layer, module, loader = loaded(kind, size, dtype)
+    for routing in ROUTINGS:
+        weights, ids = make_routing(layer.fmt.num_experts, routing)
+        x = hidden_states(ids.shape[0], layer.fmt.hidden_size, dtype)
+        before = x.clone()
+        found = run_op(x, weights, ids, module, loader)
+        assert_near(found, run_ref(x, weights, ids, module, loader), dtype)
+        assert found.is_contiguous()
+        assert torch.equal(x, before)
+        assert found.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() or not x.numel()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_torch_kernel_is_the_reference(loaded, kind: str, size: str, dtype: str) -> None:
+    """Every routing; the op may pick another kernel for so few tokens."""
+    layer, module, loader = loaded(kind, size, dtype)
+    bound = loader.groups[0].layout.bind(op_tensors(module))
+    for routing in ROUTINGS:
+        weights, ids = make_routing(layer.fmt.num_experts, routing)
+        x = hidden_states(ids.shape[0], layer.fmt.hidden_size, dtype)
+        found = plain_torch.fused_moe(x, weights, ids, bound, "silu")
+        assert_near(found, fused_moe_ref(x, weights, ids, bound, "silu"), dtype)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(loaded, activation: str) -> None:
+    layer, module, loader = loaded("both", "E4-I33-H67", "float32")
+    weights, ids = make_routing(4, "T13-K2")
+    x = hidden_states(13, 67, "float32")
+    expected = dense_loop(x, weights, ids, layer, activation).float()
+    assert_near(run_op(x, weights, ids, module, loader, activation), expected, "float32")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_expert_ranks_add_up(loaded, kind: str) -> None:
+    layer, module, loader = loaded(kind, "E4-I33-H67", "float32")
+    weights, ids = make_routing(4, "T7-K2-padded")
+    x = hidden_states(7, 67, "float32")
+    total = torch.zeros(7, 67)
+    for local in ([1], [3, 0, 2]):
+        part, part_loader = new_loader(layer, local_experts=local)
+        load_all(part, part_loader, layer)
+        expert_map = torch.full((4,), -1, dtype=torch.int32)
+        expert_map[local] = torch.arange(len(local), dtype=torch.int32)
+        found = run_op(x, weights, ids, part, part_loader, expert_map=expert_map)
+        assert_near(found, run_ref(x, weights, ids, part, part_loader, expert_map=expert_map), "float32")
+        total += found
+    assert_near(total, run_op(x, weights, ids, module, loader), "float32")
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["in_order", "reversed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensor_ranks_add_up(loaded, kind: str, reverse: bool) -> None:
+    layer, module, loader = loaded(kind, "E4-I33-H67", "float32")
+    weights, ids = make_routing(4, "T13-K2")
+    x = hidden_states(13, 67, "float32")
+    total = torch.zeros(13, 67)
+    for rank in range(3):
+        part, part_loader = new_loader(layer, tp_size=3, tp_rank=rank)
+        load_all(part, part_loader, layer, reverse)
+        found = run_op(x, weights, ids, part, part_loader)
+        assert_near(found, run_ref(x, weights, ids, part, part_loader), "float32")
+        total += found
+    assert_near(total, run_op(x, weights, ids, module, loader), "float32")
+
+
+@pytest.fixture(scope="module")
+def grouped() -> StoredLayer:
+    """Four experts in three groups, E4 I33 H67, fp32."""
+    return store_layer(grouped_layer(33, 67), 4, 33, 67, "float32")
+
+
+def run_groups(x: Tensor, weights: Tensor, ids: Tensor, module: torch.nn.Module) -> Tensor:
+    """Sum over the groups, each with its own map of experts."""
+    total = torch.zeros(x.shape)
+    for number, call in enumerate(module.calls):
+        tensors, expert_map = op_tensors(module, number), getattr(module, call.expert_map)
+        total += torch.ops.resmoe.fused_moe(x, weights, ids, expert_map, tensors, call.layout_key, "silu")
+    return total
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_groups_of_experts_add_up(grouped: StoredLayer, routing: str) -> None:
+    module, loader = new_loader(grouped)
+    load_all(module, loader, grouped)
+    assert len(module.calls) == 3
+    weights, ids = make_routing(4, routing)
+    x = hidden_states(ids.shape[0], 67, "float32")
+    expected = dense_loop(x, weights, ids, grouped).float()
+    assert_near(run_groups(x, weights, ids, module), expected, "float32")
+
+
+@pytest.mark.parametrize("ranks", ["tensor", "expert"])
+def test_ranks_of_groups_add_up(grouped: StoredLayer, ranks: str) -> None:
+    parallel = {
+        "tensor": [{"tp_size": 3, "tp_rank": rank} for rank in range(3)],
+        # the first rank has no expert of the third group, the second none of the second
+        "expert": [{"local_experts": [2, 3]}, {"local_experts": [0, 1]}],
+    }[ranks]
+    weights, ids = make_routing(4, "T13-K2")
+    x = hidden_states(13, 67, "float32")
+    total = torch.zeros(13, 67)
+    calls = []
+    for options in parallel:
+        part, loader = new_loader(grouped, **options)
+        load_all(part, loader, grouped, reverse=True)
+        calls.append(len(part.calls))
+        total += run_groups(x, weights, ids, part)
+    assert calls == ([3, 3, 3] if ranks == "tensor" else [2, 2])
+    assert_near(total, dense_loop(x, weights, ids, grouped).float(), "float32")
+
+
+@pytest.mark.parametrize("routing", ["T0-K2", "T13-K2"])
+@pytest.mark.parametrize("kind", ["low_rank-joint", "bitmap-joint", "both", "low_rank+bitmap+quantized"])
+def test_opcheck(loaded, kind: str, routing: str) -> None:
+    layer, module, loader = loaded(kind, "E4-I33-H67", "float32")
+    weights, ids = make_routing(4, routing)
+    x = hidden_states(ids.shape[0], 67, "float32")
+    tensors = [tensor.detach() for tensor in op_tensors(module)]
+    expert_map = torch.tensor([2, -1, 0, 1], dtype=torch.int32)
+    for mapping in (None, expert_map):
+        results = torch.library.opcheck(
+            torch.ops.resmoe.fused_moe, (x, weights, ids, mapping, tensors, module.calls[0].layout_key, "silu")
+        )
+        assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("kind", layer_kinds(40, 128))
+@pytest.mark.parametrize(("dtype", "columns"), [("float32", 128), ("bfloat16", 128), ("float32", 333)])
+def test_a_tokens_result_does_not_depend_on_its_batch(kind: str, dtype: str, columns: int) -> None:
+    """Bit for bit, in the C++ kernel; torch's own products don't promise it."""
+    if native.load() is None:
+        pytest.skip("no C++ kernel here")
+    layer = store_layer(layer_kinds(40, columns)[kind], 4, 40, columns, dtype)
+    module, loader = new_loader(layer)
+    load_all(module, loader, layer)
+    tokens = 60  # all of them at each expert: more than a block
+    x = hidden_states(tokens, columns, dtype)
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.rand(tokens, 4, generator=generator).argsort(1).int()
+    weights = torch.rand(tokens, 4, generator=generator)
+    together = run_op(x, weights, ids, module, loader)
+    for begin in (0, 1, 50, tokens - 5):
+        for size in range(1, 6):
+            some = slice(begin, begin + size)
+            assert torch.equal(run_op(x[some], weights[some], ids[some], module, loader), together[some])
