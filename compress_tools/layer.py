@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress_tools.center.barycenter import CenterResult, find_center
+from compress_tools.center.barycenter import CenterOptions, CenterResult, find_center
 from compress_tools.config import CompressionConfig
 from compress_tools.format.codec import decode_residual, restore_center
 from compress_tools.format.schema import LayerSpec
@@ -13,6 +13,7 @@ from compress_tools.format.tensors import BIAS, DTYPES, dense_layer_bytes, layer
 from compress_tools.numerics.clock import StageClock
 from compress_tools.numerics.parallel import in_parallel
 from compress_tools.numerics.products import squared_distance, squared_norm
+from compress_tools.numerics.work import Work
 from compress_tools.output.target import CompressionPlan
 from compress_tools.progress.listener import ProgressListener
 from compress_tools.report import LayerReport
@@ -52,9 +53,8 @@ def compress_layer(
     progress.stage(f"layer {layer}: center", None)
     # Without a center there is nothing to align to: rows keep their order, which is the plain baseline's.
     kind = config.center if spec.center else "none"
-    found = find_center(
-        weights.design, kind, config.max_iterations, config.tolerance, config.workers, progress.step, clock
-    )
+    options = CenterOptions(kind, config.max_iterations, config.tolerance)
+    found = find_center(weights.design, options, Work(config.workers, progress, clock))
     coded = code_layer(plan, layer, spec, weights, found, config.seed, config.workers, progress, clock)
     energy = sum(in_parallel(squared_norm, weights.design, config.workers))
     report = LayerReport(

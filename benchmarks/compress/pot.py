@@ -9,6 +9,7 @@ import ot
 import torch
 
 from compress_tools.center.barycenter import barycenter
+from compress_tools.numerics.work import Work
 
 # E, I, D, kind. From about 2048 rows on, POT's solver stops at its pivot cap and only warns.
 CASES = (
@@ -43,7 +44,7 @@ def compare(experts: int, rows: int, columns: int, kind: str, workers: int, seed
     if kind == "near-copied":
         design = design[:1] + 0.35 * design
     start = time.perf_counter()
-    ours = barycenter(design, workers=workers)
+    ours = barycenter(design, work=Work(workers))
     our_s = time.perf_counter() - start
     clouds = [expert.double().numpy() for expert in design]
     masses = [np.full(rows, 1 / rows)] * experts

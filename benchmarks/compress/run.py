@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.compress.source import Kind
 from benchmarks.harness.shapes import MoEShape
-from compress_tools.center.barycenter import CenterResult, find_center
+from compress_tools.center.barycenter import CenterOptions, CenterResult, find_center
 from compress_tools.config import make_config
 from compress_tools.format.tensors import DTYPES, layer_tensors, tensor_name
 from compress_tools.layer import code_layer
@@ -22,6 +22,7 @@ from compress_tools.numerics import products
 from compress_tools.numerics.clock import StageClock
 from compress_tools.numerics.parallel import in_parallel
 from compress_tools.numerics.products import product, squared_norm
+from compress_tools.numerics.work import Work
 from compress_tools.output.target import make_plan
 from compress_tools.output.writer import CheckpointWriter
 from compress_tools.progress.listener import Silent
@@ -114,7 +115,8 @@ def run_layer(source: Path, work: Path, shape: MoEShape, kind: Kind, workers: in
     weights = read_layer(plans["prune"].source, 0, DTYPES[plans["prune"].fmt.dtype], "cpu", silent, clock)
     work_done: dict[str, int] = {}
     with _counted() as operations:
-        found = find_center(weights.design, "barycenter", config.max_iterations, config.tolerance, workers, clock=clock)
+        options = CenterOptions("barycenter", config.max_iterations, config.tolerance)
+        found = find_center(weights.design, options, Work(workers, clock=clock))
     work_done["cost matrix"] = sum(operations)
     energy = sum(in_parallel(squared_norm, weights.design, workers))
     errors, written = {}, 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress_tools.center.barycenter import find_center
+from compress_tools.center.barycenter import CenterKind, CenterOptions, find_center
 from compress_tools.numerics.products import squared_distance
 
 
@@ -42,9 +42,9 @@ class Merged:
     squared_error: float
 
 
-def merge_all(design: Tensor, kind: str) -> Merged:
-    """One center for all experts of ``design`` ``[E, I, P*H]``; ``kind`` as in ``find_center``."""
-    found = find_center(design, kind, max_iterations=25, tolerance=1e-4, workers=1)
+def merge_all(design: Tensor, kind: CenterKind) -> Merged:
+    """One center for all experts of ``design`` ``[E, I, P*H]``; ``kind`` as in ``CenterOptions``."""
+    found = find_center(design, CenterOptions(kind))
     return Merged(found.center[None], torch.zeros(len(design), dtype=torch.int64), found.objective[-1])
 
 
@@ -61,7 +61,7 @@ def merge_groups(design: Tensor, use: RouterUse, num_groups: int) -> Merged:
     for number, leader in enumerate(leaders.tolist()):
         # The leader first: Git Re-Basin's matching takes the first one's row order.
         members = [leader, *(e for e in (group == number).nonzero()[:, 0].tolist() if e != leader)]
-        perm = find_center(design[members], "git-rebasin", max_iterations=1, tolerance=0, workers=1).perm
+        perm = find_center(design[members], CenterOptions("git-rebasin")).perm
         aligned = [design[e][order].float() for e, order in zip(members, perm, strict=True)]
         weights = use.frequency[members].clamp(min=1e-6)  # a group that nothing chose is still an average
         center = sum(w * rows for w, rows in zip((weights / weights.sum()).tolist(), aligned, strict=True))

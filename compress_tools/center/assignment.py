@@ -62,7 +62,7 @@ def solve_with_pot(cost: np.ndarray) -> np.ndarray:
 
 
 def solve_with_lapx(cost: np.ndarray) -> np.ndarray:
-    """lapx's exact Jonker-Volgenant solver; releases the interpreter lock."""
+    """The exact Jonker-Volgenant solver of lapx; releases the interpreter lock."""
     import lap
 
     _, columns = lap.lapjvs(cost, return_cost=False, prefer_float32=cost.dtype == np.float32)
@@ -98,7 +98,7 @@ def certify(
     block_sums, block_best = matched.new_empty(step, size), matched.new_empty(size)
 
     def raise_to(potential: Tensor, block: slice, offset: Tensor) -> None:
-        """potential_j = max(potential_j, max over the block's rows i of gain_ij + offset_i)"""
+        """Set potential_j to max(potential_j, max over the rows i of the block of gain_ij + offset_i)."""
         sums = block_sums[: len(offset)]
         torch.add(gain[block], offset[:, None], out=sums)
         torch.amax(sums, 0, out=block_best)

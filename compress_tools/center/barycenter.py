@@ -5,19 +5,37 @@ paper's scripts: the fixed point starts from expert 0 and from the mean, and the
 assignment is exact.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from compress_tools.center.alignment import align_experts
+from compress_tools.center.alignment import Start, align_experts
 from compress_tools.errors import NumericalError
-from compress_tools.numerics.clock import StageClock
 from compress_tools.numerics.parallel import in_parallel
 from compress_tools.numerics.products import squared_distance, squared_norm
+from compress_tools.numerics.work import Work
 
 _ROWS_AT_ONCE = 512
+
+CenterKind = Literal["barycenter", "git-rebasin", "mean", "none"]
+
+
+@dataclass(frozen=True)
+class CenterOptions:
+    """Which center, and when its iterations stop.
+
+    Attributes:
+        kind: ``barycenter``; or, for comparison: ``git-rebasin`` (every expert matched to expert 0 once, then the
+            mean: weight matching of arXiv:2209.04836 for one hidden layer), ``mean`` (no alignment), ``none``.
+        max_iterations: most iterations of each start of the barycenter.
+        tolerance: it stops once an iteration lowers the objective by less than this share.
+    """
+
+    kind: CenterKind = "barycenter"
+    max_iterations: int = 25
+    tolerance: float = 1e-4
 
 
 @dataclass(frozen=True)
@@ -66,58 +84,38 @@ def spread(design: Tensor, perm: Tensor, center: Tensor, workers: int = 1) -> fl
     return sum(in_parallel(distance, range(len(design)), workers))
 
 
-def barycenter(
-    design: Tensor,
-    max_iterations: int = 25,
-    tolerance: float = 1e-4,
-    workers: int = 1,
-    advance: Callable[[], None] = lambda: None,
-    clock: StageClock | None = None,
-) -> CenterResult:
+def barycenter(design: Tensor, options: CenterOptions | None = None, work: Work | None = None) -> CenterResult:
     """Fixed point: align every expert to the center, set the center to the mean of the aligned, repeat.
 
     Args:
         design: design matrices ``[E, I, D]``, any float dtype; arithmetic in fp32.
-        max_iterations: most iterations of each start.
-        tolerance: stop once an iteration lowers the objective by less than this share.
-        workers: assignments solved in parallel.
-        advance: called after each assignment.
-        clock: told of "cost matrix", "assignment" and "center".
+        options: when to stop.
+        work: a step for each assignment; seconds of "cost matrix", "assignment" and "center".
     Returns:
         the better of the two starts; ``objective`` is ``sum_k ||T_k W_k - center||_F^2``.
     Raises:
         NumericalError: a cost is not finite, or the objective rises by more than rounding explains.
     """
-    clock = clock or StageClock()
-    limits = (max_iterations, tolerance, workers, advance, clock)
+    options, work = options or CenterOptions(), work or Work()
     identity = identity_perm(len(design), design.shape[1])
-    first = _fixed_point(design, design[0].float(), "expert 0", *limits)
+    first = _fixed_point(design, design[0].float(), "expert 0", options, work)
     if torch.equal(first.perm, identity):
         return first  # its center is the mean: the second start would begin where the first one ended
-    second = _fixed_point(design, mean_of_aligned(design, identity, workers), "mean", *limits)
+    second = _fixed_point(design, mean_of_aligned(design, identity, work.workers), "mean", options, work)
     return min(first, second, key=lambda result: result.objective[-1])
 
 
-def _fixed_point(
-    design: Tensor,
-    center: Tensor,
-    start: str,
-    max_iterations: int,
-    tolerance: float,
-    workers: int,
-    advance: Callable[[], None],
-    clock: StageClock,
-) -> CenterResult:
+def _fixed_point(design: Tensor, center: Tensor, start: str, options: CenterOptions, work: Work) -> CenterResult:
     objective: list[float] = []
     perm, proof, gap = identity_perm(len(design), design.shape[1]), None, 0.0
-    for _ in range(max_iterations):
-        alignment = align_experts(design, center, workers, advance, perm, proof, clock)
+    for _ in range(options.max_iterations):
+        alignment = align_experts(design, center, Start(perm, proof), work)
         if objective and torch.equal(alignment.perm, perm):
             gap = alignment.gap.max().item()
             break
-        with clock.stage("center"):
-            new_center = mean_of_aligned(design, alignment.perm, workers)
-            value = spread(design, alignment.perm, new_center, workers)
+        with work.clock.stage("center"):
+            new_center = mean_of_aligned(design, alignment.perm, work.workers)
+            value = spread(design, alignment.perm, new_center, work.workers)
         if objective and value > objective[-1] * (1 + 1e-6) + 1e-12:
             raise NumericalError(f"barycenter objective rose from {objective[-1]} to {value}")
         if objective and value >= objective[-1]:
@@ -125,36 +123,23 @@ def _fixed_point(
         previous = objective[-1] if objective else None
         perm, center, proof, gap = alignment.perm, new_center, alignment.proof, alignment.gap.max().item()
         objective.append(value)
-        if value == 0 or (previous is not None and previous - value < tolerance * previous):
+        if value == 0 or (previous is not None and previous - value < options.tolerance * previous):
             break
     return CenterResult(center, perm, objective, start, gap)
 
 
-def find_center(
-    design: Tensor,
-    kind: str,
-    max_iterations: int,
-    tolerance: float,
-    workers: int,
-    advance: Callable[[], None] = lambda: None,
-    clock: StageClock | None = None,
-) -> CenterResult:
-    """The center of the asked kind, and the row order that goes with it.
-
-    ``barycenter``; or, for comparison: ``git-rebasin`` (every expert matched to expert 0 once, then the mean: weight
-    matching of arXiv:2209.04836 for one hidden layer), ``mean`` (no alignment), ``none`` (no center).
-    See ``barycenter`` for arguments.
-    """
-    clock = clock or StageClock()
-    if kind == "barycenter":
-        return barycenter(design, max_iterations, tolerance, workers, advance, clock)
+def find_center(design: Tensor, options: CenterOptions, work: Work | None = None) -> CenterResult:
+    """The center of the asked kind, and the row order that goes with it; see ``barycenter`` for arguments."""
+    work = work or Work()
+    if options.kind == "barycenter":
+        return barycenter(design, options, work)
     perm, gap = identity_perm(len(design), design.shape[1]), 0.0
-    if kind == "none":
-        with clock.stage("center"):
-            return CenterResult(None, perm, [sum(in_parallel(squared_norm, design, workers))])
-    if kind == "git-rebasin":
-        alignment = align_experts(design, design[0].float(), workers, advance, perm, None, clock)
+    if options.kind == "none":
+        with work.clock.stage("center"):
+            return CenterResult(None, perm, [sum(in_parallel(squared_norm, design, work.workers))])
+    if options.kind == "git-rebasin":
+        alignment = align_experts(design, design[0].float(), Start(perm), work)
         perm, gap = alignment.perm, alignment.gap.max().item()
-    with clock.stage("center"):
-        center = mean_of_aligned(design, perm, workers)
-        return CenterResult(center, perm, [spread(design, perm, center, workers)], gap=gap)
+    with work.clock.stage("center"):
+        center = mean_of_aligned(design, perm, work.workers)
+        return CenterResult(center, perm, [spread(design, perm, center, work.workers)], gap=gap)

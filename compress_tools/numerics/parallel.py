@@ -39,7 +39,7 @@ def _libraries() -> ThreadpoolController:
 
 @contextmanager
 def one_thread_each() -> Iterator[None]:
-    """torch's and numpy's products take one thread inside."""
+    """Products of torch and numpy take one thread inside."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -6,11 +6,12 @@ from math import ceil, inf
 
 import torch
 
-from compress_tools.center.barycenter import find_center
+from compress_tools.center.barycenter import CenterOptions, find_center
 from compress_tools.config import CompressionConfig, check_device, make_config
 from compress_tools.errors import ConfigError
 from compress_tools.format.tensors import DTYPES
 from compress_tools.numerics.clock import StageClock
+from compress_tools.numerics.work import Work
 from compress_tools.output.target import CompressionPlan, make_plan
 from compress_tools.planner.allocate import Allocation, allocate, smallest
 from compress_tools.planner.candidates import CenterBits, Coder, Sizes, menu
@@ -161,8 +162,8 @@ def _measure_layer(
     clock = StageClock()
     read = read_layer(base.source, layer, DTYPES[base.fmt.dtype], config.device, progress, clock)
     progress.stage(f"layer {layer}: center", None)
-    limits = (config.max_iterations, config.tolerance, config.workers, progress.step, clock)
-    found = find_center(read.design, config.center, *limits)
+    options = CenterOptions(config.center, config.max_iterations, config.tolerance)
+    found = find_center(read.design, options, Work(config.workers, progress, clock))
     sample = Sample(request.measure_experts, request.measure_rows, DTYPES[base.fmt.dtype], config.seed, config.workers)
     candidates = sum(len(coder.centers) for coder in coders)
     progress.stage(f"layer {layer}: measuring {candidates} candidates", None)

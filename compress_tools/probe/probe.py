@@ -6,9 +6,10 @@ from itertools import product
 
 from torch import Tensor
 
-from compress_tools.center.barycenter import barycenter, identity_perm, mean_of_aligned, spread
+from compress_tools.center.barycenter import CenterOptions, barycenter, identity_perm, mean_of_aligned, spread
 from compress_tools.config import make_config
 from compress_tools.numerics.sampling import choose, spaced
+from compress_tools.numerics.work import Work
 from compress_tools.output.target import make_plan
 from compress_tools.probe.coders import (
     CODERS,
@@ -35,8 +36,7 @@ from compress_tools.source.moe_source import MoESource
 from compress_tools.source.reader import CheckpointReader
 
 # A few are enough to judge; the random control is stopped at the same one.
-CENTER_ITERATIONS = 3
-CENTER_TOLERANCE = 1e-3
+CENTER = CenterOptions(max_iterations=3, tolerance=1e-3)
 
 
 def probe(src: str, config: ProbeConfig, progress: ProgressListener | None = None) -> ProbeResult:
@@ -120,7 +120,7 @@ class _Sampler:
 
 def _residual(sample: ExpertSample, workers: int, progress: ProgressListener) -> tuple[ResidualShares, Tensor, Tensor]:
     """Shares, center ``[rows, D]`` and perm ``[n, rows]``."""
-    found = barycenter(sample.design, CENTER_ITERATIONS, CENTER_TOLERANCE, workers, progress.step)
+    found = barycenter(sample.design, CENTER, Work(workers, progress))
     assert found.center is not None  # a barycenter always has one
     identity = identity_perm(*sample.unaligned.shape[:2])
     before = spread(sample.unaligned, identity, mean_of_aligned(sample.unaligned, identity))

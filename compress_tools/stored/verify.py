@@ -12,6 +12,7 @@ from compress_tools.center.alignment import align_experts
 from compress_tools.errors import FormatError
 from compress_tools.format.shard_file import file_checksum
 from compress_tools.numerics.products import squared_distance, squared_norm
+from compress_tools.numerics.work import Work
 from compress_tools.report import REPORT_NAME
 from compress_tools.source.design_matrix import expert_to_rows, rows_to_design
 from compress_tools.source.moe_source import MoESource, check_whole, open_source
@@ -111,7 +112,7 @@ def _layer_error(checkpoint: ResMoECheckpoint, source: MoESource, layer: int, wo
         design = rows_to_design(weights)
         rows = checkpoint.expert(layer, expert)
         restored = rows_to_design({projection: rows[projection] for projection in weights})
-        (perm,) = align_experts(design.unsqueeze(0), restored, workers).perm
+        (perm,) = align_experts(design.unsqueeze(0), restored, work=Work(workers)).perm
         error += squared_distance(design[perm], restored)
         energy += squared_norm(design)
     return error / energy

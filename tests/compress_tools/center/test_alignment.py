@@ -9,6 +9,7 @@ from compress_tools.center import alignment
 from compress_tools.center.alignment import align_experts
 from compress_tools.center.assignment import certify, solve_with_lapx, solve_with_pot
 from compress_tools.errors import NumericalError
+from compress_tools.numerics.work import Work
 
 
 def random_design(num_experts: int, rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -32,10 +33,10 @@ def test_solvers_reach_the_same_cost(rows: int) -> None:
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_perm_is_a_permutation_and_workers_do_not_matter(workers: int) -> None:
     design = random_design(4, 40, 12)
-    found = align_experts(design, design[0], workers)
+    found = align_experts(design, design[0], work=Work(workers))
     perm, distances = found.perm, found.distance
     assert torch.equal(perm.sort(dim=1).values, torch.arange(40).expand(4, 40))
-    assert torch.equal(perm, align_experts(design, design[0], 1).perm)
+    assert torch.equal(perm, align_experts(design, design[0]).perm)
     expected = torch.stack([(design[e][perm[e]] - design[0]).double().square().sum() for e in range(4)])
     torch.testing.assert_close(distances, expected, rtol=1e-5, atol=1e-4)
 

@@ -5,7 +5,7 @@ import ot
 import pytest
 import torch
 
-from compress_tools.center.barycenter import barycenter, find_center, spread
+from compress_tools.center.barycenter import CenterOptions, barycenter, find_center, spread
 from tests.compress_tools.center.test_alignment import random_design
 
 
@@ -33,12 +33,12 @@ def test_one_expert_is_its_own_center() -> None:
 @pytest.mark.parametrize(("experts", "rows", "columns"), [(2, 8, 3), (4, 32, 6), (8, 64, 4), (3, 200, 5)])
 def test_objective_falls_and_is_what_the_result_has(experts: int, rows: int, columns: int) -> None:
     design = random_design(experts, rows, columns, seed=rows)
-    found = barycenter(design, tolerance=0.0)
+    found = barycenter(design, CenterOptions(tolerance=0.0))
     assert all(later < earlier for earlier, later in zip(found.objective, found.objective[1:], strict=False))
     assert spread(design, found.perm, found.center) == pytest.approx(found.objective[-1], rel=1e-9)
-    mean = find_center(design, "mean", 1, 0.0, 1)
+    mean = find_center(design, CenterOptions("mean"))
     assert found.objective[-1] < mean.objective[-1]
-    none = find_center(design, "none", 1, 0.0, 1)
+    none = find_center(design, CenterOptions("none"))
     assert none.center is None
     assert mean.objective[-1] < none.objective[-1]
 
@@ -50,17 +50,17 @@ def test_not_worse_than_pot(experts: int, rows: int, columns: int) -> None:
     weights = [np.full(rows, 1 / rows)] * experts
     support = ot.lp.free_support_barycenter(measures, weights, measures[0].copy(), numItermax=100, stopThr=0)
     theirs = sum(ot.emd2(weights[0], weights[0], ot.dist(support, cloud)) for cloud in measures) * rows
-    assert barycenter(design, max_iterations=100, tolerance=0.0).objective[-1] <= theirs * (1 + 1e-6)
+    assert barycenter(design, CenterOptions(max_iterations=100, tolerance=0.0)).objective[-1] <= theirs * (1 + 1e-6)
 
 
 def test_git_rebasin_center_is_the_mean_after_one_matching_to_expert_0() -> None:
     design = random_design(4, 40, 6, seed=3)
-    found = find_center(design, "git-rebasin", 25, 0.0, 1)
+    found = find_center(design, CenterOptions("git-rebasin"))
     assert torch.equal(found.perm[0], torch.arange(40))
     aligned = torch.stack([expert[perm] for expert, perm in zip(design, found.perm, strict=True)])
     torch.testing.assert_close(found.center, aligned.mean(0))
-    mean = find_center(design, "mean", 1, 0.0, 1)
-    best = barycenter(design, tolerance=0.0)
+    mean = find_center(design, CenterOptions("mean"))
+    best = barycenter(design, CenterOptions(tolerance=0.0))
     assert best.objective[-1] <= found.objective[-1] < mean.objective[-1]
 
 

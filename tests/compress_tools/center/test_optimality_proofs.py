@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from compress_tools.center.alignment import align_experts
+from compress_tools.center.alignment import Start, align_experts
 from compress_tools.center.barycenter import identity_perm
 from compress_tools.center.optimality_proofs import is_certainly_optimal, rows_too_close
 from compress_tools.numerics.products import row_distances
@@ -100,11 +100,11 @@ def test_guesses_and_duals_change_the_time_not_the_result(dtype: torch.dtype) ->
     center = random_design(1, 300, 40, seed=6)[0]
     cold = align_experts(design, center)
     moved = center + 0.2 * random_design(1, 300, 40, seed=7)[0]
-    warm = align_experts(design, moved, guess=cold.perm, proof=cold.proof)
+    warm = align_experts(design, moved, Start(cold.perm, cold.proof))
     fresh = align_experts(design, moved)
     torch.testing.assert_close(warm.distance, fresh.distance, rtol=1e-6, atol=0)
     assert warm.gap.max() <= 1e-6
-    again = align_experts(design, moved, guess=fresh.perm, proof=fresh.proof)
+    again = align_experts(design, moved, Start(fresh.perm, fresh.proof))
     assert torch.equal(again.perm, fresh.perm)
 
 
@@ -115,6 +115,6 @@ def test_a_right_guess_needs_no_solver(monkeypatch: pytest.MonkeyPatch, prove_fr
     base, *others = random_design(5, 300, 64)
     design = torch.stack([base + 0.1 * other for other in others])
     monkeypatch.setattr("compress_tools.center.alignment.solve_assignment", lambda cost: 1 / 0)
-    found = align_experts(design, base, guess=identity_perm(4, 300))
+    found = align_experts(design, base, Start(identity_perm(4, 300)))
     assert torch.equal(found.perm, identity_perm(4, 300))
     assert found.gap.max() <= 1e-12
