@@ -13,7 +13,6 @@ from click.core import ParameterSource
 from pydantic_core import PydanticUndefined
 from rich.console import Console
 
-from compress_tools.version import __version__
 from compress_tools.architectures.registry import find_architecture
 from compress_tools.cli import tables
 from compress_tools.config import CompressionConfig
@@ -30,6 +29,7 @@ from compress_tools.progress.log import logged
 from compress_tools.report import CompressionReport
 from compress_tools.slices.slices import Slice, make_slice, shards_of, slice_path
 from compress_tools.source.reader import CheckpointReader
+from compress_tools.version import __version__
 
 # A pipe has no width of its own; 120 columns keep the tables whole in a log.
 out = Console(width=None if sys.stdout.isatty() else 120)

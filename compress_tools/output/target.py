@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from compress_tools.version import __version__
 from compress_tools.config import CompressionConfig
 from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.format.schema import LayerSpec, ResMoEFormat
@@ -13,6 +12,7 @@ from compress_tools.residuals.recipes import uniform_spec
 from compress_tools.source.layer_selection import select_layers
 from compress_tools.source.moe_source import MoESource, open_source
 from compress_tools.source.reader import CheckpointReader
+from compress_tools.version import __version__
 
 MAX_PASSTHROUGH_SHARD_BYTES = 2 * 10**9
 SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
