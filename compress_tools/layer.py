@@ -50,7 +50,7 @@ def compress_layer(
     fmt, clock = plan.fmt, StageClock()
     spec = fmt.layers[layer]
     weights = read_layer(plan.source, layer, DTYPES[fmt.dtype], config.device, progress, clock)
-    progress.stage(f"layer {layer}: center", None)
+    progress.stage("center", None, layer)
     # Without a center there is nothing to align to: rows keep their order, which is the plain baseline's.
     kind = config.center if spec.center else "none"
     options = CenterOptions(kind, config.max_iterations, config.tolerance)
@@ -122,7 +122,7 @@ def code_layer(
         return stored, error, energy
 
     with clock.stage("residual"):
-        progress.stage(f"layer {layer}: residuals", sizes.num_experts)
+        progress.stage("residuals", sizes.num_experts, layer)
         coded = in_parallel(code, range(sizes.num_experts), workers)
     return CodedLayer(
         shared,

@@ -163,7 +163,7 @@ def _write(job: _Job, shard: Shard, writer: CheckpointWriter, progress: Progress
     else:
         tensors, layer_report, seconds = compress_layer(job.plan, job.config, shard.layer, progress)
         record = {"layer": asdict(layer_report), "seconds": seconds}
-        progress.stage(f"layer {shard.layer}: writing", None)
+        progress.stage("writing", None, shard.layer)
     return writer.write_shard(shard.filename, tensors, record)
 
 

@@ -161,12 +161,12 @@ def _measure_layer(
 ) -> LayerChoices:
     clock = StageClock()
     read = read_layer(base.source, layer, DTYPES[base.fmt.dtype], config.device, progress, clock)
-    progress.stage(f"layer {layer}: center", None)
+    progress.stage("center", None, layer)
     options = CenterOptions(config.center, config.max_iterations, config.tolerance)
     found = find_center(read.design, options, Work(config.workers, progress, clock))
     sample = Sample(request.measure_experts, request.measure_rows, DTYPES[base.fmt.dtype], config.seed, config.workers)
     candidates = sum(len(coder.centers) for coder in coders)
-    progress.stage(f"layer {layer}: measuring {candidates} candidates", None)
+    progress.stage(f"measuring {candidates} candidates", None, layer)
     measured = measure_layer(read.design, found, sizes.projections, coders, sample, progress.step)
     if inputs is None:
         weights = torch.ones_like(measured.energies) / measured.energies.sum()

@@ -57,7 +57,7 @@ def probe(src: str, config: ProbeConfig, progress: ProgressListener | None = Non
     plan = make_plan(CheckpointReader(src), make_config(layers=config.layers))
     source, layers = plan.source, spaced(list(plan.fmt.layers), config.max_layers)
     sampler = _Sampler(source, config)
-    progress.start(len(layers) + 1)
+    progress.start(len(layers) + 1, "sample")
     probes: list[LayerProbe] = []
     norms = None
     for layer in layers:
@@ -146,7 +146,7 @@ def _probe_layer(sampler: _Sampler, layer: int, sample: ExpertSample, progress: 
     # Bits per expert weight that each center takes.
     costs = {bits: center_cost(bits, hidden_size) / total_experts for bits in centers}
     rounding = {bits: (stored - center).double().square().sum().item() for bits, stored in centers.items()}
-    progress.stage(f"layer {layer}: coders", count)
+    progress.stage("coders", count, layer)
     for number in range(count):
         aligned = sample.design[number][perm[number].to(sample.design.device)]
         matrices: dict[int | None, MeasuredMatrix] = {None: sampler.measured(aligned)}

@@ -9,7 +9,7 @@ class Eta:
     """Follows a run's events and extrapolates them.
 
     A layer takes far longer than a shard of copied tensors, and a resumed shard takes nothing; so shards that
-    took no stage are not measured, and once a layer is done only layers are.
+    took no stage are not measured, and of shards only those of layers are. Other units (files, samples) are alike.
 
     Args:
         now: clock in seconds.
@@ -20,20 +20,20 @@ class Eta:
         self.total = 0
         self.done = 0
         self._shard_begun: float | None = None
-        self._is_layer = False
-        self._layer_s: list[float] = []
+        self._of_shards, self._is_layer = True, False
+        self._measured_s: list[float] = []
         self._stage_s: dict[str, list[float]] = defaultdict(list)
         self._stage: tuple[str, float] | None = None
 
-    def start(self, total: int) -> None:
-        """Work of ``total`` shards begins."""
-        self.total = total
+    def start(self, total: int, unit: str = "shard") -> None:
+        """Work of ``total`` units begins."""
+        self.total, self._of_shards = total, unit == "shard"
 
     def stage(self, text: str) -> None:
-        """A stage begins; stages of different layers are the same up to ``layer N: ``."""
+        """A stage begins; stages of the same text are expected to take equally long."""
         self._end_stage()
         now = self._now()
-        self._stage = (text.rpartition(": ")[2], now)
+        self._stage = (text, now)
         if self._shard_begun is None:
             self._shard_begun = now
 
@@ -42,20 +42,20 @@ class Eta:
         self._is_layer = True
 
     def shard_done(self) -> None:
-        """One shard is done."""
+        """One unit is done."""
         self._end_stage()
         self.done += 1
-        if self._shard_begun is not None and self._is_layer:
-            self._layer_s.append(self._now() - self._shard_begun)
+        if self._shard_begun is not None and (self._is_layer or not self._of_shards):
+            self._measured_s.append(self._now() - self._shard_begun)
         self._shard_begun, self._is_layer = None, False
 
     @property
     def whole_s(self) -> float | None:
-        """Seconds until all shards are done; None until one layer was measured."""
-        if not self._layer_s:
+        """Seconds until all units are done; None until one was measured."""
+        if not self._measured_s:
             return None
         spent = self._now() - self._shard_begun if self._shard_begun is not None else 0.0
-        return max(0.0, (self.total - self.done) * _mean(self._layer_s) - spent)
+        return max(0.0, (self.total - self.done) * _mean(self._measured_s) - spent)
 
     @property
     def stage_s(self) -> float | None:

@@ -5,15 +5,20 @@ from typing import Protocol
 from compress_tools.report import LayerReport
 
 
+def stage_title(text: str, layer: int | None) -> str:
+    """A stage as people read it: ``layer 3: reading``."""
+    return text if layer is None else f"layer {layer}: {text}"
+
+
 class ProgressListener(Protocol):
     """What long work reports."""
 
-    def start(self, total: int) -> None:
-        """Work of ``total`` shards begins."""
+    def start(self, total: int, unit: str = "shard") -> None:
+        """Work of ``total`` units begins."""
         ...
 
-    def stage(self, text: str, total: int | None) -> None:
-        """A stage of ``total`` steps begins (None: unknown)."""
+    def stage(self, text: str, total: int | None, layer: int | None = None) -> None:
+        """A stage of ``total`` steps begins (None: unknown); stages of one text in different ``layer`` are alike."""
         ...
 
     def step(self) -> None:
@@ -25,7 +30,7 @@ class ProgressListener(Protocol):
         ...
 
     def shard_done(self) -> None:
-        """One shard is done."""
+        """One unit is done."""
         ...
 
     def say(self, text: str) -> None:
@@ -36,10 +41,10 @@ class ProgressListener(Protocol):
 class Silent:
     """Reports nothing."""
 
-    def start(self, total: int) -> None:
+    def start(self, total: int, unit: str = "shard") -> None:
         """See ``ProgressListener``."""
 
-    def stage(self, text: str, total: int | None) -> None:
+    def stage(self, text: str, total: int | None, layer: int | None = None) -> None:
         """See ``ProgressListener``."""
 
     def step(self) -> None:
@@ -61,15 +66,15 @@ class Together:
     def __init__(self, *listeners: ProgressListener) -> None:
         self._listeners = listeners
 
-    def start(self, total: int) -> None:
+    def start(self, total: int, unit: str = "shard") -> None:
         """See ``ProgressListener``."""
         for listener in self._listeners:
-            listener.start(total)
+            listener.start(total, unit)
 
-    def stage(self, text: str, total: int | None) -> None:
+    def stage(self, text: str, total: int | None, layer: int | None = None) -> None:
         """See ``ProgressListener``."""
         for listener in self._listeners:
-            listener.stage(text, total)
+            listener.stage(text, total, layer)
 
     def step(self) -> None:
         """See ``ProgressListener``."""

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compress_tools.progress.eta import Eta
+from compress_tools.progress.listener import stage_title
 from compress_tools.progress.text import human_s, layer_table
 from compress_tools.report import LayerReport
 
@@ -42,21 +43,21 @@ class LiveProgress(AbstractContextManager["LiveProgress"]):
     def __exit__(self, *_: object) -> None:
         self._live.stop()
 
-    def start(self, total: int) -> None:
+    def start(self, total: int, unit: str = "shard") -> None:
         """See ``ProgressListener``."""
-        self._eta.start(total)
-        self._bars.update(self._whole, total=total)
+        self._eta.start(total, unit)
+        self._bars.update(self._whole, description=f"{unit}s", total=total)
 
-    def stage(self, text: str, total: int | None) -> None:
+    def stage(self, text: str, total: int | None, layer: int | None = None) -> None:
         """See ``ProgressListener``."""
         self._eta.stage(text)
-        self._bars.reset(self._stage, description=text, total=total, visible=True)
+        self._bars.reset(self._stage, description=stage_title(text, layer), total=total, visible=True)
 
     def step(self) -> None:
         """See ``ProgressListener``."""
         self._bars.advance(self._stage)
 
-    def layer_done(self, report: LayerReport, seconds: dict[str, float]) -> None:
+    def layer_done(self, report: LayerReport, seconds: dict[str, float]) -> None:  # noqa: ARG002 - the protocol's
         """See ``ProgressListener``."""
         self._eta.layer_done()
         self._layers.append(report)

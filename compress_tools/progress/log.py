@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from compress_tools.progress.eta import Eta
+from compress_tools.progress.listener import stage_title
 from compress_tools.progress.text import human_bytes, human_s
 from compress_tools.report import LayerReport
 
@@ -32,20 +33,21 @@ class LogProgress:
         self._now = now
         self._eta = Eta(now)
         self.has_begun = False
-        self._text, self._steps, self._said = "", 0, 0.0
+        self._unit, self._text, self._steps, self._said = "shard", "", 0, 0.0
         self._total: int | None = None
 
-    def start(self, total: int) -> None:
+    def start(self, total: int, unit: str = "shard") -> None:
         """See ``ProgressListener``."""
         self.has_begun = True
-        self._eta.start(total)
-        logger.info("%d shards to write", total)
+        self._eta.start(total, unit)
+        self._unit = unit
+        logger.info("%d %ss to go", total, unit)
 
-    def stage(self, text: str, total: int | None) -> None:
+    def stage(self, text: str, total: int | None, layer: int | None = None) -> None:
         """See ``ProgressListener``."""
         self._eta.stage(text)
-        self._text, self._total, self._steps, self._said = text, total, 0, self._now()
-        logger.info("%s%s", text, self._left())
+        self._text, self._total, self._steps, self._said = stage_title(text, layer), total, 0, self._now()
+        logger.info("%s%s", self._text, self._left())
 
     def step(self) -> None:
         """See ``ProgressListener``."""
@@ -71,7 +73,7 @@ class LogProgress:
     def shard_done(self) -> None:
         """See ``ProgressListener``."""
         self._eta.shard_done()
-        logger.info("shard %d of %d done%s", self._eta.done, self._eta.total, self._left())
+        logger.info("%s %d of %d done%s", self._unit, self._eta.done, self._eta.total, self._left())
 
     def say(self, text: str) -> None:
         """See ``ProgressListener``."""

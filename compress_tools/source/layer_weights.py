@@ -31,7 +31,7 @@ def read_layer(
     """Read one layer's experts; one expert at a time is held beside the result."""
     sizes, columns = source.sizes, len(source.projections) * source.sizes.hidden_size
     with clock.stage("read"):
-        progress.stage(f"layer {layer}: reading", sizes.num_experts)
+        progress.stage("reading", sizes.num_experts, layer)
         design = torch.empty(sizes.num_experts, sizes.intermediate_size, columns, dtype=dtype, device=device)
         biases: list[dict[Projection, Tensor]] = []
         for expert in range(sizes.num_experts):

@@ -82,7 +82,7 @@ def _write(
         progress.shard_done()
 
     def dense_layer(layer: int) -> dict[str, Tensor]:
-        progress.stage(f"layer {layer}: restoring", fmt.num_experts)
+        progress.stage("restoring", fmt.num_experts, layer)
         experts = []
         for expert in range(fmt.num_experts):
             rows = {p: rows.to(checkpoint.dtype) for p, rows in checkpoint.expert(layer, expert).items()}

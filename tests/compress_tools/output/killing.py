@@ -10,6 +10,8 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from compress_tools.progress.listener import stage_title
+
 # One server that has imported everything forks each process, in a tenth of a second instead of seven.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["ot", "lap", "compress_tools.slices.merge", "compress_tools.pipeline", __name__])
@@ -49,8 +51,8 @@ class KillInStage:
     def arm(self) -> None:
         """Nothing to prepare: this is also the listener."""
 
-    def stage(self, text: str, total: int | None) -> None:
-        self._armed = text == self.text
+    def stage(self, text: str, total: int | None, layer: int | None = None) -> None:
+        self._armed = stage_title(text, layer) == self.text
         if self._armed and text.endswith("writing"):
             kill_me()
 
@@ -58,7 +60,7 @@ class KillInStage:
         if self._armed:
             kill_me()
 
-    def start(self, total: int) -> None: ...
+    def start(self, total: int, unit: str = "shard") -> None: ...
     def layer_done(self, report: object, seconds: dict[str, float]) -> None: ...
     def shard_done(self) -> None: ...
     def say(self, text: str) -> None: ...

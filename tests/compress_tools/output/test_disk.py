@@ -61,8 +61,8 @@ class FillLater(Silent):
         self.disk = disk
         self.filler: Path | None = None
 
-    def stage(self, text: str, total: int | None) -> None:
-        if text == "layer 1: residuals":
+    def stage(self, text: str, total: int | None, layer: int | None = None) -> None:
+        if (layer, text) == (1, "residuals"):
             self.filler = fill(self.disk, 20_000)
 
 

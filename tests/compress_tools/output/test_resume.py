@@ -280,7 +280,7 @@ def test_an_interrupted_replacement_is_put_back_or_finished(tiny_mixtral: Path, 
 class Failing(Silent):
     """A run that fails at once."""
 
-    def start(self, total: int) -> None:
+    def start(self, total: int, unit: str = "shard") -> None:
         raise NumericalError("stop")
 
 

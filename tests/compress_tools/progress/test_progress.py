@@ -37,7 +37,7 @@ class FakeClock:
 
 def one_layer(progress: ProgressListener, clock: FakeClock, layer: int, seconds: tuple[float, float]) -> None:
     for stage, taken in zip(("reading", "center"), seconds, strict=True):
-        progress.stage(f"layer {layer}: {stage}", 3)
+        progress.stage(stage, 3, layer)
         clock.now += taken
     progress.layer_done(replace(LAYER, layer=layer), {"read": seconds[0], "center": seconds[1]})
     progress.shard_done()
@@ -55,19 +55,30 @@ def test_time_left_is_measured_on_layers() -> None:
     eta.layer_done()
     eta.shard_done()
     assert eta.whole_s is None
-    eta.stage("layer 1: reading")
+    eta.stage("reading")
     clock.now += 10
-    eta.stage("layer 1: center")
+    eta.stage("center")
     clock.now += 50
     eta.layer_done()
     eta.shard_done()
     assert eta.whole_s == 120
-    eta.stage("layer 2: reading")
+    eta.stage("reading")
     clock.now += 4
     assert (eta.stage_s, eta.whole_s) == (6, 116)
-    eta.stage("layer 2: center")
+    eta.stage("center")
     clock.now += 80
     assert (eta.stage_s, eta.whole_s) == (0, 36)
+
+
+def test_units_other_than_shards_are_alike() -> None:
+    clock = FakeClock()
+    eta = Eta(clock)
+    eta.start(4, "file")
+    for seconds in (10, 20):
+        eta.stage("reading")
+        clock.now += seconds
+        eta.shard_done()
+    assert eta.whole_s == 30
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(None, "?"), (0.4, "0:00"), (61, "1:01"), (3725, "1:02:05")])
@@ -81,12 +92,12 @@ def test_lines_with_time_left(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="compress_tools"):
         progress.start(3)
         one_layer(progress, clock, 0, (10, 50))
-        progress.stage("layer 1: center", None)
+        progress.stage("center", None, 1)
         for _ in range(5):
             clock.now += STEPS_EVERY_S / 4
             progress.step()
     assert caplog.messages == [
-        "3 shards to write",
+        "3 shards to go",
         "layer 0: reading",
         "layer 0: center",
         "layer 0 done: relative error 0.250000, 1 kB to 400 B (0.400); read 10.00 s, center 50.00 s",
@@ -103,7 +114,7 @@ def test_live_table_and_bars() -> None:
         progress.start(ROWS_SHOWN + 2)
         for layer in range(ROWS_SHOWN + 1):
             one_layer(progress, clock, layer, (1, 2))
-        progress.stage("layer 13: reading", 8)
+        progress.stage("reading", 8, 13)
         progress.step()
         progress.say("[a remark]")
         with screen.capture() as capture:
@@ -152,8 +163,8 @@ def test_under_nohup_every_stage_is_a_line_and_in_the_log(tiny_olmoe: Path, tmp_
 
 
 class FailInLayerOne(Silent):
-    def stage(self, text: str, total: int | None) -> None:
-        if text.startswith("layer 1"):
+    def stage(self, text: str, total: int | None, layer: int | None = None) -> None:
+        if layer == 1:
             raise NumericalError("made up")
 
 
