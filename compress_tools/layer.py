@@ -14,7 +14,7 @@ from compress_tools.numerics.clock import StageClock
 from compress_tools.numerics.parallel import in_parallel
 from compress_tools.numerics.products import squared_distance, squared_norm
 from compress_tools.numerics.work import Work
-from compress_tools.output.target import CompressionPlan
+from compress_tools.output.target import CompressionTarget
 from compress_tools.progress.listener import ProgressListener
 from compress_tools.report import LayerReport
 from compress_tools.residuals.base import StoredTensors
@@ -41,21 +41,21 @@ class CodedLayer:
 
 
 def compress_layer(
-    plan: CompressionPlan,
+    target: CompressionTarget,
     config: CompressionConfig,
     layer: int,
     progress: ProgressListener,
 ) -> tuple[dict[str, Tensor], LayerReport, dict[str, float]]:
     """One MoE layer: tensors by name, its report, seconds by stage."""
-    fmt, clock = plan.fmt, StageClock()
+    fmt, clock = target.fmt, StageClock()
     spec = fmt.layers[layer]
-    weights = read_layer(plan.source, layer, DTYPES[fmt.dtype], config.device, progress, clock)
+    weights = read_layer(target.source, layer, DTYPES[fmt.dtype], config.device, progress, clock)
     progress.stage("center", None, layer)
     # Without a center there is nothing to align to: rows keep their order, which is the plain baseline's.
     kind = config.center if spec.center else "none"
     options = CenterOptions(kind, config.max_iterations, config.tolerance)
     found = find_center(weights.design, options, Work(config.workers, progress, clock))
-    coded = code_layer(plan, layer, spec, weights, found, config.seed, config.workers, progress, clock)
+    coded = code_layer(target, layer, spec, weights, found, config.seed, config.workers, progress, clock)
     energy = sum(in_parallel(squared_norm, weights.design, config.workers))
     report = LayerReport(
         layer=layer,
@@ -75,7 +75,7 @@ def compress_layer(
 
 
 def code_layer(
-    plan: CompressionPlan,
+    target: CompressionTarget,
     layer: int,
     spec: LayerSpec,
     weights: LayerWeights,
@@ -86,7 +86,7 @@ def code_layer(
     clock: StageClock,
 ) -> CodedLayer:
     """Code one layer by its spec, experts side by side, and measure each expert's error on what is stored."""
-    sizes, projections, dtype = plan.source.sizes, plan.source.projections, DTYPES[plan.fmt.dtype]
+    sizes, projections, dtype = target.source.sizes, target.source.projections, DTYPES[target.fmt.dtype]
     shared: StoredTensors = {}
     center = None
     if found.center is not None:

@@ -12,7 +12,7 @@ from compress_tools.output.finish import finish, output_name_of_file, read_repor
 from compress_tools.output.outline import Outline, make_outline
 from compress_tools.output.run_identity import MACHINE, machine, versions
 from compress_tools.output.staging import check_apart
-from compress_tools.output.target import CompressionPlan, Shard, make_plan
+from compress_tools.output.target import CompressionTarget, Shard, make_target
 from compress_tools.output.writer import CheckpointWriter, check_space
 from compress_tools.planner.plan_file import PlanFile
 from compress_tools.progress.listener import ProgressListener, Silent
@@ -53,7 +53,7 @@ def compress(
     with CheckpointWriter(dst, job.identity, resume=resume, overwrite=overwrite) as writer:
         if writer.is_whole:
             return read_report(writer.dst, job.outline)
-        records = _write_shards(job, list(job.plan.shards), job.files, writer, progress)
+        records = _write_shards(job, list(job.target.shards), job.files, writer, progress)
         return finish(writer, job.outline, job.files, records)
 
 
@@ -86,7 +86,7 @@ def compress_slice(
     """
     progress = progress or Silent()
     job = _prepare(Path(src), Path(dst), config, src, planned)
-    shards = shards_of(job.plan, part)
+    shards = shards_of(job.target, part)
     target = slice_path(dst, part)
     with CheckpointWriter(target, job.identity, resume=resume, overwrite=overwrite) as writer:
         if not writer.is_whole:
@@ -101,7 +101,7 @@ class _Job:
     """A validated request: nothing is left to refuse but the disk."""
 
     config: CompressionConfig
-    plan: CompressionPlan
+    target: CompressionTarget
     outline: Outline
     identity: dict[str, Any]
     files: dict[Path, Path]
@@ -112,12 +112,12 @@ def _prepare(src: Path, dst: Path, config: CompressionConfig, spelled: str | Pat
     reader = CheckpointReader(src)
     check_apart(src, dst)
     if planned is None:
-        plan = make_plan(reader, config)
+        target = make_target(reader, config)
     else:
         config = planned.config(config.device, config.workers)
-        plan = make_plan(reader, config, planned.compressed(open_source(reader)))
+        target = make_target(reader, config, planned.compressed(open_source(reader)))
     recipe = config.recipe() if planned is None else {"plan": planned.resolved()}
-    outline = make_outline(spelled, recipe, plan, None if planned is None else planned.text)
+    outline = make_outline(spelled, recipe, target, None if planned is None else planned.text)
     identity = {
         "source": reader.fingerprint(),
         "recipe": outline.recipe,
@@ -125,7 +125,7 @@ def _prepare(src: Path, dst: Path, config: CompressionConfig, spelled: str | Pat
         MACHINE: machine(config.device),
     }
     files = {output_name_of_file(file.relative_to(reader.path)): file for file in reader.other_files()}
-    return _Job(config, plan, outline, identity, files)
+    return _Job(config, target, outline, identity, files)
 
 
 def _write_shards(
@@ -152,16 +152,16 @@ def _write_shards(
 
 def _write(job: _Job, shard: Shard, writer: CheckpointWriter, progress: ProgressListener) -> dict[str, Any]:
     record: dict[str, Any] = {}
-    source = job.plan.source
+    source = job.target.source
     if shard.layer is None:
-        progress.stage("copying other tensors", len(shard.names))
+        progress.stage("copying other tensors", len(shard.tensors))
         tensors = {}
-        for name in shard.names:
-            tensors[source.output_name(name)] = source.reader.get(name)
+        for name, copied in zip(shard.tensors, shard.copied, strict=True):
+            tensors[name] = source.reader.get(copied)
             progress.step()
         progress.stage("writing other tensors", None)
     else:
-        tensors, layer_report, seconds = compress_layer(job.plan, job.config, shard.layer, progress)
+        tensors, layer_report, seconds = compress_layer(job.target, job.config, shard.layer, progress)
         record = {"layer": asdict(layer_report), "seconds": seconds}
         progress.stage("writing", None, shard.layer)
     return writer.write_shard(shard.filename, tensors, record)
@@ -169,7 +169,7 @@ def _write(job: _Job, shard: Shard, writer: CheckpointWriter, progress: Progress
 
 def _file_bytes(job: _Job, shard: Shard) -> int:
     """Bytes of an output file, its header estimated from above."""
-    header = sum(len(name) + 128 for name in shard.names) + 1024
+    header = sum(len(name) + 128 for name in shard.tensors) + 1024
     if shard.layer is not None:
-        return layer_bytes(job.plan.fmt, shard.layer) + header
-    return sum(map(job.plan.source.reader.nbytes, shard.names)) + header
+        return layer_bytes(job.target.fmt, shard.layer) + header
+    return sum(map(job.target.source.reader.nbytes, shard.copied)) + header

@@ -18,7 +18,7 @@ from compress_tools.cli.commands import main, print_report, recipe_options
 from compress_tools.config import CompressionConfig, make_config
 from compress_tools.errors import CheckpointError, ConfigError, ResMoEError
 from compress_tools.output.staging import destination, is_occupied, is_published, log_path, staging_path
-from compress_tools.output.target import make_plan
+from compress_tools.output.target import make_target
 from compress_tools.pipeline import compress_slice
 from compress_tools.progress.log import logged
 from compress_tools.report import CompressionReport
@@ -84,7 +84,7 @@ def compress_on_cluster(
     source, target = Path(src).absolute(), destination(dst)
     parts = [Slice(number, shards) for number in range(1, shards + 1)]
     # What can be refused is refused before a cluster is asked for anything.
-    shards_of(make_plan(CheckpointReader(source), config), parts[0])
+    shards_of(make_target(CheckpointReader(source), config), parts[0])
     if is_occupied(target) and not staging_path(target).exists() and not is_published(target):
         raise CheckpointError(f"{target}: not empty; choose another directory")
     started_here = not ray.is_initialized()

@@ -23,7 +23,7 @@ from compress_tools.numerics.clock import StageClock
 from compress_tools.numerics.parallel import in_parallel
 from compress_tools.numerics.products import product, squared_norm
 from compress_tools.numerics.work import Work
-from compress_tools.output.target import make_plan
+from compress_tools.output.target import make_target
 from compress_tools.output.writer import CheckpointWriter
 from compress_tools.progress.listener import Silent
 from compress_tools.residuals.svd import left_singular_vectors, tail_energy
@@ -110,9 +110,9 @@ def run_layer(source: Path, work: Path, shape: MoEShape, kind: Kind, workers: in
     """Read, align, code and write the checkpoint at ``source`` into ``work``."""
     rates = product_rate(), copy_rate(), disk_rate(work)
     reader, silent, clock = CheckpointReader(source), Silent(), StageClock()
-    plans = {method: make_plan(reader, make_config(method=method, workers=workers)) for method in METHODS}
+    targets = {method: make_target(reader, make_config(method=method, workers=workers)) for method in METHODS}
     config = make_config(workers=workers)
-    weights = read_layer(plans["prune"].source, 0, DTYPES[plans["prune"].fmt.dtype], "cpu", silent, clock)
+    weights = read_layer(targets["prune"].source, 0, DTYPES[targets["prune"].fmt.dtype], "cpu", silent, clock)
     work_done: dict[str, int] = {}
     with _counted() as operations:
         options = CenterOptions("barycenter", config.max_iterations, config.tolerance)
@@ -120,20 +120,20 @@ def run_layer(source: Path, work: Path, shape: MoEShape, kind: Kind, workers: in
     work_done["cost matrix"] = sum(operations)
     energy = sum(in_parallel(squared_norm, weights.design, workers))
     errors, written = {}, 0
-    for method, plan in plans.items():
-        coding, spec = StageClock(), plan.fmt.layers[0]
+    for method, target in targets.items():
+        coding, spec = StageClock(), target.fmt.layers[0]
         with _counted() as operations:
-            coded = code_layer(plan, 0, spec, weights, found, config.seed, workers, silent, coding)
+            coded = code_layer(target, 0, spec, weights, found, config.seed, workers, silent, coding)
         work_done[f"residual {method}"] = sum(operations)
         clock.seconds[f"residual {method}"] = coding.seconds["residual"]
         errors[method] = sum(coded.errors) / energy
-        tensors = {tensor_name(plan.fmt, 0, None, *key): tensor for key, tensor in coded.shared.items()}
+        tensors = {tensor_name(target.fmt, 0, None, *key): tensor for key, tensor in coded.shared.items()}
         for expert, stored in enumerate(coded.experts):
-            tensors.update({tensor_name(plan.fmt, 0, expert, *key): tensor for key, tensor in stored.items()})
+            tensors.update({tensor_name(target.fmt, 0, expert, *key): tensor for key, tensor in stored.items()})
         del coded
         written += sum(tensor.nbytes for tensor in tensors.values())
         with clock.stage("write"), CheckpointWriter(work / method, {"benchmark": method}) as writer:
-            writer.write_shard("layer.safetensors", {name: tensors[name] for name in layer_tensors(plan.fmt, 0)}, {})
+            writer.write_shard("layer.safetensors", {name: tensors[name] for name in layer_tensors(target.fmt, 0)}, {})
         del tensors
     peak = peak_memory()
     limit = {stage: operations / rates[0] for stage, operations in work_done.items()}
@@ -153,7 +153,7 @@ def run_layer(source: Path, work: Path, shape: MoEShape, kind: Kind, workers: in
         start=found.start,
         gap=found.gap,
         errors=errors,
-        excess=_svd_excess(plans["low-rank"].fmt.layers[0].residual[0].rank, weights.design[0], found)
+        excess=_svd_excess(targets["low-rank"].fmt.layers[0].residual[0].rank, weights.design[0], found)
         if check_svd
         else None,
         gflops=rates[0] / 1e9,

@@ -26,7 +26,7 @@ from compress_tools.config import make_config
 from compress_tools.errors import CheckpointError
 from compress_tools.format.tensors import MASK, layer_tensors
 from compress_tools.output.outline import make_outline
-from compress_tools.output.target import make_plan
+from compress_tools.output.target import make_target
 from compress_tools.output.writer import CheckpointWriter
 from compress_tools.source.reader import CheckpointReader
 from resmoe_vllm.weights.dummy import dummy_tensors
@@ -104,16 +104,18 @@ def write_compressed(out: Path, dense: Path, **options: Any) -> None:
     """
     reader = CheckpointReader(dense)
     config = make_config(**options)
-    plan = make_plan(reader, config)
-    outline = make_outline(dense, config.recipe(), plan)
+    target = make_target(reader, config)
+    outline = make_outline(dense, config.recipe(), target)
     with CheckpointWriter(out, {"synthetic": outline.recipe}) as writer:
-        for shard in plan.shards:
+        for shard in target.shards:
             if shard.layer is None:
-                tensors = {plan.source.output_name(name): reader.get(name) for name in shard.names}
+                tensors = {
+                    name: reader.get(copied) for name, copied in zip(shard.tensors, shard.copied, strict=True)
+                }
             else:
-                stored = dummy_tensors(plan.fmt, plan.fmt.layers[shard.layer])
+                stored = dummy_tensors(target.fmt, target.fmt.layers[shard.layer])
                 tensors = {}
-                for name, spec in layer_tensors(plan.fmt, shard.layer).items():
+                for name, spec in layer_tensors(target.fmt, shard.layer).items():
                     one = stored[spec.projection, spec.suffix]
                     # Bitmaps keep as many values in every expert; the same ones do.
                     tensors[name] = (

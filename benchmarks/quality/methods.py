@@ -11,7 +11,7 @@ from benchmarks.quality.subject import Checkpoint, Experts, Subject
 from compress_tools.config import make_config
 from compress_tools.errors import ConfigError
 from compress_tools.numerics.products import squared_norm
-from compress_tools.output.target import make_plan
+from compress_tools.output.target import make_target
 from compress_tools.pipeline import compress
 from compress_tools.planner.config import make_planner_config
 from compress_tools.planner.request import plan_for_budget
@@ -167,7 +167,7 @@ def knob_for(subject: Checkpoint, method: Method, bytes_ratio: float) -> float |
     def size(value: float) -> int | None:
         try:
             config = make_config(**method.options, retain_ratio=value)
-            return make_plan(subject.source.reader, config).expert_bytes_after
+            return make_target(subject.source.reader, config).expert_bytes_after
         except ConfigError:  # so little that nothing is kept
             return None
 

@@ -5,7 +5,7 @@ from typing import Any
 from rich.table import Table
 
 from compress_tools.evaluation.perplexity import Evaluation
-from compress_tools.output.target import CompressionPlan
+from compress_tools.output.target import CompressionTarget
 from compress_tools.planner.planned import Planned
 from compress_tools.progress.text import human_bytes, layer_table, titled_table
 from compress_tools.report import CompressionReport
@@ -41,10 +41,10 @@ def report_table(report: CompressionReport) -> Table:
     return table
 
 
-def plan_table(plan: CompressionPlan) -> Table:
+def plan_table(target: CompressionTarget) -> Table:
     """What a compression would write."""
-    summary = plan.summary()
-    table = titled_table(f"plan for {plan.source.architecture.title}", "", "before", "after", "ratio")
+    summary = target.summary()
+    table = titled_table(f"plan for {target.source.architecture.title}", "", "before", "after", "ratio")
     for label, key in (
         ("expert params, center included", "expert_params"),
         ("expert bytes", "expert_bytes"),

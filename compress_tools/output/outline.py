@@ -1,10 +1,10 @@
-"""The finished checkpoint in plain data: all that finishing needs to know of source and plan. A slice carries it."""
+"""The finished checkpoint in plain data: all that finishing needs to know of source and target. A slice carries it."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compress_tools.output.target import CompressionPlan
+from compress_tools.output.target import CompressionTarget
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Outline:
 
 
 def make_outline(
-    src: str | Path, recipe: dict[str, Any], plan: CompressionPlan, plan_text: str | None = None
+    src: str | Path, recipe: dict[str, Any], target: CompressionTarget, plan_text: str | None = None
 ) -> Outline:
     """The outline of what a recipe, or a plan file of this text, makes of the checkpoint in ``src``."""
-    source = plan.source
+    source = target.source
     return Outline(
         source=str(src),
         source_name=Path(src).name,
@@ -56,10 +56,10 @@ def make_outline(
         moe_layers=len(source.layers),
         recipe=recipe,
         plan_text=plan_text,
-        resolved_layers=sorted(plan.fmt.layers),
-        config={**source.reader.config, "quantization_config": plan.fmt.model_dump(mode="json")},
-        shards={shard.filename: (shard.layer, list(map(source.output_name, shard.names))) for shard in plan.shards},
-        expert_bytes_before=plan.expert_bytes_before,
-        expert_bytes_after=plan.expert_bytes_after,
-        other_bytes=plan.other_bytes,
+        resolved_layers=sorted(target.fmt.layers),
+        config={**source.reader.config, "quantization_config": target.fmt.model_dump(mode="json")},
+        shards={shard.filename: (shard.layer, list(shard.tensors)) for shard in target.shards},
+        expert_bytes_before=target.expert_bytes_before,
+        expert_bytes_after=target.expert_bytes_after,
+        other_bytes=target.other_bytes,
     )

@@ -1,21 +1,25 @@
-"""What a compression will write, known before any weight is read: format block, shards, sizes, peak memory."""
+"""The target of a compression, known before any weight is read: format block, shards, sizes, peak memory."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from compress_tools.config import CompressionConfig
 from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.format.schema import LayerSpec, ResMoEFormat
 from compress_tools.format.tensors import DTYPES, dense_layer_bytes, layer_bytes, layer_params, layer_tensors
+from compress_tools.output.shard_names import group_by_bytes, shard_names
 from compress_tools.residuals.recipes import uniform_spec
 from compress_tools.source.layer_selection import select_layers
 from compress_tools.source.moe_source import MoESource, open_source
 from compress_tools.source.reader import CheckpointReader
 from compress_tools.version import __version__
 
-MAX_PASSTHROUGH_SHARD_BYTES = 2 * 10**9
-SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+SAFETENSORS_DTYPES: dict[str, Literal["float32", "float16", "bfloat16"]] = {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+}
 
 
 @dataclass(frozen=True)
@@ -25,20 +29,22 @@ class Shard:
     Attributes:
         filename: in the output directory.
         layer: decoder layer index, None for a shard of copied tensors.
-        names: tensor names; of copied tensors the source's, of a layer the output's.
+        tensors: names of its tensors in the output, in the order in which they are written.
+        copied: names of the same tensors in the source; empty for a layer, whose tensors are made.
     """
 
     filename: str
     layer: int | None
-    names: tuple[str, ...]
+    tensors: tuple[str, ...]
+    copied: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class CompressionPlan:
-    """Everything but the numbers.
+class CompressionTarget:
+    """What is to be made of a source: everything but the numbers.
 
     Attributes:
-        source: the checkpoint's experts.
+        source: the checkpoint that it is made from.
         fmt: the ``quantization_config`` block to be.
         shards: output shards, in order.
         expert_bytes_before: bytes of all routed experts in the source.
@@ -75,9 +81,9 @@ class CompressionPlan:
         }
 
 
-def make_plan(
+def make_target(
     reader: CheckpointReader, config: CompressionConfig, specs: Mapping[int, LayerSpec] | None = None
-) -> CompressionPlan:
+) -> CompressionTarget:
     """Validate source against request and lay the output out. Reads no weight.
 
     Args:
@@ -112,10 +118,10 @@ def make_plan(
     before = sum(reader.nbytes(name) for layer in source.layers for name in source.expected(layer))
     after = before - sum(reader.nbytes(name) for name in replaced) + sum(layer_bytes(fmt, layer) for layer in selected)
     other = sum(reader.nbytes(name) for name in reader.names) - before
-    return CompressionPlan(
+    return CompressionTarget(
         source,
         fmt,
-        _shards(reader, fmt, kept, selected),
+        _shards(source, fmt, kept, selected),
         before,
         after,
         other,
@@ -148,28 +154,12 @@ def _format(source: MoESource, specs: Mapping[int, LayerSpec]) -> ResMoEFormat:
     )
 
 
-def group_by_bytes(reader: CheckpointReader, names: list[str]) -> list[list[str]]:
-    """Split tensors that are copied through into shards of at most ``MAX_PASSTHROUGH_SHARD_BYTES``, in order."""
-    groups: list[list[str]] = []
-    size = MAX_PASSTHROUGH_SHARD_BYTES + 1
-    for name in names:
-        if size + reader.nbytes(name) > MAX_PASSTHROUGH_SHARD_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += reader.nbytes(name)
-    return groups
-
-
-def _shards(reader: CheckpointReader, fmt: ResMoEFormat, kept: list[str], selected: list[int]) -> tuple[Shard, ...]:
-    groups = group_by_bytes(reader, kept)
-    contents: list[tuple[int | None, tuple[str, ...]]] = [(None, tuple(group)) for group in groups]
-    contents += [(layer, tuple(layer_tensors(fmt, layer))) for layer in selected]
-    total = len(contents)
-    return tuple(
-        Shard(f"model-{number:05d}-of-{total:05d}.safetensors", layer, names)
-        for number, (layer, names) in enumerate(contents, start=1)
-    )
+def _shards(source: MoESource, fmt: ResMoEFormat, kept: list[str], selected: list[int]) -> tuple[Shard, ...]:
+    groups = group_by_bytes(kept, source.reader.nbytes)
+    names = iter(shard_names(len(groups) + len(selected)))
+    copied = [Shard(next(names), None, tuple(map(source.output_name, group)), tuple(group)) for group in groups]
+    made = [Shard(next(names), layer, tuple(layer_tensors(fmt, layer))) for layer in selected]
+    return (*copied, *made)
 
 
 def _peak_memory(fmt: ResMoEFormat, selected: list[int], workers: int) -> int:

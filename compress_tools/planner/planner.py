@@ -12,7 +12,7 @@ from compress_tools.errors import ConfigError
 from compress_tools.format.tensors import DTYPES
 from compress_tools.numerics.clock import StageClock
 from compress_tools.numerics.work import Work
-from compress_tools.output.target import CompressionPlan, make_plan
+from compress_tools.output.target import CompressionTarget, make_target
 from compress_tools.planner.allocate import Allocation, allocate, smallest
 from compress_tools.planner.candidates import CenterBits, Coder, Sizes, menu
 from compress_tools.planner.choices import Choice, expert_groups, layer_choices, uniform_choice
@@ -86,7 +86,7 @@ def _budget(ratio: float, dense: dict[int, int], planned: Collection[int]) -> fl
 
 
 def measure(
-    base: CompressionPlan, config: CompressionConfig, request: PlannerConfig, progress: ProgressListener
+    base: CompressionTarget, config: CompressionConfig, request: PlannerConfig, progress: ProgressListener
 ) -> Measured:
     """Measure the menu on each layer that ``base`` compresses; one layer at a time is in memory."""
     source, sizes = base.source, Sizes(base.fmt)
@@ -143,13 +143,13 @@ def choose(measured: Measured, request: PlannerConfig) -> Planned:
     return Planned(planned, label, all(layer.exact for layer in layers.values()))
 
 
-def _base_plan(reader: CheckpointReader, config: CompressionConfig) -> CompressionPlan:
+def _base_plan(reader: CheckpointReader, config: CompressionConfig) -> CompressionTarget:
     """Any valid plan of the layers asked for: it tells sizes, dtype and names, and has checked the source."""
-    return make_plan(reader, make_config(method="quantize", layers=config.layers, workers=config.workers))
+    return make_target(reader, make_config(method="quantize", layers=config.layers, workers=config.workers))
 
 
 def _measure_layer(
-    base: CompressionPlan,
+    base: CompressionTarget,
     config: CompressionConfig,
     request: PlannerConfig,
     layer: int,

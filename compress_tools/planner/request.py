@@ -12,7 +12,7 @@ from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.format.shard_file import file_checksum
 from compress_tools.output.run_identity import versions
 from compress_tools.output.staging import destination, is_occupied, is_published, staging_path
-from compress_tools.output.target import CompressionPlan, make_plan
+from compress_tools.output.target import CompressionTarget, make_target
 from compress_tools.planner.config import CENTER_FIELDS, CHOSEN_BY_PLANNER, PlannerConfig, make_planner_config
 from compress_tools.planner.plan_file import PlanFile, parse_plan, read_plan
 from compress_tools.planner.plan_text import plan_text
@@ -130,7 +130,7 @@ def planned_sizes(
     out: str | Path | None,
     progress: ProgressListener | None = None,
     overwrite: bool = False,
-) -> tuple[CompressionPlan, PlanFile | None]:
+) -> tuple[CompressionTarget, PlanFile | None]:
     """What a request would write, and the plan behind it, if any; weights are read for a budget only.
 
     Args:
@@ -155,9 +155,9 @@ def planned_sizes(
         Path(out).write_text(planned.text, encoding="utf-8")
     reader = CheckpointReader(src)
     if planned is None:
-        return make_plan(reader, request.config), None
+        return make_target(reader, request.config), None
     config = planned.config(request.config.device, request.config.workers)
-    return make_plan(reader, config, planned.compressed(open_source(reader))), planned
+    return make_target(reader, config, planned.compressed(open_source(reader))), planned
 
 
 def kept_plan_path(dst: str | Path) -> Path:

@@ -10,7 +10,7 @@ from compress_tools.center.barycenter import CenterOptions, barycenter, identity
 from compress_tools.config import make_config
 from compress_tools.numerics.sampling import choose, spaced
 from compress_tools.numerics.work import Work
-from compress_tools.output.target import make_plan
+from compress_tools.output.target import make_target
 from compress_tools.probe.coders import (
     CODERS,
     DENSE_BITS,
@@ -54,8 +54,8 @@ def probe(src: str, config: ProbeConfig, progress: ProgressListener | None = Non
     """
     start = time.perf_counter()
     progress = progress or Silent()
-    plan = make_plan(CheckpointReader(src), make_config(layers=config.layers))
-    source, layers = plan.source, spaced(list(plan.fmt.layers), config.max_layers)
+    target = make_target(CheckpointReader(src), make_config(layers=config.layers))
+    source, layers = target.source, spaced(list(target.fmt.layers), config.max_layers)
     sampler = _Sampler(source, config)
     progress.start(len(layers) + 1, "sample")
     probes: list[LayerProbe] = []

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.output.outline import Outline
 from compress_tools.output.staging import MANIFEST_NAME, destination, staging_path
-from compress_tools.output.target import CompressionPlan, Shard
+from compress_tools.output.target import CompressionTarget, Shard
 from compress_tools.output.writer import CheckpointWriter
 
 T = TypeVar("T")
@@ -52,14 +52,14 @@ def slice_path(dst: str | Path, part: Slice) -> Path:
     return path.with_name(f"{path.name}.shard-{part.number}-of-{part.count}")
 
 
-def shards_of(plan: CompressionPlan, part: Slice) -> list[Shard]:
+def shards_of(target: CompressionTarget, part: Slice) -> list[Shard]:
     """The shards that a slice makes: neighbouring layers, so that it reads few source files, and copied tensors.
 
     Raises:
         ConfigError: there are more slices than layers.
     """
-    layers = [shard for shard in plan.shards if shard.layer is not None]
-    copied = [shard for shard in plan.shards if shard.layer is None]
+    layers = [shard for shard in target.shards if shard.layer is not None]
+    copied = [shard for shard in target.shards if shard.layer is None]
     if part.count > len(layers):
         raise ConfigError(f"--shard {part}: {len(layers)} layers are to be compressed, so at most {len(layers)} slices")
     return part.of(copied) + part.of(layers)

@@ -1,6 +1,5 @@
 """A ResMoE checkpoint back to a dense Hugging Face checkpoint, expert by expert."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,8 +9,8 @@ from compress_tools.architectures.base import MoEArchitecture
 from compress_tools.architectures.registry import find_architecture
 from compress_tools.format.tensors import dense_layer_bytes, is_resmoe_name
 from compress_tools.output.run_identity import versions
+from compress_tools.output.shard_names import group_by_bytes, shard_names
 from compress_tools.output.staging import check_apart
-from compress_tools.output.target import group_by_bytes
 from compress_tools.output.writer import CheckpointWriter
 from compress_tools.progress.listener import ProgressListener, Silent
 from compress_tools.report import CARD_NAME, PLAN_NAME, RECIPE_NAME, REPORT_NAME, TIMINGS_NAME
@@ -66,20 +65,13 @@ def _write(
     progress: ProgressListener,
 ) -> None:
     reader, fmt = checkpoint.reader, checkpoint.fmt
+    groups = group_by_bytes(kept, reader.nbytes)
     layers = sorted(fmt.layers)
-    groups = group_by_bytes(reader, kept)
-    total = len(groups) + len(layers)
-    progress.start(total)
-    shards: dict[str, tuple[str, ...]] = {}
+    filenames = shard_names(len(groups) + len(layers))
+    progress.start(len(filenames))
 
-    def write(number: int, make: Callable[[], dict[str, Tensor]]) -> None:
-        filename = f"model-{number:05d}-of-{total:05d}.safetensors"
-        record = writer.record(filename)
-        if record is None:
-            tensors = make()
-            record = writer.write_shard(filename, tensors, {"names": list(tensors)})
-        shards[filename] = tuple(record["names"])
-        progress.shard_done()
+    def copied(names: list[str]) -> dict[str, Tensor]:
+        return {name: reader.get(name) for name in names}
 
     def dense_layer(layer: int) -> dict[str, Tensor]:
         progress.stage("restoring", fmt.num_experts, layer)
@@ -90,10 +82,15 @@ def _write(
             progress.step()
         return dense_tensors(architecture, fmt.names, layer, experts)
 
-    for number, names in enumerate(groups, start=1):
-        write(number, lambda names=names: {name: reader.get(name) for name in names})
-    for number, layer in enumerate(layers, start=len(groups) + 1):
-        write(number, partial(dense_layer, layer))
+    makers = [*(partial(copied, group) for group in groups), *(partial(dense_layer, layer) for layer in layers)]
+    shards: dict[str, tuple[str, ...]] = {}
+    for filename, make in zip(filenames, makers, strict=True):
+        record = writer.record(filename)
+        if record is None:
+            tensors = make()
+            record = writer.write_shard(filename, tensors, {"names": list(tensors)})
+        shards[filename] = tuple(record["names"])
+        progress.shard_done()
     for file in reader.other_files():
         relative = file.relative_to(reader.path)
         if str(relative) not in NOT_COPIED:

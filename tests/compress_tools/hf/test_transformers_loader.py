@@ -24,7 +24,7 @@ from compress_tools.format.schema import (
 )
 from compress_tools.format.tensors import CODES
 from compress_tools.hf.factored_experts import FactoredExperts
-from compress_tools.output.target import make_plan
+from compress_tools.output.target import make_target
 from compress_tools.pipeline import compress
 from compress_tools.residuals.quantizer import quantize_rows
 from compress_tools.source.reader import CheckpointReader
@@ -93,7 +93,7 @@ def test_layers_of_different_coding_and_groups_of_experts(
         2: LayerSpec(center=(), residual=few),
     }
     dense, small = tmp_path / "dense", tmp_path / "small"
-    monkeypatch.setattr(pipeline, "make_plan", partial(make_plan, specs=specs))
+    monkeypatch.setattr(pipeline, "make_target", partial(make_target, specs=specs))
     report = compress(tiny_mixtral, small, make_config())
     assert [layer.layer for layer in report.layers] == [0, 2]
     for verdict, layer in zip(verify(small, tiny_mixtral), report.layers, strict=True):
@@ -112,9 +112,9 @@ def test_layers_of_different_coding_and_groups_of_experts(
 def test_a_spec_for_a_layer_without_experts_is_refused(tiny_mixtral: Path) -> None:
     spec = LayerSpec(center=(), residual=(QuantizedResidual(projections=PROJECTIONS, bits=2),))
     with pytest.raises(ConfigError, match=r"layers \[7\] have no experts"):
-        make_plan(CheckpointReader(tiny_mixtral), make_config(), {7: spec})
+        make_target(CheckpointReader(tiny_mixtral), make_config(), {7: spec})
     with pytest.raises(ConfigError, match="no layer"):
-        make_plan(CheckpointReader(tiny_mixtral), make_config(), {})
+        make_target(CheckpointReader(tiny_mixtral), make_config(), {})
 
 
 def test_a_spec_with_a_center_needs_one_to_be_found(tiny_mixtral: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_spec_with_a_center_needs_one_to_be_found(tiny_mixtral: Path) -> None:
         1: LayerSpec(center=(QuantizedCenter(projections=PROJECTIONS, bits=8),), residual=few),
     }
     with pytest.raises(ConfigError, match=r"layers \[1\] are to have a center, which --center none"):
-        make_plan(CheckpointReader(tiny_mixtral), make_config(center="none"), specs)
+        make_target(CheckpointReader(tiny_mixtral), make_config(center="none"), specs)
 
 
 @pytest.mark.parametrize("coding", ["low-rank", *VERSION_2])

@@ -16,7 +16,7 @@ from compress_tools.cli.commands import main
 from compress_tools.config import make_config
 from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.format.schema import LayerSpec
-from compress_tools.output.target import make_plan
+from compress_tools.output.target import make_target
 from compress_tools.pipeline import compress
 from compress_tools.planner import frontier as frontiers
 from compress_tools.planner.allocate import allocate
@@ -81,7 +81,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def measured(path: Path, **options: object) -> Measured:
     """Everything measured, one worker."""
     reader, config = CheckpointReader(path), make_config(workers=1)
-    base = make_plan(reader, make_config(method="quantize"))
+    base = make_target(reader, make_config(method="quantize"))
     return measure(base, config, make_planner_config(target_bytes_ratio=0.25, **options), Silent())
 
 
@@ -225,7 +225,7 @@ def test_bytes_are_the_formats_own(models: dict[str, Path], menu_of: Measured) -
     assert isinstance(sizes, Sizes)
     for (bits, coder), (nbytes, _, choice) in menu_of.layers[0].uniform.items():
         spec = choice.spec(sizes)
-        made = make_plan(CheckpointReader(models["random"]), make_config(), dict.fromkeys((0, 1), spec))
+        made = make_target(CheckpointReader(models["random"]), make_config(), dict.fromkeys((0, 1), spec))
         assert made.expert_bytes_after == 2 * nbytes, (bits, coder.label)
 
 
