@@ -114,7 +114,7 @@ def transformers_logprobs(path: Path) -> torch.Tensor:
 
 
 def family_table(architectures: tuple[MoEArchitecture, ...] = ARCHITECTURES) -> str:
-    """The README's table, from the registry; tested means that the test suite takes the family the whole way."""
+    """The table of docs/models.md; tested means that the test suite takes the family the whole way."""
     lines = ["| family | `model_type` | served by vLLM | in transformers | tested |", "|---|---|---|---|---|"]
     for known in architectures:
         where = "yes" if known.vllm else known.runs_in.removeprefix("transformers only: ")
@@ -128,7 +128,7 @@ def family_table(architectures: tuple[MoEArchitecture, ...] = ARCHITECTURES) -> 
 @click.command()
 @click.option("--family", "families", multiple=True, help="model_type; default: all.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the rows to FILE.")
-@click.option("--table", is_flag=True, help="Print the README's family table and stop.")
+@click.option("--table", is_flag=True, help="Print the family table of docs/models.md and stop.")
 def main(families: tuple[str, ...], json_file: Path | None, table: bool) -> None:
     """Take every family the whole way and print its deviation from the restored twin."""
     if table:

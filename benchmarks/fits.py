@@ -77,7 +77,7 @@ def footprint(shape: MoEShape, form: dict[str, object] | None) -> Footprint:
 
 
 @click.command()
-@click.option("--markdown", is_flag=True, help="Print the README's table.")
+@click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
 def main(markdown: bool) -> None:
     """Print the table."""
     table = Table(

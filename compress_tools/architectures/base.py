@@ -61,7 +61,7 @@ class FusedNames:
 
 @dataclass(frozen=True)
 class MoEArchitecture:
-    """One model family. What differs between families is data; see ``ADDING_A_FAMILY.md`` beside this file.
+    """One model family. What differs between families is data; see docs/adding-a-family.md.
 
     Attributes:
         model_type: ``model_type`` of config.json.

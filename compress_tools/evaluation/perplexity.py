@@ -64,7 +64,7 @@ def evaluate(model: str, config: TextConfig, progress: ProgressListener | None =
     """
     progress = progress or Silent()
     if config.backend == "vllm" and find_spec("vllm") is None:
-        raise ConfigError("--backend vllm: vLLM is not installed; pip install 'resmoe[cuda]', or see the README")
+        raise ConfigError("--backend vllm: vLLM is not installed; pip install 'resmoe[cuda]', or see docs/install.md")
     own = read_model_config(model)
     vocabulary = own["vocab_size"]
     original = read_model_config(config.against) if config.against is not None else None

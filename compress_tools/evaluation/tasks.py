@@ -25,7 +25,7 @@ def run_tasks(model: str, config: TasksConfig) -> dict[str, dict[str, Any]]:
     if find_spec("lm_eval") is None:
         raise ConfigError("--tasks: lm-eval is not installed; pip install 'resmoe[eval]'")
     if find_spec("vllm") is None:
-        raise ConfigError("--tasks: vLLM is not installed; pip install 'resmoe[cuda]', or see the README")
+        raise ConfigError("--tasks: vLLM is not installed; pip install 'resmoe[cuda]', or see docs/install.md")
     model_config = read_model_config(model)
     if config.include_path is not None and not Path(config.include_path).is_dir():
         raise ConfigError(f"--include-path {config.include_path}: no such directory")

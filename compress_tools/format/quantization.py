@@ -1,7 +1,7 @@
 """What codes mean: ``value = (code - (2**bits - 1) / 2) * scale``, levels symmetric about zero (SPEC.md, 4).
 
 There is no level at zero (mid-rise): better than mid-tread at every width below 8 bits, by a quarter of the error
-at 2 bits (``residuals/NOTES.md``).
+at 2 bits (docs/notes/coders.md).
 Scales are bfloat16 whatever the checkpoint's dtype: they have fp32's range, so the residuals of nearly equal experts
 neither underflow nor overflow, and the codes are chosen for the scale as rounded.
 """

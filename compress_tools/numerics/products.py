@@ -14,7 +14,7 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """``left @ right``: two matrices of one dtype, fp32 or float64, on one device; fresh, or written to ``out``.
 
     On a CPU numpy's OpenBLAS multiplies: up to 1.5 times as fast as torch's MKL on an AMD processor
-    (benchmarks/NOTES.md).
+    (docs/notes/engine.md).
     """
     if out is None:
         # By torch even for numpy: numpy asks for huge pages, which can take longer to get than to fill.

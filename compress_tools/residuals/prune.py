@@ -1,7 +1,7 @@
 """Magnitude pruning, stored as bitmap + values: unstructured over the group (the paper's UP), or equally many per row.
 
 Equal counts give fixed strides, no row pointers and tensor-parallel slices of equal size. They cost 0.1 % of the error
-on a gaussian residual, 2 % on a trained model, a fifth where row norms differ by a third (NOTES.md).
+on a gaussian residual, 2 % on a trained model, a fifth where row norms differ by a third (docs/notes/coders.md).
 """
 
 import numpy as np

@@ -9,7 +9,7 @@ from benchmarks.models.tiny_models import TINY_CONFIGS
 from compress_tools.architectures.base import MoEArchitecture
 from compress_tools.architectures.registry import ARCHITECTURES
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 # Each family meets one method here, in turn; transformers takes all of them through both (test_transformers_loader).
@@ -32,5 +32,5 @@ def test_every_family_has_a_tiny_model() -> None:
     assert {known.model_type for known in ARCHITECTURES} == set(TINY_CONFIGS)
 
 
-def test_readme_table_is_the_registrys() -> None:
-    assert family_table() in README.read_text(encoding="utf-8")
+def test_the_pages_table_is_the_registrys() -> None:
+    assert family_table() in PAGE.read_text(encoding="utf-8")
