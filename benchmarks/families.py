@@ -17,6 +17,7 @@ from rich.console import Console
 
 from benchmarks.harness.rows import Row, print_rows, write_rows
 from benchmarks.models.tiny_models import TINY_CONFIGS, save_tiny_model
+from compress_tools import register_with_transformers
 from compress_tools.architectures.base import MoEArchitecture
 from compress_tools.architectures.registry import ARCHITECTURES
 from compress_tools.config import make_config
@@ -100,6 +101,7 @@ def transformers_logprobs(path: Path) -> torch.Tensor:
     """The same from transformers; for an encoder-decoder the prompt is both input and target."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    register_with_transformers()
     encoder_decoder = AutoConfig.from_pretrained(path).is_encoder_decoder
     auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
     model = auto.from_pretrained(path, dtype=torch.float32)

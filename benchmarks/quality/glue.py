@@ -31,6 +31,7 @@ from benchmarks.harness.rows import Row, print_rows, write_rows
 from benchmarks.models.reference_models.corpus import read_corpus
 from benchmarks.models.reference_models.tokenizer import save_tokenizer, train_tokenizer
 from benchmarks.quality.merging import merge_all
+from compress_tools import register_with_transformers
 from compress_tools.architectures.base import ExpertWeights
 from compress_tools.config import make_config
 from compress_tools.errors import CheckpointError
@@ -247,6 +248,7 @@ def compare(
     console: Console,
 ) -> list[Row]:
     """Fine-tune, compress by each method, measure."""
+    register_with_transformers()
     tokenizer = train_tokenizer((example.sentence for example in train), VOCABULARY, MAX_TOKENS)
     model = new_model(seed, experts)
     fine_tune(model, tokenizer, train, steps, seed, console)

@@ -27,6 +27,9 @@ def predict(
     """
     from transformers import AutoModelForCausalLM
 
+    from compress_tools.hf.quantizer import register
+
+    register()
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
     except ValueError as err:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from compress_tools.architectures.base import ExpertWeights, MoEArchitecture
 from compress_tools.architectures.registry import find_architecture
 from compress_tools.errors import CheckpointError
+from compress_tools.format.loading_guard import GUARD_KEY
 from compress_tools.format.schema import QUANT_METHOD, parse_format
 from compress_tools.format.tensors import DTYPES
 from compress_tools.hf.factored_experts import FactoredExperts, GateFunction
@@ -53,6 +54,12 @@ class ResMoEQuantizer(HfQuantizer):
     """Puts ``FactoredExperts`` in place of each compressed layer's experts."""
 
     requires_calibration = False
+
+    def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Take the guard of config.json away, before transformers takes it for a file to load."""
+        if hasattr(config, GUARD_KEY):
+            delattr(config, GUARD_KEY)
+        return super().update_tp_plan(config)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Remember the dtype that ``from_pretrained`` was asked for."""

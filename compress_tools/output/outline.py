@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from compress_tools.format.loading_guard import GUARD_KEY, GUARD_TEXT
 from compress_tools.output.target import CompressionTarget
 
 
@@ -57,7 +58,11 @@ def make_outline(
         recipe=recipe,
         plan_text=plan_text,
         resolved_layers=sorted(target.fmt.layers),
-        config={**source.reader.config, "quantization_config": target.fmt.model_dump(mode="json")},
+        config={
+            **source.reader.config,
+            GUARD_KEY: GUARD_TEXT,
+            "quantization_config": target.fmt.model_dump(mode="json"),
+        },
         shards={shard.filename: (shard.layer, list(shard.tensors)) for shard in target.shards},
         expert_bytes_before=target.expert_bytes_before,
         expert_bytes_after=target.expert_bytes_after,

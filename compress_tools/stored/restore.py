@@ -7,6 +7,7 @@ from torch import Tensor
 
 from compress_tools.architectures.base import MoEArchitecture
 from compress_tools.architectures.registry import find_architecture
+from compress_tools.format.loading_guard import GUARD_KEY
 from compress_tools.format.tensors import dense_layer_bytes, is_resmoe_name
 from compress_tools.output.run_identity import versions
 from compress_tools.output.shard_names import group_by_bytes, shard_names
@@ -95,5 +96,5 @@ def _write(
         relative = file.relative_to(reader.path)
         if str(relative) not in NOT_COPIED:
             writer.copy_file(file, Path(CARD_NAME) if str(relative) == "SOURCE_README.md" else relative)
-    config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
+    config = {key: value for key, value in reader.config.items() if key not in (GUARD_KEY, "quantization_config")}
     writer.finish(config, shards, total_bytes)

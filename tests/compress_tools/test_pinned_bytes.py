@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from compress_tools.config import make_config
+from compress_tools.format.loading_guard import GUARD_KEY, GUARD_TEXT
 from compress_tools.pipeline import compress
 
 PINS = Path(__file__).with_name("pinned_bytes.json")
@@ -89,6 +90,8 @@ def pins_of(directory: Path) -> dict[str, Any]:
                 tensors[name] = f"{shard.name} {tensor.dtype} {list(tensor.shape)} {digest}"
     config = json.loads((directory / "config.json").read_text())
     config["quantization_config"].pop("written_by")
+    # Newer than the pins, and a sentence for people.
+    assert config.pop(GUARD_KEY) == GUARD_TEXT
     report = json.loads((directory / "resmoe_report.json").read_text())
     report.pop("shards")
     index = json.loads((directory / "model.safetensors.index.json").read_text())
