@@ -141,7 +141,7 @@ class LayerSpec(_Frozen):
 
     center: tuple[CenterPart, ...]
     residual: tuple[ResidualPart, ...] = ()
-    groups: tuple[ExpertGroup, ...] | None = Field(None, min_length=1)
+    groups: tuple[ExpertGroup, ...] | None = Field(default=None, min_length=1)
 
     @model_validator(mode="after")
     def _covered_once(self) -> Self:

@@ -9,8 +9,8 @@ from compress_tools.numerics.clock import StageClock
 class Steps(Protocol):
     """Who is told how far the work is, such as a ``ProgressListener``."""
 
-    def stage(self, text: str, total: int | None) -> None:
-        """A stage of ``total`` steps begins (None: unknown)."""
+    def stage(self, text: str, total: int | None, layer: int | None = None) -> None:
+        """A stage of ``total`` steps begins (None: unknown), of a layer."""
         ...
 
     def step(self) -> None:
@@ -21,7 +21,7 @@ class Steps(Protocol):
 class Unwatched:
     """Nobody is told."""
 
-    def stage(self, text: str, total: int | None) -> None:
+    def stage(self, text: str, total: int | None, layer: int | None = None) -> None:
         """See ``Steps``."""
 
     def step(self) -> None:

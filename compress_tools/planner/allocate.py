@@ -4,14 +4,15 @@ Discrete rate-distortion. Adding frontiers of undominated choices is exact where
 along convex hulls, which leaves bytes over and can't reach choices inside of a hull.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic
 
-from compress_tools.planner.frontier import Frontier, combined
+from compress_tools.planner.frontier import Frontier, Pick, combined
 
 
 @dataclass(frozen=True)
-class Allocation:
+class Allocation(Generic[Pick]):
     """A choice for each layer.
 
     Attributes:
@@ -22,7 +23,7 @@ class Allocation:
 
     nbytes: tuple[int, ...]
     errors: tuple[float, ...]
-    picks: tuple[Any, ...]
+    picks: tuple[Pick, ...]
 
     @property
     def error(self) -> float:
@@ -30,35 +31,38 @@ class Allocation:
         return sum(self.errors)
 
 
-def smallest(layers: list[Frontier]) -> int:
+def smallest(layers: Sequence[Frontier[Pick]]) -> int:
     """Bytes of the smallest choices."""
     return sum(int(layer.nbytes[0]) for layer in layers)
 
 
-def allocate(layers: list[Frontier], budget: float) -> Allocation:
+def allocate(layers: Sequence[Frontier[Pick]], budget: float) -> Allocation[Pick]:
     """Pick one choice of each layer at the least total error within ``budget`` bytes.
 
     Args:
         layers: frontiers, none of them empty.
         budget: at least ``smallest(layers)``.
     """
-    sums = Frontier(layers[0].nbytes[:0], layers[0].errors[:0], [])
+    sums: Frontier[tuple[int, ...]] | None = None
     rest = smallest(layers)
-    for number, layer in enumerate(layers):
+    for layer in layers:
         # Each later layer takes its smallest choice at least.
         rest -= int(layer.nbytes[0])
-        indexed = Frontier(layer.nbytes, layer.errors, [(index,) for index in range(len(layer.nbytes))])
-        sums = indexed.within(0, budget - rest) if number == 0 else combined(sums, indexed, budget - rest)
-    chosen = _filled(layers, list(sums.picks[-1]), budget)
+        indexed = Frontier(layer.nbytes, layer.errors, list(range(len(layer.nbytes))))
+        if sums is None:
+            sums = indexed.within(0, budget - rest).map(lambda index: (index,))
+        else:
+            sums = combined(sums, indexed, lambda before, index: (*before, index), budget - rest)
+    chosen = _filled(layers, list(sums.picks[-1]) if sums is not None else [], budget)
     pairs = list(zip(layers, chosen, strict=True))
     return Allocation(
         tuple(int(layer.nbytes[index]) for layer, index in pairs),
         tuple(float(layer.errors[index]) for layer, index in pairs),
-        tuple(layer.picks[index][0] for layer, index in pairs),
+        tuple(layer.picks[index] for layer, index in pairs),
     )
 
 
-def _filled(layers: list[Frontier], chosen: list[int], budget: float) -> list[int]:
+def _filled(layers: Sequence[Frontier[Pick]], chosen: list[int], budget: float) -> list[int]:
     """Spend what thinning left over, each time where it lowers the error most."""
     while True:
         slack = budget - sum(int(layer.nbytes[index]) for layer, index in zip(layers, chosen, strict=True))

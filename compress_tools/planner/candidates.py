@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Final, Literal
 
 from compress_tools.config import CompressionConfig, make_config
 from compress_tools.errors import ConfigError
@@ -18,8 +19,8 @@ from compress_tools.format.tensors import expert_tensors, shared_tensors
 from compress_tools.residuals.recipes import METHODS
 
 # Bits of the center; 0: none, 16: the model's dtype.
-CenterBits = int
-CENTER_GROUP = 128
+CenterBits = Literal[0, 4, 8, 16]
+CENTER_GROUP: Final = 128
 GROUP_SIZES = (0, 128, 64, 32)
 DENSITIES = (0.05, 0.1, 0.2, 0.35, 0.5)
 DENSITIES_8 = (0.1, 0.25)
@@ -142,7 +143,7 @@ def _quantize(sizes: Sizes, centers: tuple[CenterBits, ...], layer_budget: float
     # A group as wide as the row is the row.
     groups = [size for size in GROUP_SIZES if size < sizes.hidden_size]
     return [
-        Coder(make_config(method="quantize", bits=bits, group_size=size), False, centers)
+        Coder(make_config(method="quantize", bits=bits, group_size=size), joint=False, centers=centers)
         for bits in (2, 3, 4, 8)
         for size in groups
     ]
@@ -152,20 +153,27 @@ def _prune(sizes: Sizes, centers: tuple[CenterBits, ...], layer_budget: float) -
     # Values of 16 bits are worth their bytes only where few are kept: offered for whole layers, at the size that fits.
     ladder = [(4, density) for density in DENSITIES] + [(8, density) for density in DENSITIES_8]
     coders = [
-        Coder(make_config(method="prune", value_bits=bits, retain_ratio=density), False, _without(centers, 16))
+        Coder(
+            make_config(method="prune", value_bits=bits, retain_ratio=density),
+            joint=False,
+            centers=_without(centers, 16),
+        )
         for bits, density in ladder
     ]
-    options = [{"method": "prune", "value_bits": bits} for bits in (4, 8, 16)]
+    options: list[dict[str, object]] = [{"method": "prune", "value_bits": bits} for bits in (4, 8, 16)]
     return coders + _filling(sizes, centers, layer_budget, options)
 
 
 def _low_rank(sizes: Sizes, centers: tuple[CenterBits, ...], layer_budget: float) -> list[Coder]:
     few = _without(centers, 16, 4)
     coders = [
-        Coder(make_config(method="low-rank", factor_bits=8, retain_ratio=ratio), False, few)
+        Coder(make_config(method="low-rank", factor_bits=8, retain_ratio=ratio), joint=False, centers=few)
         for ratio in (0.05, 0.125, 0.25)
     ]
-    options = [{"method": "low-rank", "factor_bits": 8}, {"method": "low-rank", "factor_bits": 16}]
+    options: list[dict[str, object]] = [
+        {"method": "low-rank", "factor_bits": 8},
+        {"method": "low-rank", "factor_bits": 16},
+    ]
     return coders + _filling(sizes, _without(centers, 4), layer_budget, options)
 
 
@@ -173,7 +181,11 @@ def _low_rank_and_quantize(sizes: Sizes, centers: tuple[CenterBits, ...], layer_
     del sizes, layer_budget
     few = _without(centers, 16, 4)
     return [
-        Coder(make_config(method="low-rank+quantize", factor_bits=8, retain_ratio=ratio, bits=bits), False, few)
+        Coder(
+            make_config(method="low-rank+quantize", factor_bits=8, retain_ratio=ratio, bits=bits),
+            joint=False,
+            centers=few,
+        )
         for ratio in (0.02, 0.06)
         for bits in (2, 3)
     ]
@@ -201,9 +213,9 @@ def _filling(
             low, high = 0.0, 1.0
             for _ in range(_BISECTIONS):
                 middle = (low + high) / 2
-                coder = Coder(make_config(**settings, retain_ratio=middle), True, (bits,))
+                coder = Coder(make_config(**settings, retain_ratio=middle), joint=True, centers=(bits,))
                 fits = not _fits(coder, sizes) or sizes.uniform(coder, bits) <= layer_budget
                 low, high = (middle, high) if fits else (low, middle)
             if low > 0:
-                coders.append(Coder(make_config(**settings, retain_ratio=low), True, (bits,)))
+                coders.append(Coder(make_config(**settings, retain_ratio=low), joint=True, centers=(bits,)))
     return [coder for coder in coders if _fits(coder, sizes) and sizes.uniform(coder, *coder.centers) <= layer_budget]

@@ -1,13 +1,23 @@
 """One layer's choices as a frontier, and a choice as the spec that a checkpoint holds."""
 
 from dataclasses import dataclass
+from functools import partial
 from math import log
 
 from torch import Tensor
 
-from compress_tools.format.schema import ExpertGroup, LayerSpec, Projection, QuantizedResidual, ResidualPart
+from compress_tools.format.schema import (
+    Bits,
+    CenterPart,
+    ExpertGroup,
+    GroupSize,
+    LayerSpec,
+    Projection,
+    QuantizedResidual,
+    ResidualPart,
+)
 from compress_tools.planner.candidates import CenterBits, Coder, Sizes, center_parts
-from compress_tools.planner.frontier import Frontier, combined, frontier, union
+from compress_tools.planner.frontier import Frontier, Point, combined, frontier, union
 from compress_tools.planner.measure import LayerMeasurement
 
 # Two groups of experts are offered where, at equal bytes, the error would fall by at least this share.
@@ -32,7 +42,7 @@ class Choice:
 
     def spec(self, sizes: Sizes) -> LayerSpec:
         """As the format says it."""
-        center = []
+        center: list[CenterPart] = []
         for bits in dict.fromkeys(self.centers):
             covered = tuple(p for p, own in zip(sizes.projections, self.centers, strict=True) if own == bits)
             center += center_parts(bits, covered)
@@ -59,7 +69,7 @@ def _merged(parts: list[ResidualPart]) -> tuple[ResidualPart, ...]:
 
     They come last: what is quantised beside low rank is what low rank left.
     """
-    quantised: dict[tuple[int, int | None], list[Projection]] = {}
+    quantised: dict[tuple[Bits, GroupSize | None], list[Projection]] = {}
     others: list[ResidualPart] = []
     for part in parts:
         if part.method == "quantized":
@@ -99,65 +109,74 @@ def expert_groups(energies: Tensor, most: int) -> Groups:
     return tuple(sorted(order[:split])), tuple(sorted(order[split:]))
 
 
-def layer_choices(
-    measured: LayerMeasurement, weights: Tensor, groups: Groups, sizes: Sizes, dense_bytes: int
-) -> Frontier:
-    """The frontier of everything that can be done to a layer; its picks are ``(Choice,)``, or ``(None,)`` for dense.
+@dataclass(frozen=True)
+class Rated:
+    """What a layer's choices are rated by.
 
-    Args:
+    Attributes:
         measured: the candidates.
         weights: what a unit of squared error counts, float64 ``[E, P]``.
-        groups: of experts.
         sizes: of the model.
-        dense_bytes: of the layer as it is.
     """
-    apart: Frontier | None = None
-    for number in range(len(sizes.projections)):
-        own = _projection_choices(measured, weights, groups, sizes, number)
-        apart = own if apart is None else combined(apart, own)
-    everything = [frontier([(dense_bytes, 0.0, (None,))])]
-    if apart is not None and len(apart.picks):
-        picks = [
-            (Choice(groups, tuple(bits for bits, _ in pick), tuple(coders for _, coders in pick)),)
-            for pick in apart.picks
-        ]
-        everything.append(Frontier(apart.nbytes, apart.errors, picks).shifted(sizes.layer_biases))
-    joint = [(bits, coder) for bits, coder in measured.errors if coder.joint]
-    everything.append(frontier(uniform_choice(measured, weights, sizes, bits, coder) for bits, coder in joint))
-    return union(everything)
 
+    measured: LayerMeasurement
+    weights: Tensor
+    sizes: Sizes
 
-def uniform_choice(
-    measured: LayerMeasurement, weights: Tensor, sizes: Sizes, bits: CenterBits, coder: Coder
-) -> tuple[int, float, tuple[Choice]]:
-    """Bytes, error and pick of a layer that one coder stores throughout."""
-    error = float((measured.errors[bits, coder] * weights).sum())
-    everyone = (tuple(range(sizes.num_experts)),)
-    width = len(sizes.projections)
-    return sizes.uniform(coder, bits), error, (Choice(everyone, (bits,) * width, ((coder,),) * width),)
+    def uniform(self, bits: CenterBits, coder: Coder) -> Point[Choice]:
+        """A layer that one coder stores throughout."""
+        error = float((self.measured.errors[bits, coder] * self.weights).sum())
+        everyone = (tuple(range(self.sizes.num_experts)),)
+        width = len(self.sizes.projections)
+        return Point(self.sizes.uniform(coder, bits), error, Choice(everyone, (bits,) * width, ((coder,),) * width))
 
+    def choices(self, groups: Groups, dense_bytes: int) -> Frontier[Choice | None]:
+        """The frontier of everything that can be done to a layer; None leaves it as it is, at ``dense_bytes``."""
+        joint = (self.uniform(bits, coder) for bits, coder in self.measured.errors if coder.joint)
+        everything: list[Point[Choice | None]] = [Point(dense_bytes, 0.0, None)]
+        everything += self._apart(groups).shifted(self.sizes.layer_biases).points()
+        return frontier([*everything, *joint])
 
-def _projection_choices(
-    measured: LayerMeasurement, weights: Tensor, groups: Groups, sizes: Sizes, number: int
-) -> Frontier:
-    projection = (sizes.projections[number],)
-    by_center = []
-    for bits in measured.residuals:
-        coders = [coder for center, coder in measured.errors if center == bits and not coder.joint]
-        each = {coder: sizes.expert(coder.parts(projection, sizes.rows, sizes.hidden_size)) for coder in coders}
-        total: Frontier | None = None
-        for experts in groups:
-            picked = list(experts)
-            own = frontier(
-                (
-                    len(picked) * each[coder],
-                    float((measured.errors[bits, coder][picked, number] * weights[picked, number]).sum()),
-                    (coder,),
+    def _apart(self, groups: Groups) -> Frontier[Choice]:
+        """Every projection and every group of experts by itself."""
+        apart = frontier([Point[tuple[_OfProjection, ...]](0, 0.0, ())])
+        for number in range(len(self.sizes.projections)):
+            apart = combined(apart, self._of_projection(groups, number), lambda before, own: (*before, own))
+        return apart.map(
+            lambda picks: Choice(groups, tuple(own.center for own in picks), tuple(own.coders for own in picks))
+        )
+
+    def _of_projection(self, groups: Groups, number: int) -> "Frontier[_OfProjection]":
+        projection = (self.sizes.projections[number],)
+        by_center = []
+        for bits, errors in self._by_center(number).items():
+            each = {
+                coder: self.sizes.expert(coder.parts(projection, self.sizes.rows, self.sizes.hidden_size))
+                for coder in errors
+            }
+            total = frontier([Point[tuple[Coder, ...]](self.sizes.center(bits, projection), 0.0, ())])
+            for experts in groups:
+                picked = list(experts)
+                own = frontier(
+                    Point(len(picked) * each[coder], float(error[picked].sum()), coder)
+                    for coder, error in errors.items()
                 )
-                for coder in coders
-            )
-            total = own if total is None else combined(total, own)
-        if total is not None and total.picks:
-            picks = [((bits, pick),) for pick in total.picks]
-            by_center.append(Frontier(total.nbytes, total.errors, picks).shifted(sizes.center(bits, projection)))
-    return union(by_center)
+                total = combined(total, own, lambda before, coder: (*before, coder))
+            by_center.append(total.map(partial(_OfProjection, bits)))
+        return union(by_center)
+
+    def _by_center(self, number: int) -> dict[CenterBits, dict[Coder, Tensor]]:
+        """Weighed errors ``[E]`` of one projection, by center and by coder."""
+        found: dict[CenterBits, dict[Coder, Tensor]] = {bits: {} for bits in self.measured.residuals}
+        for (bits, coder), errors in self.measured.errors.items():
+            if not coder.joint:
+                found[bits][coder] = errors[:, number] * self.weights[:, number]
+        return found
+
+
+@dataclass(frozen=True)
+class _OfProjection:
+    """How a projection is stored: bits of its center, and the coder of each group of experts."""
+
+    center: CenterBits
+    coders: tuple[Coder, ...]

@@ -34,7 +34,8 @@ class PlannerConfig(BaseModel):
     calibration: str | None = Field(
         None,
         description="Inputs of MoE layers for --optimize output, a safetensors file: layer.INDEX [N, H], optionally "
-        "layer.INDEX.routing [N, E]. [default: gaussian inputs, no data]",
+        "layer.INDEX.routing [N, E]; an expert that it does not reach keeps a hundredth of the mean expert's part. "
+        "[default: gaussian inputs, no data]",
     )
     layer_bytes_ratio: str | None = Field(
         None,
@@ -42,7 +43,7 @@ class PlannerConfig(BaseModel):
         "left out).",
     )
     coders: str = Field("all", description=f"What may be chosen: all, or some of {', '.join(CODERS)}.")
-    uniform: bool = Field(False, description="One coder for all layers and projections: the best that fits.")
+    uniform: bool = Field(default=False, description="One coder for all layers and projections: the best that fits.")
     expert_groups: Literal[1, 2] = Field(
         2, description="Let the experts of a layer that are harder to store have a rate of their own."
     )
@@ -94,10 +95,10 @@ def parse_bounds(text: str | None) -> list[tuple[str, Bounds]]:
     for item in (text or "").split(",") if text is not None else []:
         match = re.fullmatch(r"\s*(\d+(?:-\d+)?)\s*:\s*([\d.]*?)\s*\.\.\s*([\d.]*?)\s*", item, re.ASCII)
         try:
-            bounds = match and Bounds(float(match[2] or 0), float(match[3] or 1))
+            bounds = Bounds(float(match[2] or 0), float(match[3] or 1)) if match else None
         except ValueError:
             bounds = None
-        if not bounds or not 0 <= bounds.least <= bounds.most <= 1:
+        if match is None or bounds is None or not 0 <= bounds.least <= bounds.most <= 1:
             raise ValueError(
                 f"--layer-bytes-ratio {item!r}: expected LAYERS:LEAST..MOST with 0 <= LEAST <= MOST <= 1, such as "
                 "0-1:0.3..1 or 7:..0.5"

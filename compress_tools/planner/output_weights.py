@@ -10,9 +10,10 @@ An error ``dW`` of a projection that has no direction of its own (quantisation's
 So these closed forms are averaged over inputs, and nothing is perturbed. Two-matrix experts have ``a = act(up x)``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,10 @@ from compress_tools.source.layer_weights import LayerWeights
 from compress_tools.source.moe_source import MoESource
 
 RANDOM_INPUTS = 256
+
+# An expert counts at least as if every token went to it with this share of the experts' mean squared router weight. A
+# calibration is a sample: an expert that it does not reach is used by other texts, and must not be dropped for free.
+LEAST_ROUTING = 0.01
 
 Activation = Callable[[Tensor], Tensor]
 _ACTIVATIONS: dict[str, Activation] = {
@@ -68,29 +73,32 @@ class LayerInputs:
             inputs = torch.randn(RANDOM_INPUTS, self.hidden_size, generator=generator)
             return inputs, torch.ones(RANDOM_INPUTS, self.num_experts)
         name = f"layer.{layer}"
-        inputs = self._read(name, self.hidden_size)
-        routing = self._read(f"{name}.routing", self.num_experts, optional=True)
-        if routing is None:
+        inputs = _read(self.calibration, name, self.hidden_size)
+        if not _holds(self.calibration, f"{name}.routing"):
             return inputs, torch.ones(len(inputs), self.num_experts)
+        routing = _read(self.calibration, f"{name}.routing", self.num_experts)
         if len(routing) != len(inputs):
             raise CheckpointError(f"{self.calibration}: {name}.routing has {len(routing)} rows, {name} {len(inputs)}")
         return inputs, routing
 
-    def _read(self, name: str, columns: int, optional: bool = False) -> Tensor | None:
-        try:
-            with safe_open(self.calibration, framework="pt") as file:
-                if optional and name not in file.keys():
-                    return None
-                tensor = file.get_tensor(name).float()
-        except (SafetensorError, OSError) as err:
-            raise CheckpointError(f"{self.calibration}: can't read {name!r}: {err}") from err
-        if tensor.ndim != 2 or tensor.shape[1] != columns or not len(tensor):
-            raise CheckpointError(
-                f"{self.calibration}: {name!r} has shape {list(tensor.shape)}, expected [N, {columns}]"
-            )
-        if not tensor.isfinite().all():
-            raise CheckpointError(f"{self.calibration}: {name!r} is not finite")
-        return tensor
+
+def _holds(path: Path, name: str) -> bool:
+    with safe_open(path, framework="pt") as file:
+        return name in file.keys()  # noqa: SIM118  not a mapping
+
+
+def _read(path: Path, name: str, columns: int) -> Tensor:
+    """A finite matrix of so many columns, fp32."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name).float()
+    except (SafetensorError, OSError) as err:
+        raise CheckpointError(f"{path}: can't read {name!r}: {err}") from err
+    if tensor.ndim != 2 or tensor.shape[1] != columns or not len(tensor):
+        raise CheckpointError(f"{path}: {name!r} has shape {list(tensor.shape)}, expected [N, {columns}]")
+    if not tensor.isfinite().all():
+        raise CheckpointError(f"{path}: {name!r} is not finite")
+    return tensor
 
 
 def open_inputs(request: PlannerConfig, source: MoESource, seed: int) -> LayerInputs | None:
@@ -116,13 +124,33 @@ def open_inputs(request: PlannerConfig, source: MoESource, seed: int) -> LayerIn
     return LayerInputs(_ACTIVATIONS[name], sizes.hidden_size, sizes.num_experts, seed, path)
 
 
+class OutputWeights(NamedTuple):
+    """What errors of a layer count.
+
+    Attributes:
+        weights: of a unit of squared error, float64 ``[E, P]``, all above 0 where an expert has any effect.
+        unrouted: experts that count by ``LEAST_ROUTING``, since the calibration routes less to them.
+    """
+
+    weights: Tensor
+    unrouted: tuple[int, ...]
+
+
+def unrouted_text(experts: Collection[int]) -> str:
+    """For the log and the plan."""
+    return (
+        f"the calibration routes next to nothing to experts {', '.join(map(str, experts))}; each counts as if its "
+        f"squared router weight were {LEAST_ROUTING:.0%} of the mean expert's"
+    )
+
+
 def output_weights(
     read: LayerWeights, projections: tuple[Projection, ...], inputs: LayerInputs, layer: int, workers: int = 1
-) -> Tensor:
-    """What a unit of squared error counts, float64 ``[E, P]``.
+) -> OutputWeights:
+    """What a unit of squared error counts.
 
     ``sum_e,p weight * error`` estimates ``sum ||dy||^2 / sum ||y||^2`` of the layer's expert outputs, each weighed by
-    its router weight; sums over tokens and experts.
+    its router weight (at least ``LEAST_ROUTING``); sums over tokens and experts.
 
     Args:
         read: the layer's experts.
@@ -134,20 +162,22 @@ def output_weights(
         CheckpointError: the calibration file has no such inputs; or all outputs are zero under them.
     """
     tokens, routing = inputs.of(layer)
+    squares = routing.double().square()  # [N, E]
+    used = squares.mean(0)  # [E]
+    lacking = (LEAST_ROUTING * used.mean() - used).clamp(min=0)
+    squares = squares + lacking  # spread over all tokens
 
     def of_expert(expert: int) -> list[float]:
         rows = {p: own.float() for p, own in design_to_rows(read.design[expert].cpu(), projections).items()}
         effects, energy = expert_effects(rows, tokens, inputs.activation)
-        squares = routing[:, expert].double().square()
-        return [float((effects[p].double() * squares).sum()) for p in projections] + [
-            float((energy.double() * squares).sum())
-        ]
+        own = squares[:, expert]
+        return [float((effects[p].double() * own).sum()) for p in projections] + [float((energy.double() * own).sum())]
 
     sums = torch.tensor(in_parallel(of_expert, range(len(read.design)), workers), dtype=torch.float64)
     energy = sums[:, -1].sum()
     if not energy > 0:
         raise CheckpointError(f"{inputs.calibration or 'weights'}: layer {layer}: the experts' outputs are all zero")
-    return sums[:, :-1] / energy
+    return OutputWeights(sums[:, :-1] / energy, tuple(lacking.nonzero().flatten().tolist()))
 
 
 def expert_effects(

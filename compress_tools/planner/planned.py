@@ -1,6 +1,6 @@
 """What a planner found: how each layer is stored, and the error that this predicts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from compress_tools.format.schema import LayerSpec
 
@@ -30,11 +30,13 @@ class Planned:
         layers: by decoder layer index; every MoE layer.
         best_uniform: the best single coder that keeps to budget and bounds, and its mean error; None where none does.
         exact: everything was measured, nothing scaled up from a sample.
+        unrouted: by layer the experts that the calibration hardly routes to.
     """
 
     layers: dict[int, PlannedLayer]
     best_uniform: tuple[str, float] | None
     exact: bool
+    unrouted: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def expert_bytes_before(self) -> int:

@@ -1,5 +1,6 @@
 """The whole way of a plan: menu, one layer at a time measured, then the least total error within the budget."""
 
+import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import ceil, inf
@@ -15,24 +16,34 @@ from compress_tools.numerics.work import Work
 from compress_tools.output.target import CompressionTarget, make_target
 from compress_tools.planner.allocate import Allocation, allocate, smallest
 from compress_tools.planner.candidates import CenterBits, Coder, Sizes, menu
-from compress_tools.planner.choices import Choice, expert_groups, layer_choices, uniform_choice
+from compress_tools.planner.choices import Choice, Rated, expert_groups
 from compress_tools.planner.config import PlannerConfig, layer_bounds
-from compress_tools.planner.frontier import Frontier
+from compress_tools.planner.estimate import layer_seconds
+from compress_tools.planner.frontier import Frontier, Point
 from compress_tools.planner.measure import Sample, measure_layer
-from compress_tools.planner.output_weights import LayerInputs, open_inputs, output_weights
+from compress_tools.planner.output_weights import LayerInputs, open_inputs, output_weights, unrouted_text
 from compress_tools.planner.planned import Planned, PlannedLayer
 from compress_tools.progress.listener import ProgressListener, Silent
+from compress_tools.progress.text import human_s
 from compress_tools.source.layer_weights import read_layer
 from compress_tools.source.reader import CheckpointReader
 
 
 @dataclass(frozen=True)
 class LayerChoices:
-    """What was measured of one layer, boiled down: undominated choices, and every single coder's."""
+    """What was measured of one layer, boiled down.
 
-    choices: Frontier
-    uniform: dict[tuple[CenterBits, Coder], tuple[int, float, Choice]]
+    Attributes:
+        choices: the undominated ones; None leaves the layer as it is.
+        uniform: every single coder's.
+        exact: nothing was scaled up from a sample.
+        unrouted: experts that the calibration hardly routes to, see ``output_weights.LEAST_ROUTING``.
+    """
+
+    choices: Frontier[Choice | None]
+    uniform: dict[tuple[CenterBits, Coder], Point[Choice]]
     exact: bool
+    unrouted: tuple[int, ...] = ()
 
 
 def find_plan(
@@ -94,13 +105,18 @@ def measure(
     selected = sorted(base.fmt.layers)
     layer_bounds(request.layer_bytes_ratio, selected)  # refused before the first long step
     budget = _budget(request.target_bytes_ratio, dense, selected)
-    centers = (0,) if config.center == "none" else (0, 4, 8, 16)
+    centers: tuple[CenterBits, ...] = (0,) if config.center == "none" else (0, 4, 8, 16)
     coders = menu(sizes, request.coder_names(), centers, max(budget, 0) / len(selected))
     inputs = open_inputs(request, source, config.seed)
-    layers = {
-        layer: _measure_layer(base, config, request, layer, coders, inputs, sizes, dense[layer], progress)
-        for layer in selected
-    }
+    measuring = _Measuring(base, config, request, coders, inputs, sizes, progress)
+    progress.say(measuring.expectation(len(selected)))
+    layers: dict[int, LayerChoices] = {}
+    begun = time.monotonic()
+    for layer in selected:
+        layers[layer] = measuring.layer(layer, dense[layer])
+        if len(layers) == 1 and len(selected) > 1:
+            spent, left = time.monotonic() - begun, len(selected) - 1
+            progress.say(f"measuring layer {layer} took {human_s(spent)}; {left} more: about {human_s(left * spent)}")
     return Measured(sizes, layers, dense)
 
 
@@ -116,6 +132,8 @@ def choose(measured: Measured, request: PlannerConfig) -> Planned:
         for layer, own in layer_bounds(request.layer_bytes_ratio, list(layers)).items()
     }
     best = _best_uniform(layers, bounds, budget)
+    found: Allocation[Choice | None] | None
+    least: float
     if request.uniform:
         found, least = best, _smallest_uniform(layers, bounds)
     else:
@@ -138,9 +156,10 @@ def choose(measured: Measured, request: PlannerConfig) -> Planned:
         )
     planned = {layer: PlannedLayer(None, nbytes, nbytes, 0.0) for layer, nbytes in dense.items()}
     for layer, pick, nbytes, error in zip(layers, found.picks, found.nbytes, found.errors, strict=True):
-        planned[layer] = PlannedLayer(pick and pick.spec(measured.sizes), nbytes, dense[layer], error)
+        planned[layer] = PlannedLayer(None if pick is None else pick.spec(measured.sizes), nbytes, dense[layer], error)
     label = None if best is None else (_label(best.picks[0]), best.error / len(planned))
-    return Planned(planned, label, all(layer.exact for layer in layers.values()))
+    unrouted = {layer: own.unrouted for layer, own in layers.items() if own.unrouted}
+    return Planned(planned, label, all(layer.exact for layer in layers.values()), unrouted)
 
 
 def _base_plan(reader: CheckpointReader, config: CompressionConfig) -> CompressionTarget:
@@ -148,53 +167,79 @@ def _base_plan(reader: CheckpointReader, config: CompressionConfig) -> Compressi
     return make_target(reader, make_config(method="quantize", layers=config.layers, workers=config.workers))
 
 
-def _measure_layer(
-    base: CompressionTarget,
-    config: CompressionConfig,
-    request: PlannerConfig,
-    layer: int,
-    coders: tuple[Coder, ...],
-    inputs: LayerInputs | None,
-    sizes: Sizes,
-    dense_bytes: int,
-    progress: ProgressListener,
-) -> LayerChoices:
-    clock = StageClock()
-    read = read_layer(base.source, layer, DTYPES[base.fmt.dtype], config.device, progress, clock)
-    progress.stage("center", None, layer)
-    options = CenterOptions(config.center, config.max_iterations, config.tolerance)
-    found = find_center(read.design, options, Work(config.workers, progress, clock))
-    sample = Sample(request.measure_experts, request.measure_rows, DTYPES[base.fmt.dtype], config.seed, config.workers)
-    candidates = sum(len(coder.centers) for coder in coders)
-    progress.stage(f"measuring {candidates} candidates", None, layer)
-    measured = measure_layer(read.design, found, sizes.projections, coders, sample, progress.step)
-    if inputs is None:
-        weights = torch.ones_like(measured.energies) / measured.energies.sum()
-    else:
-        weights = output_weights(read, sizes.projections, inputs, layer, config.workers)
-    hardness = (measured.residuals[max(measured.residuals)] * weights).sum(1)
-    groups = expert_groups(hardness, request.expert_groups)
-    uniform = {}
-    for key in measured.errors:
-        nbytes, error, (choice,) = uniform_choice(measured, weights, sizes, *key)
-        uniform[key] = nbytes, error, choice
-    return LayerChoices(layer_choices(measured, weights, groups, sizes, dense_bytes), uniform, measured.exact)
+@dataclass(frozen=True)
+class _Measuring:
+    """What is the same for every layer that is measured."""
+
+    base: CompressionTarget
+    config: CompressionConfig
+    request: PlannerConfig
+    coders: tuple[Coder, ...]
+    inputs: LayerInputs | None
+    sizes: Sizes
+    progress: ProgressListener
+
+    @property
+    def candidates(self) -> int:
+        """Ways to store a layer that are measured."""
+        return sum(len(coder.centers) for coder in self.coders)
+
+    @property
+    def sample(self) -> Sample:
+        """How much of a layer is measured."""
+        request, dtype = self.request, DTYPES[self.base.fmt.dtype]
+        return Sample(request.measure_experts, request.measure_rows, dtype, self.config.seed, self.config.workers)
+
+    def expectation(self, layers: int) -> str:
+        """What is about to be done, and how long it may take."""
+        seconds = layers * layer_seconds(self.sizes, self.coders, self.config, self.sample)
+        return (
+            f"planning: {layers} layers, {self.candidates} candidates each: roughly {human_s(seconds)}, "
+            f"estimated from sizes with {self.config.workers} workers"
+        )
+
+    def layer(self, layer: int, dense_bytes: int) -> LayerChoices:
+        """Measure one layer of ``dense_bytes`` bytes."""
+        config, progress, clock = self.config, self.progress, StageClock()
+        read = read_layer(self.base.source, layer, DTYPES[self.base.fmt.dtype], config.device, progress, clock)
+        progress.stage("center", None, layer)
+        options = CenterOptions(config.center, config.max_iterations, config.tolerance)
+        found = find_center(read.design, options, Work(config.workers, progress, clock))
+        progress.stage(f"measuring {self.candidates} candidates", None, layer)
+        measured = measure_layer(read.design, found, self.sizes.projections, self.coders, self.sample, progress.step)
+        unrouted: tuple[int, ...] = ()
+        if self.inputs is None:
+            weights = torch.ones_like(measured.energies) / measured.energies.sum()
+        else:
+            weights, unrouted = output_weights(read, self.sizes.projections, self.inputs, layer, config.workers)
+        if unrouted:
+            progress.say(f"layer {layer}: {unrouted_text(unrouted)}")
+        hardness = (measured.residuals[max(measured.residuals)] * weights).sum(1)
+        rated = Rated(measured, weights, self.sizes)
+        groups = expert_groups(hardness, self.request.expert_groups)
+        uniform = {key: rated.uniform(*key) for key in measured.errors}
+        return LayerChoices(rated.choices(groups, dense_bytes), uniform, measured.exact, unrouted)
 
 
 def _uniforms(
     layers: dict[int, LayerChoices], bounds: dict[int, tuple[float, float]]
-) -> Iterator[tuple[int, Allocation]]:
+) -> Iterator[tuple[int, Allocation[Choice]]]:
     """Every single coder that keeps to the bounds: its bytes, and itself."""
     for key in next(iter(layers.values())).uniform:
         own = {layer: choices.uniform[key] for layer, choices in layers.items()}
-        if all(bounds[layer][0] <= nbytes <= bounds[layer][1] for layer, (nbytes, _, _) in own.items()):
-            made = Allocation(*(tuple(column) for column in zip(*own.values(), strict=True)))
+        if all(bounds[layer][0] <= point.nbytes <= bounds[layer][1] for layer, point in own.items()):
+            points = tuple(own.values())
+            made = Allocation(
+                tuple(point.nbytes for point in points),
+                tuple(point.error for point in points),
+                tuple(point.pick for point in points),
+            )
             yield sum(made.nbytes), made
 
 
 def _best_uniform(
     layers: dict[int, LayerChoices], bounds: dict[int, tuple[float, float]], budget: float
-) -> Allocation | None:
+) -> Allocation[Choice] | None:
     fitting = [made for nbytes, made in _uniforms(layers, bounds) if nbytes <= budget]
     return min(fitting, key=lambda made: made.error, default=None)
 

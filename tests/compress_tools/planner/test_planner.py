@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.models.tiny_models import save_tiny_model
 from compress_tools.cli.commands import main
 from compress_tools.config import make_config
-from compress_tools.errors import CheckpointError, ConfigError
+from compress_tools.errors import ConfigError
 from compress_tools.format.schema import LayerSpec
 from compress_tools.output.target import make_target
 from compress_tools.pipeline import compress
@@ -23,8 +24,7 @@ from compress_tools.planner.allocate import allocate
 from compress_tools.planner.candidates import Sizes
 from compress_tools.planner.choices import expert_groups
 from compress_tools.planner.config import make_planner_config
-from compress_tools.planner.frontier import combined, frontier
-from compress_tools.planner.output_weights import LayerInputs, expert_effects, output_weights
+from compress_tools.planner.frontier import Point, combined, frontier
 from compress_tools.planner.plan_file import parse_plan
 from compress_tools.planner.plan_text import plan_text
 from compress_tools.planner.planner import Measured, choose, find_plan, measure
@@ -105,8 +105,8 @@ def test_never_above_the_best_single_coder_and_falling(menu_of: Measured) -> Non
         before = found.error
         for key in next(iter(menu_of.layers.values())).uniform:
             own = [layer.uniform[key] for layer in menu_of.layers.values()]
-            if sum(nbytes for nbytes, _, _ in own) <= ratio * total:
-                assert found.error <= sum(error for _, error, _ in own) / len(own) * (1 + 1e-12)
+            if sum(point.nbytes for point in own) <= ratio * total:
+                assert found.error <= sum(point.error for point in own) / len(own) * (1 + 1e-12)
 
 
 # What the command line offers as one coder for all layers.
@@ -145,6 +145,7 @@ def test_bytes_go_where_they_pay(models: dict[str, Path]) -> None:
     assert found.layers[0].nbytes < found.layers[1].nbytes
     assert any(layer.spec.center for layer in found.layers.values())
     grouped = [layer.spec for layer in found.layers.values() if layer.spec.groups]
+    assert grouped
     for spec in grouped:
         assert (3,) in [group.experts for group in spec.groups]
 
@@ -155,7 +156,7 @@ def test_allocation_is_the_brute_force_optimum() -> None:
         layers = []
         for _ in range(4):
             sizes = generator.choice(100, 6, replace=False) + 1
-            layers.append(frontier((int(size), float(generator.random() / size), (int(size),)) for size in sizes))
+            layers.append(frontier(Point(int(size), float(generator.random() / size), int(size)) for size in sizes))
         everything = list(itertools.product(*(zip(own.nbytes, own.errors, strict=True) for own in layers)))
         for budget in (sum(int(own.nbytes[0]) for own in layers), 90, 150, 400):
             fitting = [sum(e for _, e in picks) for picks in everything if sum(b for b, _ in picks) <= budget]
@@ -170,7 +171,7 @@ def test_thinning_loses_little(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = []
     for _ in range(12):
         steps = np.cumsum(generator.integers(1000, 9000, 20))
-        layers.append(frontier((int(b), float(generator.uniform(0.9, 1.1) / b**2), (int(b),)) for b in steps))
+        layers.append(frontier(Point(int(b), float(generator.uniform(0.9, 1.1) / b**2), int(b)) for b in steps))
     exact = [allocate(layers, budget).error for budget in (300000, 500000)]
     monkeypatch.setattr(frontiers, "MAX_POINTS", 256)
     thinned = [allocate(layers, budget).error for budget in (300000, 500000)]
@@ -178,10 +179,10 @@ def test_thinning_loses_little(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_combined_frontiers_keep_only_what_pays() -> None:
-    left, right = frontier([(1, 3.0, ("a",)), (2, 5.0, ("b",)), (4, 1.0, ("c",))]), frontier([(1, 1.0, ("d",))])
-    assert left.picks == [("a",), ("c",)]
-    both = combined(left, right, most=4)
-    assert (both.nbytes.tolist(), both.errors.tolist(), both.picks) == ([2], [4.0], [("a", "d")])
+    left, right = frontier([Point(1, 3.0, "a"), Point(2, 5.0, "b"), Point(4, 1.0, "c")]), frontier([Point(1, 1.0, "d")])
+    assert left.picks == ["a", "c"]
+    both = combined(left, right, lambda one, other: one + other, most=4)
+    assert both.points() == [Point(2, 4.0, "ad")]
 
 
 def test_expert_groups() -> None:
@@ -191,13 +192,52 @@ def test_expert_groups() -> None:
     assert expert_groups(torch.tensor([1.0]), 2) == ((0,),)
 
 
+def test_the_budget_is_of_all_layers(models: dict[str, Path]) -> None:
+    """``--layers 1``: layer 0 stays as it is, so layer 1 must make up for its bytes."""
+    reader, config = CheckpointReader(models["random"]), make_config(workers=1, layers="1")
+    request = make_planner_config(target_bytes_ratio=0.6, coders="quantize")
+    found = find_plan(reader, config, request)
+    before = found.layers[0].dense_bytes
+    assert (found.layers[0].spec, found.layers[0].nbytes) == (None, before)
+    assert found.expert_bytes_after <= 0.6 * found.expert_bytes_before
+    assert 0.15 * before < found.layers[1].nbytes <= 0.2 * before
+    assert found.error == found.layers[1].error / 2
+    with pytest.raises(ConfigError, match="too small for what may be chosen"):
+        find_plan(reader, config, make_planner_config(target_bytes_ratio=0.5, coders="quantize"))
+
+
+class Told(Silent):
+    """Remembers what was said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_how_long_is_said_before_and_after_the_first_layer(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, times = Told(), itertools.count(0, 100)
+    monkeypatch.setattr("compress_tools.planner.planner.time.monotonic", lambda: float(next(times)))
+    request = make_planner_config(target_bytes_ratio=0.3, coders="quantize")
+    find_plan(CheckpointReader(models["random"]), make_config(workers=1, center="none"), request, told)
+    assert len(told.lines) == 2
+    assert re.fullmatch(
+        r"planning: 2 layers, 8 candidates each: roughly 0:0\d, estimated from sizes with 1 workers?", told.lines[0]
+    )
+    assert told.lines[1] == "measuring layer 0 took 1:40; 1 more: about 1:40"
+
+
 def test_a_sample_predicts_the_whole(models: dict[str, Path]) -> None:
     whole = measured(models["trained-like"], coders="quantize,low-rank")
     some = measured(models["trained-like"], coders="quantize,low-rank", measure_rows=16)
     assert whole.layers[0].exact
     assert not some.layers[0].exact
-    for key, (nbytes, error, _) in whole.layers[0].uniform.items():
-        assert some.layers[0].uniform[key][:2] == (nbytes, pytest.approx(error, rel=0.15))
+    for key, point in whole.layers[0].uniform.items():
+        assert some.layers[0].uniform[key].nbytes == point.nbytes
+        assert some.layers[0].uniform[key].error == pytest.approx(point.error, rel=0.15)
 
 
 def test_bounds_uniform_and_too_small(models: dict[str, Path]) -> None:
@@ -210,7 +250,7 @@ def test_bounds_uniform_and_too_small(models: dict[str, Path]) -> None:
     assert ask(layer_bytes_ratio="0:0.33..")[0] >= 0.33
     assert ask(layer_bytes_ratio="1:..0.25")[1] <= 0.25
     assert len(set(ask(uniform=True))) == 1
-    with pytest.raises(ConfigError, match="smallest possible is (0[.][0-9]+)") as caught:
+    with pytest.raises(ConfigError, match=r"smallest possible is (0[.][0-9]+)") as caught:
         ask(target_bytes_ratio=0.05)
     least = float(str(caught.value).rpartition(" ")[2])
     assert sum(ask(target_bytes_ratio=least)) / 2 <= least
@@ -223,10 +263,10 @@ def test_bounds_uniform_and_too_small(models: dict[str, Path]) -> None:
 def test_bytes_are_the_formats_own(models: dict[str, Path], menu_of: Measured) -> None:
     sizes = menu_of.sizes
     assert isinstance(sizes, Sizes)
-    for (bits, coder), (nbytes, _, choice) in menu_of.layers[0].uniform.items():
-        spec = choice.spec(sizes)
+    for (bits, coder), point in menu_of.layers[0].uniform.items():
+        spec = point.pick.spec(sizes)
         made = make_target(CheckpointReader(models["random"]), make_config(), dict.fromkeys((0, 1), spec))
-        assert made.expert_bytes_after == 2 * nbytes, (bits, coder.label)
+        assert made.expert_bytes_after == 2 * point.nbytes, (bits, coder.label)
 
 
 class TestPlanFile:
@@ -305,65 +345,6 @@ layers:
         found = find_plan(CheckpointReader(models[kind]), config, request)
         assert plan.specs == {index: layer.spec for index, layer in found.layers.items()}
         assert yaml.safe_load(plan.text)["center"] == "barycenter"
-
-
-class TestOutputWeights:
-    def test_match_a_direct_measurement(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        rows = {p: torch.randn(24, 32, generator=generator) / 6 for p in ("gate_proj", "up_proj", "down_proj")}
-        tokens = torch.randn(64, 32, generator=generator)
-
-        def output(weights: dict[str, torch.Tensor]) -> torch.Tensor:
-            inner = SILU(tokens @ weights["gate_proj"].T) * (tokens @ weights["up_proj"].T)
-            return inner @ weights["down_proj"]
-
-        effects, energy = expert_effects(rows, tokens, SILU)
-        torch.testing.assert_close(energy, output(rows).square().sum(1))
-        for projection in rows:
-            ratios = []
-            for _ in range(200):
-                error = 1e-3 * torch.randn(24, 32, generator=generator)
-                changed = output({**rows, projection: rows[projection] + error}) - output(rows)
-                ratios.append(changed.square().sum() / error.square().sum())
-            measured_effect = torch.stack(ratios).mean()
-            assert float(effects[projection].sum()) == pytest.approx(float(measured_effect), rel=0.05), projection
-
-    def test_bytes_follow_the_effect(self, models: dict[str, Path], tmp_path: Path) -> None:
-        path = tmp_path / "scaled"
-        make_model("random", path)
-        tensors = load_file(path / "model.safetensors")
-        for name in expert_tensors(tensors, 0, "w2"):
-            tensors[name] *= 0.03  # hardly any of the weights' energy, all of the output's
-        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-
-        def down_bits(**options: object) -> int:
-            request = make_planner_config(target_bytes_ratio=0.2, coders="quantize", **options)
-            found = find_plan(CheckpointReader(path), make_config(workers=1, center="none"), request)
-            return {p: part.bits for part in found.layers[0].spec.residual for p in part.projections}["down_proj"]
-
-        assert down_bits() < down_bits(optimize="output")
-
-    def test_calibration(self, models: dict[str, Path], tmp_path: Path) -> None:
-        inputs = {f"layer.{layer}": torch.randn(20, 64) for layer in (0, 1)}
-        inputs["layer.1.routing"] = torch.eye(4)[torch.zeros(20, dtype=torch.long)]
-        save_file(inputs, tmp_path / "inputs.safetensors")
-        request = {"target_bytes_ratio": 0.25, "coders": "quantize", "optimize": "output"}
-        found = find_plan(
-            CheckpointReader(models["random"]),
-            make_config(workers=1),
-            make_planner_config(**request, calibration=str(tmp_path / "inputs.safetensors")),
-        )
-        assert found.error > 0
-        given = LayerInputs(SILU, 64, 4, 0, tmp_path / "inputs.safetensors")
-        design = torch.randn(4, 32, 192)
-        weights = output_weights(
-            type("Read", (), {"design": design})(), ("gate_proj", "up_proj", "down_proj"), given, 1
-        )
-        assert weights[1:].abs().sum() == 0  # no token is routed to them
-        with pytest.raises(CheckpointError, match="can't read 'layer.7'"):
-            given.of(7)
-        with pytest.raises(CheckpointError, match=r"expected \[N, 65\]"):
-            LayerInputs(SILU, 65, 4, 0, tmp_path / "inputs.safetensors").of(0)
 
 
 def resmoe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object) -> tuple[int, str, str]:
