@@ -1,7 +1,6 @@
 """What the user asks for: one validated object, made before any weight is read. The CLI's options derive from it."""
 
 import os
-from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -141,26 +140,6 @@ def validated(model: type[AnyModel], options: dict[str, object]) -> AnyModel:
             raise ConfigError(str(first["ctx"]["error"])) from err
         option = "--" + str(first["loc"][0]).replace("_", "-")
         raise ConfigError(f"{option}: {first['msg']}, found {first['input']!r}") from err
-
-
-def check_output_file(option: str, path: str | Path) -> None:
-    """Refuse a file that could not be written, before the work.
-
-    Raises:
-        ConfigError: its directory does not exist or can't be written to, or it is a directory.
-    """
-    file = Path(path).absolute()
-    if not file.parent.is_dir():
-        raise ConfigError(f"{option} {path}: no directory {file.parent}; make it first")
-    if file.is_dir():
-        raise ConfigError(f"{option} {path}: is a directory; name a file in it")
-    existed = file.exists()
-    try:
-        file.open("a").close()
-    except OSError as err:
-        raise ConfigError(f"{option} {path}: can't be written: {err.strerror}") from err
-    if not existed:
-        file.unlink()
 
 
 def check_device(device: str) -> None:

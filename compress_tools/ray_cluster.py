@@ -14,7 +14,9 @@ from typing import Any
 
 import click
 
-from compress_tools.cli.commands import main, print_report, recipe_options
+from compress_tools.cli.commands import given, main, recipe_configs
+from compress_tools.cli.options import ConfigCommand
+from compress_tools.cli.printing import print_report
 from compress_tools.config import CompressionConfig, make_config
 from compress_tools.errors import CheckpointError, ConfigError, ResMoEError
 from compress_tools.output.staging import destination, is_occupied, is_published, log_path, staging_path
@@ -120,7 +122,11 @@ def _as_our_own(part: Slice, err: Exception) -> ResMoEError:
     return cause if isinstance(cause, ResMoEError) else ResMoEError(f"slice {part} failed on its node: {err}")
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(
+    cls=ConfigCommand,
+    configs=recipe_configs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.argument("src")
 @click.argument("dst")
 @click.option("--shards", type=click.IntRange(min=1), required=True, help="Number of slices, one Ray task each.")
@@ -134,12 +140,10 @@ def _as_our_own(part: Slice, err: Exception) -> ResMoEError:
 )
 @click.option("--gpus-per-task", type=click.FloatRange(min=0), default=0, show_default=True, help="GPUs of a task.")
 @click.option("--keep-slices", is_flag=True, help="Leave the slices beside DST.")
-@recipe_options
 def cli(src: str, dst: str, **options: Any) -> None:
     """Compress the MoE checkpoint SRC into DST on a Ray cluster. The same command goes on after a failure."""
     own = {name: options.pop(name) for name in ("shards", "address", "cpus_per_task", "gpus_per_task", "keep_slices")}
-    options["workers"] = options["workers"] or own["cpus_per_task"]
-    config = make_config(**{name: value for name, value in options.items() if value is not None})
+    config = make_config(**{"workers": own["cpus_per_task"], **given(options)})
     report = compress_on_cluster(src, dst, config, own.pop("shards"), **own)
     print_report(report, dst, as_json=False)
 

@@ -1,10 +1,12 @@
 """What `resmoe eval` is asked: validated before a model is loaded."""
 
+from collections.abc import Collection
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from compress_tools.config import CompressionConfig, check_device, validated
+from compress_tools.errors import ConfigError
 
 Backend = Literal["transformers", "vllm"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -83,6 +85,23 @@ class TasksConfig(BaseModel):
     def names(self) -> list[str]:
         """The tasks' names."""
         return [name.strip() for name in self.tasks.split(",") if name.strip()]
+
+
+def one_kind(given: Collection[str]) -> Literal["text", "tasks"]:
+    """Which of the two evaluations is asked for.
+
+    Args:
+        given: names of the options given, of either config.
+    Raises:
+        ConfigError: none or both, or an option has no effect with the one.
+    """
+    if ("text" in given) == ("tasks" in given):
+        raise ConfigError("resmoe eval: give one of --text FILE (perplexity) and --tasks NAME[,NAME] (lm-eval)")
+    kind: Literal["text", "tasks"] = "tasks" if "tasks" in given else "text"
+    fields = (TasksConfig if kind == "tasks" else TextConfig).model_fields
+    if idle := [name for name in given if name not in fields]:
+        raise ConfigError(f"--{idle[0].replace('_', '-')} has no effect with --{kind}")
+    return kind
 
 
 def make_tasks_config(**options: object) -> TasksConfig:

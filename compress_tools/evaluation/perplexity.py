@@ -85,7 +85,7 @@ def evaluate(model: str, config: TextConfig, progress: ProgressListener | None =
 
     def predictions(path: str, dtype: str) -> Iterable[Predictions]:
         progress.stage(f"{path}: {config.backend}", None)
-        return predict(path, windows, dtype, config.device, config.against is not None, top_k)
+        return predict(path, windows, dtype, config.device, whole=config.against is not None, top_k=top_k)
 
     dtype = stored_dtype(config.dtype, own)
     originals: Iterable[Predictions | None] = [None] * len(windows)

@@ -76,7 +76,7 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log-likelihood."""
+        """Exp of the mean negative log-likelihood."""
         return math.exp(self.loss / self.positions)
 
     @property

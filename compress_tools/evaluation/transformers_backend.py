@@ -11,7 +11,13 @@ from compress_tools.evaluation.windows import Window
 
 
 def predict(
-    path: str, windows: Sequence[Window], dtype: str, device: str, whole: bool, top_k: int | None
+    path: str,
+    windows: Sequence[Window],
+    dtype: str,
+    device: str,
+    *,
+    whole: bool,
+    top_k: int | None,  # noqa: ARG001 - vLLM's
 ) -> Iterator[Predictions]:
     """Load a model and yield one window's predictions after the other.
 
@@ -35,11 +41,11 @@ def predict(
     except ValueError as err:
         raise UnsupportedArchitectureError(f"{path}: transformers can't load it: {err}; try --backend vllm") from err
     model.to(device).eval()
-    return predict_windows(model, windows, whole)
+    return predict_windows(model, windows, whole=whole)
 
 
 @torch.inference_mode()
-def predict_windows(model: nn.Module, windows: Sequence[Window], whole: bool) -> Iterator[Predictions]:
+def predict_windows(model: nn.Module, windows: Sequence[Window], *, whole: bool) -> Iterator[Predictions]:
     """Yield a loaded model's predictions, on the CPU."""
     device = next(model.parameters()).device
     for window in windows:

@@ -2,6 +2,7 @@
 
 ```yaml
 version: 1
+request: '0123456789abcdef'  # by the planner; may be left out
 center: barycenter          # these four: how the centers are found
 max_iterations: 25
 tolerance: 0.0001
@@ -32,10 +33,12 @@ from compress_tools.format.schema import LayerSpec
 from compress_tools.planner.config import CENTER_FIELDS, center_recipe
 from compress_tools.planner.planned import Planned
 from compress_tools.source.moe_source import MoESource
+from compress_tools.text_file import read_text
 
 DENSE = "dense"
 PLAN_VERSION = 1
 _REQUIRED = ("version", *CENTER_FIELDS, "layers")
+_KNOWN = (*_REQUIRED, "request")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class PlanFile:
         where: its name, for errors.
         recipe: how centers are found: the fields of ``CENTER_FIELDS``.
         specs: by decoder layer index; None leaves a layer as it is.
+        request: digest of source and request that the plan was found for; None where the plan does not say.
         found: what the planner predicted, where it has just made the plan.
     """
 
@@ -54,6 +58,7 @@ class PlanFile:
     where: str
     recipe: dict[str, Any]
     specs: dict[int, LayerSpec | None]
+    request: str | None = None
     found: Planned | None = None
 
     def config(self, device: str, workers: int) -> CompressionConfig:
@@ -89,11 +94,7 @@ def read_plan(path: str | Path) -> PlanFile:
     Raises:
         ConfigError: not there, or not a plan; names the line and the key.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as err:
-        raise ConfigError(f"--plan {path}: not readable: {err}") from err
-    return parse_plan(text, str(path))
+    return parse_plan(read_text(path, ConfigError, f"--plan {path}"), str(path))
 
 
 def parse_plan(text: str, where: str) -> PlanFile:
@@ -122,7 +123,7 @@ class _Parser:
         if not isinstance(content, dict):
             raise self._error((), "expected a mapping with version and layers")
         for key in content:
-            if key not in _REQUIRED:
+            if key not in _KNOWN:
                 raise self._error((key,), f"unknown key; expected {', '.join(_REQUIRED)}")
         for key in _REQUIRED:
             if key not in content:
@@ -139,7 +140,9 @@ class _Parser:
         if not isinstance(layers, dict) or not layers:
             raise self._error(("layers",), "expected layer indices, each with a center and a residual")
         recipe = center_recipe(make_config(**recipe))
-        return PlanFile(self._text, self._where, recipe, {index: self._spec(index, layers[index]) for index in layers})
+        specs = {index: self._spec(index, layers[index]) for index in layers}
+        request = content.get("request")
+        return PlanFile(self._text, self._where, recipe, specs, None if request is None else str(request))
 
     def _content(self) -> Any:
         try:

@@ -29,7 +29,7 @@ def plan_text(
     asked = ", ".join(f"{key} {value}" for key, value in request.model_dump(exclude_none=True).items())
     lines = [
         f"# How the experts of {source_name} are stored. Edit, then: resmoe compress SRC DST --plan THIS_FILE",
-        f"# Asked for: {asked} (request {digest})",
+        f"# Asked for: {asked}",
         f"# Expert bytes: {after} of {before} ({after / before:.4f}). Error: {what}, "
         + ("measured on all weights." if planned.exact else "estimated from a sample of experts and rows."),
         f"# Mean error of all layers: {planned.error:.6g}",
@@ -39,7 +39,7 @@ def plan_text(
         lines.append(f"# Mean error of the best single coder within the budget: {error:.6g} ({label})")
     lines += [f"# Layer {layer}: {unrouted_text(experts)}" for layer, experts in planned.unrouted.items()]
     recipe = (f"{key}: {value}" for key, value in center_recipe(config).items())
-    lines += [f"version: {PLAN_VERSION}", *recipe, "layers:"]
+    lines += [f"version: {PLAN_VERSION}", f"request: '{digest}'", *recipe, "layers:"]
     for index, layer in planned.layers.items():
         share = layer.nbytes / layer.dense_bytes
         comment = f"# error {layer.error:.6g}, {layer.nbytes} of {layer.dense_bytes} bytes ({share:.4f})"

@@ -7,8 +7,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from compress_tools.config import check_output_file
 from compress_tools.errors import ConfigError
+from compress_tools.output.output_file import check_output_file
 from compress_tools.probe.coders import CODERS
 from compress_tools.probe.result import SHARES, Curves, ProbeResult
 from compress_tools.probe.verdict import center_title

@@ -2,6 +2,7 @@
 
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from compress_tools.probe.coders import CODERS
 from compress_tools.probe.result import SHARES, LayerProbe, ProbeResult
@@ -88,14 +89,14 @@ def _cell(one: Prediction | None) -> str:
     return "-" if one is None else f"{one.error:.3g} ({one.setting})"
 
 
-def _answer(found: ProbeResult) -> list[str]:
-    lines = [f"Does a center pay? [bold]{found.verdict.center_pays}[/bold]"]
+def _answer(found: ProbeResult) -> list[str | Text]:
+    lines: list[str | Text] = [Text.assemble("Does a center pay? ", (found.verdict.center_pays, "bold"))]
     if len(found.experts) < found.num_experts:
         lines.append(
             f"Sentences and errors are for all {found.num_experts} experts, extrapolated from {len(found.experts)}; "
             "the table's residuals are of the sample."
         )
-    return lines + found.verdict.sentences
+    return [*lines, *found.verdict.sentences]
 
 
 def _plural(count: int, word: str) -> str:

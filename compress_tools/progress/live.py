@@ -25,7 +25,7 @@ class LiveProgress(AbstractContextManager["LiveProgress"]):
         self._eta = Eta()
         self._layers: list[LayerReport] = []
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

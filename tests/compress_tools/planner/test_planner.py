@@ -28,7 +28,7 @@ from compress_tools.planner.frontier import Point, combined, frontier
 from compress_tools.planner.plan_file import parse_plan
 from compress_tools.planner.plan_text import plan_text
 from compress_tools.planner.planner import Measured, choose, find_plan, measure
-from compress_tools.planner.request import plan_for_budget
+from compress_tools.planner.budget import plan_for_budget
 from compress_tools.progress.listener import Silent
 from compress_tools.source.reader import CheckpointReader
 from compress_tools.stored.verify import verify
@@ -391,7 +391,7 @@ def test_a_resumed_run_measures_nothing(
     code, _, stderr = resmoe(capsys, monkeypatch, *words)
     assert code == 4
     assert "--resume" in stderr
-    monkeypatch.setattr("compress_tools.planner.request.find_plan", None)
+    monkeypatch.setattr("compress_tools.planner.budget.find_plan", None)
     code, _, stderr = resmoe(capsys, monkeypatch, *words, "--resume")
     assert code == 0, stderr
     code, _, stderr = resmoe(capsys, monkeypatch, *words)
@@ -402,12 +402,12 @@ def test_a_resumed_run_measures_nothing(
     ("words", "sentence"),
     [
         (["--target-bytes-ratio", "1.5"], "--target-bytes-ratio: Input should be less than 1"),
-        (["--target-bytes-ratio", "much"], "--target-bytes-ratio: Input should be a valid number"),
+        (["--target-bytes-ratio", "much"], "'much' is not a valid float"),
         (["--target-bytes-ratio", "0.01"], "the smallest possible is 0."),
         (["--target-bytes-ratio", "0.3", "--method", "quantize"], "--method has no effect with --target-bytes-ratio"),
         (["--target-bytes-ratio", "0.3", "--bits", "4"], "--bits has no effect with --target-bytes-ratio"),
         (["--target-bytes-ratio", "0.3", "--coders", "magic"], "'magic' is none of quantize, prune"),
-        (["--target-bytes-ratio", "0.3", "--optimize", "speed"], "--optimize: Input should be 'error' or 'output'"),
+        (["--target-bytes-ratio", "0.3", "--optimize", "speed"], "'speed' is not one of 'error', 'output'"),
         (["--target-bytes-ratio", "0.3", "--calibration", "x"], "add --optimize output"),
         (["--target-bytes-ratio", "0.3", "--optimize", "output", "--calibration", "x"], "x: not readable"),
         (["--target-bytes-ratio", "0.3", "--layer-bytes-ratio", "0:1"], "expected LAYERS:LEAST..MOST"),

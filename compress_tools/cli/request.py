@@ -1,25 +1,22 @@
 """From the command's options to a plan: which options go together, and the plan kept beside an unfinished output."""
 
-import hashlib
-import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress_tools.config import CompressionConfig, check_output_file, make_config
+from compress_tools.config import CompressionConfig, make_config
 from compress_tools.errors import CheckpointError, ConfigError
-from compress_tools.format.shard_file import file_checksum
-from compress_tools.output.run_identity import versions
+from compress_tools.output.output_file import check_output_file, write_output_file
 from compress_tools.output.staging import destination, is_occupied, is_published, staging_path
 from compress_tools.output.target import CompressionTarget, make_target
+from compress_tools.planner.budget import plan_for_budget, request_digest
 from compress_tools.planner.config import CENTER_FIELDS, CHOSEN_BY_PLANNER, PlannerConfig, make_planner_config
 from compress_tools.planner.plan_file import PlanFile, parse_plan, read_plan
-from compress_tools.planner.plan_text import plan_text
-from compress_tools.planner.planner import find_plan
 from compress_tools.progress.listener import ProgressListener
 from compress_tools.source.moe_source import open_source
 from compress_tools.source.reader import CheckpointReader
+from compress_tools.text_file import in_words, read_text
 
 
 @dataclass(frozen=True)
@@ -37,61 +34,38 @@ class Request:
     planned: PlanFile | None = None
 
 
-def read_request(
-    recipe: Mapping[str, Any], budget: Mapping[str, Any], plan: str | None, given: Collection[str]
-) -> Request:
+def read_request(given: Mapping[str, Any], plan: str | None) -> Request:
     """Tell the three ways apart, and refuse options that would have no effect.
 
     Args:
-        recipe: options of ``CompressionConfig``; None: not given.
-        budget: options of ``PlannerConfig``; None: not given.
+        given: fields of ``CompressionConfig`` and ``PlannerConfig`` that the user gave, defaults left out.
         plan: ``--plan``.
-        given: names of the options that the user gave, defaults left out.
     Raises:
         ConfigError: names the option and the rule.
     """
-    options = {name: value for name, value in recipe.items() if value is not None}
+    budget = {name: value for name, value in given.items() if name in PlannerConfig.model_fields}
+    recipe = {name: value for name, value in given.items() if name not in budget}
     if plan is not None:
-        if budget["target_bytes_ratio"] is not None:
+        if "target_bytes_ratio" in budget:
             raise ConfigError("--plan and --target-bytes-ratio exclude each other; a plan has its sizes")
-        _refuse((*CHOSEN_BY_PLANNER, *CENTER_FIELDS, "layers", *budget), given, "with --plan; it is the plan's to say")
-        machine = {name: options[name] for name in ("device", "workers") if name in options}
-        return Request(make_config(**machine), planned=read_plan(plan))
-    if budget["target_bytes_ratio"] is None:
-        _refuse(budget, given, "without --target-bytes-ratio")
-        config = make_config(**options)
-        for name, why in config.without_effect().items():
-            _refuse([name], given, f"with {why}")
-        return Request(config)
-    _refuse(CHOSEN_BY_PLANNER, given, "with --target-bytes-ratio, which chooses coders; --coders restricts the choice")
-    chosen = {name: value for name, value in options.items() if name not in CHOSEN_BY_PLANNER}
-    asked = {name: value for name, value in budget.items() if value is not None}
-    return Request(make_config(**chosen), make_planner_config(**asked))
+        of_plan = (*CHOSEN_BY_PLANNER, *CENTER_FIELDS, "layers", *budget)
+        _refuse(of_plan, given, "with --plan; it is the plan's to say")
+        return Request(make_config(**recipe), planned=read_plan(plan))
+    if "target_bytes_ratio" in budget:
+        why = "with --target-bytes-ratio, which chooses coders; --coders restricts the choice"
+        _refuse(CHOSEN_BY_PLANNER, given, why)
+        return Request(make_config(**recipe), make_planner_config(**budget))
+    _refuse(budget, given, "without --target-bytes-ratio")
+    config = make_config(**recipe)
+    for name, why in config.without_effect().items():
+        _refuse([name], given, f"with {why}")
+    return Request(config)
 
 
 def _refuse(names: Collection[str], given: Collection[str], why: str) -> None:
     for name in names:
         if name in given:
             raise ConfigError(f"--{name.replace('_', '-')} has no effect {why}")
-
-
-def plan_for_budget(
-    src: str | Path, config: CompressionConfig, budget: PlannerConfig, progress: ProgressListener | None = None
-) -> PlanFile:
-    """Plan for a budget.
-
-    Args:
-        src: source directory; only read.
-        config: layers, how centers are found, device, workers.
-        budget: what is asked.
-        progress: told of layers and experts.
-    Raises:
-        ConfigError, UnsupportedArchitectureError, CheckpointError, NumericalError: see errors.py.
-    """
-    reader = CheckpointReader(src)
-    planned = find_plan(reader, config, budget, progress)
-    text = plan_text(planned, config, budget, Path(src).name, _digest(reader, config, budget))
-    return replace(parse_plan(text, "the plan found"), found=planned)
 
 
 def plan_for_output(
@@ -115,13 +89,24 @@ def plan_for_output(
         raise CheckpointError(f"{target}: not empty; choose another directory or pass --overwrite")
     if unfinished and not resume and not overwrite:
         raise CheckpointError(f"{staging_path(target)}: left by an unfinished run; pass --resume or --overwrite")
-    digest = _digest(CheckpointReader(src), config, budget)
-    if resume and kept.is_file() and digest in (text := kept.read_text(encoding="utf-8")):
-        return parse_plan(text, str(kept))
+    if resume and kept.is_file():
+        plan = parse_plan(read_text(kept), str(kept))
+        if plan.request == request_digest(CheckpointReader(src), config, budget):
+            return plan
     planned = plan_for_budget(src, config, budget, progress)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(planned.text, encoding="utf-8")
+    _keep(planned.text, kept)
     return planned
+
+
+def _keep(text: str, file: Path) -> None:
+    """Write a plan by a rename, so that a killed run leaves none or all of it."""
+    unfinished = file.with_name(file.name + ".tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(file)
+    except OSError as err:
+        raise CheckpointError(f"{file}: the plan can't be kept: {in_words(err)}; make room, or choose another") from err
 
 
 def planned_sizes(
@@ -129,6 +114,7 @@ def planned_sizes(
     request: Request,
     out: str | Path | None,
     progress: ProgressListener | None = None,
+    *,
     overwrite: bool = False,
 ) -> tuple[CompressionTarget, PlanFile | None]:
     """What a request would write, and the plan behind it, if any; weights are read for a budget only.
@@ -152,7 +138,7 @@ def planned_sizes(
     if request.budget is not None:
         planned = plan_for_budget(src, request.config, request.budget, progress)
     if out is not None and planned is not None:
-        Path(out).write_text(planned.text, encoding="utf-8")
+        write_output_file("--out", out, planned.text)
     reader = CheckpointReader(src)
     if planned is None:
         return make_target(reader, request.config), None
@@ -164,15 +150,3 @@ def kept_plan_path(dst: str | Path) -> Path:
     """Where the plan of an unfinished output is kept: beside it."""
     path = destination(dst)
     return path.with_name(path.name + ".plan.yaml")
-
-
-def _digest(reader: CheckpointReader, config: CompressionConfig, budget: PlannerConfig) -> str:
-    """What determines a plan, in a few letters."""
-    calibration = ""
-    if budget.calibration is not None:
-        try:
-            calibration = file_checksum(Path(budget.calibration))
-        except OSError as err:
-            raise CheckpointError(f"--calibration {budget.calibration}: not readable: {err}") from err
-    content = [reader.fingerprint(), config.recipe(), budget.model_dump(), calibration, versions()]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
