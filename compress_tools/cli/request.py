@@ -89,10 +89,9 @@ def plan_for_output(
         raise CheckpointError(f"{target}: not empty; choose another directory or pass --overwrite")
     if unfinished and not resume and not overwrite:
         raise CheckpointError(f"{staging_path(target)}: left by an unfinished run; pass --resume or --overwrite")
-    if resume and kept.is_file():
-        plan = parse_plan(read_text(kept), str(kept))
-        if plan.request == request_digest(CheckpointReader(src), config, budget):
-            return plan
+    digest = request_digest(CheckpointReader(src), config, budget)
+    if resume and kept.is_file() and (plan := parse_plan(read_text(kept), str(kept))).request == digest:
+        return plan
     planned = plan_for_budget(src, config, budget, progress)
     _keep(planned.text, kept)
     return planned
