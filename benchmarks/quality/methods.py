@@ -13,8 +13,8 @@ from compress_tools.errors import ConfigError
 from compress_tools.numerics.products import squared_norm
 from compress_tools.output.target import make_target
 from compress_tools.pipeline import compress
-from compress_tools.planner.config import make_planner_config
 from compress_tools.planner.budget import plan_for_budget
+from compress_tools.planner.config import make_planner_config
 from compress_tools.source.design_matrix import design_to_rows, rows_to_expert
 from compress_tools.stored.checkpoint import ResMoECheckpoint
 from compress_tools.stored.inspection import inspect

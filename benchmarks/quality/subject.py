@@ -89,7 +89,9 @@ class Subject(Checkpoint):
         self._fill(experts)
         try:
             scores = Scores()
-            for found, original in zip(predict_windows(self.model, self.windows, whole=True), self._originals, strict=True):
+            for found, original in zip(
+                predict_windows(self.model, self.windows, whole=True), self._originals, strict=True
+            ):
                 scores.add(found, original)
         finally:
             self._fill({layer: self._dense[layer] for layer in experts})

@@ -21,6 +21,7 @@ from compress_tools.output.target import make_target
 from compress_tools.pipeline import compress
 from compress_tools.planner import frontier as frontiers
 from compress_tools.planner.allocate import allocate
+from compress_tools.planner.budget import plan_for_budget
 from compress_tools.planner.candidates import Sizes
 from compress_tools.planner.choices import expert_groups
 from compress_tools.planner.config import make_planner_config
@@ -28,7 +29,6 @@ from compress_tools.planner.frontier import Point, combined, frontier
 from compress_tools.planner.plan_file import parse_plan
 from compress_tools.planner.plan_text import plan_text
 from compress_tools.planner.planner import Measured, choose, find_plan, measure
-from compress_tools.planner.budget import plan_for_budget
 from compress_tools.progress.listener import Silent
 from compress_tools.source.reader import CheckpointReader
 from compress_tools.stored.verify import verify
