@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 
 from compress_tools.errors import KernelUnsupportedError
+from compress_tools.format.schema import (
+    BitmapResidual,
+    LowRankResidual,
+    QuantizedCenter,
+    QuantizedResidual,
+    RowBitmapResidual,
+)
 from resmoe_vllm.compat import direct_register_custom_op
 from resmoe_vllm.kernels.activation import ACTIVATIONS
 from resmoe_vllm.kernels.cpu import dispatch as cpu
@@ -17,17 +24,11 @@ from resmoe_vllm.weights.layout import LayerLayout, parse_layout
 # (x [T, H], topk_weights [T, K], topk_ids [T, K], tensors, layout, activation, expert_map [E] or None) -> [T, H]
 Kernel = Callable[[Tensor, Tensor, Tensor, list[Tensor], LayerLayout, str, Tensor | None], Tensor]
 
+# The parts that the kernels read, in each of their forms.
 CODERS = frozenset(
-    {
-        "bitmap",
-        "bitmap_codes",  # with value_bits
-        "bitmap_rows",
-        "bitmap_rows_codes",
-        "low_rank",
-        "low_rank_codes",  # with factor_bits
-        "quantized",
-        "quantized_center",
-    }
+    coder
+    for part in (BitmapResidual, RowBitmapResidual, LowRankResidual, QuantizedResidual, QuantizedCenter)
+    for coder in part.kernel_coders
 )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from benchmarks.harness.shapes import MoEShape
 from compress_tools.config import make_config
 from compress_tools.format.packing import mask_row_counts, pack_mask
-from compress_tools.format.schema import ExpertNames, ResMoEFormat
+from compress_tools.format.schema import BitmapResidual, ExpertNames, ResMoEFormat
 from compress_tools.format.tensors import DTYPES, MASK, VALUES
 from compress_tools.residuals.recipes import uniform_spec
 from resmoe_vllm.weights.layout import ROW_PTR, LayerLayout, layout_key, parse_layout
@@ -55,7 +55,7 @@ def synthetic_layer(fmt: ResMoEFormat, index: int, seed: int = 0) -> tuple[Layer
         # One expert's random values, shifted for each: the values don't matter, their memory does.
         tensors[name] = torch.stack([line.roll(row) for row in range(rows)])
     for part in fmt.layers[index].residual:
-        if part.method == "bitmap":
+        if isinstance(part, BitmapResidual):
             _fill_masks(layout, tensors, part.projections, part.values_per_expert, generator)
     return layout, list(tensors.values())
 

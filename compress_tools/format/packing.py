@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress_tools.format.tensors import code_row_bytes, mask_row_bytes
+from compress_tools.format.row_sizes import code_row_bytes, mask_row_bytes
 
 
 def pack_mask(keep: Tensor) -> Tensor:

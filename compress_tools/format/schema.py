@@ -1,126 +1,76 @@
 """The ``quantization_config`` block of a ResMoE checkpoint: frozen, versioned, unknown keys refused (SPEC.md, 2)."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, get_args
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Final, Literal, Self, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from compress_tools.errors import FormatError
+from compress_tools.format.dtypes import WeightDtype
+from compress_tools.format.parts.base import PROJECTIONS, Bits, Frozen, GroupSize, Part, PartSizes, Projection
+from compress_tools.format.parts.bitmap import BitmapResidual, RowBitmapResidual, ValueBits
+from compress_tools.format.parts.dense import DenseCenter
+from compress_tools.format.parts.low_rank import LowRankResidual
+from compress_tools.format.parts.quantized import QuantizedCenter, QuantizedResidual
 
-FORMAT_VERSION = 2
+# The block and everything that it is made of.
+__all__ = [
+    "FORMAT_VERSION",
+    "PROJECTIONS",
+    "QUANT_METHOD",
+    "READABLE_VERSIONS",
+    "BitmapResidual",
+    "Bits",
+    "CenterPart",
+    "DenseCenter",
+    "ExpertGroup",
+    "ExpertNames",
+    "GroupSize",
+    "LayerSpec",
+    "LowRankResidual",
+    "Part",
+    "PartSizes",
+    "Projection",
+    "QuantizedCenter",
+    "QuantizedResidual",
+    "ResMoEFormat",
+    "ResidualPart",
+    "RowBitmapResidual",
+    "ValueBits",
+    "WeightDtype",
+    "part_classes",
+    "parse_format",
+]
+
+FORMAT_VERSION: Final = 2
 READABLE_VERSIONS = (1, 2)
-QUANT_METHOD = "resmoe"
+QUANT_METHOD: Final = "resmoe"
 
-Projection = Literal["gate_proj", "up_proj", "down_proj"]
-WeightDtype = Literal["float32", "float16", "bfloat16"]
-Bits = Literal[2, 3, 4, 8]
-ValueBits = Literal[4, 8]
-# Columns that share a scale; a row's last group may be shorter. None: the whole row.
-GroupSize = Literal[32, 64, 128]
-
-# The design matrix's column order. Two-matrix experts have no gate_proj.
-PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @model_serializer(mode="wrap")
-    def _without_absent_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in handler(self).items() if value is not None}
-
-
-class DenseCenter(_Frozen):
-    """Center rows stored as they are, one ``[I, H]`` tensor per projection."""
-
-    method: Literal["dense"] = "dense"
-    projections: tuple[Projection, ...] = Field(min_length=1)
-
-
-class QuantizedCenter(_Frozen):
-    """Center rows as codes and scales."""
-
-    method: Literal["quantized"] = "quantized"
-    projections: tuple[Projection, ...] = Field(min_length=1)
-    bits: Bits
-    group_size: GroupSize | None = None
-
-
-class _Pruned(_Frozen):
-    """``value_bits``: kept values as codes and scales instead of the checkpoint's dtype."""
-
-    value_bits: ValueBits | None = None
-    group_size: GroupSize | None = None
-
-    @model_validator(mode="after")
-    def _groups_need_codes(self) -> Self:
-        if self.group_size is not None and self.value_bits is None:
-            raise ValueError("group_size without value_bits")
-        return self
-
-
-class BitmapResidual(_Pruned):
-    """Pruned residual: one bit per weight, then the kept values. The count is shared by the group."""
-
-    method: Literal["bitmap"] = "bitmap"
-    projections: tuple[Projection, ...] = Field(min_length=1)
-    values_per_expert: PositiveInt
-
-
-class RowBitmapResidual(_Pruned):
-    """Pruned residual with equally many kept values in every row of every projection: fixed strides."""
-
-    method: Literal["bitmap_rows"] = "bitmap_rows"
-    projections: tuple[Projection, ...] = Field(min_length=1)
-    values_per_row: PositiveInt
-
-
-class LowRankResidual(_Frozen):
-    """``U @ V``: U ``[I, R]`` shared by the group's projections, V ``[R, H]`` for each.
-
-    ``factor_bits``: factors as codes with one scale for each row.
-    """
-
-    method: Literal["low_rank"] = "low_rank"
-    projections: tuple[Projection, ...] = Field(min_length=1)
-    rank: PositiveInt
-    factor_bits: Literal[8] | None = None
-
-
-class QuantizedResidual(_Frozen):
-    """Every weight as a code of few bits, with a scale for each group of a row's columns."""
-
-    method: Literal["quantized"] = "quantized"
-    projections: tuple[Projection, ...] = Field(min_length=1)
-    bits: Bits
-    group_size: GroupSize | None = None
-
-
+# Every way of storing rows: a new one is a class in parts/ and a row here.
 CenterPart = Annotated[DenseCenter | QuantizedCenter, Field(discriminator="method")]
 ResidualPart = Annotated[
     BitmapResidual | RowBitmapResidual | LowRankResidual | QuantizedResidual, Field(discriminator="method")
 ]
-# Methods that store tensors of the same name: a projection takes one of them.
-_MASKED = {"bitmap": "bitmap", "bitmap_rows": "bitmap"}
 
 
-def _check_once(parts: tuple[CenterPart | ResidualPart, ...]) -> None:
-    seen = [(_MASKED.get(part.method, part.method), projection) for part in parts for projection in part.projections]
-    if len(seen) != len(set(seen)):
-        raise ValueError(f"a projection is covered twice by the same method: {seen}")
+def part_classes() -> tuple[type[Part], ...]:
+    """The classes of all parts, centers' first."""
+    return tuple(cls for union in (CenterPart, ResidualPart) for cls in get_args(get_args(union)[0]))
 
 
-class ExpertGroup(_Frozen):
+def _check_once(parts: Iterable[Part]) -> None:
+    """Parts that store tensors of the same name can't share a projection."""
+    seen: dict[tuple[Projection, str], str] = {}
+    for part in parts:
+        for key in ((projection, suffix) for projection in part.projections for suffix in part.roles):
+            if key in seen:
+                raise ValueError(
+                    f"a projection is covered twice by the same method: {key[0]} by {seen[key]} and {part.method}"
+                )
+            seen[key] = part.method
+
+
+class ExpertGroup(Frozen):
     """Experts of a layer that are coded alike."""
 
     experts: tuple[NonNegativeInt, ...] = Field(min_length=1)
@@ -132,7 +82,7 @@ class ExpertGroup(_Frozen):
         return self
 
 
-class LayerSpec(_Frozen):
+class LayerSpec(Frozen):
     """How one MoE layer is stored: restored expert = sum of center parts + sum of residual parts.
 
     An empty ``center`` means no center (the residual is the weight itself). ``groups`` codes groups of experts
@@ -164,6 +114,21 @@ class LayerSpec(_Frozen):
         """This layer as one group of experts is stored: without groups."""
         return LayerSpec(center=self.center, residual=group.residual)
 
+    def newer_than(self, version: int) -> tuple[str, int] | None:
+        """The first key or method that a ``format_version`` doesn't have, and the first that does."""
+        if version < 2 and "groups" in self.model_fields_set:
+            return "groups", 2
+        residuals = (self.residual, *(group.residual for group in self.groups or ()))
+        parts: list[Part] = [*self.center, *(part for residual in residuals for part in residual)]
+        return next((newer for part in parts if (newer := part.newer_than(version))), None)
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """The layer's projections, those that its residuals cover, in the design matrix's order."""
+        parts = self.residual or (self.groups or ())[0].residual
+        covered = {projection for part in parts for projection in part.projections}
+        return tuple(projection for projection in PROJECTIONS if projection in covered)
+
     def of_expert(self, expert: int) -> "LayerSpec":
         """This layer as one expert is stored: without groups; itself where it has none.
 
@@ -178,7 +143,7 @@ class LayerSpec(_Frozen):
         raise FormatError(f"expert {expert} is in no group")
 
 
-class ExpertNames(_Frozen):
+class ExpertNames(Frozen):
     """Where the experts' tensors are: ``<expert>.<projection>.<suffix>``.
 
     ``expert`` holds ``{layer}`` and ``{expert}``; ``projections`` maps each projection to its on-disk name;
@@ -202,7 +167,7 @@ class ExpertNames(_Frozen):
         return self.expert.replace("{layer}", text).replace("{expert}", str(expert))
 
 
-class ResMoEFormat(_Frozen):
+class ResMoEFormat(Frozen):
     """The whole block. ``layers`` is keyed by layer index; absent layers are not compressed.
 
     ``biases``: every expert of every compressed layer has a bias for each projection, stored as it is.
@@ -219,61 +184,38 @@ class ResMoEFormat(_Frozen):
     names: ExpertNames
     layers: dict[int, LayerSpec]
 
+    @property
+    def sizes(self) -> PartSizes:
+        """What the tensors of a part depend on."""
+        return PartSizes(self.intermediate_size, self.hidden_size, self.dtype)
+
     @model_validator(mode="after")
     def _layers_fit(self) -> Self:
-        known = set(self.names.projections)
         for index, layer in self.layers.items():
             if index < 0:
                 raise ValueError(f"layer index {index} is negative")
-            if self.format_version == 1 and (key := _newer_than_version_1(layer)):
-                raise ValueError(f"layer {index}: {key} needs format_version 2, this is 1")
+            if newer := layer.newer_than(self.format_version):
+                key, since = newer
+                raise ValueError(f"layer {index}: {key} needs format_version {since}, this is {self.format_version}")
             groups = layer.expert_groups(self.num_experts)
             listed = sorted(expert for group in groups for expert in group.experts)
             if listed != list(range(self.num_experts)):
                 raise ValueError(f"layer {index}: groups list experts {listed}, expected 0..{self.num_experts - 1}")
-            for group in groups:
-                for part in (*layer.center, *group.residual):
-                    if unknown := set(part.projections) - known:
-                        raise ValueError(f"layer {index}: projections {sorted(unknown)} are not in names.projections")
-                covered = {projection for part in group.residual for projection in part.projections}
-                if covered != known:
-                    raise ValueError(f"layer {index}: residual covers {sorted(covered)}, expected {sorted(known)}")
-                for part in group.residual:
-                    self._check_size(index, part)
+            for residual in (group.residual for group in groups):
+                self._check_parts(index, layer.center, residual)
         return self
 
-    def _check_size(self, index: int, part: ResidualPart) -> None:
-        columns = len(part.projections) * self.hidden_size
-        if part.method == "bitmap" and part.values_per_expert > self.intermediate_size * columns:
-            raise ValueError(
-                f"layer {index}: values_per_expert {part.values_per_expert} exceeds the "
-                f"{self.intermediate_size * columns} weights it is drawn from"
-            )
-        if part.method == "bitmap_rows" and part.values_per_row > self.hidden_size:
-            raise ValueError(f"layer {index}: values_per_row {part.values_per_row} exceeds H = {self.hidden_size}")
-        if part.method == "low_rank" and part.rank > min(self.intermediate_size, columns):
-            raise ValueError(
-                f"layer {index}: rank {part.rank} exceeds min(I, columns) = {min(self.intermediate_size, columns)}"
-            )
-
-
-_VERSION_1_KEYS = {
-    "dense": {"method", "projections"},
-    "bitmap": {"method", "projections", "values_per_expert"},
-    "low_rank": {"method", "projections", "rank"},
-}
-
-
-def _newer_than_version_1(layer: LayerSpec) -> str | None:
-    """The first key or method of a layer that version 1 doesn't have."""
-    if "groups" in layer.model_fields_set:
-        return "groups"
-    for part in (*layer.center, *layer.residual):
-        if part.method not in _VERSION_1_KEYS:
-            return part.method
-        if newer := part.model_fields_set - _VERSION_1_KEYS[part.method]:
-            return min(newer)
-    return None
+    def _check_parts(self, index: int, center: tuple[CenterPart, ...], residual: tuple[ResidualPart, ...]) -> None:
+        known = set(self.names.projections)
+        for part in (*center, *residual):
+            if unknown := set(part.projections) - known:
+                raise ValueError(f"layer {index}: projections {sorted(unknown)} are not in names.projections")
+        covered = {projection for part in residual for projection in part.projections}
+        if covered != known:
+            raise ValueError(f"layer {index}: residual covers {sorted(covered)}, expected {sorted(known)}")
+        for part in (*center, *residual):
+            if fault := part.size_fault(self.sizes):
+                raise ValueError(f"layer {index}: {fault}")
 
 
 def parse_format(block: Mapping[str, Any], where: str = "config.json") -> ResMoEFormat:

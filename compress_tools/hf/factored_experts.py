@@ -13,13 +13,10 @@ from compress_tools.format.codec import (
     decode_residual,
     restore_center,
     restore_expert,
-    restore_left_factor,
-    restore_right_factor,
 )
-from compress_tools.format.schema import LayerSpec, Projection
-from compress_tools.format.tensors import BIAS, CENTER, follows_model_dtype
+from compress_tools.format.schema import LayerSpec, LowRankResidual, Projection
+from compress_tools.format.tensors import BIAS, follows_model_dtype
 from compress_tools.residuals.base import StoredTensors
-from compress_tools.residuals.registry import design_projections
 
 # (gate [T, I] or None, up [T, I]) -> [T, I]
 GateFunction = Callable[[Tensor | None, Tensor], Tensor]
@@ -81,11 +78,7 @@ class FactoredExperts(nn.Module):
         return restore_expert(self.spec.of_expert(expert), self.shared(), self.stored(expert), self.hidden_size)
 
     def _center(self, dtype: torch.dtype) -> Rows:
-        shared = self.shared()
-        if all(part.method == "dense" for part in self.spec.center):
-            return {p: tensor for (p, suffix), tensor in shared.items() if suffix == CENTER}
-        restored = restore_center(self.spec, shared, self.hidden_size)
-        return {p: rows.to(dtype) for p, rows in restored.items()}
+        return restore_center(self.spec, self.shared(), self.hidden_size, dtype)
 
     def biases(self, expert: int) -> dict[Projection, Tensor]:
         """One expert's biases; empty without."""
@@ -102,7 +95,7 @@ class FactoredExperts(nn.Module):
             ``[T, H]`` in the dtype of ``hidden_states``; products in that dtype, sums in fp32.
         """
         center = self._center(hidden_states.dtype)
-        inner = [p for p in design_projections(self.spec) if p != "down_proj"]
+        inner = [p for p in self.spec.projections if p != "down_proj"]
         common = {p: (hidden_states @ center[p].T).float() if p in center else None for p in inner}
         mixed = torch.zeros(len(hidden_states), self.intermediate_size, device=hidden_states.device)
         output = torch.zeros(hidden_states.shape, device=hidden_states.device)
@@ -133,7 +126,8 @@ class _ExpertProducts:
     def __init__(self, layer: FactoredExperts, expert: int, dtype: torch.dtype) -> None:
         self._stored = layer.stored(expert)
         self._spec, self._hidden_size, self._dtype = layer.spec.of_expert(expert), layer.hidden_size, dtype
-        self._factored = all(part.method == "low_rank" for part in self._spec.residual)
+        self._low_rank = [part for part in self._spec.residual if isinstance(part, LowRankResidual)]
+        self._factored = len(self._low_rank) == len(self._spec.residual)
         if not self._factored:
             decoded = decode_residual(self._spec, self._stored, layer.hidden_size)
             self._decoded = {p: rows.to(dtype) for p, rows in decoded.items()}
@@ -153,10 +147,10 @@ class _ExpertProducts:
     def _factors(self, projection: Projection) -> list[tuple[Tensor, Tensor]]:
         return [
             (
-                restore_left_factor(part, self._stored).to(self._dtype),
-                restore_right_factor(part, self._stored, projection, self._hidden_size).to(self._dtype),
+                part.left_factor(self._stored).to(self._dtype),
+                part.right_factor(self._stored, projection, self._hidden_size).to(self._dtype),
             )
-            for part in self._spec.residual
+            for part in self._low_rank
             if projection in part.projections
         ]
 

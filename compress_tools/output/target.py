@@ -2,24 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from compress_tools.config import CompressionConfig
 from compress_tools.errors import CheckpointError, ConfigError
+from compress_tools.format.dtypes import DTYPES, WEIGHT_DTYPES
 from compress_tools.format.schema import LayerSpec, ResMoEFormat
-from compress_tools.format.tensors import DTYPES, dense_layer_bytes, layer_bytes, layer_params, layer_tensors
+from compress_tools.format.tensors import dense_layer_bytes, layer_bytes, layer_params, layer_tensors
 from compress_tools.output.shard_names import group_by_bytes, shard_names
 from compress_tools.residuals.recipes import uniform_spec
 from compress_tools.source.layer_selection import select_layers
 from compress_tools.source.moe_source import MoESource, open_source
 from compress_tools.source.reader import CheckpointReader
 from compress_tools.version import __version__
-
-SAFETENSORS_DTYPES: dict[str, Literal["float32", "float16", "bfloat16"]] = {
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-}
 
 
 @dataclass(frozen=True)
@@ -138,13 +133,13 @@ def _uniform_specs(source: MoESource, config: CompressionConfig) -> dict[int, La
 def _format(source: MoESource, specs: Mapping[int, LayerSpec]) -> ResMoEFormat:
     reader, sizes = source.reader, source.sizes
     dtypes = {reader.dtype(name) for layer in specs for name in source.expected(layer)}
-    if len(dtypes) != 1 or not dtypes <= set(SAFETENSORS_DTYPES):
+    if len(dtypes) != 1 or not dtypes <= set(WEIGHT_DTYPES):
         raise CheckpointError(
-            f"{reader.path}: experts are stored as {sorted(dtypes)}; expected one of {sorted(SAFETENSORS_DTYPES)}"
+            f"{reader.path}: experts are stored as {sorted(dtypes)}; expected one of {sorted(WEIGHT_DTYPES)}"
         )
     return ResMoEFormat(
         written_by=f"resmoe {__version__}",
-        dtype=SAFETENSORS_DTYPES[dtypes.pop()],
+        dtype=WEIGHT_DTYPES[dtypes.pop()],
         num_experts=sizes.num_experts,
         hidden_size=sizes.hidden_size,
         intermediate_size=sizes.intermediate_size,

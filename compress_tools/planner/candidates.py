@@ -16,7 +16,7 @@ from compress_tools.format.schema import (
     ResMoEFormat,
 )
 from compress_tools.format.tensors import expert_tensors, shared_tensors
-from compress_tools.residuals.recipes import METHODS
+from compress_tools.residuals.recipes import RECIPES
 
 # Bits of the center; 0: none, 16: the model's dtype.
 CenterBits = Literal[0, 4, 8, 16]
@@ -58,7 +58,7 @@ class Coder:
 
     def parts(self, projections: tuple[Projection, ...], rows: int, hidden_size: int) -> tuple[ResidualPart, ...]:
         """How these projections of ``rows`` rows are stored."""
-        return METHODS[self.config.method](self.config, projections, rows, hidden_size)
+        return RECIPES[self.config.method](self.config, projections, rows, hidden_size)
 
 
 def _short(value: object) -> str:

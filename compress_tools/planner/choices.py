@@ -72,7 +72,7 @@ def _merged(parts: list[ResidualPart]) -> tuple[ResidualPart, ...]:
     quantised: dict[tuple[Bits, GroupSize | None], list[Projection]] = {}
     others: list[ResidualPart] = []
     for part in parts:
-        if part.method == "quantized":
+        if isinstance(part, QuantizedResidual):
             quantised.setdefault((part.bits, part.group_size), []).extend(part.projections)
         else:
             others.append(part)

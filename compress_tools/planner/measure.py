@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compress_tools.center.barycenter import CenterResult
-from compress_tools.format.codec import decode_part, restore_center
+from compress_tools.format.codec import restore_center
 from compress_tools.format.quantization import expand_scales, half_range
 from compress_tools.format.schema import LayerSpec, Projection, QuantizedResidual, ResidualPart
 from compress_tools.numerics.parallel import in_parallel
@@ -21,7 +21,7 @@ from compress_tools.numerics.products import squared_norm
 from compress_tools.numerics.sampling import spaced
 from compress_tools.planner.candidates import CenterBits, Coder, center_parts
 from compress_tools.residuals.quantizer import quantize_rows
-from compress_tools.residuals.registry import CODERS, encode_center
+from compress_tools.residuals.registry import encode_center, encode_part
 from compress_tools.source.design_matrix import Rows, design_to_rows, rows_to_design
 
 # Of a layer that is not measured as a whole.
@@ -217,8 +217,8 @@ class _ExpertErrors:
     def _left(self, rows: Rows, part: ResidualPart, hidden_size: int) -> Rows:
         """What a part, as stored, leaves."""
         columns = torch.cat([rows[p] for p in part.projections], 1)
-        made = CODERS[part.method].encode(columns, part, self._dtype, self._seed)
-        return {p: rows[p] - decoded.to(rows[p].device) for p, decoded in decode_part(part, made, hidden_size).items()}
+        made = encode_part(columns, part, self._dtype, self._seed)
+        return {p: rows[p] - decoded.to(rows[p].device) for p, decoded in part.decode(made, hidden_size).items()}
 
     def _sampled(self, matrix: Tensor) -> Tensor:
         return matrix if self._all else matrix[self._rows.to(matrix.device)]

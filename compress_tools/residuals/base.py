@@ -1,29 +1,28 @@
-"""What a residual coder is."""
+"""What an encoder is: it makes one part's tensors of the rows that the part stands for."""
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from compress_tools.format.schema import Projection, ResidualPart
+from compress_tools.format.parts.base import Part
+from compress_tools.format.parts.base import StoredTensors as StoredTensors
 
-StoredTensors = dict[tuple[Projection, str], Tensor]
+AnyPart = TypeVar("AnyPart", bound=Part, contravariant=True)
 
 
-class ResidualCoder(Protocol):
-    """Stores one part of a residual in fewer bytes."""
+class Encoder(Protocol[AnyPart]):
+    """Codes what one expert's earlier parts left, or a layer's center."""
 
-    method: str
-
-    def encode(self, residual: Tensor, part: ResidualPart, dtype: torch.dtype, seed: int) -> StoredTensors:
-        """Code what one expert's earlier parts left.
+    def __call__(self, rows: Tensor, part: AnyPart, dtype: torch.dtype, seed: int, /) -> StoredTensors:
+        """Make the part's tensors.
 
         Args:
-            residual: ``[I, P*H]`` fp32, the columns of the part's projections, in its order.
-            part: how; its ``method`` is the coder's.
+            rows: ``[I, P*H]`` fp32, the columns of the part's projections, in its order; not changed.
+            part: how they are to be stored.
             dtype: dtype of stored values or factors.
             seed: seed of randomised steps.
         Returns:
-            stored tensors by (projection, suffix), on the CPU.
+            ``part.tensors`` by (projection, suffix), on the CPU.
         """
         ...

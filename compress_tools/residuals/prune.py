@@ -8,11 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress_tools.format.codec import Rows, encode_bitmap, encode_row_bitmap
 from compress_tools.format.packing import pack_codes
-from compress_tools.format.schema import BitmapResidual, RowBitmapResidual
-from compress_tools.format.tensors import ROW_VALUE_CODES, ROW_VALUES, VALUE_CODES, VALUE_SCALES, VALUES
-from compress_tools.residuals.base import StoredTensors
+from compress_tools.format.parts.base import Rows, StoredTensors
+from compress_tools.format.parts.bitmap import (
+    ROW_VALUE_CODES,
+    ROW_VALUES,
+    VALUE_CODES,
+    VALUE_SCALES,
+    VALUES,
+    BitmapResidual,
+    RowBitmapResidual,
+    encode_bitmap,
+    encode_row_bitmap,
+)
 from compress_tools.residuals.quantizer import quantize_rows
 from compress_tools.source.design_matrix import design_to_rows
 
@@ -84,51 +92,40 @@ def largest_of_each_row(matrix: Tensor, count: int) -> Tensor:
     return keep | ties & (ties.cumsum(1, dtype=torch.int32) <= count - keep.sum(1, keepdim=True))
 
 
-class Prune:
-    """Part ``bitmap``."""
-
-    method = "bitmap"
-
-    def encode(self, residual: Tensor, part: BitmapResidual, dtype: torch.dtype, seed: int) -> StoredTensors:
-        """See ``ResidualCoder.encode``."""
-        rows = design_to_rows(residual, part.projections)
-        keep = design_to_rows(largest_magnitudes(residual, part.values_per_expert), part.projections)
-        if part.value_bits is None:
-            return _on_cpu(encode_bitmap(rows, keep, dtype))
-        codes, stored = _coded_values(rows, keep, part)
-        masks = encode_bitmap(codes, keep, torch.uint8)
-        stream = masks.pop((part.projections[0], VALUES))
-        return _on_cpu({**masks, **stored, (part.projections[0], VALUE_CODES): pack_codes(stream, part.value_bits)})
+def prune(rows: Tensor, part: BitmapResidual, dtype: torch.dtype, _seed: int) -> StoredTensors:
+    """See ``Encoder``."""
+    own = design_to_rows(rows, part.projections)
+    keep = design_to_rows(largest_magnitudes(rows, part.values_per_expert), part.projections)
+    if part.value_bits is None:
+        return _on_cpu(encode_bitmap(own, keep, dtype))
+    codes, scales = _coded_values(own, keep, part.value_bits, part.group_size)
+    stored = encode_bitmap(codes, keep, torch.uint8)
+    stream = stored.pop((part.projections[0], VALUES))
+    stored[part.projections[0], VALUE_CODES] = pack_codes(stream, part.value_bits)
+    return _on_cpu(stored | scales)
 
 
-class PruneRows:
-    """Part ``bitmap_rows``."""
-
-    method = "bitmap_rows"
-
-    def encode(self, residual: Tensor, part: RowBitmapResidual, dtype: torch.dtype, seed: int) -> StoredTensors:
-        """See ``ResidualCoder.encode``."""
-        rows = design_to_rows(residual, part.projections)
-        keep = {projection: largest_of_each_row(own, part.values_per_row) for projection, own in rows.items()}
-        if part.value_bits is None:
-            return _on_cpu(encode_row_bitmap(rows, keep, dtype))
-        codes, stored = _coded_values(rows, keep, part)
-        stored |= encode_row_bitmap(codes, keep, torch.uint8)
-        for projection in part.projections:
-            own = stored.pop((projection, ROW_VALUES))
-            stored[projection, ROW_VALUE_CODES] = pack_codes(own, part.value_bits)
-        return _on_cpu(stored)
+def prune_rows(rows: Tensor, part: RowBitmapResidual, dtype: torch.dtype, _seed: int) -> StoredTensors:
+    """See ``Encoder``."""
+    own = design_to_rows(rows, part.projections)
+    keep = {projection: largest_of_each_row(matrix, part.values_per_row) for projection, matrix in own.items()}
+    if part.value_bits is None:
+        return _on_cpu(encode_row_bitmap(own, keep, dtype))
+    codes, scales = _coded_values(own, keep, part.value_bits, part.group_size)
+    stored = encode_row_bitmap(codes, keep, torch.uint8)
+    for projection in part.projections:
+        values = stored.pop((projection, ROW_VALUES))
+        stored[projection, ROW_VALUE_CODES] = pack_codes(values, part.value_bits)
+    return _on_cpu(stored | scales)
 
 
-def _coded_values(rows: Rows, keep: Rows, part: BitmapResidual | RowBitmapResidual) -> tuple[Rows, StoredTensors]:
+def _coded_values(rows: Rows, keep: Rows, bits: int, group_size: int | None) -> tuple[Rows, StoredTensors]:
     """Codes ``[I, H]`` for each projection, and the scales as stored."""
     codes: Rows = {}
-    stored: StoredTensors = {}
-    for projection in part.projections:
-        codes[projection], stored[projection, VALUE_SCALES] = quantize_rows(
-            rows[projection], part.value_bits, part.group_size, keep[projection]
-        )
-    return codes, stored
+    scales: StoredTensors = {}
+    for projection, own in rows.items():
+        codes[projection], scales[projection, VALUE_SCALES] = quantize_rows(own, bits, group_size, keep[projection])
+    return codes, scales
 
 
 def _on_cpu(stored: StoredTensors) -> StoredTensors:

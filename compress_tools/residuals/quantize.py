@@ -4,27 +4,26 @@ import torch
 from torch import Tensor
 
 from compress_tools.format.packing import pack_codes
-from compress_tools.format.schema import QuantizedResidual
-from compress_tools.format.tensors import CODES, SCALES
-from compress_tools.residuals.base import StoredTensors
+from compress_tools.format.parts.base import CodedRows, Projection, StoredTensors
+from compress_tools.format.parts.quantized import QuantizedCenter, QuantizedResidual
 from compress_tools.residuals.quantizer import quantize_rows
 from compress_tools.source.design_matrix import design_to_rows
 
 
-def pack_rows(matrix: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Tensor]:
-    """``quantize_rows``, packed and on the CPU: uint8 ``[I, code_row_bytes]``, bfloat16 ``[I, groups]``."""
+def pack_rows(
+    stored_as: CodedRows, projection: Projection, matrix: Tensor, bits: int, group_size: int | None = None
+) -> StoredTensors:
+    """``quantize_rows``, packed and on the CPU, under the names that ``stored_as`` gives."""
     codes, scales = quantize_rows(matrix, bits, group_size)
-    return pack_codes(codes, bits).cpu(), scales.cpu()
+    return {
+        (projection, stored_as.codes): pack_codes(codes, bits).cpu(),
+        (projection, stored_as.scales): scales.cpu(),
+    }
 
 
-class Quantize:
-    """Part ``quantized``."""
-
-    method = "quantized"
-
-    def encode(self, residual: Tensor, part: QuantizedResidual, dtype: torch.dtype, seed: int) -> StoredTensors:
-        """See ``ResidualCoder.encode``."""
-        stored: StoredTensors = {}
-        for projection, rows in design_to_rows(residual, part.projections).items():
-            stored[projection, CODES], stored[projection, SCALES] = pack_rows(rows, part.bits, part.group_size)
-        return stored
+def quantize(rows: Tensor, part: QuantizedResidual | QuantizedCenter, _dtype: torch.dtype, _seed: int) -> StoredTensors:
+    """See ``Encoder``."""
+    stored: StoredTensors = {}
+    for projection, own in design_to_rows(rows, part.projections).items():
+        stored |= pack_rows(part.stored_as, projection, own, part.bits, part.group_size)
+    return stored

@@ -7,8 +7,10 @@ few columns pays for finer steps. The best is then refitted to the codes it gave
 import torch
 from torch import Tensor
 
+from compress_tools.format.dtypes import DTYPES
+from compress_tools.format.parts.base import SCALE_DTYPE
 from compress_tools.format.quantization import half_range
-from compress_tools.format.tensors import DTYPES, SCALE_DTYPE, num_groups
+from compress_tools.format.row_sizes import num_groups
 
 # Shares of the largest magnitude's scale. A gaussian row's optimum lies between its last for a whole row of 4096
 # columns and its first for a group of 32; refitting covers what lies between two of them.

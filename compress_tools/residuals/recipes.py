@@ -38,7 +38,7 @@ def uniform_spec(
                 projections=projections, bits=config.center_bits, group_size=config.group_size or None
             ),
         )
-    residual = METHODS[config.method](config, projections, intermediate_size, hidden_size)
+    residual = RECIPES[config.method](config, projections, intermediate_size, hidden_size)
     return LayerSpec(center=center, residual=residual)
 
 
@@ -80,7 +80,7 @@ def _low_rank_and_quantize(
     return (*_low_rank(config, projections, rows, hidden), *_quantize(config, projections, rows, hidden))
 
 
-METHODS: dict[str, Recipe] = {
+RECIPES: dict[str, Recipe] = {
     "prune": _prune,
     "low-rank": _low_rank,
     "quantize": _quantize,

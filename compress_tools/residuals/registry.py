@@ -1,39 +1,59 @@
-"""The coders by the part they make, and what codes a whole layer spec. A new coder is one file and one line."""
+"""The encoder of each part, and what codes a layer's center and residuals by them. A new coder is one row here."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress_tools.format.codec import decode_part
-from compress_tools.format.schema import PROJECTIONS, LayerSpec, Projection
-from compress_tools.format.tensors import CENTER, CENTER_CODES, CENTER_SCALES
-from compress_tools.residuals.base import ResidualCoder, StoredTensors
-from compress_tools.residuals.low_rank import LowRank
-from compress_tools.residuals.prune import Prune, PruneRows
-from compress_tools.residuals.quantize import Quantize, pack_rows
+from compress_tools.format.parts.base import Part, Projection, Rows, StoredTensors
+from compress_tools.format.schema import (
+    BitmapResidual,
+    DenseCenter,
+    LayerSpec,
+    LowRankResidual,
+    QuantizedCenter,
+    QuantizedResidual,
+    RowBitmapResidual,
+)
+from compress_tools.residuals.base import Encoder
+from compress_tools.residuals.dense import store_dense
+from compress_tools.residuals.low_rank import factorise
+from compress_tools.residuals.prune import prune, prune_rows
+from compress_tools.residuals.quantize import quantize
 from compress_tools.source.design_matrix import design_to_rows
 
-CODERS: dict[str, ResidualCoder] = {coder.method: coder for coder in (Prune(), PruneRows(), LowRank(), Quantize())}
+# Any: each encoder takes its own part.
+ENCODERS: dict[type[Part], Encoder[Any]] = {
+    DenseCenter: store_dense,
+    QuantizedCenter: quantize,
+    BitmapResidual: prune,
+    RowBitmapResidual: prune_rows,
+    LowRankResidual: factorise,
+    QuantizedResidual: quantize,
+}
 
 
-def encode_center(spec: LayerSpec, center: Tensor, dtype: torch.dtype) -> StoredTensors:
+def encode_part(rows: Tensor, part: Part, dtype: torch.dtype, seed: int) -> StoredTensors:
+    """One part's tensors, by its encoder; see ``Encoder``."""
+    return ENCODERS[type(part)](rows, part, dtype, seed)
+
+
+def encode_center(spec: LayerSpec, center: Tensor, dtype: torch.dtype, seed: int = 0) -> StoredTensors:
     """The center as stored, of the projections that have one.
 
     Args:
         spec: the layer's spec.
         center: ``[I, D]`` fp32, columns in design-matrix order.
         dtype: stored dtype of a dense center.
+        seed: seed of randomised steps.
     Returns:
         stored tensors by (projection, suffix), on the CPU.
     """
-    rows = design_to_rows(center, design_projections(spec))
+    rows = design_to_rows(center, spec.projections)
     stored: StoredTensors = {}
     for part in spec.center:
-        for projection in part.projections:
-            if part.method == "dense":
-                stored[projection, CENTER] = rows[projection].to(dtype).contiguous().cpu()
-            else:
-                codes, scales = pack_rows(rows[projection], part.bits, part.group_size)
-                stored[projection, CENTER_CODES], stored[projection, CENTER_SCALES] = codes, scales
+        whole = part.projections == spec.projections
+        stored |= encode_part(center if whole else _joined(rows, part.projections), part, dtype, seed)
     return stored
 
 
@@ -48,22 +68,18 @@ def encode_residual(spec: LayerSpec, residual: Tensor, dtype: torch.dtype, seed:
     Returns:
         stored tensors by (projection, suffix), on the CPU.
     """
-    left = design_to_rows(residual, design_projections(spec))
+    left = design_to_rows(residual, spec.projections)
     hidden_size = residual.shape[1] // len(left)
     stored: StoredTensors = {}
     for number, part in enumerate(spec.residual):
-        whole = part.projections == tuple(left) and number == 0
-        columns = residual if whole else torch.cat([left[projection] for projection in part.projections], 1)
-        made = CODERS[part.method].encode(columns, part, dtype, seed)
+        whole = part.projections == spec.projections and number == 0
+        made = encode_part(residual if whole else _joined(left, part.projections), part, dtype, seed)
         stored |= made
         if any(set(later.projections) & set(part.projections) for later in spec.residual[number + 1 :]):
-            for projection, rows in decode_part(part, made, hidden_size).items():
+            for projection, rows in part.decode(made, hidden_size).items():
                 left[projection] = left[projection] - rows.to(residual.device)
     return stored
 
 
-def design_projections(spec: LayerSpec) -> tuple[Projection, ...]:
-    """The projections of a layer in the design matrix's order: those that its residuals cover."""
-    parts = spec.residual or spec.groups[0].residual
-    covered = {projection for part in parts for projection in part.projections}
-    return tuple(projection for projection in PROJECTIONS if projection in covered)
+def _joined(rows: Rows, projections: tuple[Projection, ...]) -> Tensor:
+    return torch.cat([rows[projection] for projection in projections], 1)

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress_tools.errors import CheckpointError
+from compress_tools.format.dtypes import SAFETENSORS_BYTES
 from compress_tools.format.shard_file import first_cut_tensor, shard_digest
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -92,7 +93,7 @@ class CheckpointReader:
         count = 1
         for size in self.shape(name):
             count *= size
-        return count * DTYPE_BYTES[self.dtype(name)]
+        return count * SAFETENSORS_BYTES[self.dtype(name)]
 
     def other_files(self) -> list[Path]:
         """Files that are neither shards, index nor config.json: tokenizer, generation config, code, licence."""
@@ -176,11 +177,3 @@ class CheckpointReader:
             raise CheckpointError(
                 f"{self.path}: {len(missing)} tensors of {INDEX_NAME} are not in their shards, first {missing[0]!r}"
             )
-
-
-DTYPE_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8,
-    "F32": 4, "I32": 4, "U32": 4,
-    "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip

@@ -8,24 +8,20 @@ from torch import Tensor
 
 from compress_tools.errors import FormatError, NumericalError
 from compress_tools.format.codec import Rows, restore_expert
-from compress_tools.format.packing import mask_row_counts, pack_codes, unpack_codes, unpack_mask
-from compress_tools.format.schema import BitmapResidual, Projection, RowBitmapResidual, parse_format
+from compress_tools.format.dtypes import SAFETENSORS_NAMES
+from compress_tools.format.schema import Projection, parse_format
 from compress_tools.format.tensors import (
     BIAS,
     DTYPES,
-    MASK,
     TensorSpec,
     expert_tensors,
     is_resmoe_name,
-    is_scale,
     layer_tensors,
     shared_tensors,
     tensor_name,
 )
 from compress_tools.residuals.base import StoredTensors
 from compress_tools.source.reader import CheckpointReader
-
-SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
 
 
 class ResMoECheckpoint:
@@ -85,18 +81,13 @@ class ResMoECheckpoint:
             tensor = self.reader.get(name)
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise NumericalError(f"{self.reader.path}: {name!r} holds NaN or Inf")
-            if spec.suffix == MASK:
-                self._check_padding(name, tensor)
-            if is_scale(spec.suffix) and (tensor < 0).any():
-                raise FormatError(f"{self.reader.path}: {name!r} holds a negative scale")
-            if spec.codes is not None and not torch.equal(
-                pack_codes(unpack_codes(tensor, *spec.codes), spec.codes[0]), tensor
-            ):
-                raise FormatError(f"{self.reader.path}: {name!r}: padding codes are set")
+            if fault := spec.fault(tensor):
+                raise FormatError(f"{self.reader.path}: {name!r}: {fault}")
         for expert in range(self.fmt.num_experts):
+            stored = self.stored(layer, expert)
             for part in self.fmt.layers[layer].of_expert(expert).residual:
-                if part.method in ("bitmap", "bitmap_rows"):
-                    self._check_mask_bits(layer, expert, part)
+                if fault := part.stored_fault(stored):
+                    raise FormatError(f"{self.reader.path}: layer {layer}, expert {expert}: {fault}")
 
     def _read(self, layer: int, specs: Iterable[TensorSpec]) -> StoredTensors:
         return {
@@ -124,26 +115,6 @@ class ResMoECheckpoint:
             raise FormatError(
                 f"{self.reader.path}: {len(extra)} tensors that the config does not name, first {extra[0]!r}"
             )
-
-    def _check_padding(self, name: str, mask: Tensor) -> None:
-        used = unpack_mask(mask, self.fmt.hidden_size).sum()
-        if used != mask_row_counts(mask).sum():
-            raise FormatError(f"{self.reader.path}: {name!r}: padding bits are set")
-
-    def _check_mask_bits(self, layer: int, expert: int, part: BitmapResidual | RowBitmapResidual) -> None:
-        where = f"{self.reader.path}: layer {layer}, expert {expert}"
-        counts = [
-            mask_row_counts(self.reader.get(tensor_name(self.fmt, layer, expert, p, MASK))) for p in part.projections
-        ]
-        if part.method == "bitmap":
-            if (bits := sum(int(own.sum()) for own in counts)) != part.values_per_expert:
-                raise FormatError(f"{where}: masks keep {bits} values, the config says {part.values_per_expert}")
-        else:
-            for own in counts:
-                if (wrong := own[own != part.values_per_row]).numel():
-                    raise FormatError(
-                        f"{where}: a row keeps {int(wrong[0])} values, the config says {part.values_per_row}"
-                    )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from compress_tools.format.schema import CenterPart, LayerSpec, ResidualPart
+from compress_tools.format.schema import LayerSpec
 from compress_tools.format.tensors import (
     dense_layer_bytes,
     group_map_bytes,
@@ -50,40 +50,14 @@ class Inspection:
 
 def describe_coding(layer: LayerSpec) -> str:
     """A layer's coding in words: ``dense center + bitmap (1234 values, joint)``."""
-    center = [f"{_describe(part)} center" for part in layer.center] or ["no center"]
+    center = " + ".join(part.describe() for part in layer.center) or "no center"
     if layer.groups is None:
-        return " + ".join([*center, *map(_describe_residual, layer.residual)])
+        return " + ".join([center, *(part.describe() for part in layer.residual)])
     groups = [
-        f"{len(group.experts)} experts {' + '.join(map(_describe_residual, group.residual))}" for group in layer.groups
+        f"{len(group.experts)} experts {' + '.join(part.describe() for part in group.residual)}"
+        for group in layer.groups
     ]
-    return f"{' + '.join(center)} + [{'; '.join(groups)}]"
-
-
-def _describe(part: CenterPart | ResidualPart) -> str:
-    if part.method == "dense":
-        return part.method
-    if part.method == "quantized":
-        return f"{part.bits}-bit{_describe_group(part.group_size)}"
-    if part.method == "low_rank":
-        words = [f"rank {part.rank}", *([f"{part.factor_bits}-bit factors"] if part.factor_bits else [])]
-    else:
-        count = (
-            f"{part.values_per_expert} values"
-            if part.method == "bitmap"
-            else f"{part.values_per_row} values in every row"
-        )
-        words = [count, *([f"{part.value_bits}-bit{_describe_group(part.group_size)}"] if part.value_bits else [])]
-    return f"{part.method} ({', '.join(words)}"
-
-
-def _describe_group(group_size: int | None) -> str:
-    return "" if group_size is None else f" by {group_size}"
-
-
-def _describe_residual(part: ResidualPart) -> str:
-    group = "joint" if len(part.projections) > 1 else part.projections[0]
-    words = _describe(part)
-    return f"{words}, {group})" if part.method != "quantized" else f"quantized ({words}, {group})"
+    return f"{center} + [{'; '.join(groups)}]"
 
 
 def inspect(path: str | Path) -> Inspection:

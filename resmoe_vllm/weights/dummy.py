@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from compress_tools.format.packing import pack_mask
-from compress_tools.format.schema import BitmapResidual, LayerSpec, ResMoEFormat, RowBitmapResidual
-from compress_tools.format.tensors import DTYPES, MASK, expert_tensors, is_scale, shared_tensors
+from compress_tools.format.schema import LayerSpec, ResMoEFormat
+from compress_tools.format.tensors import DTYPES, expert_tensors, shared_tensors
 from resmoe_vllm.weights.layout import Key
 
 
@@ -26,23 +25,7 @@ def dummy_tensors(fmt: ResMoEFormat, spec: LayerSpec) -> dict[Key, Tensor]:
             tensors[key] = torch.randint(256, tensor.shape, generator=generator, dtype=torch.uint8, device="cpu")
         else:
             values = torch.rand(tensor.shape, generator=generator, dtype=torch.float32, device="cpu") * 2e-3
-            tensors[key] = (values / 2 if is_scale(tensor.suffix) else values - 1e-3).to(DTYPES[tensor.dtype])
+            tensors[key] = (values / 2 if tensor.role == "scales" else values - 1e-3).to(DTYPES[tensor.dtype])
     for part in spec.residual:
-        if part.method in ("bitmap", "bitmap_rows"):
-            for projection, keep in zip(part.projections, _spread(fmt, part), strict=True):
-                tensors[projection, MASK] = pack_mask(keep)
+        tensors |= part.example_masks(fmt.sizes)
     return tensors
-
-
-def _spread(fmt: ResMoEFormat, part: BitmapResidual | RowBitmapResidual) -> Tensor:
-    """As many entries as the part keeps, evenly spread: bool ``[P, I, H]``."""
-    shape = (len(part.projections), fmt.intermediate_size, fmt.hidden_size)
-    keep = torch.zeros(shape, dtype=torch.bool, device="cpu")
-    if part.method == "bitmap":
-        keep.view(-1)[torch.arange(part.values_per_expert, device="cpu") * keep.numel() // part.values_per_expert] = (
-            True
-        )
-    else:
-        columns = torch.arange(part.values_per_row, device="cpu") * fmt.hidden_size // part.values_per_row
-        keep[..., columns] = True
-    return keep

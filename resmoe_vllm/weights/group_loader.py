@@ -7,13 +7,11 @@ from torch import Tensor
 
 from compress_tools.errors import FormatError
 from compress_tools.format.packing import mask_row_counts, pack_codes, unpack_codes
-from compress_tools.format.schema import BitmapResidual, LayerSpec, Projection, ResMoEFormat
+from compress_tools.format.schema import BitmapResidual, LayerSpec, Projection, ResMoEFormat, RowBitmapResidual
 from compress_tools.format.tensors import (
     CENTER_EXPERT,
     DTYPES,
     MASK,
-    VALUE_CODES,
-    VALUES,
     TensorSpec,
     expert_tensors,
     shared_tensors,
@@ -61,12 +59,15 @@ class GroupLoader:
         # how many tensors this rank loads
         self.num_places = sum(1 if tensor.expert is None else len(rows) for tensor in self.own_specs())
         self.bitmaps: dict[Projection, BitmapResidual] = {
-            projection: part for part in spec.residual if part.method == "bitmap" for projection in part.projections
+            projection: part
+            for part in spec.residual
+            if isinstance(part, BitmapResidual)
+            for projection in part.projections
         }
         self.row_counts_expected: dict[Projection, int] = {
             projection: part.values_per_row
             for part in spec.residual
-            if part.method == "bitmap_rows"
+            if isinstance(part, RowBitmapResidual)
             for projection in part.projections
         }
         self.params: dict[str, torch.nn.Parameter] = {}
@@ -138,7 +139,7 @@ class GroupLoader:
     def _finish_bitmap(self, part: BitmapResidual, row: int, expert_id: int) -> None:
         """Once an expert's bitmap is whole: check the count, write row pointers, slice values."""
         first = part.projections[0]
-        stream = VALUES if part.value_bits is None else VALUE_CODES
+        stream = part.stream
         places = [(first, stream, row), *((projection, MASK, row) for projection in part.projections)]
         if not self.loaded.issuperset(places):
             return

@@ -22,29 +22,24 @@ from math import prod
 
 from torch import Tensor
 
-from compress_tools.format.schema import LayerSpec, Projection, ResidualPart, ResMoEFormat
-from compress_tools.format.tensors import (
-    CENTER,
-    CENTER_CODES,
-    CENTER_SCALES,
-    CODES,
-    MASK,
-    ROW_VALUE_CODES,
-    ROW_VALUES,
-    SCALES,
-    U_CODES,
-    U_SCALES,
-    V_CODES,
-    V_SCALES,
-    VALUE_CODES,
-    VALUE_SCALES,
-    VALUES,
-    TensorSpec,
-    U,
-    V,
-    expert_tensors,
-    shared_tensors,
+from compress_tools.format.parts.base import CodedRows, TensorSpec
+from compress_tools.format.parts.bitmap import MASK, ROW_VALUE_CODES, ROW_VALUES, VALUE_CODES, VALUE_SCALES, VALUES
+from compress_tools.format.parts.dense import CENTER
+from compress_tools.format.parts.low_rank import CODED_U, CODED_V, U, V
+from compress_tools.format.schema import (
+    BitmapResidual,
+    CenterPart,
+    DenseCenter,
+    LayerSpec,
+    LowRankResidual,
+    Projection,
+    QuantizedCenter,
+    QuantizedResidual,
+    ResidualPart,
+    ResMoEFormat,
+    RowBitmapResidual,
 )
+from compress_tools.format.tensors import expert_tensors, shared_tensors
 from resmoe_vllm.weights.bound import (
     BitmapWeights,
     Coded,
@@ -121,13 +116,9 @@ class LayerLayout:
 
     @cached_property
     def coders(self) -> frozenset[str]:
-        """What a kernel must read, by the kernel table's words: see ``ops.CODERS``."""
-        found = {"quantized_center" for part in self.spec.center if part.method == "quantized"}
-        for part in self.spec.residual:
-            in_codes = part.method in ("bitmap", "bitmap_rows") and part.value_bits is not None
-            in_codes |= part.method == "low_rank" and part.factor_bits is not None
-            found.add(f"{part.method}_codes" if in_codes else part.method)
-        return frozenset(found)
+        """What a kernel must read: its parts' ``kernel_coder``; see ``ops.CODERS``."""
+        names = (part.kernel_coder for part in (*self.spec.center, *self.spec.residual))
+        return frozenset(name for name in names if name is not None)
 
     def bind(self, tensors: list[Tensor]) -> ResMoEWeights:
         """Views of the parameters, given in the order of ``params``."""
@@ -136,11 +127,9 @@ class LayerLayout:
             self.hidden_size,
             self.intermediate_size,
             center={
-                p: binder.view(p, CENTER)[0]
-                if part.method == "dense"
-                else binder.coded(p, CENTER_CODES, CENTER_SCALES, part.bits, self.hidden_size, part.group_size)[0]
+                projection: binder.center(part, projection)
                 for part in self.spec.center
-                for p in part.projections
+                for projection in part.projections
             },
             residual=tuple(map(binder.part, self.spec.residual)),
         )
@@ -156,48 +145,68 @@ class _Binder:
         return slot.view(self.tensors[slot.param])
 
     def coded(
-        self, projection: Projection, codes: str, scales: str, bits: int, columns: int, group_size: int | None
+        self, projection: Projection, rows: CodedRows, columns: int, bits: int, group_size: int | None = None
     ) -> Coded:
-        return Coded(self.view(projection, codes), self.view(projection, scales), bits, columns, group_size)
+        return Coded(self.view(projection, rows.codes), self.view(projection, rows.scales), bits, columns, group_size)
+
+    def center(self, part: CenterPart, projection: Projection) -> Matrix:
+        match part:
+            case DenseCenter():
+                return self.view(projection, CENTER)[0]
+            case QuantizedCenter():
+                return self.coded(projection, part.stored_as, self.layout.hidden_size, part.bits, part.group_size)[0]
 
     def part(self, part: ResidualPart) -> ResidualWeights:
-        hidden_size, first = self.layout.hidden_size, part.projections[0]
-        if part.method == "quantized":
-            return QuantizedWeights(
-                part.projections,
-                {p: self.coded(p, CODES, SCALES, part.bits, hidden_size, part.group_size) for p in part.projections},
-            )
-        if part.method == "low_rank":
-            return self._low_rank(part.projections, part.rank, part.factor_bits)
-        scales = None if part.value_bits is None else {p: self.view(p, VALUE_SCALES) for p in part.projections}
-        mask = {p: self.view(p, MASK) for p in part.projections}
-        if part.method == "bitmap_rows":
-            suffix = ROW_VALUES if part.value_bits is None else ROW_VALUE_CODES
-            values = {p: self.view(p, suffix) for p in part.projections}
-            return RowBitmapWeights(
-                part.projections, mask, values, part.values_per_row, part.value_bits, scales, part.group_size
-            )
-        suffix = VALUES if part.value_bits is None else VALUE_CODES
-        packed = self.layout.packed
+        match part:
+            case QuantizedResidual():
+                return self._quantized(part)
+            case LowRankResidual():
+                return self._low_rank(part)
+            case BitmapResidual():
+                return self._bitmap(part)
+            case RowBitmapResidual():
+                return self._row_bitmap(part)
+
+    def _quantized(self, part: QuantizedResidual) -> QuantizedWeights:
+        hidden_size = self.layout.hidden_size
+        rows = {p: self.coded(p, part.stored_as, hidden_size, part.bits, part.group_size) for p in part.projections}
+        return QuantizedWeights(part.projections, rows)
+
+    def _low_rank(self, part: LowRankResidual) -> LowRankWeights:
+        first, projections, bits = part.projections[0], part.projections, part.factor_bits
+        if bits is None:
+            return LowRankWeights(projections, self.view(first, U), {p: self.view(p, V) for p in projections})
+        v: dict[Projection, Matrix] = {p: self.coded(p, CODED_V, self.layout.hidden_size, bits) for p in projections}
+        return LowRankWeights(projections, self.coded(first, CODED_U, part.rank, bits), v)
+
+    def _bitmap(self, part: BitmapResidual) -> BitmapWeights:
+        first, packed = part.projections[0], self.layout.packed
+        slot = self.layout.slots[first, part.stream]
         return BitmapWeights(
             part.projections,
-            mask=mask,
+            mask={p: self.view(p, MASK) for p in part.projections},
             row_ptr={p: self.view(p, ROW_PTR) for p in part.projections},
-            values=self.tensors[self.layout.slots[first, suffix].param] if packed else self.view(first, suffix),
+            values=self.tensors[slot.param] if packed else self.view(first, part.stream),
             starts=self.view(first, STARTS)[:, 0] if packed else None,
             value_bits=part.value_bits,
-            scales=scales,
+            scales=self._value_scales(part),
             group_size=part.group_size,
         )
 
-    def _low_rank(self, projections: tuple[Projection, ...], rank: int, bits: int | None) -> LowRankWeights:
-        first, hidden_size = projections[0], self.layout.hidden_size
-        if bits is None:
-            return LowRankWeights(projections, self.view(first, U), {p: self.view(p, V) for p in projections})
-        v: dict[Projection, Matrix] = {
-            p: self.coded(p, V_CODES, V_SCALES, bits, hidden_size, None) for p in projections
-        }
-        return LowRankWeights(projections, self.coded(first, U_CODES, U_SCALES, bits, rank, None), v)
+    def _row_bitmap(self, part: RowBitmapResidual) -> RowBitmapWeights:
+        suffix = ROW_VALUES if part.value_bits is None else ROW_VALUE_CODES
+        return RowBitmapWeights(
+            part.projections,
+            mask={p: self.view(p, MASK) for p in part.projections},
+            values={p: self.view(p, suffix) for p in part.projections},
+            values_per_row=part.values_per_row,
+            value_bits=part.value_bits,
+            scales=self._value_scales(part),
+            group_size=part.group_size,
+        )
+
+    def _value_scales(self, part: BitmapResidual | RowBitmapResidual) -> dict[Projection, Tensor] | None:
+        return None if part.value_bits is None else {p: self.view(p, VALUE_SCALES) for p in part.projections}
 
 
 def layout_key(fmt: ResMoEFormat, spec: LayerSpec, tp_size: int) -> str:
@@ -237,7 +246,7 @@ def parse_layout(key: str) -> LayerLayout:
         shape = (0,) if packed and tensor.suffix in STREAMS else tensor.shape
         add(tensor.projection, tensor.suffix, shape, tensor.dtype, tensor.expert is None)
 
-    unordered = {p for part in spec.residual if part.method == "bitmap" for p in part.projections}
+    unordered = {p for part in spec.residual if part.row_pointers for p in part.projections}
     for tensor in shared_tensors(local, spec):
         add_stored(tensor)
     for tensor in expert_tensors(local, spec, 0):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress_tools.errors import CheckpointError, FormatError, NumericalError
-from compress_tools.format.codec import decode_bitmap, decode_residual, encode_bitmap
+from compress_tools.format.codec import decode_residual, encode_bitmap
 from compress_tools.format.packing import mask_row_counts, pack_codes, pack_mask, unpack_codes, unpack_mask
 from compress_tools.format.quantization import dequantize
 from compress_tools.format.schema import PROJECTIONS, BitmapResidual, parse_format
@@ -161,7 +161,7 @@ def test_bitmaps_round_trip(dtype: torch.dtype) -> None:
     rows = {p: torch.randn(6, 70, generator=generator).to(dtype).float() for p in ("gate_proj", "down_proj")}
     keep = {p: torch.rand(6, 70, generator=generator) < 0.3 for p in rows}
     part = BitmapResidual(projections=tuple(rows), values_per_expert=sum(int(mask.sum()) for mask in keep.values()))
-    decoded = decode_bitmap(part, encode_bitmap(rows, keep, dtype), 70)
+    decoded = part.decode(encode_bitmap(rows, keep, dtype), 70)
     for projection in rows:
         assert torch.equal(decoded[projection], rows[projection] * keep[projection])
 
