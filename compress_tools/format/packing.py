@@ -59,7 +59,8 @@ def _pack_plane(codes: Tensor, bits: int) -> Tensor:
     if bits == 1 and codes.device.type == "cpu":
         return torch.from_numpy(np.packbits(codes.numpy(), axis=-1, bitorder="little"))
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    return (codes.unflatten(-1, (-1, 8 // bits)) << shifts).sum(-1, dtype=torch.uint8)
+    by_byte = codes.reshape(*codes.shape[:-1], codes.shape[-1] * bits // 8, 8 // bits)
+    return (by_byte << shifts).sum(-1, dtype=torch.uint8)
 
 
 def _unpack_plane(packed: Tensor, bits: int) -> Tensor:

@@ -13,7 +13,7 @@ from compress_tools.format.packing import unpack_codes
 
 def half_range(bits: int) -> float:
     """Largest level in units of the scale: ``(2**bits - 1) / 2``."""
-    return (2**bits - 1) / 2
+    return ((1 << bits) - 1) / 2
 
 
 def expand_scales(scales: Tensor, columns: int, group_size: int | None) -> Tensor:

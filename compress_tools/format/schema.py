@@ -38,8 +38,8 @@ __all__ = [
     "RowBitmapResidual",
     "ValueBits",
     "WeightDtype",
-    "part_classes",
     "parse_format",
+    "part_classes",
 ]
 
 FORMAT_VERSION: Final = 2

@@ -35,8 +35,9 @@ from compress_tools.format.schema import LayerSpec, ResMoEFormat, part_classes
 BIAS = "resmoe_bias"
 
 # Every suffix of the format, and what it holds. Each part's own are in its file.
-ROLES: dict[str, Role] = {BIAS: "values"} | {
-    suffix: role for part in part_classes() for suffix, role in part.roles.items()
+ROLES: dict[str, Role] = {
+    BIAS: "values",
+    **{suffix: role for part in part_classes() for suffix, role in part.roles.items()},
 }
 
 # The center has no expert of its own: it rides under expert 0, a name that every vLLM loader maps (SPEC.md, 3.1).

@@ -8,12 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from compress_tools.format.codec import (
-    Rows,
-    decode_residual,
-    restore_center,
-    restore_expert,
-)
+from compress_tools.format.codec import decode_residual, restore_center, restore_expert
+from compress_tools.format.parts.base import Rows
 from compress_tools.format.schema import LayerSpec, LowRankResidual, Projection
 from compress_tools.format.tensors import BIAS, follows_model_dtype
 from compress_tools.residuals.base import StoredTensors

@@ -8,15 +8,13 @@ from compress_tools.config import CompressionConfig, make_config
 from compress_tools.errors import ConfigError
 from compress_tools.format.schema import (
     CenterPart,
-    DenseCenter,
     LayerSpec,
     Projection,
-    QuantizedCenter,
     ResidualPart,
     ResMoEFormat,
 )
 from compress_tools.format.tensors import expert_tensors, shared_tensors
-from compress_tools.residuals.recipes import RECIPES
+from compress_tools.residuals.recipes import RECIPES, center_part
 
 # Bits of the center; 0: none, 16: the model's dtype.
 CenterBits = Literal[0, 4, 8, 16]
@@ -67,11 +65,7 @@ def _short(value: object) -> str:
 
 def center_parts(bits: CenterBits, projections: tuple[Projection, ...]) -> tuple[CenterPart, ...]:
     """How a center of these projections is stored."""
-    if not bits or not projections:
-        return ()
-    if bits == 16:
-        return (DenseCenter(projections=projections),)
-    return (QuantizedCenter(projections=projections, bits=bits, group_size=CENTER_GROUP),)
+    return (center_part(bits, projections, CENTER_GROUP),) if bits and projections else ()
 
 
 class Sizes:

@@ -1,12 +1,13 @@
-"""What an encoder is: it makes one part's tensors of the rows that the part stands for."""
+"""What a coder consists of: a recipe, from the user's options to parts, and an encoder, from rows to tensors."""
 
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from compress_tools.format.parts.base import Part
+from compress_tools.config import CompressionConfig
 from compress_tools.format.parts.base import StoredTensors as StoredTensors
+from compress_tools.format.schema import Part, Projection, ResidualPart
 
 AnyPart = TypeVar("AnyPart", bound=Part, contravariant=True)
 
@@ -24,5 +25,24 @@ class Encoder(Protocol[AnyPart]):
             seed: seed of randomised steps.
         Returns:
             ``part.tensors`` by (projection, suffix), on the CPU.
+        """
+        ...
+
+
+class Recipe(Protocol):
+    """What a ``--method`` makes of the user's options."""
+
+    def __call__(
+        self, config: CompressionConfig, projections: tuple[Projection, ...], rows: int, columns: int, /
+    ) -> tuple[ResidualPart, ...]:
+        """Parts that cover the projections.
+
+        Args:
+            config: the options; only the method's own count.
+            projections: to be covered.
+            rows: I.
+            columns: of one projection, H.
+        Raises:
+            ConfigError: the options keep nothing of matrices this small.
         """
         ...

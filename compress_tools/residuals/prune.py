@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compress_tools.config import CompressionConfig
 from compress_tools.format.packing import pack_codes
-from compress_tools.format.parts.base import Rows, StoredTensors
+from compress_tools.format.parts.base import Projection, Rows, StoredTensors
 from compress_tools.format.parts.bitmap import (
     ROW_VALUE_CODES,
     ROW_VALUES,
@@ -21,6 +22,7 @@ from compress_tools.format.parts.bitmap import (
     encode_bitmap,
     encode_row_bitmap,
 )
+from compress_tools.residuals.budget import kept_per_row, kept_values
 from compress_tools.residuals.quantizer import quantize_rows
 from compress_tools.source.design_matrix import design_to_rows
 
@@ -67,7 +69,7 @@ def _kth_largest(magnitude: Tensor, count: int) -> Tensor:
         sample = np.sort(values[:: len(values) // _SAMPLE])
         near = rank / len(values) * len(sample)
         low, high = (sample[int(np.clip(near + side, 0, len(sample) - 1))] for side in (-_MARGIN, _MARGIN))
-        below = np.count_nonzero(values < low)
+        below = int(np.count_nonzero(values < low))
         band = values[(values >= low) & (values <= high)]
         if below <= rank < below + len(band):
             values, rank = band, rank - below
@@ -90,6 +92,25 @@ def largest_of_each_row(matrix: Tensor, count: int) -> Tensor:
     keep = magnitude > threshold
     ties = magnitude == threshold
     return keep | ties & (ties.cumsum(1, dtype=torch.int32) <= count - keep.sum(1, keepdim=True))
+
+
+def pruned_parts(
+    config: CompressionConfig, projections: tuple[Projection, ...], rows: int, columns: int
+) -> tuple[BitmapResidual | RowBitmapResidual, ...]:
+    """See ``Recipe``."""
+    value_bits = None if config.value_bits == 16 else config.value_bits
+    group_size = None if value_bits is None else config.group_size or None
+    if config.prune_rows == "equal":
+        count = kept_per_row(columns, config.retain_ratio)
+        return (
+            RowBitmapResidual(
+                projections=projections, values_per_row=count, value_bits=value_bits, group_size=group_size
+            ),
+        )
+    count = kept_values(rows, len(projections) * columns, config.retain_ratio)
+    return (
+        BitmapResidual(projections=projections, values_per_expert=count, value_bits=value_bits, group_size=group_size),
+    )
 
 
 def prune(rows: Tensor, part: BitmapResidual, dtype: torch.dtype, _seed: int) -> StoredTensors:

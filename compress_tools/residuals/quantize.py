@@ -3,11 +3,19 @@
 import torch
 from torch import Tensor
 
+from compress_tools.config import CompressionConfig
 from compress_tools.format.packing import pack_codes
 from compress_tools.format.parts.base import CodedRows, Projection, StoredTensors
 from compress_tools.format.parts.quantized import QuantizedCenter, QuantizedResidual
 from compress_tools.residuals.quantizer import quantize_rows
 from compress_tools.source.design_matrix import design_to_rows
+
+
+def quantized_parts(
+    config: CompressionConfig, projections: tuple[Projection, ...], _rows: int, _columns: int
+) -> tuple[QuantizedResidual, ...]:
+    """See ``Recipe``."""
+    return (QuantizedResidual(projections=projections, bits=config.bits, group_size=config.group_size or None),)
 
 
 def pack_rows(

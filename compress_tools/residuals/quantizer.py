@@ -94,7 +94,7 @@ def fit_scales(groups: Tensor, keep: Tensor | None, bits: int) -> Tensor:
 def _grouped(matrix: Tensor, groups: int, width: int) -> Tensor:
     """``[I, C]`` to ``[I, groups, width]``, the last group filled up with zeros."""
     filled = torch.nn.functional.pad(matrix, (0, groups * width - matrix.shape[1]))
-    return filled.unflatten(1, (groups, width))
+    return filled.view(len(matrix), groups, width)
 
 
 def _rounded(scale: Tensor) -> Tensor:

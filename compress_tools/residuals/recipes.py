@@ -1,88 +1,58 @@
-"""From what the user asks for to how a layer is stored: CLI method -> parts. A new method is one function, one line."""
+"""From what the user asks for to how a layer is stored: a row for each ``--method``, by the coders' recipes."""
 
-from collections.abc import Callable
+from typing import Literal
 
-from compress_tools.config import CompressionConfig
+from compress_tools.config import CompressionConfig, Method
 from compress_tools.format.schema import (
-    BitmapResidual,
+    CenterPart,
     DenseCenter,
+    GroupSize,
     LayerSpec,
-    LowRankResidual,
     Projection,
     QuantizedCenter,
-    QuantizedResidual,
     ResidualPart,
-    RowBitmapResidual,
 )
-from compress_tools.residuals.budget import affordable_rank, kept_per_row, kept_values
+from compress_tools.residuals.base import Recipe
+from compress_tools.residuals.low_rank import low_rank_parts
+from compress_tools.residuals.prune import pruned_parts
+from compress_tools.residuals.quantize import quantized_parts
 
-Projections = tuple[Projection, ...]
-# (config, projections, I, H) -> parts
-Recipe = Callable[[CompressionConfig, Projections, int, int], tuple[ResidualPart, ...]]
+
+def _low_rank_and_quantized_parts(
+    config: CompressionConfig, projections: tuple[Projection, ...], intermediate_size: int, hidden_size: int
+) -> tuple[ResidualPart, ...]:
+    """The remainder of low rank in codes."""
+    recipes: tuple[Recipe, ...] = (low_rank_parts, quantized_parts)
+    return tuple(part for recipe in recipes for part in recipe(config, projections, intermediate_size, hidden_size))
+
+
+RECIPES: dict[Method, Recipe] = {
+    "prune": pruned_parts,
+    "low-rank": low_rank_parts,
+    "quantize": quantized_parts,
+    "low-rank+quantize": _low_rank_and_quantized_parts,
+}
 
 
 def uniform_spec(
-    config: CompressionConfig, projections: Projections, intermediate_size: int, hidden_size: int
+    config: CompressionConfig, projections: tuple[Projection, ...], intermediate_size: int, hidden_size: int
 ) -> LayerSpec:
     """How a config stores every layer that it compresses.
 
     Raises:
         ConfigError: the retain ratio keeps nothing.
     """
-    center = ()
+    center: tuple[CenterPart, ...] = ()
     if config.center != "none":
-        center = (
-            DenseCenter(projections=projections)
-            if config.center_bits == 16
-            else QuantizedCenter(
-                projections=projections, bits=config.center_bits, group_size=config.group_size or None
-            ),
-        )
+        center = (center_part(config.center_bits, projections, config.group_size or None),)
     residual = RECIPES[config.method](config, projections, intermediate_size, hidden_size)
     return LayerSpec(center=center, residual=residual)
 
 
-def _prune(config: CompressionConfig, projections: Projections, rows: int, hidden: int) -> tuple[ResidualPart, ...]:
-    value_bits = None if config.value_bits == 16 else config.value_bits
-    group_size = None if value_bits is None else config.group_size or None
-    if config.prune_rows == "equal":
-        count = kept_per_row(hidden, config.retain_ratio)
-        return (
-            RowBitmapResidual(
-                projections=projections, values_per_row=count, value_bits=value_bits, group_size=group_size
-            ),
-        )
-    count = kept_values(rows, len(projections) * hidden, config.retain_ratio)
-    return (
-        BitmapResidual(projections=projections, values_per_expert=count, value_bits=value_bits, group_size=group_size),
-    )
-
-
-def _low_rank(config: CompressionConfig, projections: Projections, rows: int, hidden: int) -> tuple[ResidualPart, ...]:
-    shared_by = [projections] if config.low_rank_form == "joint" else [(projection,) for projection in projections]
-    return tuple(
-        LowRankResidual(
-            projections=group,
-            rank=affordable_rank(rows, len(group) * hidden, config.retain_ratio),
-            factor_bits=None if config.factor_bits == 16 else config.factor_bits,
-        )
-        for group in shared_by
-    )
-
-
-def _quantize(config: CompressionConfig, projections: Projections, rows: int, hidden: int) -> tuple[ResidualPart, ...]:
-    return (QuantizedResidual(projections=projections, bits=config.bits, group_size=config.group_size or None),)
-
-
-def _low_rank_and_quantize(
-    config: CompressionConfig, projections: Projections, rows: int, hidden: int
-) -> tuple[ResidualPart, ...]:
-    return (*_low_rank(config, projections, rows, hidden), *_quantize(config, projections, rows, hidden))
-
-
-RECIPES: dict[str, Recipe] = {
-    "prune": _prune,
-    "low-rank": _low_rank,
-    "quantize": _quantize,
-    "low-rank+quantize": _low_rank_and_quantize,
-}
+def center_part(
+    bits: Literal[16, 8, 4], projections: tuple[Projection, ...], group_size: GroupSize | None
+) -> CenterPart:
+    """How a center is stored: in 16 bits, the model's dtype, as it is; else as codes."""
+    if bits == 16:
+        return DenseCenter(projections=projections)
+    return QuantizedCenter(projections=projections, bits=bits, group_size=group_size)

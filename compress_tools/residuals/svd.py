@@ -9,6 +9,7 @@ Two routes, both over the Gram matrix of the smaller side:
   0.1 %, and a degree of 5 here. The cut between wanted and unwanted comes from a Lanczos estimate of the spectrum.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +78,7 @@ def cheaper_route(size: int, rank: int) -> str:
 def tail_energy(matrix: Tensor, rank: int) -> float:
     """Energy that the best rank-``rank`` approximation loses, exact up to float64 rounding; for checks."""
     values = torch.linalg.eigvalsh(_gram(_narrow(matrix), torch.float64))
-    return values[: len(values) - rank].clamp(min=0).sum().item()
+    return float(values[: len(values) - rank].clamp(min=0).sum())
 
 
 def _narrow(matrix: Tensor) -> Tensor:
@@ -86,13 +87,14 @@ def _narrow(matrix: Tensor) -> Tensor:
 
 
 def _by_eigh(matrix: Tensor, rank: int) -> Tensor:
-    _, vectors = torch.linalg.eigh(_gram(_narrow(matrix), torch.float64))
+    vectors: Tensor = torch.linalg.eigh(_gram(_narrow(matrix), torch.float64))[1]
     leading = vectors[:, -rank:].flip(1)
     if matrix.shape[0] <= matrix.shape[1]:
         return leading.float()
     # Right vectors v give u = M v / |M v|; null directions are completed by QR.
-    left = torch.cat([product(block.double(), leading) for block in matrix.split(2048)])
-    return torch.linalg.qr(left)[0].float()
+    left = torch.cat([product(block.double(), leading) for block in torch.split(matrix, 2048)])
+    orthonormal: Tensor = torch.linalg.qr(left)[0]
+    return orthonormal.float()
 
 
 def _gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -100,7 +102,7 @@ def _gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     size = len(matrix)
     total = torch.empty(size, size, dtype=dtype, device=matrix.device)
     edges = [*range(0, size, max(256, -(-size // 16))), size]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         # Block rows against everything from their own diagonal on; wide matrices by column blocks.
         rows = total.new_zeros(stop - start, size - start)
         for columns in range(0, matrix.shape[1], 4096):

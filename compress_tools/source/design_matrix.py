@@ -1,12 +1,11 @@
-"""Experts as design matrices: ``[gate | up | down^T]``, ``[I, P*H]``. Sole owner of the column order (DESIGN 1)."""
+"""Experts as design matrices: ``[gate | up | down^T]``, ``[I, P*H]``. Sole owner of the column order."""
 
 import torch
 from torch import Tensor
 
 from compress_tools.architectures.base import ExpertWeights
-from compress_tools.format.schema import Projection
-
-Rows = dict[Projection, Tensor]
+from compress_tools.format.parts.base import Projection
+from compress_tools.format.parts.base import Rows as Rows
 
 
 def expert_to_rows(weights: ExpertWeights) -> Rows:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from compress_tools.errors import FormatError, NumericalError
-from compress_tools.format.codec import Rows, restore_expert
+from compress_tools.format.codec import restore_expert
 from compress_tools.format.dtypes import SAFETENSORS_NAMES
+from compress_tools.format.parts.base import Rows
 from compress_tools.format.schema import Projection, parse_format
 from compress_tools.format.tensors import (
     BIAS,
