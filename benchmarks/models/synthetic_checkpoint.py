@@ -92,10 +92,7 @@ def _write_dense(writer: CheckpointWriter, shape: MoEShape, layers: int, seed: i
                 tensors[f"{parts['before']}{expert}{parts['after']}"] = first.roll(expert)
         write(f"layer-{layer}.safetensors", tensors)
     corpus = (module.text for module in read_corpus(max_train_bytes=10**6).train)
-    with tempfile.TemporaryDirectory() as folder:
-        save_tokenizer(train_tokenizer(corpus, TOKENS, CONTEXT), Path(folder))
-        for file in Path(folder).iterdir():
-            writer.copy_file(file, Path(file.name))
+    save_tokenizer(train_tokenizer(corpus, TOKENS, CONTEXT), writer.staging)
     writer.finish(config, shards, total)
 
 
@@ -112,9 +109,7 @@ def write_compressed(out: Path, dense: Path, **options: Any) -> None:
     with CheckpointWriter(out, {"synthetic": outline.recipe}) as writer:
         for shard in target.shards:
             if shard.layer is None:
-                tensors = {
-                    name: reader.get(copied) for name, copied in zip(shard.tensors, shard.copied, strict=True)
-                }
+                tensors = {name: reader.get(copied) for name, copied in zip(shard.tensors, shard.copied, strict=True)}
             else:
                 stored = dummy_tensors(target.fmt, target.fmt.layers[shard.layer])
                 tensors = {}

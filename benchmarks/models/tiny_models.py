@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 COMMON: dict[str, Any] = {
     "vocab_size": 128,
@@ -166,7 +167,9 @@ def save_tiny_model(
     config = getattr(transformers, f"{prefix}Config")(**{**COMMON, **sizes, **changes})
     head = "ForConditionalGeneration" if config.is_encoder_decoder else "ForCausalLM"
     torch.manual_seed(seed)
-    model = getattr(transformers, f"{prefix}{head}")(config).to(dtype)
+    model = getattr(transformers, f"{prefix}{head}")(config)
+    _vary_constants(model, torch.Generator().manual_seed(seed))
+    model.to(dtype)
     model.save_pretrained(path, max_shard_size=max_shard_size, save_original_format=save_original_format)
     if family == "deepseek":
         _as_deepseek_moe(path, config)
@@ -174,6 +177,17 @@ def save_tiny_model(
         # The name that published Phi-3.5-MoE checkpoints, and vLLM, use.
         _edit_config(path, architectures=["PhiMoEForCausalLM"])
     return path
+
+
+def _vary_constants(model: nn.Module, generator: torch.Generator) -> None:
+    """Move every tensor that transformers starts at one value away from it: norms of 1, biases and routers of 0.
+
+    A factor that is 1 or a term that is 0 hides whether anyone multiplies or adds it.
+    """
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point() and tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all()):
+                tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
 
 
 DEEPSEEK_CONFIG_CODE = '''"""DeepSeekMoE's configuration, as a checkpoint's own code."""

@@ -16,7 +16,7 @@ from compress_tools.evaluation.predictions import Scores
 from compress_tools.evaluation.source import read_tokens
 from compress_tools.evaluation.transformers_backend import predict_windows
 from compress_tools.evaluation.windows import cut_windows
-from compress_tools.hf.quantizer import fill_experts
+from compress_tools.hf.dense_experts import fill_experts
 from compress_tools.source.design_matrix import expert_to_rows, rows_to_design
 from compress_tools.source.moe_source import open_source
 from compress_tools.source.reader import CheckpointReader

@@ -1,8 +1,8 @@
 """What the tool must know of a model family: where its experts are and how they are laid out on disk."""
 
 import re
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -28,12 +28,19 @@ class ExpertWeights:
     gate: Tensor | None
     up: Tensor
     down: Tensor
-    biases: dict[Projection, Tensor] | None = None
+    biases: Mapping[Projection, Tensor] = field(default_factory=dict)
 
     def matrix(self, projection: Projection) -> Tensor:
-        """The matrix of a projection that the expert has."""
-        matrices = {"gate_proj": self.gate, "up_proj": self.up, "down_proj": self.down}
-        return matrices[projection]
+        """The matrix of a projection.
+
+        Raises:
+            KeyError: a two-matrix expert has no ``gate_proj``.
+        """
+        if projection == "gate_proj":
+            if self.gate is None:
+                raise KeyError(projection)
+            return self.gate
+        return self.up if projection == "up_proj" else self.down
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ class MoEArchitecture:
             values.append(value)
         return MoESizes(*values)
 
-    def layer_texts(self, config: dict[str, Any]) -> dict[int, str]:
+    def layer_texts(self, config: dict[str, Any]) -> dict[int, str]:  # noqa: ARG002  for families that need it
         """What stands for ``{layer}``, by layer index; empty where it is the index itself."""
         return {}
 

@@ -3,7 +3,8 @@
 Plain torch, any device: a truth to compare with and a way to run families that vLLM can't. Speed is vLLM's job.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ from compress_tools.format.schema import LayerSpec, LowRankResidual, Projection
 from compress_tools.format.tensors import BIAS, follows_model_dtype
 from compress_tools.residuals.base import StoredTensors
 
-# (gate [T, I] or None, up [T, I]) -> [T, I]
-GateFunction = Callable[[Tensor | None, Tensor], Tensor]
+# {gate_proj (if there is one) and up_proj: [T, I]} -> [T, I]
+GateFunction = Callable[[Mapping[Projection, Tensor]], Tensor]
 Key = tuple[Projection, str]
 
 
@@ -28,7 +29,7 @@ class FactoredExperts(nn.Module):
         intermediate_size: I.
         shared: shared tensors by (projection, suffix).
         experts: each expert's stored tensors by (projection, suffix).
-        gate_function: the activation, from gate and up to the down projection's input.
+        gate_function: the activation, from the products of gate and up to the down projection's input.
         dtype: dtype of what is stored in the checkpoint's dtype; masks, codes and scales stay as stored.
     """
 
@@ -92,20 +93,20 @@ class FactoredExperts(nn.Module):
         """
         center = self._center(hidden_states.dtype)
         inner = [p for p in self.spec.projections if p != "down_proj"]
-        common = {p: (hidden_states @ center[p].T).float() if p in center else None for p in inner}
+        common = {p: (hidden_states @ center[p].T).float() for p in inner if p in center}
         mixed = torch.zeros(len(hidden_states), self.intermediate_size, device=hidden_states.device)
         output = torch.zeros(hidden_states.shape, device=hidden_states.device)
-        for expert in topk_ids[topk_ids < self.num_experts].unique().tolist():
+        for expert in sorted(set(topk_ids[topk_ids < self.num_experts].tolist())):
             tokens, slots = (topk_ids == expert).nonzero(as_tuple=True)
             x, weight = hidden_states[tokens], topk_weights[tokens, slots, None].float()
             products = _ExpertProducts(self, expert, x.dtype)
             biases = self.biases(expert)
-            pre: dict[str, Tensor] = {}
+            before: dict[Projection, Tensor] = {}
             for p in inner:
                 value = products.into(p, x)
-                value = value if common[p] is None else value + common[p][tokens]
-                pre[p] = value + biases[p].float() if p in biases else value
-            activated = self.gate_function(pre.get("gate_proj"), pre["up_proj"]) * weight
+                value = value + common[p][tokens] if p in common else value
+                before[p] = value + biases[p].float() if p in biases else value
+            activated = self.gate_function(before) * weight
             mixed.index_add_(0, tokens, activated)
             out = products.out_of("down_proj", activated.to(x.dtype))
             if "down_proj" in biases:
@@ -132,13 +133,13 @@ class _ExpertProducts:
         """``x [T, H]`` times the residual of gate or up: ``[T, I]`` fp32."""
         if not self._factored:
             return (x @ self._decoded[projection].T).float()
-        return sum((x @ v.T) @ u.T for u, v in self._factors(projection)).float()
+        return _sum((x @ v.T) @ u.T for u, v in self._factors(projection)).float()
 
     def out_of(self, projection: Projection, a: Tensor) -> Tensor:
         """``a [T, I]`` times the residual of down: ``[T, H]`` fp32."""
         if not self._factored:
             return (a @ self._decoded[projection]).float()
-        return sum((a @ u) @ v for u, v in self._factors(projection)).float()
+        return _sum((a @ u) @ v for u, v in self._factors(projection)).float()
 
     def _factors(self, projection: Projection) -> list[tuple[Tensor, Tensor]]:
         return [
@@ -149,6 +150,10 @@ class _ExpertProducts:
             for part in self._low_rank
             if projection in part.projections
         ]
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, terms)
 
 
 def _buffer_name(key: Key, group: int | None = None) -> str:

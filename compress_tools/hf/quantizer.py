@@ -19,19 +19,18 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compress_tools.architectures.base import ExpertWeights, MoEArchitecture
 from compress_tools.architectures.registry import find_architecture
 from compress_tools.errors import CheckpointError
 from compress_tools.format.loading_guard import GUARD_KEY
 from compress_tools.format.schema import QUANT_METHOD, parse_format
 from compress_tools.format.tensors import DTYPES
-from compress_tools.hf.factored_experts import FactoredExperts, GateFunction
+from compress_tools.hf.dense_experts import experts_module, fill_experts, gate_function
+from compress_tools.hf.factored_experts import FactoredExperts
 from compress_tools.source.design_matrix import rows_to_expert
-from compress_tools.source.moe_source import interleave
 from compress_tools.stored.checkpoint import ResMoECheckpoint
 
 
-class ResMoETransformersConfig(QuantizationConfigMixin):
+class ResMoETransformersConfig(QuantizationConfigMixin):  # type: ignore[misc]  # mypy reads transformers as Any
     """The ``quantization_config`` block, as transformers wants to hold it."""
 
     def __init__(self, **block: Any) -> None:
@@ -40,7 +39,7 @@ class ResMoETransformersConfig(QuantizationConfigMixin):
         parse_format(self.block)
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **_: Any) -> Any:
+    def from_dict(cls, config_dict: dict[str, Any], *, return_unused_kwargs: bool = False, **_: Any) -> Any:
         """Build from config.json's block."""
         config = cls(**config_dict)
         return (config, {}) if return_unused_kwargs else config
@@ -50,7 +49,7 @@ class ResMoETransformersConfig(QuantizationConfigMixin):
         return dict(self.block)
 
 
-class ResMoEQuantizer(HfQuantizer):
+class ResMoEQuantizer(HfQuantizer):  # type: ignore[misc]  # mypy reads transformers as Any
     """Puts ``FactoredExperts`` in place of each compressed layer's experts."""
 
     requires_calibration = False
@@ -76,7 +75,7 @@ class ResMoEQuantizer(HfQuantizer):
         self._architecture = find_architecture(self._checkpoint.reader.config)
         self._dense: dict[str, nn.Module] = {}
         for layer in self._checkpoint.fmt.layers:
-            name = _experts_module(model, self._architecture, self._checkpoint, layer)
+            name = experts_module(model, self._architecture, self._checkpoint.fmt, layer)
             self._dense[name] = dense = model.get_submodule(name)
             if isinstance(dense, nn.ModuleDict):
                 # Switch initialises its experts by name while loading: they stay until the factored ones come.
@@ -108,16 +107,18 @@ class ResMoEQuantizer(HfQuantizer):
                 [checkpoint.stored(layer, expert) for expert in range(fmt.num_experts)],
                 gate_function(self._dense[name]),
                 model.dtype,
-            )
+            ).to(model.device)
             one_hot = isinstance(self._dense[name], nn.ModuleDict)
-            model.set_submodule(name, _OneHotRouting(experts) if one_hot else experts.to(model.device))
+            model.set_submodule(name, _OneHotRouting(experts) if one_hot else experts)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Dense experts again, restored."""
+        """Dense experts again, restored; the whole model in ``dtype``, if one is given."""
         for name, dense in self._dense.items():
             module = model.get_submodule(name)
             factored = module.experts if isinstance(module, _OneHotRouting) else module
+            if not isinstance(factored, FactoredExperts):
+                raise CheckpointError(f"dequantize: {name} is a {type(factored).__name__}; expected FactoredExperts")
             experts = [
                 rows_to_expert(
                     {p: rows.to(model.dtype) for p, rows in factored.restored(expert).items()},
@@ -126,7 +127,7 @@ class ResMoEQuantizer(HfQuantizer):
                 for expert in range(factored.num_experts)
             ]
             model.set_submodule(name, fill_experts(dense.to_empty(device=model.device).to(model.dtype), experts))
-        return model
+        return model if dtype in (None, model.dtype) else model.to(dtype)
 
     def is_serializable(self) -> bool:
         """Saving from transformers is not supported: ``resmoe`` writes checkpoints."""
@@ -149,36 +150,8 @@ class _OneHotRouting(nn.Module):
         """``[T, H]``, ``[T, 1, E]`` (all zero beyond an expert's capacity), ``[T, 1]`` to ``[T, H]``."""
         weight, ids = selected_experts.squeeze(1).max(dim=-1, keepdim=True)
         ids = ids.masked_fill(weight == 0, self.experts.num_experts)
-        return self.experts(hidden_states, ids, routing_weights)
-
-
-def gate_function(dense: nn.Module) -> GateFunction:
-    """The activation of a transformers experts module, taken from the module itself."""
-    if isinstance(dense, nn.ModuleDict):
-        act = next(iter(dense.values())).act
-        return lambda gate, up: act(up)
-    if hasattr(dense, "gate_up_proj_bias"):
-        return lambda gate, up: dense._apply_gate(interleave(gate, up))
-    return lambda gate, up: dense.act_fn(gate) * up
-
-
-def fill_experts(dense: nn.Module, experts: list[ExpertWeights]) -> nn.Module:
-    """Write restored experts into a transformers experts module; returns it."""
-    with torch.no_grad():
-        for number, weights in enumerate(experts):
-            if isinstance(dense, nn.ModuleDict):
-                dense[f"expert_{number}"].wi.weight.copy_(weights.up)
-                dense[f"expert_{number}"].wo.weight.copy_(weights.down)
-            elif hasattr(dense, "gate_up_proj_bias"):
-                dense.gate_up_proj[number].copy_(interleave(weights.gate.T, weights.up.T))
-                biases = weights.biases
-                dense.gate_up_proj_bias[number].copy_(interleave(biases["gate_proj"], biases["up_proj"]))
-                dense.down_proj[number].copy_(weights.down.T)
-                dense.down_proj_bias[number].copy_(biases["down_proj"])
-            else:
-                dense.gate_up_proj[number].copy_(torch.cat([weights.gate, weights.up]))
-                dense.down_proj[number].copy_(weights.down)
-    return dense
+        output: Tensor = self.experts(hidden_states, ids, routing_weights)
+        return output
 
 
 def register() -> None:
@@ -187,12 +160,3 @@ def register() -> None:
         register_quantizer(QUANT_METHOD)(ResMoEQuantizer)
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(QUANT_METHOD)(ResMoETransformersConfig)
-
-
-def _experts_module(
-    model: PreTrainedModel, architecture: MoEArchitecture, checkpoint: ResMoECheckpoint, layer: int
-) -> str:
-    """Name of a layer's experts in the live model; a bare base model has no ``model.`` in front."""
-    template = architecture.fused.experts if architecture.fused else architecture.expert.rsplit(".", 1)[0]
-    name = template.replace("{layer}", checkpoint.fmt.names.layers.get(layer, str(layer)))
-    return name if hasattr(model, name.split(".")[0]) else name.removeprefix(f"{model.base_model_prefix}.")

@@ -1,5 +1,7 @@
 """Experts as design matrices: ``[gate | up | down^T]``, ``[I, P*H]``. Sole owner of the column order."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -14,9 +16,9 @@ def expert_to_rows(weights: ExpertWeights) -> Rows:
     return {"gate_proj": weights.gate, **rows} if weights.gate is not None else rows
 
 
-def rows_to_expert(rows: Rows, biases: dict[Projection, Tensor] | None = None) -> ExpertWeights:
+def rows_to_expert(rows: Rows, biases: Mapping[Projection, Tensor] | None = None) -> ExpertWeights:
     """Inverse of ``expert_to_rows``; biases are no part of the design matrix and are passed along."""
-    return ExpertWeights(rows.get("gate_proj"), rows["up_proj"], rows["down_proj"].T.contiguous(), biases)
+    return ExpertWeights(rows.get("gate_proj"), rows["up_proj"], rows["down_proj"].T.contiguous(), biases or {})
 
 
 def rows_to_design(rows: Rows) -> Tensor:

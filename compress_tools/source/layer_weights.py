@@ -37,7 +37,7 @@ def read_layer(
         for expert in range(sizes.num_experts):
             weights = source.read_expert(layer, expert)
             fill_design(design[expert], expert_to_rows(weights))
-            biases.append({projection: bias.clone() for projection, bias in (weights.biases or {}).items()})
+            biases.append({projection: bias.clone() for projection, bias in weights.biases.items()})
             del weights
             source.reader.release()
             progress.step()

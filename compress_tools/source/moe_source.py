@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress_tools.architectures.base import ExpertWeights, MoEArchitecture, MoESizes
+from compress_tools.architectures.base import ExpertWeights, FusedNames, MoEArchitecture, MoESizes
 from compress_tools.architectures.registry import find_architecture
 from compress_tools.errors import CheckpointError, NumericalError, UnsupportedArchitectureError
 from compress_tools.format.schema import ExpertNames, Projection
@@ -31,7 +31,7 @@ class MoESource:
         sizes: E, H, I.
         names: names that the ResMoE checkpoint will use.
         layers: layer indices that hold experts, ascending.
-        fused: experts are stored as 3-D tensors.
+        fused_names: where experts stored as 3-D tensors are; None where they are stored one by one.
     """
 
     reader: CheckpointReader
@@ -39,7 +39,12 @@ class MoESource:
     sizes: MoESizes
     names: ExpertNames
     layers: tuple[int, ...]
-    fused: bool
+    fused_names: FusedNames | None
+
+    @property
+    def fused(self) -> bool:
+        """Experts are stored as 3-D tensors."""
+        return self.fused_names is not None
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -49,15 +54,15 @@ class MoESource:
     def expected(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all tensors of a layer that compression replaces."""
         size_e, size_h, size_i = self.sizes.num_experts, self.sizes.hidden_size, self.sizes.intermediate_size
-        if not self.fused:
+        if self.fused_names is None:
             shapes: dict[Projection, tuple[int, ...]] = {"down_proj": (size_h, size_i)}
             return {
                 expert_name(self.names, layer, expert, p): shapes.get(p, (size_i, size_h))
                 for expert in range(size_e)
                 for p in self.projections
             }
-        stem = self._fused_stem(layer)
-        if not self.architecture.fused.interleaved:
+        stem = fused_stem(self.fused_names, layer)
+        if not self.fused_names.interleaved:
             return {
                 f"{stem}.{FUSED_GATE_UP}": (size_e, 2 * size_i, size_h),
                 f"{stem}.{FUSED_DOWN}": (size_e, size_h, size_i),
@@ -94,14 +99,15 @@ class MoESource:
             CheckpointError: unreadable.
             NumericalError: a weight is NaN or infinite; names the tensor.
         """
-        if not self.fused:
+        if self.fused_names is None:
             matrices = {p: self._read(expert_name(self.names, layer, expert, p)) for p in self.projections}
             return ExpertWeights(matrices.get("gate_proj"), matrices["up_proj"], matrices["down_proj"])
-        stem = self._fused_stem(layer)
+        stem = fused_stem(self.fused_names, layer)
         gate_up = self._read(f"{stem}.{FUSED_GATE_UP}", expert)
         down = self._read(f"{stem}.{FUSED_DOWN}", expert)
-        if not self.architecture.fused.interleaved:
-            return ExpertWeights(*gate_up.chunk(2), down)
+        if not self.fused_names.interleaved:
+            gate, up = gate_up.chunk(2)
+            return ExpertWeights(gate, up, down)
         bias = self._read(f"{stem}.{FUSED_GATE_UP}{FUSED_BIAS}", expert)
         down_bias = self._read(f"{stem}.{FUSED_DOWN}{FUSED_BIAS}", expert)
         biases: dict[Projection, Tensor] = {"gate_proj": bias[::2], "up_proj": bias[1::2], "down_proj": down_bias}
@@ -113,9 +119,6 @@ class MoESource:
             for pattern, replacement in self.architecture.renames:
                 name = re.sub(pattern, replacement, name)
         return name
-
-    def _fused_stem(self, layer: int) -> str:
-        return self.architecture.fused.experts.replace("{layer}", str(layer))
 
     def _read(self, name: str, expert: int | None = None) -> Tensor:
         tensor = self.reader.get(name) if expert is None else self.reader.get_row(name, expert)
@@ -136,13 +139,13 @@ def open_source(reader: CheckpointReader) -> MoESource:
     sizes = architecture.sizes(reader.config)
     names = architecture.expert_names(reader.config)
     layers: list[int] = []
-    fused = False
+    fused = None
     if architecture.per_expert_source:
         layers = architecture.find_layers(architecture.expert, reader.names, reader.config)
     if not layers and architecture.fused is not None:
         gate_up = f"{architecture.fused.experts}.{FUSED_GATE_UP}"
         layers = architecture.find_layers(gate_up, reader.names, reader.config)
-        fused = bool(layers)
+        fused = architecture.fused if layers else None
     if not layers:
         raise UnsupportedArchitectureError(
             f"{reader.path}: no experts found under {architecture.expert!r}; not an MoE checkpoint"
@@ -164,6 +167,11 @@ def check_whole(architecture: MoEArchitecture, reader: CheckpointReader, moe_lay
         )
 
 
+def fused_stem(fused: FusedNames, layer: int) -> str:
+    """Name of a layer's fused experts, without the tensor's own name."""
+    return fused.experts.replace("{layer}", str(layer))
+
+
 def interleave(gate: Tensor, up: Tensor) -> Tensor:
     """GPT-OSS's order: gate and up alternate in the last dimension, ``[..., I]`` twice to ``[..., 2I]``."""
     return torch.stack([gate, up], dim=-1).flatten(-2)
@@ -173,15 +181,15 @@ def dense_tensors(
     architecture: MoEArchitecture, names: ExpertNames, layer: int, experts: list[ExpertWeights]
 ) -> dict[str, Tensor]:
     """All experts of a layer as the family's usual checkpoint tensors; the inverse of reading them."""
-    if architecture.per_expert_source:
+    if architecture.per_expert_source or architecture.fused is None:
         return {
             expert_name(names, layer, number, projection): weights.matrix(projection).contiguous()
             for number, weights in enumerate(experts)
             for projection in names.projections
         }
-    stem = architecture.fused.experts.replace("{layer}", str(layer))
+    stem = fused_stem(architecture.fused, layer)
     return {
-        f"{stem}.{FUSED_GATE_UP}": torch.stack([interleave(w.gate.T, w.up.T) for w in experts]),
+        f"{stem}.{FUSED_GATE_UP}": torch.stack([interleave(w.matrix("gate_proj").T, w.up.T) for w in experts]),
         f"{stem}.{FUSED_GATE_UP}{FUSED_BIAS}": torch.stack(
             [interleave(w.biases["gate_proj"], w.biases["up_proj"]) for w in experts]
         ),

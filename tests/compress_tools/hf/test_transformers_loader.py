@@ -63,6 +63,15 @@ def test_both_modes_equal_the_restored_checkpoint(family: str, options: dict[str
     torch.testing.assert_close(logits(restored), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", sorted(set(TINY_CONFIGS) - {"deepseek"}))
+def test_keeping_everything_keeps_the_sources_logits(family: str, tmp_path: Path) -> None:
+    """Not the restored twin's: biases, routing weights and activation are the source's own."""
+    source = save_tiny_model(family, tmp_path / "source", torch.float32)
+    compress(source, tmp_path / "small", make_config(retain_ratio=1.0))
+    expected = logits(load(source, family))
+    torch.testing.assert_close(logits(load(tmp_path / "small", family)), expected, rtol=1e-4, atol=1e-4)
+
+
 VERSION_2 = {
     "quantize": {"method": "quantize", "bits": 3, "group_size": 32, "center_bits": 8},
     "low-rank+quantize": {"method": "low-rank+quantize", "bits": 2, "retain_ratio": 0.2, "factor_bits": 8},
@@ -139,6 +148,14 @@ def test_residuals_stay_compressed_in_memory(coding: str, tiny_olmoe: Path, tmp_
         for buffer in module.buffers()
     )
     assert held == report.expert_bytes_after
+
+
+def test_dequantize_takes_a_dtype(tiny_mixtral: Path, tmp_path: Path) -> None:
+    compress(tiny_mixtral, tmp_path / "small", make_config())
+    restored = load(tmp_path / "small", "mixtral").dequantize(dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in restored.parameters()} == {torch.bfloat16}
+    expected = logits(load(tmp_path / "small", "mixtral"))
+    torch.testing.assert_close(logits(restored).float(), expected, rtol=0.1, atol=0.1)
 
 
 def test_base_model_and_uncompressed_layers(tiny_mixtral: Path, tmp_path: Path) -> None:

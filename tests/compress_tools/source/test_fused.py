@@ -1,12 +1,16 @@
 """Fused 3-D expert tensors read like experts stored one by one, and biases come along."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from benchmarks.models.tiny_models import TINY_CONFIGS, save_tiny_model
 from compress_tools.config import make_config
+from compress_tools.errors import NumericalError
 from compress_tools.pipeline import compress
 from compress_tools.source.moe_source import open_source
 from compress_tools.source.reader import CheckpointReader
@@ -37,8 +41,59 @@ def test_fused_and_single_experts_are_the_same_experts(family: str, tmp_path: Pa
 
 def test_gpt_oss_keeps_its_biases_and_interleaving(tmp_path: Path) -> None:
     source = save_tiny_model("gpt_oss", tmp_path / "source", torch.float32)
+    biases = [name for name in CheckpointReader(source).names if name.endswith(("gate_up_proj_bias", "down_proj_bias"))]
+    assert len(biases) == 4
+    assert all(CheckpointReader(source).get(name).count_nonzero() > 0 for name in biases)
     compress(source, tmp_path / "small", make_config(retain_ratio=1.0))
     verify(tmp_path / "small", source)
     restore(tmp_path / "small", tmp_path / "dense")
     assert CheckpointReader(tmp_path / "dense").names == CheckpointReader(source).names
     torch.testing.assert_close(logits(tmp_path / "dense"), logits(source), rtol=1e-3, atol=1e-4)
+
+
+def test_an_expert_of_gpt_oss_computes_what_transformers_does(tmp_path: Path) -> None:
+    """Read from disk, gate and up with their own biases; the activation is the module's own."""
+    path = save_tiny_model("gpt_oss", tmp_path / "source", torch.float32)
+    module = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).model.layers[1].mlp.experts
+    source = open_source(CheckpointReader(path))
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    for expert in range(4):
+        ids, weights = torch.full((5, 1), expert), torch.full((5, 1), 0.6)
+        with torch.no_grad():
+            expected = module(x, ids, weights)
+            own = source.read_expert(1, expert)
+            gate, up = x @ own.gate.T + own.biases["gate_proj"], x @ own.up.T + own.biases["up_proj"]
+            limit = module.limit
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+            activated = (up + 1) * gate * torch.sigmoid(gate * module.alpha)
+            found = 0.6 * (activated @ own.down.T + own.biases["down_proj"])
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+FUSED_TENSORS = [
+    ("mixtral", "gate_up_proj"),
+    ("mixtral", "down_proj"),
+    ("gpt_oss", "gate_up_proj"),
+    ("gpt_oss", "down_proj"),
+    ("gpt_oss", "gate_up_proj_bias"),
+    ("gpt_oss", "down_proj_bias"),
+]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")], ids=["nan", "-inf"])
+@pytest.mark.parametrize("family,tensor", FUSED_TENSORS)
+def test_a_number_that_is_none_in_a_fused_tensor_is_refused(
+    family: str, tensor: str, value: float, tmp_path: Path
+) -> None:
+    path = save_tiny_model(family, tmp_path / "source", torch.float32, save_original_format=False)
+    tensors = load_file(path / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(f"layers.1.mlp.experts.{tensor}"))
+    tensors[name][2].view(-1)[-1] = value
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    source = open_source(CheckpointReader(path))
+    source.read_expert(1, 1)
+    with pytest.raises(NumericalError, match=f"{re.escape(name)}', expert 2, holds NaN or Inf"):
+        source.read_expert(1, 2)
+    with pytest.raises(NumericalError, match=re.escape(name)):
+        compress(path, tmp_path / "small", make_config())
+    assert not (tmp_path / "small").exists()
