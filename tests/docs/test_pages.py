@@ -1,0 +1,175 @@
+"""What the README promises to be, the page that is written from the commands, and figures against their rows."""
+
+import json
+import re
+import runpy
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from compress_tools.version import __version__
+from tests.docs.pages import PAGES, REPO, name
+
+README = (REPO / "README.md").read_text(encoding="utf-8")
+PERFORMANCE = (REPO / "docs/performance.md").read_text(encoding="utf-8")
+QUALITY = (REPO / "docs/quality.md").read_text(encoding="utf-8")
+
+
+def rows(file: str) -> list[dict[str, Any]]:
+    """The rows of a file in benchmarks/results."""
+    return json.loads((REPO / "benchmarks/results" / file).read_text())["rows"]
+
+
+def table(text: str, heading: str) -> dict[str, list[str]]:
+    """Cells by first cell, of the first table after ``heading``."""
+    lines = text[text.index(heading) :].splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    found = {}
+    for line in lines[first + 2 :]:
+        if not line.startswith("|"):
+            break
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        found[cells[0]] = cells[1:]
+    return found
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 130
+    assert len(README.encode()) <= 9 * 1024
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if not name(page).startswith("docs/notes/")], ids=name)
+def test_targets_and_misses_stand_in_the_notes(page: Path):
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"\(target|target [\d.]+|, missed|missed\)", text)
+
+
+def test_the_commands_page_is_written_from_the_commands():
+    module = runpy.run_path(str(REPO / "docs/_build/cli_page.py"))
+    written = (REPO / "docs/cli.md").read_text(encoding="utf-8")
+    assert written == module["cli_page"](), "run `python docs/_build/cli_page.py`"
+
+
+def test_versions_agree():
+    citation = yaml.safe_load((REPO / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    assert citation["version"] == __version__
+    assert citation["license"] == project["license"]
+
+
+def test_pre_commit_and_workflow_run_what_make_and_ci_run():
+    hooks = yaml.safe_load((REPO / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [hook["entry"] for repo in hooks for hook in repo["hooks"]] == ["make check"]
+    steps = yaml.safe_load((REPO / ".github/workflows/ci.yml").read_text())["jobs"]["test"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
+
+
+def test_demo_table_is_the_rows():
+    shown = table(README, "# ResMoE for vLLM")
+    names = {"original": "original, bf16", "pruned 25 %": "pruned, 25 % kept", "low rank 25 %": "low rank, 25 % kept"}
+    measured = rows("demo-cpu.json")
+    assert {names[row["name"]] for row in measured} == set(shown)
+    for row in measured:
+        disk, resident, perplexity, speed = (cell.split(" ")[0] for cell in shown[names[row["name"]]])
+        assert disk == f"{row['expert_bytes_disk'] / 1e6:.2f}"
+        assert resident == f"{row['expert_bytes_resident'] / 1e6:.2f}"
+        assert perplexity == f"{row['perplexity']:.2f}"
+        assert speed == f"{row['tokens_per_s']:.1f}"
+
+
+METHODS = {
+    "low rank": "low-rank",
+    "low rank, 8-bit": "low-rank-8bit",
+    "4-bit residuals, 8-bit center": "quantize-4bit",
+    "bitmap": "prune",
+}
+
+
+def test_layer_table_is_the_rows():
+    shown = table(PERFORMANCE, "## One MoE layer on the CPU")
+    measured = {}
+    for row in rows("moe-cpu-avx2.json"):
+        if (match := re.match(r"(\S+), (\S+), T=(\d+): ", row["name"])) is not None:
+            measured[match[1], match[2], int(match[3])] = row["value"]
+    seen = 0
+    for label, cells in shown.items():
+        shape, _, method = label.partition(", ")
+        for tokens, cell in zip((1, 4, 16, 64, 256, 1024), cells, strict=True):
+            found = measured.get((shape, METHODS[method], tokens))
+            assert cell == ("" if found is None else f"{found:.2f}"), (label, tokens)
+            seen += bool(cell)
+    assert seen == len(measured)
+
+
+def test_server_table_is_the_rows():
+    shown = table(PERFORMANCE, "## A whole server on the CPU")
+    measured = {row["name"]: row["value"] for row in rows("serve-olmoe-cpu.json")}
+    labels = {
+        "dense": "original",
+        "low rank, 25 % kept, 8-bit": "low-rank-8bit",
+        "low rank, 25 % kept, bf16": "low-rank",
+        "4-bit residuals, 8-bit center": "quantize-4bit",
+    }
+    for label, model in labels.items():
+        resident, load, tpot, output = (cell.split(" ")[0] for cell in shown[label])
+        assert resident == f"{measured[f'{model}: experts resident in the server']:,.0f}"
+        assert abs(float(load) - measured[f"{model}: weight load"]) <= 0.051
+        assert tpot == f"{measured[f'{model}: median TPOT at all at once, 1 in flight at most']:.1f}"
+        assert output == f"{measured[f'{model}: output at all at once']:.2f}"
+    ratio = measured["low-rank-8bit against original: decoding speed at all at once, 1 in flight at most"]
+    assert f"{ratio:.2f} times" in README
+
+
+def test_compression_table_is_the_rows():
+    measured = {row["name"]: row["value"] for row in rows("compress-cpu.json")}
+    lines = PERFORMANCE[PERFORMANCE.index("## Compression") :].splitlines()
+    shape, seen = "", 0
+    for line in lines[next(i for i, text in enumerate(lines) if text.startswith("|---")) + 1 :]:
+        if not line.startswith("|"):
+            break
+        layer, experts, minutes, memory, excess = (cell.strip() for cell in line.strip("|").split("|"))
+        shape = layer.split(",")[0] or shape
+        stem = f"{shape}, {experts}: "
+        for cell, key in (
+            (minutes, "alignment, center, both residuals, read and write"),
+            (memory, "peak memory"),
+            (excess, "SVD error over the exact tail"),
+        ):
+            shown = float(cell.split(" ")[0])
+            digits = len(cell.split(" ")[0].partition(".")[2])
+            assert shown == round(measured[stem + key], digits), (stem, key)
+            seen += 1
+    assert seen == 18
+
+
+QUALITY_ROWS = {
+    "original": ("original", "original", None),
+    "`--target-bytes-ratio 0.25`": ("bytes", "ResMoE planner", 0.25),
+    "the same, `--optimize output`": ("bytes", "ResMoE planner, by output", 0.25),
+    "plain 4-bit": ("bytes", "plain 4-bit", None),
+    "plain 3-bit": ("bytes", "plain 3-bit", None),
+    "plain pruning, 4-bit values": ("bytes", "plain pruning, 4-bit values", 0.25),
+    "ResMoE (SVD), the paper's, bf16": ("bytes", "ResMoE (SVD)", 0.25),
+    "ResMoE (UP), the paper's, bf16": ("bytes", "ResMoE (UP)", 0.25),
+    "plain SVD": ("bytes", "plain SVD", 0.25),
+    "plain pruning, bf16": ("bytes", "plain pruning (UP)", 0.25),
+}
+
+
+@pytest.mark.parametrize("label", QUALITY_ROWS)
+def test_quality_table_is_the_rows(label: str):
+    section, method, ratio = QUALITY_ROWS[label]
+    cells = table(QUALITY, "## At a quarter of the bytes")[label][1:]
+    for model, shown in (("upcycled", cells[:3]), ("scratch", cells[3:])):
+        (row,) = [
+            row
+            for row in rows("quality-cpu.json")
+            if (row.get("model"), row.get("section"), row.get("method"), row.get("asked_ratio"))
+            == (model, section, method, ratio)
+        ]
+        for cell, key in zip(shown, ("relative_error", "perplexity", "kl_nats"), strict=True):
+            digits = len(cell.partition(".")[2])
+            assert float(cell) == pytest.approx(row[key], abs=0.501 * 10**-digits), (label, model, key)
