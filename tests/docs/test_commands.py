@@ -1,4 +1,4 @@
-"""Every command of every page: run here, or its block says why not; and options, modules and paths in the text exist."""
+"""Every command of every page: run here, or its block says why not; and what the text names exists."""
 
 import importlib.util
 import re
@@ -79,10 +79,12 @@ def run(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 def run_module(command: Command, module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """As ``python -m`` does."""
     monkeypatch.setattr(sys, "argv", [module, *arguments])
+    code: object = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
-        assert not end.code, f"{command} ended with exit code {end.code}"
+        code = end.code
+    assert not code, f"{command} ended with exit code {code}"
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.where)
@@ -98,9 +100,7 @@ FOLLOWED = [
 
 
 @pytest.mark.parametrize("page", FOLLOWED)
-def test_page_can_be_followed(
-    page: str, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_page_can_be_followed(page: str, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(directory_of(page, checkpoints, tmp_path))
     ran = 0
     for block in blocks_of(REPO / page):
@@ -172,7 +172,11 @@ def test_marked_commands_name_what_exists(command: Command):
 
 def known_options() -> set[str]:
     """Every option of the commands and benchmarks of this repository."""
-    sources = [*(REPO / "benchmarks").rglob("*.py"), *(REPO / "docker").glob("*.sh"), REPO / "compress_tools/ray_cluster.py"]
+    sources = [
+        *(REPO / "benchmarks").rglob("*.py"),
+        *(REPO / "docker").glob("*.sh"),
+        REPO / "compress_tools/ray_cluster.py",
+    ]
     found = {option for path in sources for option in re.findall(r"(--[a-z][\w-]+)", path.read_text(encoding="utf-8"))}
     for command in (cli, *cli.commands.values(), ray_command):
         found |= {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}

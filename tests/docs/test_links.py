@@ -50,7 +50,9 @@ def test_every_page_is_in_the_navigation():
         return [page for value in values for page in pages(value)]
 
     nav = yaml.safe_load((REPO / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
-    assert sorted(pages(nav)) == sorted(path.relative_to(REPO / "docs").as_posix() for path in (REPO / "docs").rglob("*.md"))
+    assert sorted(pages(nav)) == sorted(
+        path.relative_to(REPO / "docs").as_posix() for path in (REPO / "docs").rglob("*.md")
+    )
 
 
 def test_every_page_can_be_reached_from_the_readme():
