@@ -42,8 +42,9 @@ __all__ = [
     "part_classes",
 ]
 
-FORMAT_VERSION: Final = 2
-READABLE_VERSIONS = (1, 2)
+FormatVersion = Literal[1, 2]
+READABLE_VERSIONS: tuple[FormatVersion, ...] = get_args(FormatVersion)
+FORMAT_VERSION = READABLE_VERSIONS[-1]
 QUANT_METHOD: Final = "resmoe"
 
 # Every way of storing rows: a new one is a class in parts/ and a row here.
@@ -174,7 +175,7 @@ class ResMoEFormat(Frozen):
     """
 
     quant_method: Literal["resmoe"] = QUANT_METHOD
-    format_version: Literal[1, 2] = FORMAT_VERSION
+    format_version: FormatVersion = FORMAT_VERSION
     written_by: str
     dtype: WeightDtype
     num_experts: PositiveInt
