@@ -8,16 +8,16 @@ from compress_tools.config import CompressionConfig, check_device
 from compress_tools.format.tensors import layer_bytes
 from compress_tools.layer import compress_layer
 from compress_tools.numerics.parallel import one_thread_each
-from compress_tools.output.finish import finish, output_name_of_file, read_report
+from compress_tools.output.finish import finish, finished_report, output_name_of_file, say_finished
 from compress_tools.output.outline import Outline, make_outline
 from compress_tools.output.run_identity import MACHINE, machine, versions
-from compress_tools.output.staging import check_apart
+from compress_tools.output.staging import Staging
 from compress_tools.output.target import CompressionTarget, Shard, make_target
 from compress_tools.output.writer import CheckpointWriter, check_space
 from compress_tools.planner.plan_file import PlanFile
 from compress_tools.progress.listener import ProgressListener, Silent
 from compress_tools.report import CompressionReport, LayerReport
-from compress_tools.slices.slices import Slice, files_of, finish_slice, shards_of, slice_path
+from compress_tools.slices.slices import Slice, files_of, finish_slice, read_slice, shards_of, slice_path
 from compress_tools.source.moe_source import open_source
 from compress_tools.source.reader import CheckpointReader
 
@@ -51,10 +51,10 @@ def compress(
     progress = progress or Silent()
     job = _prepare(Path(src), Path(dst), config, src, planned)
     with CheckpointWriter(dst, job.identity, resume=resume, overwrite=overwrite) as writer:
-        if writer.is_whole:
-            return read_report(writer.dst, job.outline)
+        if writer.is_finished:
+            return finished_report(writer.dst, progress)
         records = _write_shards(job, list(job.target.shards), job.files, writer, progress)
-        return finish(writer, job.outline, job.files, records)
+        return finish(writer, job.outline, job.files, records, progress)
 
 
 def compress_slice(
@@ -89,7 +89,10 @@ def compress_slice(
     shards = shards_of(job.target, part)
     target = slice_path(dst, part)
     with CheckpointWriter(target, job.identity, resume=resume, overwrite=overwrite) as writer:
-        if not writer.is_whole:
+        if writer.is_finished:
+            read_slice(target).check_shards()
+            say_finished(writer.dst, progress)
+        else:
             files = files_of(job.files, part)
             records = _write_shards(job, shards, files, writer, progress)
             finish_slice(writer, part, job.outline, files, records)
@@ -110,7 +113,7 @@ class _Job:
 def _prepare(src: Path, dst: Path, config: CompressionConfig, spelled: str | Path, planned: PlanFile | None) -> _Job:
     check_device(config.device)
     reader = CheckpointReader(src)
-    check_apart(src, dst)
+    Staging(dst).check_apart(src)
     if planned is None:
         target = make_target(reader, config)
     else:

@@ -18,10 +18,10 @@ from compress_tools.cli.commands import given, main, recipe_configs
 from compress_tools.cli.options import ConfigCommand
 from compress_tools.cli.printing import print_report
 from compress_tools.config import CompressionConfig, make_config
-from compress_tools.errors import CheckpointError, ConfigError, ResMoEError
-from compress_tools.output.staging import destination, is_occupied, is_published, log_path, staging_path
+from compress_tools.errors import ConfigError, ResMoEError
+from compress_tools.output.staging import Staging
 from compress_tools.output.target import make_target
-from compress_tools.pipeline import compress_slice
+from compress_tools.pipeline import compress, compress_slice
 from compress_tools.progress.log import logged
 from compress_tools.report import CompressionReport
 from compress_tools.slices.merge import merge
@@ -43,11 +43,7 @@ def make_slice_here(src: str, dst: str, config: CompressionConfig, part: Slice) 
     Returns:
         the slice's directory.
     """
-    target = slice_path(dst, part)
-    if target.is_dir() and not is_published(target):
-        # Made by an earlier run; merge checks that it is of this recipe and source.
-        return str(target)
-    with logged(log_path(target), to_stderr=False) as progress:
+    with logged(Staging(slice_path(dst, part)).log_path, to_stderr=False) as progress:
         return str(compress_slice(src, dst, config, part, resume=True, progress=progress))
 
 
@@ -83,12 +79,13 @@ def compress_on_cluster(
         import ray
     except ImportError as err:
         raise ConfigError("Ray is not installed: pip install 'resmoe[ray]'") from err
-    source, target = Path(src).absolute(), destination(dst)
+    source, output = Path(src).absolute(), Staging(dst)
     parts = [Slice(number, shards) for number in range(1, shards + 1)]
     # What can be refused is refused before a cluster is asked for anything.
     shards_of(make_target(CheckpointReader(source), config), parts[0])
-    if is_occupied(target) and not staging_path(target).exists() and not is_published(target):
-        raise CheckpointError(f"{target}: not empty; choose another directory")
+    output.check_free(resume=True, overwrite=False)
+    if output.is_finished:
+        return compress(source, output.dst, config, resume=True)
     started_here = not ray.is_initialized()
     if started_here:
         ray.init(address=address)
@@ -96,7 +93,7 @@ def compress_on_cluster(
         task = ray.remote(make_slice_here).options(
             num_cpus=cpus_per_task, num_gpus=gpus_per_task, max_retries=MAX_RETRIES
         )
-        running = {task.remote(str(source), str(target), config, part): part for part in parts}
+        running = {task.remote(str(source), str(output.dst), config, part): part for part in parts}
         failures: list[ResMoEError] = []
         pending = list(running)
         while pending:
@@ -111,9 +108,9 @@ def compress_on_cluster(
     finally:
         if started_here:
             ray.shutdown()
-    with logged(log_path(target), to_stderr=False) as progress:
-        made = [slice_path(target, part) for part in parts]
-        return merge(target, made, resume=True, remove_slices=not keep_slices, progress=progress)
+    with logged(output.log_path, to_stderr=False) as progress:
+        made = [slice_path(output.dst, part) for part in parts]
+        return merge(output.dst, made, resume=True, remove_slices=not keep_slices, progress=progress)
 
 
 def _as_our_own(part: Slice, err: Exception) -> ResMoEError:

@@ -7,6 +7,8 @@ RECIPE_NAME = "resmoe_recipe.json"
 REPORT_NAME = "resmoe_report.json"
 TIMINGS_NAME = "resmoe_timings.json"
 CARD_NAME = "README.md"
+# Where the source's own model card goes, since ours takes its place.
+SOURCE_CARD_NAME = "SOURCE_README.md"
 PLAN_NAME = "resmoe_plan.yaml"
 
 

@@ -92,7 +92,10 @@ def _write_dense(writer: CheckpointWriter, shape: MoEShape, layers: int, seed: i
                 tensors[f"{parts['before']}{expert}{parts['after']}"] = first.roll(expert)
         write(f"layer-{layer}.safetensors", tensors)
     corpus = (module.text for module in read_corpus(max_train_bytes=10**6).train)
-    save_tokenizer(train_tokenizer(corpus, TOKENS, CONTEXT), writer.staging)
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(train_tokenizer(corpus, TOKENS, CONTEXT), Path(folder))
+        for file in Path(folder).iterdir():
+            writer.copy_file(file, Path(file.name))
     writer.finish(config, shards, total)
 
 

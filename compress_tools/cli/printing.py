@@ -13,7 +13,7 @@ from rich.text import Text
 
 from compress_tools.architectures.registry import find_architecture
 from compress_tools.cli import tables
-from compress_tools.output.staging import log_path
+from compress_tools.output.staging import Staging
 from compress_tools.progress.listener import ProgressListener, Together
 from compress_tools.progress.live import LiveProgress
 from compress_tools.progress.log import logged
@@ -25,7 +25,7 @@ from compress_tools.source.reader import CheckpointReader
 def progress_on_stderr(*, quiet: bool, dst: str | Path | None = None) -> Iterator[ProgressListener]:
     """Bars on a terminal, lines where stderr is none, neither if quiet; and the log file of ``dst``."""
     live = not quiet and sys.stderr.isatty()
-    with logged(None if dst is None else log_path(dst), to_stderr=not quiet and not live) as lines:
+    with logged(None if dst is None else Staging(dst).log_path, to_stderr=not quiet and not live) as lines:
         if live:
             with LiveProgress() as bars:
                 yield Together(bars, lines)

@@ -8,12 +8,13 @@ from typing import Any
 from compress_tools.config import CompressionConfig, make_config
 from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.output.output_file import check_output_file, write_output_file
-from compress_tools.output.staging import destination, is_occupied, is_published, staging_path
+from compress_tools.output.staging import Staging
 from compress_tools.output.target import CompressionTarget, make_target
 from compress_tools.planner.budget import plan_for_budget, request_digest
 from compress_tools.planner.config import CENTER_FIELDS, CHOSEN_BY_PLANNER, PlannerConfig, make_planner_config
 from compress_tools.planner.plan_file import PlanFile, parse_plan, read_plan
 from compress_tools.progress.listener import ProgressListener
+from compress_tools.report import PLAN_NAME
 from compress_tools.source.moe_source import open_source
 from compress_tools.source.reader import CheckpointReader
 from compress_tools.text_file import in_words, read_text
@@ -81,17 +82,22 @@ def plan_for_output(
     """``plan_for_budget``, kept in ``DST.plan.yaml`` until ``DST`` is whole, so that a resumed run measures nothing.
 
     Raises:
-        CheckpointError: ``dst`` could not be written, which is better known before the measuring.
+        CheckpointError: ``dst`` could not be written, which is better known before the measuring; or it is finished
+            and was planned for something else.
     """
-    target, kept = destination(dst), kept_plan_path(dst)
-    unfinished = staging_path(target).exists()
-    if is_occupied(target) and not overwrite and not unfinished and not is_published(target):
-        raise CheckpointError(f"{target}: not empty; choose another directory or pass --overwrite")
-    if unfinished and not resume and not overwrite:
-        raise CheckpointError(f"{staging_path(target)}: left by an unfinished run; pass --resume or --overwrite")
+    output, kept = Staging(dst), kept_plan_path(dst)
+    output.check_free(resume=resume, overwrite=overwrite)
+    finished = resume and output.is_finished
+    if finished:
+        kept = output.dst / PLAN_NAME
     digest = request_digest(CheckpointReader(src), config, budget)
     if resume and kept.is_file() and (plan := parse_plan(read_text(kept), str(kept))).request == digest:
         return plan
+    if finished:
+        raise CheckpointError(
+            f"{output.dst}: is finished, and was not planned for this budget, from this source, by these versions; "
+            "choose another directory, or pass --overwrite to replace it"
+        )
     planned = plan_for_budget(src, config, budget, progress)
     _keep(planned.text, kept)
     return planned
@@ -147,5 +153,4 @@ def planned_sizes(
 
 def kept_plan_path(dst: str | Path) -> Path:
     """Where the plan of an unfinished output is kept: beside it."""
-    path = destination(dst)
-    return path.with_name(path.name + ".plan.yaml")
+    return Staging(dst).beside(".plan.yaml")

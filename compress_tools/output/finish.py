@@ -4,18 +4,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+from compress_tools.errors import CheckpointError
 from compress_tools.output.model_card import model_card
 from compress_tools.output.outline import Outline
 from compress_tools.output.writer import CheckpointWriter
+from compress_tools.progress.listener import ProgressListener
 from compress_tools.report import (
     CARD_NAME,
     PLAN_NAME,
     RECIPE_NAME,
     REPORT_NAME,
+    SOURCE_CARD_NAME,
     TIMINGS_NAME,
     CompressionReport,
     LayerReport,
 )
+from compress_tools.source.reader import CheckpointReader
 
 
 def make_report(outline: Outline, records: dict[str, dict[str, Any]]) -> CompressionReport:
@@ -36,26 +40,62 @@ def make_report(outline: Outline, records: dict[str, dict[str, Any]]) -> Compres
     )
 
 
-def read_report(directory: Path, outline: Outline) -> CompressionReport:
-    """The report that a finished checkpoint holds."""
-    content = json.loads((directory / REPORT_NAME).read_text(encoding="utf-8"))
-    return CompressionReport(
-        [LayerReport(**layer) for layer in content["layers"]],
-        outline.expert_bytes_before,
-        outline.expert_bytes_after,
-        outline.other_bytes,
-        json.loads((directory / TIMINGS_NAME).read_text(encoding="utf-8")),
-        content["shards"],
-    )
+def read_report(directory: Path) -> CompressionReport:
+    """The report that a finished checkpoint holds.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    file = directory / REPORT_NAME
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        timings = directory / TIMINGS_NAME
+        return CompressionReport(
+            [LayerReport(**layer) for layer in content["layers"]],
+            content["expert_bytes_before"],
+            content["expert_bytes_after"],
+            content["other_bytes"],
+            json.loads(timings.read_text(encoding="utf-8")) if timings.is_file() else {},
+            content["shards"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise CheckpointError(f"{file}: not readable: {err}; make the checkpoint again with --overwrite") from err
+
+
+def finished_report(dst: Path, progress: ProgressListener) -> CompressionReport:
+    """The report of a checkpoint that an earlier run finished, once it is known that its weights are there.
+
+    Raises:
+        CheckpointError: a weight file or the report is missing or damaged.
+    """
+    CheckpointReader(dst)
+    report = read_report(dst)
+    say_finished(dst, progress)
+    return report
+
+
+def say_finished(dst: Path, progress: ProgressListener) -> None:
+    """Tell that nothing was left to do."""
+    progress.say(f"{dst} is finished, from the same source, recipe and versions: nothing to do")
+
+
+def say_where(writer: CheckpointWriter, progress: ProgressListener) -> None:
+    """Tell a user who stood in the destination that it is another directory now."""
+    if writer.replaced_working_directory:
+        progress.say(f"{writer.dst} is a new directory: `cd .` takes a shell that stood in the old one there")
 
 
 def output_name_of_file(relative: Path) -> Path:
     """Where a file of the source that is not weights goes: its own place; the model's card makes room for ours."""
-    return Path("SOURCE_README.md") if str(relative) == CARD_NAME else relative
+    return Path(SOURCE_CARD_NAME) if str(relative) == CARD_NAME else relative
 
 
 def finish(
-    writer: CheckpointWriter, outline: Outline, files: dict[Path, Path], records: dict[str, dict[str, Any]]
+    writer: CheckpointWriter,
+    outline: Outline,
+    files: dict[Path, Path],
+    records: dict[str, dict[str, Any]],
+    progress: ProgressListener,
 ) -> CompressionReport:
     """Write everything but the shards, and publish.
 
@@ -64,6 +104,7 @@ def finish(
         outline: of the checkpoint.
         files: files to copy through: relative output path to source path.
         records: by output file, as the writer returned them.
+        progress: told where the checkpoint lies, if that needs to be said.
     Returns:
         the report that is also written.
     Raises:
@@ -84,4 +125,5 @@ def finish(
         {filename: tuple(names) for filename, (_, names) in outline.shards.items()},
         outline.expert_bytes_after + outline.other_bytes,
     )
+    say_where(writer, progress)
     return report

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from compress_tools.errors import CheckpointError
-from compress_tools.output.finish import finish, read_report
+from compress_tools.output.finish import finish, finished_report
 from compress_tools.output.outline import Outline
 from compress_tools.output.run_identity import MACHINE, differences
-from compress_tools.output.staging import destination, is_occupied, is_published, staging_path
+from compress_tools.output.staging import Staging, check_only_ours
 from compress_tools.output.writer import CheckpointWriter, check_space
 from compress_tools.progress.listener import ProgressListener, Silent
 from compress_tools.report import CompressionReport
@@ -45,33 +45,56 @@ def merge(
             or the disk is full.
     """
     progress = progress or Silent()
-    dst = destination(dst)
-    _check_free(dst, overwrite)
-    manifests = _read_all(dst, [Path(path).absolute() for path in slices] or find_slices(dst))
-    first = manifests[0]
-    owners = {filename: manifest for manifest in manifests for filename in manifest.records}
-    # A shard that an interrupted merge took need not be in its slice any more.
-    begun = dst if is_published(dst) else staging_path(dst)
-    for filename, owner in owners.items():
-        if not (resume and owner.has_shard(filename, begun)):
-            owner.check_shard(filename)
-    with CheckpointWriter(dst, first.identity, resume=resume, overwrite=overwrite) as writer:
-        if writer.is_whole:
-            report = read_report(dst, first.outline)
-        else:
-            records = _take_shards(writer, first.outline, owners, remove_slices, progress)
-            report = finish(writer, first.outline, first.files(), records)
+    output = Staging(dst)
+    # Before slices are looked for: a finished merge may have removed them.
+    output.check_free(resume=resume, overwrite=overwrite)
+    named = [Path(path).absolute() for path in slices]
+    if resume and output.is_finished:
+        return _merged_already(output, named, remove_slices, progress)
+    manifests = _read_all(output.dst, named or find_slices(output.dst))
     if remove_slices:
         for manifest in manifests:
-            shutil.rmtree(manifest.path)
+            check_only_ours(manifest.path)
+    first = manifests[0]
+    owners = {filename: manifest for manifest in manifests for filename in manifest.records}
+    for filename, owner in owners.items():
+        # A shard that an interrupted merge took need not be in its slice any more.
+        if not (resume and owner.has_shard(filename, output.path)):
+            owner.check_shard(filename)
+    with CheckpointWriter(output.dst, first.identity, resume=resume, overwrite=overwrite) as writer:
+        records = _take_shards(writer, first.outline, owners, remove_slices, progress)
+        report = finish(writer, first.outline, first.files(), records, progress)
+    if remove_slices:
+        _remove(manifests)
     return report
 
 
-def _check_free(dst: Path, overwrite: bool) -> None:
-    """What the writer checks, before slices are looked for: a finished merge may have removed them."""
-    unfinished = staging_path(dst).exists() or is_published(dst)
-    if is_occupied(dst) and not overwrite and not unfinished:
-        raise CheckpointError(f"{dst}: not empty; choose another directory or pass --overwrite")
+def _merged_already(
+    output: Staging, named: list[Path], remove_slices: bool, progress: ProgressListener
+) -> CompressionReport:
+    """What is left to do once the checkpoint is whole: slices still there are compared, and removed if asked."""
+    output.tidy_published()
+    manifests: list[SliceManifest] = []
+    for path in named or find_slices(output.dst):
+        try:
+            manifests.append(read_slice(path))
+        except CheckpointError as err:
+            # Of a slice that was being removed anything may be left.
+            progress.say(f"{err}; left as it is, since {output.dst} is finished")
+    for manifest in manifests:
+        output.check_finished(manifest.identity)
+    report = finished_report(output.dst, progress)
+    if remove_slices:
+        _remove(manifests)
+    return report
+
+
+def _remove(manifests: list[SliceManifest]) -> None:
+    """Remove slices; none of them, if one holds something else too."""
+    for manifest in manifests:
+        check_only_ours(manifest.path)
+    for manifest in manifests:
+        shutil.rmtree(manifest.path)
 
 
 def _read_all(dst: Path, paths: list[Path]) -> list[SliceManifest]:

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.output.outline import Outline
-from compress_tools.output.staging import MANIFEST_NAME, destination, staging_path
+from compress_tools.output.run_record import MANIFEST_NAME
+from compress_tools.output.staging import Staging
 from compress_tools.output.target import CompressionTarget, Shard
 from compress_tools.output.writer import CheckpointWriter
 
@@ -48,8 +49,7 @@ def make_slice(text: str) -> Slice:
 
 def slice_path(dst: str | Path, part: Slice) -> Path:
     """Where a slice of ``dst`` goes: beside it. It has no config.json, so nothing takes it for a checkpoint."""
-    path = destination(dst)
-    return path.with_name(f"{path.name}.shard-{part.number}-of-{part.count}")
+    return Staging(dst).beside(f".shard-{part.number}-of-{part.count}")
 
 
 def shards_of(target: CompressionTarget, part: Slice) -> list[Shard]:
@@ -101,6 +101,11 @@ class SliceManifest:
                 "slice again"
             )
 
+    def check_shards(self) -> None:
+        """Raises CheckpointError if any shard is missing from the slice, or of another size."""
+        for filename in self.records:
+            self.check_shard(filename)
+
     def files(self) -> dict[Path, Path]:
         """Files to copy through: relative output path to where it lies. Empty but in the first slice."""
         root = self.path / FILES_DIR
@@ -132,6 +137,7 @@ def finish_slice(
         "identity": writer.identity,
         "outline": outline.content(),
         "records": records,
+        "files": writer.run_record(MANIFEST_NAME).files,
     }
     writer.write_json(MANIFEST_NAME, content)
     writer.publish()
@@ -153,7 +159,7 @@ def read_slice(path: Path) -> SliceManifest:
             content["records"],
         )
     except FileNotFoundError as err:
-        if staging_path(path).exists():
+        if Staging(path).is_begun:
             raise CheckpointError(
                 f"{path}: not finished; go on with `resmoe compress --shard ... --resume` where it is made"
             ) from err

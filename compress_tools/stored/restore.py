@@ -9,14 +9,16 @@ from compress_tools.architectures.base import MoEArchitecture
 from compress_tools.architectures.registry import find_architecture
 from compress_tools.format.loading_guard import GUARD_KEY
 from compress_tools.format.tensors import dense_layer_bytes, is_resmoe_name
+from compress_tools.output.finish import say_finished, say_where
 from compress_tools.output.run_identity import versions
 from compress_tools.output.shard_names import group_by_bytes, shard_names
-from compress_tools.output.staging import check_apart
+from compress_tools.output.staging import Staging
 from compress_tools.output.writer import CheckpointWriter
 from compress_tools.progress.listener import ProgressListener, Silent
-from compress_tools.report import CARD_NAME, PLAN_NAME, RECIPE_NAME, REPORT_NAME, TIMINGS_NAME
+from compress_tools.report import CARD_NAME, PLAN_NAME, RECIPE_NAME, REPORT_NAME, SOURCE_CARD_NAME, TIMINGS_NAME
 from compress_tools.source.design_matrix import rows_to_expert
 from compress_tools.source.moe_source import dense_tensors
+from compress_tools.source.reader import CheckpointReader
 from compress_tools.stored.checkpoint import ResMoECheckpoint
 
 NOT_COPIED = {PLAN_NAME, RECIPE_NAME, REPORT_NAME, TIMINGS_NAME, CARD_NAME}
@@ -44,7 +46,7 @@ def restore(
         CheckpointError, ConfigError, FormatError, UnsupportedArchitectureError: see errors.py.
     """
     progress = progress or Silent()
-    check_apart(src, dst)
+    Staging(dst).check_apart(src)
     checkpoint = ResMoECheckpoint(src)
     reader, fmt = checkpoint.reader, checkpoint.fmt
     architecture = find_architecture(reader.config)
@@ -52,8 +54,12 @@ def restore(
     kept = [name for name in reader.names if not is_resmoe_name(name)]
     total_bytes = sum(reader.nbytes(name) for name in kept) + len(fmt.layers) * dense_layer_bytes(fmt)
     with CheckpointWriter(dst, identity, resume=resume, overwrite=overwrite) as writer:
-        if not writer.is_whole:
+        if writer.is_finished:
+            CheckpointReader(writer.dst)
+            say_finished(writer.dst, progress)
+        else:
             _write(checkpoint, architecture, kept, total_bytes, writer, progress)
+            say_where(writer, progress)
     return total_bytes
 
 
@@ -95,6 +101,6 @@ def _write(
     for file in reader.other_files():
         relative = file.relative_to(reader.path)
         if str(relative) not in NOT_COPIED:
-            writer.copy_file(file, Path(CARD_NAME) if str(relative) == "SOURCE_README.md" else relative)
+            writer.copy_file(file, Path(CARD_NAME) if str(relative) == SOURCE_CARD_NAME else relative)
     config = {key: value for key, value in reader.config.items() if key not in (GUARD_KEY, "quantization_config")}
     writer.finish(config, shards, total_bytes)

@@ -19,7 +19,7 @@ from compress_tools.errors import (
     UnsupportedArchitectureError,
 )
 from compress_tools.format.loading_guard import GUARD_KEY, GUARD_TEXT
-from compress_tools.output.staging import staging_path
+from compress_tools.output.staging import Staging
 from compress_tools.pipeline import compress
 from compress_tools.report import TIMINGS_NAME
 from compress_tools.source.layer_selection import select_layers
@@ -121,15 +121,19 @@ def test_a_gpu_makes_as_good_a_checkpoint(method: str, tiny_mixtral: Path, tmp_p
         assert there.relative_error == pytest.approx(here.relative_error, rel=1e-3)
 
 
-def test_overwrite_replaces_and_without_it_nothing_is_touched(tiny_mixtral: Path, tmp_path: Path) -> None:
+def test_overwrite_replaces_what_is_ours_and_nothing_else(tiny_mixtral: Path, tmp_path: Path) -> None:
     target = tmp_path / "small"
     target.mkdir()
     (target / "precious.txt").write_text("keep me")
     with pytest.raises(CheckpointError, match="not empty"):
         compress(tiny_mixtral, target, make_config())
+    with pytest.raises(CheckpointError, match=r"not an output of resmoe.*precious\.txt"):
+        compress(tiny_mixtral, target, make_config(), overwrite=True)
     assert [file.name for file in target.iterdir()] == ["precious.txt"]
-    compress(tiny_mixtral, target, make_config(), overwrite=True)
-    assert not (target / "precious.txt").exists()
+    (target / "precious.txt").unlink()
+    for config in (make_config(), make_config(center="mean")):
+        compress(tiny_mixtral, target, config, overwrite=True)
+        assert json.loads((target / "resmoe_recipe.json").read_text())["center"] == config.center
     assert sorted(file.name for file in tmp_path.iterdir()) == ["small"]
 
 
@@ -200,7 +204,7 @@ def test_models_it_does_not_know(tiny_olmoe: Path, tmp_path: Path) -> None:
     (not_json / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="JSON"):
         compress(not_json, tmp_path / "small", make_config())
-    assert not staging_path(tmp_path / "small").exists()
+    assert not Staging(tmp_path / "small").path.exists()
 
 
 @pytest.mark.parametrize(

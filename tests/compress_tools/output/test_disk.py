@@ -13,7 +13,7 @@ import torch
 
 from compress_tools.config import make_config
 from compress_tools.errors import CheckpointError, ConfigError, NumericalError
-from compress_tools.output.staging import staging_path
+from compress_tools.output.staging import Staging
 from compress_tools.output.writer import CheckpointWriter
 from compress_tools.pipeline import compress, compress_slice
 from compress_tools.progress.listener import Silent
@@ -135,7 +135,7 @@ def test_truncated_shard_names_file_and_tensor(source: Path, tmp_path: Path) -> 
     shard.unlink()
     with pytest.raises(CheckpointError, match=f"{shard.name}.*missing"):
         compress(source, tmp_path / "small", QUICK)
-    assert not staging_path(tmp_path / "small").exists()
+    assert not Staging(tmp_path / "small").path.exists()
 
 
 def test_a_source_that_breaks_meanwhile_is_resumed_once_repaired(

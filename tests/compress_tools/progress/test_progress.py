@@ -13,7 +13,7 @@ from rich.console import Console
 
 from compress_tools.config import make_config
 from compress_tools.errors import NumericalError
-from compress_tools.output.staging import log_path, staging_path
+from compress_tools.output.staging import Staging
 from compress_tools.pipeline import compress, compress_slice
 from compress_tools.progress.eta import Eta
 from compress_tools.progress.listener import ProgressListener, Silent, Together
@@ -170,11 +170,11 @@ class FailInLayerOne(Silent):
 
 def test_one_log_over_resumed_runs_with_the_error(tiny_olmoe: Path, tmp_path: Path) -> None:
     target = tmp_path / "small"
-    with pytest.raises(NumericalError), logged(log_path(target), to_stderr=False) as lines:
+    with pytest.raises(NumericalError), logged(Staging(target).log_path, to_stderr=False) as lines:
         compress(tiny_olmoe, target, QUICK, progress=Together(lines, FailInLayerOne()))
-    with logged(log_path(target), to_stderr=False) as lines:
+    with logged(Staging(target).log_path, to_stderr=False) as lines:
         compress(tiny_olmoe, target, QUICK, resume=True, progress=lines)
-    log = log_path(target).read_text()
+    log = Staging(target).log_path.read_text()
     assert log.index("layer 0 done") < log.index("ERROR stopped\nTraceback") < log.index("NumericalError: made up")
     assert log.index("made up") < log.index("resuming: 2 of 3 shards are written") < log.index("layer 1 done")
     assert log.count("layer 0: reading") == 1
@@ -184,7 +184,7 @@ def test_one_log_over_resumed_runs_with_the_error(tiny_olmoe: Path, tmp_path: Pa
 def test_a_refused_request_leaves_no_log(tiny_olmoe: Path, tmp_path: Path) -> None:
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "file").touch()
-    with pytest.raises(ValueError), logged(log_path(tmp_path / "new"), to_stderr=False) as lines:
+    with pytest.raises(ValueError), logged(Staging(tmp_path / "new").log_path, to_stderr=False) as lines:
         compress_slice(tiny_olmoe, tmp_path / "new", QUICK, Slice(1, 9), progress=lines)
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
-    assert not staging_path(tmp_path / "new").exists()
+    assert not Staging(tmp_path / "new").path.exists()

@@ -10,10 +10,11 @@ import pytest
 
 from compress_tools.config import make_config
 from compress_tools.errors import CheckpointError, ConfigError
+from compress_tools.output.run_record import MANIFEST_NAME
 from compress_tools.pipeline import compress, compress_slice
 from compress_tools.progress.listener import Silent
 from compress_tools.slices.merge import find_slices, merge
-from compress_tools.slices.slices import MANIFEST_NAME, Slice, make_slice, slice_path
+from compress_tools.slices.slices import Slice, make_slice, slice_path
 from compress_tools.stored.inspection import inspect
 from tests.compress_tools.test_pipeline import contents
 
@@ -204,6 +205,12 @@ def test_more_slices_than_layers(tiny_mixtral: Path, tmp_path: Path) -> None:
 def test_merging_into_something(slices: Path, whole: Path) -> None:
     (slices / "small").mkdir()
     (slices / "small" / "old.txt").write_text("old")
+    for options in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(CheckpointError, match="not empty"):
+            merge(slices / "small", **options)
+    assert (slices / "small" / "old.txt").read_text() == "old"
+    (slices / "small" / "old.txt").unlink()
+    merge(slices / "small")
     with pytest.raises(CheckpointError, match="not empty"):
         merge(slices / "small")
     merge(slices / "small", overwrite=True)
