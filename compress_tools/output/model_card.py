@@ -1,5 +1,7 @@
 """The README.md of a compressed checkpoint, and the command that repeats its run."""
 
+import shlex
+
 from compress_tools.architectures.registry import find_architecture
 from compress_tools.config import CompressionConfig
 from compress_tools.output.outline import Outline
@@ -7,12 +9,23 @@ from compress_tools.report import PLAN_NAME, CompressionReport
 
 
 def command_line(outline: Outline, dst_name: str) -> str:
-    """The ``resmoe compress`` command that repeats a run, every option that matters, or the plan that it followed."""
+    """The ``resmoe compress`` command that repeats a run, every option that matters, or the plan that it followed.
+
+    It is quoted for a shell.
+    """
+    words = ["resmoe", "compress", path_word(outline.source), path_word(dst_name)]
     if outline.plan_text is not None:
-        return f"resmoe compress {outline.source} {dst_name} --plan {PLAN_NAME}"
+        return shlex.join([*words, "--plan", PLAN_NAME])
     idle = CompressionConfig(**outline.recipe).without_effect()
-    options = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in outline.recipe.items() if key not in idle)
-    return f"resmoe compress {outline.source} {dst_name} {options}"
+    for name, value in outline.recipe.items():
+        if name not in idle:
+            words += ["--" + name.replace("_", "-"), str(value)]
+    return shlex.join(words)
+
+
+def path_word(path: str) -> str:
+    """A path as an argument: one that begins with ``-`` would be read as an option."""
+    return f"./{path}" if path.startswith("-") else path
 
 
 def model_card(outline: Outline, dst_name: str, report: CompressionReport) -> str:
@@ -25,7 +38,11 @@ def model_card(outline: Outline, dst_name: str, report: CompressionReport) -> st
         for layer in report.layers
     )
     family = find_architecture(outline.config)
-    serve = f"vllm serve {dst_name}" if family.vllm else f"# {family.title} runs in {family.runs_in}"
+    serve = (
+        shlex.join(["vllm", "serve", path_word(dst_name)])
+        if family.vllm
+        else f"# {family.title} runs in {family.runs_in}"
+    )
     return f"""---
 library_name: {"vllm" if family.vllm else "transformers"}
 tags: [resmoe, moe, compressed]

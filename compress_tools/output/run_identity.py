@@ -15,12 +15,13 @@ MACHINE = "machine"
 def versions() -> dict[str, str]:
     """Versions that can change the bytes.
 
-    torch multiplies and factorises, POT and lapx choose among assignments of equal cost, safetensors lays the file
-    out. numpy only passes arrays along and scipy is never called, so neither is here.
+    torch factorises, and multiplies on a GPU; numpy multiplies on a CPU, by the BLAS that comes with it
+    (``products``); POT and lapx choose among assignments of equal cost; safetensors lays the file out.
     """
     return {
         "resmoe": __version__,
         "torch": torch.__version__,
+        "numpy": version("numpy"),
         "pot": version("POT"),
         "lapx": version("lapx"),
         "safetensors": version("safetensors"),

@@ -176,13 +176,14 @@ class Staging:
 
     def _check_occupied(self, *, resume: bool, overwrite: bool) -> None:
         """Raises CheckpointError where the destination, which is not empty, is in the way."""
+        if resume and self.is_begun:
+            self._check_still_replaceable()
+            return
         own = own_files(self.dst)
         if own is None or not (overwrite or resume):
             raise self._not_empty(own)
         if overwrite:
             _check_foreign(self.dst, own)
-        elif self.is_begun:
-            self._check_still_replaceable()
         elif not is_whole(self.dst):
             raise self._not_empty(None)
 

@@ -50,7 +50,7 @@ def merge(
     output.check_free(resume=resume, overwrite=overwrite)
     named = [Path(path).absolute() for path in slices]
     if resume and output.is_finished:
-        return _merged_already(output, named, remove_slices, progress)
+        return _merged_already(output, named, progress, remove_slices=remove_slices)
     manifests = _read_all(output.dst, named or find_slices(output.dst))
     if remove_slices:
         for manifest in manifests:
@@ -62,7 +62,7 @@ def merge(
         if not (resume and owner.has_shard(filename, output.path)):
             owner.check_shard(filename)
     with CheckpointWriter(output.dst, first.identity, resume=resume, overwrite=overwrite) as writer:
-        records = _take_shards(writer, first.outline, owners, remove_slices, progress)
+        records = _take_shards(writer, first.outline, owners, progress, remove=remove_slices)
         report = finish(writer, first.outline, first.files(), records, progress)
     if remove_slices:
         _remove(manifests)
@@ -70,7 +70,7 @@ def merge(
 
 
 def _merged_already(
-    output: Staging, named: list[Path], remove_slices: bool, progress: ProgressListener
+    output: Staging, named: list[Path], progress: ProgressListener, *, remove_slices: bool
 ) -> CompressionReport:
     """What is left to do once the checkpoint is whole: slices still there are compared, and removed if asked."""
     output.tidy_published()
@@ -139,8 +139,9 @@ def _take_shards(
     writer: CheckpointWriter,
     outline: Outline,
     owners: dict[str, SliceManifest],
-    remove: bool,
     progress: ProgressListener,
+    *,
+    remove: bool,
 ) -> dict[str, dict[str, Any]]:
     outstanding = [filename for filename in outline.shards if writer.record(filename) is None]
     device = writer.staging.stat().st_dev

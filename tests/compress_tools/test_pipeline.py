@@ -310,7 +310,7 @@ def test_verify_finds_changed_bytes(tiny_olmoe: Path, tmp_path: Path) -> None:
 
 def test_layers_that_are_not_there(tiny_olmoe: Path, tmp_path: Path) -> None:
     source = edited_config(tiny_olmoe, tmp_path / "source", num_hidden_layers=4)
-    with pytest.raises(CheckpointError, match="there is no layer 2, layer 3; config.json counts 4"):
+    with pytest.raises(CheckpointError, match=r"there is no layer 2, layer 3; config\.json counts 4"):
         compress(source, tmp_path / "small", make_config())
     compress(tiny_olmoe, tmp_path / "small", make_config(center="mean"))
     with pytest.raises(CheckpointError, match="no layer 2, layer 3"):

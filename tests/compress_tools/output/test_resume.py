@@ -238,6 +238,7 @@ def test_another_kind_of_machine_is_said(tiny_mixtral: Path, tmp_path: Path) -> 
     [
         ("version", "torch", "1.0", r"another version \(version: torch 1\.0, now "),
         ("version", "lapx", None, r"another version \(version: lapx absent, now "),
+        ("version", "numpy", "1.0", r"another version \(version: numpy 1\.0, now "),
         ("recipe", "seed", 7, r"another recipe \(recipe: seed 7, now 0\)"),
         ("source", "config.json", "0123", r"another source \(source: config\.json 0123, now "),
     ],

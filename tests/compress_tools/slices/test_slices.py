@@ -42,9 +42,11 @@ def slices(made_once: Path, tmp_path: Path) -> Path:
     return shutil.copytree(made_once, tmp_path / "slices")
 
 
-@pytest.mark.parametrize("text", ["5/4", "0/4", "a/b", "1", "1/", "/4", "-1/4", "1/0", "1/4/2", "", "1.0/4", "١/٤"])
+@pytest.mark.parametrize(
+    "text", ["5/4", "0/4", "a/b", "1", "1/", "/4", "-1/4", "1/0", "1/4/2", "", "1.0/4", "\u0661/\u0664"]
+)
 def test_refused_slices(text: str) -> None:
-    with pytest.raises(ConfigError, match="--shard.*such as 1/4"):
+    with pytest.raises(ConfigError, match=r"--shard.*such as 1/4"):
         make_slice(text)
 
 
@@ -73,7 +75,7 @@ def test_merged_slices_are_the_bytes_of_one_run(count: int, method: str, tiny_mi
 def test_a_slice_is_no_checkpoint(slices: Path) -> None:
     for path in find_slices(slices / "small"):
         assert not (path / "config.json").exists()
-        with pytest.raises(CheckpointError, match="config.json: missing"):
+        with pytest.raises(CheckpointError, match=r"config\.json: missing"):
             inspect(path)
 
 
@@ -181,7 +183,7 @@ def test_slices_of_other_runs(slices: Path, tiny_mixtral: Path, tmp_path: Path) 
     compress_slice(source, slices / "small", QUICK, part, overwrite=True)
     with pytest.raises(CheckpointError, match=f"shard-2-of-3.*another source.*{shard.name}"):
         merge(slices / "small")
-    with pytest.raises(CheckpointError, match="no slices nothing.shard-I-of-N"):
+    with pytest.raises(CheckpointError, match=r"no slices nothing\.shard-I-of-N"):
         merge(slices / "nothing")
 
 
