@@ -12,8 +12,8 @@ HEAD = """# Commands
 
 Written from the commands themselves by `python docs/_build/cli_page.py`; edit the options' help, not this page.
 
-Results go to stdout (`--json` for JSON), progress and errors to stderr. Exit codes: 0 ok, 2 usage or options, 3 model family, 4 checkpoint,
-5 numerics, 1 bug.
+Results go to stdout (`--json` for JSON), progress and errors to stderr. Exit codes: 0 ok, 2 usage or options, 3 model family, 4 checkpoint
+or file, 5 numerics, 1 a bug, 130 interrupted.
 """
 
 
@@ -32,7 +32,11 @@ def command_section(command: click.Command, context: click.Context) -> str:
     """One command as Markdown."""
     usage = " ".join(["resmoe", str(context.info_name), *command.collect_usage_pieces(context)])
     lines = [f"## resmoe {context.info_name}", "", "```text", usage, "```", "", *paragraphs(command.help or "")]
-    options = [option for option in command.params if isinstance(option, click.Option) and not option.hidden]
+    options = [
+        option
+        for option in command.get_params(context)
+        if isinstance(option, click.Option) and not option.hidden and option.name != "help"
+    ]
     lines += ["| option | |", "|---|---|"]
     for option in options:
         record = option.get_help_record(context)

@@ -179,7 +179,11 @@ def known_options() -> set[str]:
     ]
     found = {option for path in sources for option in re.findall(r"(--[a-z][\w-]+)", path.read_text(encoding="utf-8"))}
     for command in (cli, *cli.commands.values(), ray_command):
-        found |= {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        found |= {
+            option
+            for parameter in command.get_params(click.Context(command))
+            for option in (*parameter.opts, *parameter.secondary_opts)
+        }
     return found | {"--help", "--version"} | FOREIGN_OPTIONS
 
 
