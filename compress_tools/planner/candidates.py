@@ -58,6 +58,14 @@ class Coder:
         """How these projections of ``rows`` rows are stored."""
         return RECIPES[self.config.method](self.config, projections, rows, hidden_size)
 
+    def keeps_any(self, projections: tuple[Projection, ...], rows: int, hidden_size: int) -> bool:
+        """Whether it keeps anything at all of matrices this small."""
+        try:
+            self.parts(projections if self.joint else projections[:1], rows, hidden_size)
+        except ConfigError:
+            return False
+        return True
+
 
 def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -123,13 +131,7 @@ def menu(
 
 
 def _fits(coder: Coder, sizes: Sizes) -> bool:
-    """Whether it keeps anything at all of matrices this small."""
-    try:
-        for group in (sizes.projections,) if coder.joint else ((sizes.projections[0],),):
-            coder.parts(group, sizes.rows, sizes.hidden_size)
-    except ConfigError:
-        return False
-    return bool(coder.centers)
+    return bool(coder.centers) and coder.keeps_any(sizes.projections, sizes.rows, sizes.hidden_size)
 
 
 def _quantize(sizes: Sizes, centers: tuple[CenterBits, ...], layer_budget: float) -> list[Coder]:

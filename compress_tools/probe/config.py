@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from compress_tools.config import CompressionConfig, check_device, validated
+from compress_tools.config import CompressionConfig, check_device, default_workers, validated
 from compress_tools.errors import ConfigError
 
 DEFAULT_EXPERTS = 8
@@ -25,12 +25,12 @@ class ProbeConfig(BaseModel):
     )
     bytes_ratio: tuple[Ratio, ...] = Field(
         (),
-        description="Size to predict errors at, as a share of the experts' bf16 bytes, everything counted; may be "
+        description="Size to predict errors at, as a share of the experts' bytes, everything counted; may be "
         "given more than once. [default: the sizes of plain 2-, 3-, 4- and 8-bit quantisation]",
     )
     seed: int = Field(0, ge=0, description="Seed of the sample and of the random control.")
-    workers: int = _RECIPE["workers"]
-    device: str = _RECIPE["device"]
+    workers: int = Field(default_factory=default_workers, ge=1, description=_RECIPE["workers"].description)
+    device: str = Field("cpu", description=_RECIPE["device"].description)
 
     def sampled_experts(self, num_experts: int) -> int:
         """How many experts of E take part.

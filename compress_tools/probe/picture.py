@@ -9,12 +9,14 @@ from matplotlib.ticker import PercentFormatter
 
 from compress_tools.errors import ConfigError
 from compress_tools.output.output_file import check_output_file
-from compress_tools.probe.coders import CODERS
-from compress_tools.probe.result import SHARES, Curves, ProbeResult
+from compress_tools.planner.config import CODERS
+from compress_tools.probe.energy import SHARES, Curves
+from compress_tools.probe.result import ProbeResult
 from compress_tools.probe.verdict import center_title
 
 _LINES = {"residual": ("#2563eb", "-"), "weight": ("#6b7280", "-"), "random": ("#111827", ":")}
-_CODER_COLORS = ("#d97706", "#dc2626", "#9333ea", "#0d9488", "#2563eb")
+_CODER_COLORS = dict(zip(CODERS, ("#2563eb", "#d97706", "#0d9488", "#9333ea"), strict=True))
+_CENTER_LINES = {None: "--", 4: ":", 8: "-", 16: "-."}
 
 
 def check_picture_path(path: str) -> None:
@@ -65,19 +67,18 @@ def _draw_errors(axis: Any, found: ProbeResult) -> None:
     for one in found.predictions:
         if one.error > 0:
             points[one.coder, one.center_bits].append((one.used_ratio, one.error))
-    for coder, color in zip(CODERS, _CODER_COLORS, strict=True):
-        for bits in (None, *coder.center_bits):
-            if line := sorted(points[coder.name, bits]):
-                axis.plot(
-                    *zip(*line, strict=True),
-                    color=color,
-                    linestyle="--" if bits is None else ":" if bits < max(coder.center_bits) else "-",
-                    marker="o" if bits is None else "s",
-                    markersize=5,
-                    markerfacecolor="white" if bits is None else color,
-                    label=f"{coder.name}, {'no' if bits is None else center_title(bits)} center",
-                )
-    axis.set(title="predicted error\n(zero errors are not drawn)", xlabel="share of bf16 bytes", ylabel="")
+    for (coder, bits), line in points.items():
+        color = _CODER_COLORS[coder]
+        axis.plot(
+            *zip(*sorted(line), strict=True),
+            color=color,
+            linestyle=_CENTER_LINES[bits],
+            marker="o" if bits is None else "s",
+            markersize=5,
+            markerfacecolor="white" if bits is None else color,
+            label=f"{coder}, {center_title(bits)} center",
+        )
+    axis.set(title="predicted error\n(zero errors are not drawn)", xlabel="share of the bytes", ylabel="")
     axis.set_ylabel("squared error over weight energy")
     axis.set_yscale("log")
     axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))

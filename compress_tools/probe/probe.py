@@ -1,26 +1,37 @@
 """Is a center worth it? Residual energy, energy curves and predicted errors of sampled experts, before compressing."""
 
 import time
-from collections import defaultdict
-from itertools import product
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from compress_tools.center.barycenter import CenterOptions, barycenter, identity_perm, mean_of_aligned, spread
+from compress_tools.center.barycenter import (
+    CenterOptions,
+    CenterResult,
+    barycenter,
+    identity_perm,
+    mean_of_aligned,
+    spread,
+)
 from compress_tools.config import make_config
+from compress_tools.format.tensors import DTYPES
 from compress_tools.numerics.sampling import choose, spaced
 from compress_tools.numerics.work import Work
-from compress_tools.output.target import make_target
-from compress_tools.probe.coders import (
-    CODERS,
-    DENSE_BITS,
-    QUANTISED_BITS,
-    center_cost,
-    stored_center,
-)
+from compress_tools.output.target import CompressionTarget, make_target
+from compress_tools.planner.candidates import Sizes
+from compress_tools.planner.measure import Sample
 from compress_tools.probe.config import ProbeConfig
-from compress_tools.probe.matrix import MeasuredMatrix, quantised_bits
-from compress_tools.probe.result import SHARES, Curves, LayerProbe, ProbeResult, ResidualShares, mean_correction
+from compress_tools.probe.energy import CurveMean, magnitude_curve, spectrum_curve
+from compress_tools.probe.predictions import (
+    AlignedSample,
+    Candidate,
+    candidates_for,
+    plain_ratios,
+    predict,
+    relative_errors,
+)
+from compress_tools.probe.result import LayerProbe, ProbeResult, ResidualShares
 from compress_tools.probe.sample import (
     MAX_WHOLE_ROWS,
     SAMPLED_ROWS,
@@ -29,14 +40,17 @@ from compress_tools.probe.sample import (
     random_experts,
     sample_experts,
 )
-from compress_tools.probe.verdict import Prediction
 from compress_tools.progress.listener import ProgressListener, Silent
 from compress_tools.source.design_matrix import expert_to_rows, rows_to_design
-from compress_tools.source.moe_source import MoESource
 from compress_tools.source.reader import CheckpointReader
 
 # A few are enough to judge; the random control is stopped at the same one.
 CENTER = CenterOptions(max_iterations=3, tolerance=1e-3)
+
+# Candidates are measured on so many of the sampled experts, and on so many weights of each; low rank on all rows of
+# the planner's number of experts.
+MEASURED_EXPERTS = 4
+MEASURED_WEIGHTS = 1 << 17
 
 
 def probe(src: str, config: ProbeConfig, progress: ProgressListener | None = None) -> ProbeResult:
@@ -56,21 +70,24 @@ def probe(src: str, config: ProbeConfig, progress: ProgressListener | None = Non
     progress = progress or Silent()
     target = make_target(CheckpointReader(src), make_config(layers=config.layers))
     source, layers = target.source, spaced(list(target.fmt.layers), config.max_layers)
-    sampler = _Sampler(source, config)
+    sampler = _Sampler(target, config)
     progress.start(len(layers) + 1, "sample")
     probes: list[LayerProbe] = []
-    norms = None
+    errors: list[dict[Candidate, float]] = []
+    norms: list[Tensor] = []
     for layer in layers:
-        progress.stage(f"layer {layer}", None)
+        progress.stage("center", None, layer)
         sample = sampler.layer(layer)
-        probes.append(_probe_layer(sampler, layer, sample, progress))
-        norms = sample.row_norms if norms is None else norms
+        made, measured = _probe_layer(sampler, layer, sample, progress)
+        probes.append(made)
+        errors.append(measured)
+        norms.append(sample.row_norms)
         del sample
         progress.shard_done()
-    assert norms is not None  # select_layers gives at least one layer
     progress.stage("control: unrelated experts", None)
-    control, _, _ = _residual(sampler.random(norms), config.workers, progress)
+    control, _ = _residual(sampler.random(norms[0]), config.workers, progress)
     progress.shard_done()
+    predictions = predict(errors, sampler.ratios, sampler.dense_bytes)
     return ProbeResult(
         source=str(src),
         model=source.architecture.title,
@@ -81,28 +98,39 @@ def probe(src: str, config: ProbeConfig, progress: ProgressListener | None = Non
         rows=sampler.shape[0] if sampler.rows is None else len(sampler.rows),
         bytes_ratios=sampler.ratios,
         control=control,
-        layers=probes,
+        layers=[replace(made, predictions=own) for made, own in zip(probes, predictions, strict=True)],
         seconds=time.perf_counter() - start,
     )
 
 
 class _Sampler:
-    """Which experts, rows and columns; the same in every layer and in the control."""
+    """Which experts, rows, columns and candidates; the same in every layer and in the control."""
 
-    def __init__(self, source: MoESource, config: ProbeConfig) -> None:
-        sizes = source.sizes
+    def __init__(self, target: CompressionTarget, config: ProbeConfig) -> None:
+        source, sizes = target.source, target.source.sizes
+        size_h, size_i, width = sizes.hidden_size, sizes.intermediate_size, len(source.projections)
         self.source, self.config = source, config
-        self.ratios = tuple(sorted(set(config.bytes_ratio))) or plain_ratios(sizes.hidden_size)
-        self.shape = (sizes.intermediate_size, len(source.projections) * sizes.hidden_size)
+        self.shape = (size_i, width * size_h)
         self.experts = choose(sizes.num_experts, config.sampled_experts(sizes.num_experts), config.seed).tolist()
-        size_i, size_d = self.shape
         self.rows: Tensor | None = None
-        self.spectrum_columns: Tensor | None = None
+        self.columns: Tensor | None = None
         if size_i > MAX_WHOLE_ROWS:
             self.rows = choose(size_i, SAMPLED_ROWS, config.seed)
             # A random matrix keeps its spectrum's shape when rows and columns are thinned alike.
-            self.spectrum_columns = choose(size_d, max(1, round(size_d * SAMPLED_ROWS / size_i)), config.seed + 1)
-        self._comparison = comparison_columns(size_d, config.seed + 2)
+            some = choose(size_h, max(1, round(size_h * SAMPLED_ROWS / size_i)), config.seed + 1)
+            self.columns = torch.cat([some + number * size_h for number in range(width)])
+        self._comparison = comparison_columns(width * size_h, config.seed + 2)
+        stored = Sizes(target.fmt)
+        self.dense_bytes = sum(map(source.reader.nbytes, source.expected(source.layers[0])))
+        self.ratios = tuple(sorted(set(config.bytes_ratio))) or plain_ratios(stored, self.dense_bytes)
+        self.candidates = candidates_for(stored, self.dense_bytes, self.ratios)
+        self._sample = Sample(
+            MEASURED_EXPERTS,
+            max(1, MEASURED_WEIGHTS // self.shape[1]),
+            DTYPES[target.fmt.dtype],
+            config.seed,
+            config.workers,
+        )
 
     def layer(self, layer: int) -> ExpertSample:
         def read(number: int) -> Tensor:
@@ -111,93 +139,63 @@ class _Sampler:
         return sample_experts(read, len(self.experts), self.rows, self._comparison, self.config.device)
 
     def random(self, row_norms: Tensor) -> ExpertSample:
+        """Unrelated experts of these row norms."""
         read = random_experts(row_norms, self.shape[1], self.config.seed)
         return sample_experts(read, len(row_norms), self.rows, self._comparison, self.config.device)
 
-    def measured(self, matrix: Tensor) -> MeasuredMatrix:
-        return MeasuredMatrix(matrix, self.source.sizes.hidden_size, self.spectrum_columns)
+    def thinned(self, matrix: Tensor) -> Tensor:
+        """What singular values are taken of."""
+        return matrix if self.columns is None else matrix[:, self.columns.to(matrix.device)]
+
+    def errors(self, aligned: AlignedSample, progress: ProgressListener) -> dict[Candidate, float]:
+        """Every candidate's error on one layer's sample."""
+        total = self.source.sizes.num_experts
+        rowwise = [one for one in self.candidates if not one.coder.factorises]
+        low_rank = [one for one in self.candidates if one.coder.factorises]
+        return relative_errors(aligned, rowwise, self._sample, total, progress.step) | relative_errors(
+            aligned.thinned(self.columns), low_rank, self._sample, total, progress.step
+        )
 
 
-def _residual(sample: ExpertSample, workers: int, progress: ProgressListener) -> tuple[ResidualShares, Tensor, Tensor]:
-    """Shares, center ``[rows, D]`` and perm ``[n, rows]``."""
+def _residual(sample: ExpertSample, workers: int, progress: ProgressListener) -> tuple[ResidualShares, CenterResult]:
+    """Shares, and the center of ``sample.design``."""
     found = barycenter(sample.design, CENTER, Work(workers, progress))
-    assert found.center is not None  # a barycenter always has one
     identity = identity_perm(*sample.unaligned.shape[:2])
     before = spread(sample.unaligned, identity, mean_of_aligned(sample.unaligned, identity))
     shares = [
         energy / total if total else 0.0
         for energy, total in ((before, _energy(sample.unaligned)), (found.objective[-1], _energy(sample.design)))
     ]
-    return ResidualShares(*shares), found.center, found.perm
+    return ResidualShares(*shares), found
 
 
 def _energy(design: Tensor) -> float:
-    return sum(expert.double().square().sum().item() for expert in design)
+    return float(sum(expert.double().square().sum().item() for expert in design))
 
 
-def _probe_layer(sampler: _Sampler, layer: int, sample: ExpertSample, progress: ProgressListener) -> LayerProbe:
-    config, hidden_size = sampler.config, sampler.source.sizes.hidden_size
-    total_experts, count = sampler.source.sizes.num_experts, len(sampler.experts)
-    residual, center, perm = _residual(sample, config.workers, progress)
-    centers = {bits: stored_center(center, bits, hidden_size) for coder in CODERS for bits in coder.center_bits}
-    spectrum, magnitude = _CurveMean(), _CurveMean()
-    errors: dict[tuple[str, int | None, float], float] = defaultdict(float)
-    settings: dict[tuple[str, int | None, float], tuple[float, str]] = {}
-    # Bits per expert weight that each center takes.
-    costs = {bits: center_cost(bits, hidden_size) / total_experts for bits in centers}
-    rounding = {bits: (stored - center).double().square().sum().item() for bits, stored in centers.items()}
-    progress.stage("coders", count, layer)
-    for number in range(count):
-        aligned = sample.design[number][perm[number].to(sample.design.device)]
-        matrices: dict[int | None, MeasuredMatrix] = {None: sampler.measured(aligned)}
-        matrices |= {bits: sampler.measured(aligned - stored) for bits, stored in centers.items()}
-        for name, matrix in (("residual", matrices[DENSE_BITS]), ("weight", matrices[None])):
-            spectrum.add(name, [matrix.spectrum.share(share) for share in SHARES])
-            magnitude.add(name, [matrix.magnitudes.share(share) for share in SHARES])
-        for coder, ratio in product(CODERS, sampler.ratios):
-            for center_bits in (None, *coder.center_bits):
-                matrix, cost = matrices[center_bits], costs.get(center_bits, 0.0)
-                if outcome := coder.predict(matrix, DENSE_BITS * ratio - cost):
-                    key = (coder.name, center_bits, ratio)
-                    errors[key] += outcome.error * (
-                        matrix.energy
-                        if center_bits is None
-                        # A center's rounding is the same for any number of experts; the rest grows with them.
-                        else mean_correction(count, total_experts) * (matrix.energy - rounding[center_bits])
-                        + rounding[center_bits]
-                    )
-                    settings[key] = ((outcome.bits + cost) / DENSE_BITS, outcome.setting)
+def _probe_layer(
+    sampler: _Sampler, layer: int, sample: ExpertSample, progress: ProgressListener
+) -> tuple[LayerProbe, dict[Candidate, float]]:
+    """One layer's sample without its predictions, and every candidate's error."""
+    residual, found = _residual(sample, sampler.config.workers, progress)
+    spectrum, magnitude = CurveMean(), CurveMean()
+
+    def draw(name: str, matrix: Tensor) -> None:
+        spectrum.add(name, spectrum_curve(sampler.thinned(matrix)))
+        magnitude.add(name, magnitude_curve(matrix))
+
+    progress.stage("energy", len(sample.design), layer)
+    for expert, perm in zip(sample.design, found.perm, strict=True):
+        aligned = expert[perm.to(expert.device)]
+        draw("weight", aligned)
+        draw("residual", aligned if found.center is None else aligned - found.center)
         progress.step()
-    energy = _energy(sample.design)
-    random = sampler.measured(_random_like(sample.design[0], config.seed))
-    spectrum.add("random", [random.spectrum.share(share) for share in SHARES])
-    magnitude.add("random", [random.magnitudes.share(share) for share in SHARES])
-    predictions = [
-        Prediction(*key, *settings[key], error=error / energy if energy else 0.0) for key, error in errors.items()
-    ]
-    return LayerProbe(layer, residual, spectrum.curves(), magnitude.curves(), predictions)
-
-
-def plain_ratios(hidden_size: int) -> tuple[float, ...]:
-    """Byte ratios of plain 2-, 3-, 4- and 8-bit quantisation, the sizes that a user would pick today."""
-    return tuple(quantised_bits(bits, hidden_size) / DENSE_BITS for bits in sorted(QUANTISED_BITS))
+    draw("random", _random_like(sample.design[0], sampler.config.seed))
+    progress.stage(f"measuring {len(sampler.candidates)} candidates", None, layer)
+    errors = sampler.errors(AlignedSample(sample.design, found, sampler.source.projections), progress)
+    return LayerProbe(layer, residual, spectrum.curves(), magnitude.curves(), []), errors
 
 
 def _random_like(matrix: Tensor, seed: int) -> Tensor:
     read = random_experts(matrix.norm(dim=1, keepdim=True).T.cpu(), matrix.shape[1], seed)
     return read(0).to(matrix.device)
-
-
-class _CurveMean:
-    """Mean of curves by name."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, list[list[float]]] = defaultdict(list)
-
-    def add(self, name: str, curve: list[float]) -> None:
-        self._found[name].append(curve)
-
-    def curves(self) -> Curves:
-        return {
-            name: [sum(at) / len(curves) for at in zip(*curves, strict=True)] for name, curves in self._found.items()
-        }

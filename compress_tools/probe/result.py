@@ -5,12 +5,9 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from compress_tools.probe.energy import SHARES, Curves
+from compress_tools.probe.predictions import mean_correction
 from compress_tools.probe.verdict import Prediction, Verdict, judge
-
-# Shares of singular values and of entries at which energy curves are taken.
-SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 1.0)
-
-Curves = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -110,12 +107,3 @@ class ProbeResult:
             "predictions": [asdict(one) for one in self.predictions],
             "verdict": asdict(self.verdict),
         }
-
-
-def mean_correction(sampled: int, total: int) -> float:
-    """Factor from residual energy around the mean of ``sampled`` experts to that around the mean of ``total``.
-
-    A mean of n takes 1/n of the energy of what its members do not share, so fewer experts look better centered:
-    the factor is ``(1 - 1/total) / (1 - 1/sampled)``, exact for independent equal parts around a common one.
-    """
-    return (1 - 1 / total) / (1 - 1 / sampled)

@@ -4,8 +4,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from compress_tools.probe.coders import CODERS
-from compress_tools.probe.result import SHARES, LayerProbe, ProbeResult
+from compress_tools.probe.energy import SHARES
+from compress_tools.probe.result import LayerProbe, ProbeResult
 from compress_tools.probe.verdict import Prediction, center_title
 
 # Shares of singular values and of entries that the table shows; JSON and picture have the whole curves.
@@ -68,7 +68,7 @@ def _three(curves: dict[str, list[float]], share: float) -> str:
 def _error_table(found: ProbeResult) -> Table:
     sizes = [size.bytes_ratio for size in found.verdict.sizes]
     table = Table(
-        title="predicted squared error over weight energy, at a share of the bf16 bytes, everything counted",
+        title="predicted squared error over weight energy, at a share of the experts' bytes, everything counted",
         title_justify="left",
     )
     table.add_column("coder")
@@ -76,17 +76,16 @@ def _error_table(found: ProbeResult) -> Table:
     for ratio in sizes:
         table.add_column(f"{ratio:.1%}", justify="right")
     by_key = {(one.coder, one.center_bits, one.bytes_ratio): one for one in found.predictions}
-    rows: list[tuple[str, int | None]] = [(coder.name, None) for coder in CODERS]
-    rows += [(coder.name, bits) for coder in CODERS for bits in coder.center_bits]
+    rows = sorted({(one.coder, one.center_bits) for one in found.predictions}, key=lambda row: (row[1] or 0, row[0]))
     for number, (name, bits) in enumerate(rows):
-        if number == len(CODERS):
+        if number and bits != rows[number - 1][1]:
             table.add_section()
         table.add_row(name, center_title(bits), *(_cell(by_key.get((name, bits, ratio))) for ratio in sizes))
     return table
 
 
 def _cell(one: Prediction | None) -> str:
-    return "-" if one is None else f"{one.error:.3g} ({one.setting})"
+    return "-" if one is None else f"{one.error:.3g}\n{one.setting}"
 
 
 def _answer(found: ProbeResult) -> list[str | Text]:

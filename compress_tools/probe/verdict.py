@@ -20,10 +20,9 @@ class Prediction:
     """A coder's error at a size.
 
     Attributes:
-        coder: name.
-        center_bits: per weight, of the center that all experts share, 16 is bf16; None without a center (plain
-            pruning, SVD, quantisation).
-        bytes_ratio: asked, of the experts' bf16 bytes.
+        coder: method of the command line.
+        center_bits: of the center that all experts share, 16 is the model's dtype; None without a center.
+        bytes_ratio: asked, of the experts' bytes.
         used_ratio: what the coder takes of it: center, values, masks, scales.
         setting: what the bytes bought.
         error: squared error over weight energy, all E experts.
@@ -51,8 +50,8 @@ class Prediction:
 
 
 def center_title(center_bits: int | None) -> str:
-    """``none``, ``bf16``, ``8-bit``."""
-    return "none" if center_bits is None else "bf16" if center_bits == 16 else f"{center_bits}-bit"
+    """``no`` or ``8-bit``."""
+    return "no" if center_bits is None else f"{center_bits}-bit"
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def judge(residual: float, control_residual: float, ratios: Iterable[float], pre
         better = with_center is not None and (without is None or with_center.error <= MAX_ERROR * without.error)
         sizes.append(SizeVerdict(ratio, with_center, without, shared >= MIN_SHARED and better))
     paying = [size for size in sizes if size.pays]
-    answer = "no" if not paying else "yes" if len(paying) == len(sizes) else "in part"
+    answer: Literal["yes", "in part", "no"] = "no" if not paying else "yes" if len(paying) == len(sizes) else "in part"
     sentences = [
         f"Experts share {1 - residual:.1%} of their energy; unrelated ones would share {1 - control_residual:.1%}."
     ]
@@ -115,7 +114,9 @@ def judge(residual: float, control_residual: float, ratios: Iterable[float], pre
     elif answer == "yes":
         sentences.append("A center pays at every asked size.")
     else:
-        sentences.append(f"A center pays at {_sizes(paying)} of the bytes, not at {_sizes(sizes, pays=False)}.")
+        sentences.append(
+            f"A center pays at {_sizes(sizes, pays=True)} of the bytes, not at {_sizes(sizes, pays=False)}."
+        )
     sentences += [_size_sentence(size) for size in sizes]
     return Verdict(answer, residual, control_residual, shared, sizes, sentences)
 
@@ -124,7 +125,7 @@ def _best(predictions: list[Prediction]) -> Prediction | None:
     return min(predictions, key=lambda one: one.error, default=None)
 
 
-def _sizes(sizes: list[SizeVerdict], pays: bool = True) -> str:
+def _sizes(sizes: list[SizeVerdict], *, pays: bool) -> str:
     return ", ".join(f"{size.bytes_ratio:.1%}" for size in sizes if size.pays is pays)
 
 

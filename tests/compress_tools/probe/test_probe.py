@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,21 +12,33 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.models.tiny_models import save_tiny_model
+from compress_tools.center.barycenter import barycenter, identity_perm
 from compress_tools.cli.commands import cli
 from compress_tools.config import make_config
 from compress_tools.errors import ConfigError
-from compress_tools.format.codec import decode_residual
+from compress_tools.numerics.clock import StageClock
 from compress_tools.numerics.sampling import spaced
-from compress_tools.probe.coders import CODERS, LowRankCoder, PruneCoder, QuantiseCoder
+from compress_tools.output.target import make_target
+from compress_tools.pipeline import compress
+from compress_tools.planner.candidates import CenterBits, Coder, Sizes
+from compress_tools.planner.config import CODERS
+from compress_tools.planner.measure import Sample, measure_layer
 from compress_tools.probe.config import make_probe_config
-from compress_tools.probe.matrix import GROUP, MeasuredMatrix, quantise, quantised_bits
-from compress_tools.probe.probe import probe
-from compress_tools.probe.result import SHARES, mean_correction
+from compress_tools.probe.energy import SHARES, magnitude_curve, spectrum_curve
+from compress_tools.probe.predictions import (
+    AlignedSample,
+    Candidate,
+    candidates_for,
+    mean_correction,
+    predict,
+    relative_errors,
+)
+from compress_tools.probe.probe import CENTER, probe
 from compress_tools.probe.sample import nearest_rows
 from compress_tools.probe.verdict import Prediction, judge
-from compress_tools.residuals.recipes import uniform_spec
-from compress_tools.residuals.registry import encode_residual
-from compress_tools.source.design_matrix import design_to_rows
+from compress_tools.progress.listener import Silent
+from compress_tools.source.layer_weights import read_layer
+from compress_tools.source.reader import CheckpointReader
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -124,68 +136,128 @@ def test_curves_rise_to_one_and_errors_fall_with_bytes(random_model: Path) -> No
             assert curve[0] >= SHARES[0]
             assert curve[-1] == pytest.approx(1)
         assert set(layer.spectrum) == {"residual", "weight", "random"}
-    for coder in CODERS:
-        for center in (None, *coder.center_bits):
-            line = [one for one in found.predictions if (one.coder, one.center_bits) == (coder.name, center)]
-            errors = [one.error for one in sorted(line, key=lambda one: one.bytes_ratio)]
-            # Of few-bit values the smallest are better dropped than rounded to half a step: keeping all is no gain.
-            slack = 1.1 if coder.name in ("pruned, 8-bit", "pruned, 4-bit") else 1
-            assert all(later <= slack * earlier for earlier, later in pairwise(errors))
-            assert all(one.used_ratio <= one.bytes_ratio * (1 + 1e-9) for one in line)
+    kinds = {(one.coder, one.center_bits) for one in found.predictions}
+    assert {coder for coder, _ in kinds} == set(CODERS)
+    assert {center for _, center in kinds} == {None, 4, 8, 16}
+    for kind in kinds:
+        line = [one for one in found.predictions if (one.coder, one.center_bits) == kind]
+        errors = [one.error for one in sorted(line, key=lambda one: one.bytes_ratio)]
+        assert errors == sorted(errors, reverse=True)
+        assert all(one.used_ratio <= one.bytes_ratio * (1 + 1e-9) for one in line)
 
 
-@pytest.mark.parametrize("shape", [(48, 192), (96, 48)], ids=["48x192", "96x48"])
-def test_predictions_are_the_real_coders_errors(shape: tuple[int, int]) -> None:
-    rows, columns = shape
-    matrix = gaussian(rows, columns)
-    hidden_size = columns // 3
-    measured = MeasuredMatrix(matrix, hidden_size)
-    bits = 6.0
-    for method, predicted in (("low-rank", LowRankCoder()), ("prune", PruneCoder("pruned, bf16", 16, (16,)))):
-        outcome = predicted.predict(measured, bits)
-        assert outcome is not None
-        # The mask's rows are padded to 64 bits; what is left of the 6 bits buys values or factors.
-        mask_bits = 64 / hidden_size if method == "prune" else 0
-        ratio = (bits - mask_bits) / 16
-        spec = uniform_spec(
-            make_config(method=method, retain_ratio=ratio, center="none"), PROJECTIONS, rows, hidden_size
-        )
-        stored = encode_residual(spec, matrix, torch.bfloat16, 0)
-        decoded = decode_residual(spec, stored, hidden_size)
-        split = design_to_rows(matrix, PROJECTIONS)
-        lost = sum((decoded[name] - split[name]).double().square().sum().item() for name in PROJECTIONS)
-        assert outcome.error == pytest.approx(lost / measured.energy, rel=1e-3)
-        nbytes = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
-        assert outcome.bits * matrix.numel() / 8 == pytest.approx(nbytes)
+def aligned_sample(experts: int, rows: int = 48, hidden_size: int = 64) -> AlignedSample:
+    """Seeded experts with something in common."""
+    design = gaussian(rows, 3 * hidden_size) + 0.4 * gaussian(experts, rows, 3 * hidden_size, seed=1)
+    return AlignedSample(design, barycenter(design, CENTER), PROJECTIONS)
 
 
-@pytest.mark.parametrize(("bits", "floor"), [(2, 0.1175), (3, 0.0345), (4, 0.0095)])
-def test_quantising_a_gaussian_comes_near_lloyd_max(bits: int, floor: float) -> None:
-    matrix = gaussian(256, 2 * GROUP)
-    error = ((quantise(matrix, bits) - matrix).square().sum() / matrix.square().sum()).item()
-    assert 0.95 * floor < error < 1.15 * floor
-    for group in quantise(matrix, bits).view(-1, GROUP)[:50]:
-        assert len(group.unique()) <= 2**bits
+WHOLE = Sample(0, 0, torch.bfloat16, seed=0, workers=1)
+MIXED = {"hidden_size": 64, "intermediate_size": 48, "num_local_experts": 4, "num_hidden_layers": 1}
+CANDIDATES = (
+    *({"method": "quantize", "bits": bits} for bits in (2, 3, 4)),
+    *({"method": "prune", "retain_ratio": 0.2, "value_bits": bits} for bits in (4, 8, 16)),
+    {"method": "low-rank", "retain_ratio": 0.3, "factor_bits": 8},
+    {"method": "low-rank+quantize", "retain_ratio": 0.1, "factor_bits": 8, "bits": 2},
+)
 
 
-@pytest.mark.parametrize("columns", [100, 128, 200], ids=["short-group", "one-group", "group-and-rest"])
-def test_quantising_keeps_shape_and_zeros(columns: int) -> None:
-    matrix = gaussian(40, columns)
-    matrix[3] = 0
-    done = quantise(matrix, 8)
-    assert done.shape == matrix.shape
-    assert done[3].abs().sum() == 0
-    torch.testing.assert_close(done, matrix, atol=0.03, rtol=0)
+@pytest.mark.parametrize("center_bits", [0, 4, 8, 16], ids=lambda bits: f"center{bits}")
+def test_predictions_are_the_written_checkpoints_errors(center_bits: CenterBits, tmp_path: Path) -> None:
+    """Whatever the probe predicts of all experts is what compressing with the same options writes."""
+    source = save_tiny_model("mixtral", tmp_path / "m", torch.bfloat16, **MIXED)
+    own = {"center": "none"} if not center_bits else {"center_bits": center_bits}
+    limits = {"max_iterations": CENTER.max_iterations, "tolerance": CENTER.tolerance, "workers": 1}
+    target = make_target(CheckpointReader(source), make_config())
+    sizes, layer = Sizes(target.fmt), read_layer(target.source, 0, torch.bfloat16, "cpu", Silent(), StageClock())
+    found = barycenter(layer.design, CENTER)
+    if not center_bits:  # what compressing without a center does
+        found = replace(found, perm=identity_perm(4, 48))
+    for number, options in enumerate(CANDIDATES):
+        joint = options["method"] in ("prune", "low-rank")
+        coder = Coder(make_config(**options), joint=joint, centers=(center_bits,))
+        candidate = Candidate(center_bits, coder, sizes.uniform(coder, center_bits))
+        aligned = AlignedSample(layer.design, found, PROJECTIONS)
+        (predicted,) = relative_errors(aligned, [candidate], WHOLE, 4).values()
+        form = {} if joint or "low-rank" not in options["method"] else {"low_rank_form": "per-projection"}
+        config = make_config(**options, **own, **limits, **form)
+        report = compress(source, tmp_path / f"out{number}", config)
+        assert report.expert_bytes_after == candidate.nbytes, options
+        assert predicted == pytest.approx(report.layers[0].relative_error, rel=1e-3), options
 
 
-def test_bytes_of_plain_quantisation() -> None:
-    assert quantised_bits(4, 128) == 4.125
-    assert quantised_bits(4, 2048) == 4.125
-    assert quantised_bits(4, 64) == 4.25
-    outcome = QuantiseCoder().predict(MeasuredMatrix(gaussian(8, 384), 128), 4.125)
-    assert outcome is not None
-    assert outcome.setting == "4 bits"
-    assert QuantiseCoder().predict(MeasuredMatrix(gaussian(8, 384), 128), 2) is None
+def test_candidates_use_the_bytes_up_and_keep_within(random_model: Path) -> None:
+    target = make_target(CheckpointReader(random_model), make_config())
+    sizes, dense = Sizes(target.fmt), 8 * 3 * 48 * 128 * 4
+    for ratio in (0.07, 0.2, 0.5):
+        found = candidates_for(sizes, dense, [ratio])
+        assert {"quantize", "prune"} <= {one.coder.config.method for one in found}
+        assert len(set(found)) == len(found)
+        for one in found:
+            assert one.nbytes == sizes.uniform(one.coder, one.center_bits)
+            assert one.nbytes <= ratio * dense * (1 + 1e-9)
+            alike = [other.nbytes for other in found if other.kind == one.kind]
+            assert one.nbytes >= 0.85 * max(alike)
+
+
+def test_default_sizes_are_those_of_plain_quantisation(random_model: Path) -> None:
+    """A code, and a scale of 2 bytes for each group of 128: of fp32 weights here."""
+    found = probe(str(random_model), make_probe_config(max_layers=1, experts=2, workers=1))
+    assert found.bytes_ratios == pytest.approx([(bits + 16 / 128) / 32 for bits in (2, 3, 4, 8)])
+    plain = {one.bytes_ratio: one for one in found.predictions if (one.coder, one.center_bits) == ("quantize", None)}
+    for bits, ratio in zip((2, 3, 4, 8), found.bytes_ratios, strict=True):
+        assert plain[ratio].setting.startswith(f"{bits} bits")
+
+
+def test_the_best_is_chosen_over_all_layers() -> None:
+    """One coder for every layer: of least mean error, not each layer's own."""
+    coders = [Coder(make_config(method="quantize", bits=bits), joint=False, centers=(0,)) for bits in (2, 3)]
+    two, three = (Candidate(0, coder, nbytes) for coder, nbytes in zip(coders, (10, 12), strict=True))
+    first, second = predict([{two: 0.1, three: 0.3}, {two: 0.9, three: 0.4}], [0.11, 0.12, 0.05], dense_bytes=100)
+    assert [(one.bytes_ratio, one.used_ratio, one.error) for one in first] == [(0.11, 0.1, 0.1), (0.12, 0.12, 0.3)]
+    assert [(one.bytes_ratio, one.used_ratio, one.error) for one in second] == [(0.11, 0.1, 0.9), (0.12, 0.12, 0.4)]
+
+
+def test_a_centers_rounding_does_not_grow_with_the_experts() -> None:
+    """Of 2 sampled experts of 8: what they don't share grows by 7/4, a center's rounding stays."""
+    aligned = aligned_sample(2)
+    for bits in (4, 16):
+        coder = Coder(make_config(method="quantize", bits=4), joint=False, centers=(bits,))
+        candidate = Candidate(bits, coder, 1)
+        (of_two,) = relative_errors(aligned, [candidate], WHOLE, 2).values()
+        (of_eight,) = relative_errors(aligned, [candidate], WHOLE, 8).values()
+        measured = measure_layer(aligned.design, aligned.found, PROJECTIONS, [coder], WHOLE)
+        residual = float(measured.residuals[bits].sum())
+        own = aligned.found.objective[-1]
+        assert of_eight / of_two == pytest.approx((7 / 4 * own + residual - own) / residual, rel=1e-6)
+    assert residual == pytest.approx(own, rel=1e-3)  # 16 bits: next to no rounding
+    coder = Coder(make_config(method="quantize", bits=4), joint=False, centers=(0,))
+    plain = [relative_errors(aligned, [Candidate(0, coder, 1)], WHOLE, number) for number in (2, 8)]
+    assert plain[0] == plain[1]  # no center: nothing is shared
+
+
+def test_low_rank_of_a_thinned_sample_is_that_of_the_whole() -> None:
+    """Rows and columns thinned alike: of unrelated weights the same share of the energy is lost."""
+    design = gaussian(2, 384, 3 * 128)
+    coder = Coder(make_config(method="low-rank", retain_ratio=0.3, factor_bits=8), joint=True, centers=(0,))
+    candidate, found = Candidate(0, coder, 1), barycenter(design, CENTER)
+    (whole,) = relative_errors(AlignedSample(design, found, PROJECTIONS), [candidate], WHOLE, 2).values()
+    rows, columns = torch.arange(48), torch.cat([torch.arange(16) + 128 * number for number in range(3)])
+    perm = torch.arange(48).expand(2, 48)
+    part = AlignedSample(design[:, rows], replace(found, center=found.center[rows], perm=perm), PROJECTIONS)
+    (thinned,) = relative_errors(part.thinned(columns), [candidate], WHOLE, 2).values()
+    (rows_alone,) = relative_errors(part, [candidate], WHOLE, 2).values()
+    assert thinned == pytest.approx(whole, rel=0.02)
+    assert abs(rows_alone - whole) > 0.05 * whole
+
+
+def test_energy_curves() -> None:
+    matrix = torch.diag(torch.tensor([3.0, 1.0, 0.0, 0.0]))
+    for curve in (magnitude_curve(matrix.diagonal()), spectrum_curve(matrix)):
+        assert curve[SHARES.index(0.25)] == pytest.approx(0.9)
+        assert curve[SHARES.index(0.5)] == pytest.approx(1)
+        assert curve[SHARES.index(0.1)] == pytest.approx(0.9 * 0.1 / 0.25)
+    assert magnitude_curve(torch.zeros(2, 2)) == spectrum_curve(torch.zeros(2, 2)) == [1.0] * len(SHARES)
 
 
 def test_rows_are_found_among_all_rows_and_taken_once() -> None:
@@ -235,8 +307,8 @@ def test_spaced() -> None:
 
 def predictions(with_center: float, without: float) -> list[Prediction]:
     return [
-        Prediction("quantised", 8, 0.25, 0.25, "3 bits", with_center),
-        Prediction("quantised", None, 0.25, 0.25, "4 bits", without),
+        Prediction("quantize", 8, 0.25, 0.25, "3 bits", with_center),
+        Prediction("quantize", None, 0.25, 0.25, "4 bits", without),
     ]
 
 
