@@ -149,11 +149,30 @@ def print_table(rows: list[DemoRow]) -> None:
         )
     environment = collect_environment()
     table.caption = (
-        f"{environment.gpu or environment.cpu}, {environment.cpu_cores} cores; vLLM {environment.vllm}; one stream, "
+        f"{environment.hardware}; vLLM {environment.vllm}; one stream, "
         f"greedy; perplexity over {first.perplexity_tokens:,} tokens, window {first.perplexity_window}, "
         f"stride {first.perplexity_stride}"
     )
-    Console(width=None if sys.stdout.isatty() else 120).print(table, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table, highlight=False)
+    if note := slower_note(rows):
+        console.print(note, highlight=False)
+
+
+def slower_note(rows: list[DemoRow]) -> str | None:
+    """A sentence on the models that answer slower than the original, the first row; None where none does."""
+    first = rows[0]
+    slower = [
+        f"{row.name} at {row.tokens_per_s / first.tokens_per_s:.0%}"
+        for row in rows[1:]
+        if row.tokens_per_s < first.tokens_per_s
+    ]
+    if not slower:
+        return None
+    return (
+        f"Slower than the original on this machine: {', '.join(slower)} of its {first.tokens_per_s:.1f} tokens/s. What "
+        "compression saves here is memory, not time."
+    )
 
 
 def _bytes(value: int, original: int) -> str:

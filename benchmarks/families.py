@@ -50,7 +50,9 @@ class FamilyResult:
     changed: float | None
 
 
-def check_family(architecture: MoEArchitecture, method: str, folder: Path, measure_change: bool = True) -> FamilyResult:
+def check_family(
+    architecture: MoEArchitecture, method: str, folder: Path, *, measure_change: bool = True
+) -> FamilyResult:
     """Compress, verify, restore, run both; the folder receives the checkpoints."""
     family = architecture.model_type
     source = save_tiny_model(family, folder / "source", torch.float32)
@@ -131,7 +133,7 @@ def family_table(architectures: tuple[MoEArchitecture, ...] = ARCHITECTURES) -> 
 @click.option("--family", "families", multiple=True, help="model_type; default: all.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the rows to FILE.")
 @click.option("--table", is_flag=True, help="Print the family table of docs/models.md and stop.")
-def main(families: tuple[str, ...], json_file: Path | None, table: bool) -> None:
+def main(*, families: tuple[str, ...], json_file: Path | None, table: bool) -> None:
     """Take every family the whole way and print its deviation from the restored twin."""
     if table:
         print(family_table())

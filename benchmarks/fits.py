@@ -78,7 +78,7 @@ def footprint(shape: MoEShape, form: dict[str, object] | None) -> Footprint:
 
 @click.command()
 @click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
-def main(markdown: bool) -> None:
+def main(*, markdown: bool) -> None:
     """Print the table."""
     table = Table(
         "model", "form", "experts", "all weights", *CARDS, box=box.MARKDOWN if markdown else box.SIMPLE_HEAD,

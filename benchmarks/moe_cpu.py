@@ -32,7 +32,7 @@ Forward = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def dense_forward(shape: MoEShape, layers: int, seed: int) -> Forward:
-    """vLLM's dense CPU fused MoE over random bf16 weights."""
+    """The dense CPU fused MoE of vLLM over random bf16 weights."""
     from vllm._custom_ops import cpu_fused_moe, cpu_prepack_moe_weight
 
     isa = "amx" if torch.cpu._is_amx_tile_supported() else "vec"
@@ -48,7 +48,7 @@ def dense_forward(shape: MoEShape, layers: int, seed: int) -> Forward:
     def forward(index: int, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         out = torch.empty_like(x)
         w13, w2 = weights[index]
-        cpu_fused_moe(out, x, w13, w2, None, None, topk_weights, topk_ids, "silu", isa, False)
+        cpu_fused_moe(out, x, w13, w2, None, None, topk_weights, topk_ids, "silu", isa, skip_weighted=False)
         return out
 
     return forward

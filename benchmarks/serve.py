@@ -13,7 +13,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -161,7 +161,7 @@ def measure(name: str, server: VllmServer, args: argparse.Namespace, console: Co
     return rows
 
 
-def compare(rows: list[Row], models: list[str], targets: bool) -> list[Row]:
+def compare(rows: list[Row], models: list[str], *, targets: bool) -> list[Row]:
     """Every model against the first: decoding speed at each load, expert memory, loading time."""
     measured = {(row.context["model"], row.context["metric"]): row for row in rows}
     compared = []
@@ -175,18 +175,17 @@ def compare(rows: list[Row], models: list[str], targets: bool) -> list[Row]:
                 alone = base.context["max_concurrency"] == 1
                 label = f"{name} against {model}: decoding speed{metric.removeprefix('median TPOT')}"
                 target = TARGET_DECODE if targets and alone else None
-                compared.append(_against(label, base.value / own.value, target, True, context))
+                compared.append(_row(Row.at_least, label, base.value / own.value, target, context))
             elif metric in (RESIDENT, WEIGHT_LOAD):
                 target = TARGET_RESIDENT if metric == RESIDENT else TARGET_LOAD
                 label = f"{name} against {model}: {metric}"
-                compared.append(_against(label, own.value / base.value, target if targets else None, False, context))
+                share = own.value / base.value
+                compared.append(_row(Row.at_most, label, share, target if targets else None, context))
     return compared
 
 
-def _against(name: str, value: float, target: float | None, more: bool, context: dict[str, object]) -> Row:
-    if target is None:
-        return Row(name, value, "x", context=context)
-    return (Row.at_least if more else Row.at_most)(name, value, "x", target, **context)
+def _row(met: Callable[..., Row], name: str, value: float, target: float | None, context: dict[str, object]) -> Row:
+    return Row(name, value, "x", context=context) if target is None else met(name, value, "x", target, **context)
 
 
 if __name__ == "__main__":

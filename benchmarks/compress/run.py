@@ -106,7 +106,7 @@ def peak_memory() -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
-def run_layer(source: Path, work: Path, shape: MoEShape, kind: Kind, workers: int, check_svd: bool) -> LayerRun:
+def run_layer(source: Path, work: Path, shape: MoEShape, kind: Kind, workers: int, *, check_svd: bool) -> LayerRun:
     """Read, align, code and write the checkpoint at ``source`` into ``work``."""
     rates = product_rate(), copy_rate(), disk_rate(work)
     reader, silent, clock = CheckpointReader(source), Silent(), StageClock()

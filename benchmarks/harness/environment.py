@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -16,11 +17,18 @@ REPO = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Environment:
-    """One machine and one checkout. Fields are None where there is nothing to name."""
+    """One machine and one checkout. Fields are None where there is nothing to name.
+
+    Attributes:
+        cpu: the processor's name, which a virtual machine may cut short: the family and model number that follow
+            are not.
+        cpu_vectors: the vector instructions that decide which kernels run: ``AVX2``, ``AVX-512 with BF16, VNNI``.
+    """
 
     commit: str | None
     command: str
     cpu: str
+    cpu_vectors: str | None
     cpu_cores: int
     memory_gib: float
     gpu: str | None
@@ -32,6 +40,12 @@ class Environment:
     vllm: str | None
     resmoe: str | None
 
+    @property
+    def hardware(self) -> str:
+        """What the figures were taken on, for people."""
+        vectors = f" ({self.cpu_vectors})" if self.cpu_vectors else ""
+        return self.gpu or f"{self.cpu}{vectors}, {self.cpu_cores} cores"
+
 
 @cache
 def collect_environment() -> Environment:
@@ -41,6 +55,7 @@ def collect_environment() -> Environment:
         commit=_commit(),
         command=_command(),
         cpu=_cpu_name(),
+        cpu_vectors=vector_instructions(_cpuinfo().get("flags", "").split()),
         cpu_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         gpu=gpu,
@@ -77,13 +92,28 @@ def _command() -> str:
     return shlex.join(["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]])
 
 
+def vector_instructions(flags: Collection[str]) -> str | None:
+    """The widest vector instructions among a processor's flags, and what multiplies bf16 and 8-bit integers."""
+    if "avx512f" not in flags:
+        return "AVX2" if "avx2" in flags else None
+    more = {"avx512_bf16": "BF16", "avx512_vnni": "VNNI", "amx_bf16": "AMX"}
+    has = ", ".join(name for flag, name in more.items() if flag in flags)
+    return f"AVX-512 with {has}" if has else "AVX-512"
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's lines of /proc/cpuinfo; empty where there is no such file."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().partition("\n\n")[0].splitlines() if file.exists() else []
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
 def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    found = _cpuinfo()
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    numbers = [f"{key.removeprefix('cpu ')} {found[key]}" for key in ("cpu family", "model") if key in found]
+    return ", ".join([found["model name"], *numbers])
 
 
 def _gpu() -> tuple[str | None, str | None]:

@@ -79,8 +79,7 @@ def print_rows(rows: Iterable[Row], title: str, console: Console | None = None) 
         target = "" if row.target is None else format_value(row.target, row.unit)
         met = {None: "", True: "[green]yes[/]", False: "[red]no[/]"}[row.met]
         table.add_row(row.name, format_value(row.value, row.unit), target, met)
-    where = environment.gpu or f"{environment.cpu}, {environment.cpu_cores} cores"
-    table.caption = f"{where}; torch {environment.torch}, vLLM {environment.vllm}; {environment.command}"
+    table.caption = f"{environment.hardware}; torch {environment.torch}, vLLM {environment.vllm}; {environment.command}"
     console.print(table)
 
 

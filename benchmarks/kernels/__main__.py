@@ -62,7 +62,7 @@ def check(device: str, dtype: torch.dtype) -> list[str]:
             if expert_map is not None:
                 expert_map[:5] = -1
             given = torch.where(ids < 0, -1, 9 - ids).int() if mapped else ids
-            found = run_plan(x, weights, given, layer.plan(config.restore), "silu", expert_map, config).float()
+            found = run_plan(x, weights, given, layer.plan(restore=config.restore), "silu", expert_map, config).float()
             expected = layer_ref(x, weights, ids, layer.truth)
             error = ((found - expected).abs().max() / expected.abs().max()).item()
             what = f"{method}, T={tokens}, blocks for {sizes_for}{', expert map' if mapped else ''}"
@@ -101,7 +101,7 @@ def layer_calls(
         sizes = shape.experts, shape.hidden, shape.intermediate
         device = torch.cuda.get_device_name()
         config = pick_config(len(inputs[0][0]), shape.top_k, *sizes, device, torch.bfloat16, method)
-    plans = [layer.plan(config.restore) for layer in layers]
+    plans = [layer.plan(restore=config.restore) for layer in layers]
     return [
         partial(run_plan, *own, plan, "silu", None, config)
         for own, plan in zip(inputs, itertools.cycle(plans), strict=False)
@@ -171,7 +171,7 @@ def measure(
             # those of the last run; fresh ones hit as many on average
             hit = sum(ids.unique().numel() for _, _, ids in inputs) / len(inputs)
             read = layers[0].shared_bytes + hit * layers[0].expert_bytes
-            rows += _rows(shape, method, count, *dense[count], ms, read, bandwidth)
+            rows += _rows(shape, method, count, dense[count], ms, read, bandwidth)
             print(rows[-2]["name"], f"{rows[-2]['value']:.2f}x", flush=True)
         del layers
         torch.cuda.empty_cache()
@@ -182,18 +182,18 @@ def _rows(
     shape: MoEShape,
     method: str,
     tokens: int,
-    baseline: str,
-    dense: torch.Tensor,
+    baseline: tuple[str, torch.Tensor],
     ms: torch.Tensor,
     read: float,
     bandwidth: float,
 ) -> list[dict[str, Any]]:
+    baseline_name, dense = baseline
     achieved = read / ms.median().item() / 1e6
     context = {
         "shape": shape.name,
         "method": method,
         "tokens": tokens,
-        "baseline": baseline,
+        "baseline": baseline_name,
         "dense_ms": dense.median().item(),
         "resmoe_ms": ms.median().item(),
         "dense_p20_p80_ms": dense.quantile(torch.tensor([0.2, 0.8])).tolist(),

@@ -39,7 +39,7 @@ class Layer:
     expert_bytes: int = 0
     truth: dict[str, Tensor] = field(default_factory=dict)
 
-    def plan(self, restore: bool) -> LayerPlan:
+    def plan(self, *, restore: bool) -> LayerPlan:
         """As ``gpu.layer.plan_layer`` makes it: with ``restore``, decoded tiles hold the center."""
         plans = []
         for name in PROJECTIONS:
@@ -54,7 +54,7 @@ class Layer:
 class Maker:
     """Makes one layer; ``keep_truth`` for small ones only."""
 
-    def __init__(self, shape: MoEShape, device: str, dtype: torch.dtype, seed: int, keep_truth: bool) -> None:
+    def __init__(self, shape: MoEShape, device: str, dtype: torch.dtype, seed: int, *, keep_truth: bool) -> None:
         self.layer, self.device, self.dtype, self.keep_truth = Layer(shape), device, dtype, keep_truth
         self.generator = torch.Generator(device).manual_seed(seed)
         self.matrix = shape.experts, shape.intermediate, shape.hidden
@@ -177,10 +177,10 @@ METHODS: dict[str, Callable[[Maker], Layer]] = {
 
 
 def make_layer(
-    shape: MoEShape, method: str, device: str, dtype: torch.dtype, seed: int, keep_truth: bool = False
+    shape: MoEShape, method: str, device: str, dtype: torch.dtype, seed: int, *, keep_truth: bool = False
 ) -> Layer:
     """A random layer of one of ``METHODS``."""
-    return METHODS[method](Maker(shape, device, dtype, seed, keep_truth))
+    return METHODS[method](Maker(shape, device, dtype, seed, keep_truth=keep_truth))
 
 
 def pack_bits(keep: Tensor) -> Tensor:

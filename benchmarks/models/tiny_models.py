@@ -146,6 +146,7 @@ def save_tiny_model(
     path: Path,
     dtype: torch.dtype,
     seed: int = 0,
+    *,
     max_shard_size: str = "1GB",
     save_original_format: bool = True,
     **changes: Any,

@@ -4,7 +4,9 @@ The models are loaded once, in fp32; each method's experts, compressed by `resmo
 from what it wrote, are put in the original's place. Merging with M-SMoE is the one method that sees data.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -45,6 +47,48 @@ ORDER = (
 )
 
 
+@dataclass(frozen=True)
+class Options:
+    """The command's options."""
+
+    models: tuple[Path, ...]
+    cache: Path
+    sections: tuple[str, ...]
+    ratios: tuple[float, ...]
+    tokens: int
+    window: int
+    stride: int | None
+    json_file: Path | None
+    picture: Path | None
+
+    def check(self) -> None:
+        """Refuse what would fail only after hours.
+
+        Raises:
+            UsageError: names the option.
+        """
+        if self.picture is not None and self.picture.suffix.lower() != ".png":
+            raise click.UsageError(f"--picture {self.picture}: a PNG is written; end the name in .png")
+        if self.picture is not None and "bytes" not in (self.sections or SECTIONS):
+            raise click.UsageError("--picture draws the section bytes; ask for it too")
+        if len({path.resolve().name for path in self.models}) != len(self.models):
+            raise click.UsageError("--model: two folders of one name; rows are told apart by it")
+
+    def labelled_models(self, console: Console) -> dict[str, Path]:
+        """The asked models by their folders' names, or the presets', trained where they are not there yet."""
+        if self.models:
+            return {path.resolve().name: path for path in self.models}
+        labelled = {label: self.cache / label for label in PRESETS}
+        for label, preset in PRESETS.items():
+            ensure_reference_model(preset_config(preset), labelled[label], console)
+        return labelled
+
+    def setup(self) -> dict[str, Any]:
+        """How every figure was taken."""
+        stride = min(self.stride or self.window, self.window - 1)
+        return {"tokens": self.tokens, "window": self.window, "stride": stride, "arithmetic": "float32"}
+
+
 @click.command()
 @click.option(
     "--model",
@@ -79,49 +123,29 @@ ORDER = (
 @click.option("--stride", type=click.IntRange(min=1), help="From one window to the next. [default: the window]")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the rows.")
 @click.option("--picture", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw perplexity against bytes.")
-def main(
-    models: tuple[Path, ...],
-    cache: Path,
-    sections: tuple[str, ...],
-    ratios: tuple[float, ...],
-    tokens: int,
-    window: int,
-    stride: int | None,
-    json_file: Path | None,
-    picture: Path | None,
-) -> None:
+def main(**options: Any) -> None:
     """Compare methods on reference models: error, perplexity, KL and top-1 agreement at equal bytes."""
+    chosen = Options(**options)
     console = Console(stderr=True)
-    if picture is not None and picture.suffix.lower() != ".png":
-        raise click.UsageError(f"--picture {picture}: a PNG is written; end the name in .png")
-    sections = sections or SECTIONS
-    if picture is not None and "bytes" not in sections:
-        raise click.UsageError("--picture draws the section bytes; ask for it too")
-    if len({path.resolve().name for path in models}) != len(models):
-        raise click.UsageError("--model: two folders of one name; rows are told apart by it")
-    labelled = {path.resolve().name: path for path in models}
-    if not labelled:
-        labelled = {label: cache / label for label in PRESETS}
-        for label, preset in PRESETS.items():
-            ensure_reference_model(preset_config(preset), labelled[label], console)
+    chosen.check()
     measured: list[Measured] = []
     rows: list[Row] = []
     try:
-        for label, path in labelled.items():
-            subject = Subject(path, tokens, window, stride or window)
-            found = measure(subject, label, sections, sorted(ratios), console)
+        for label, path in chosen.labelled_models(console).items():
+            subject = Subject(path, chosen.tokens, chosen.window, chosen.stride or chosen.window)
+            found = measure(subject, label, chosen.sections or SECTIONS, sorted(chosen.ratios), console)
             measured += found
             rows += verdicts(label, subject.residual_energy_share, found)
     except ResMoEError as err:
         raise click.ClickException(str(err)) from err
-    setup = {"tokens": tokens, "window": window, "stride": min(stride or window, window - 1), "arithmetic": "float32"}
-    for section in sections:
+    setup = chosen.setup()
+    for section in chosen.sections or SECTIONS:
         print_section(section, measured, setup)
-    print_rows(rows, "what is held against what")
-    if json_file:
-        write_rows([*(one.row(setup) for one in measured), *rows], json_file)
-    if picture:
-        draw(measured, picture)
+    print_rows(rows, "Figures with a target")
+    if chosen.json_file:
+        write_rows([*(one.row(setup) for one in measured), *rows], chosen.json_file)
+    if chosen.picture:
+        draw(measured, chosen.picture)
 
 
 def measure(

@@ -14,6 +14,7 @@ import random
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -211,16 +212,7 @@ def merge_experts(model: nn.Module, center: str) -> float:
 @click.option("--examples", default=4000, show_default=True, type=click.IntRange(min=8), help="At most, for training.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the rows to FILE.")
-def main(
-    train_file: Path | None,
-    dev_file: Path | None,
-    retain_ratio: float,
-    experts: int,
-    steps: int,
-    examples: int,
-    seed: int,
-    json_file: Path | None,
-) -> None:
+def main(train_file: Path | None, dev_file: Path | None, examples: int, json_file: Path | None, **options: Any) -> None:
     """Fine-tune a small Switch Transformer, compress it by each method, compare accuracy and error."""
     if (train_file is None) != (dev_file is None):
         raise click.UsageError("--train and --dev come together")
@@ -231,9 +223,10 @@ def main(
         except CheckpointError as err:
             raise click.UsageError(str(err)) from err
     else:
-        train, dev = standard_library_task(seed, examples)
-    rows = compare(train, dev, retain_ratio, experts, steps, seed, console)
-    print_rows(rows, f"Switch Transformer, {experts} experts, {retain_ratio:.0%} of parameters kept")
+        train, dev = standard_library_task(options["seed"], examples)
+    rows = compare(train, dev, **options, console=console)
+    kept = f"{options['retain_ratio']:.0%} of parameters kept"
+    print_rows(rows, f"Switch Transformer, {options['experts']} experts, {kept}")
     if json_file:
         write_rows(rows, json_file)
 

@@ -71,7 +71,7 @@ class Subject(Checkpoint):
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype that the experts are stored in."""
+        """The experts' stored dtype."""
         return self._dense[self.source.layers[0]][0].up.dtype
 
     @property

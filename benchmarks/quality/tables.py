@@ -53,5 +53,5 @@ def section_table(section: str, model: str, rows: Sequence[Measured], setup: Map
         )
     environment = collect_environment()
     cut = "".join(f", {name} {value:,}" if isinstance(value, int) else f", {value}" for name, value in setup.items())
-    table.caption = f"{environment.cpu}, torch {environment.torch}{cut}; {environment.command}"
+    table.caption = f"{environment.hardware}; torch {environment.torch}{cut}; {environment.command}"
     return table

@@ -80,7 +80,7 @@ class Reader:
         raise TimeoutError(f"no server process reported its MoE layers within {timeout_s:.0f} s")
 
 
-def _note(module: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
+def _note(module: torch.nn.Module, _name: str, _param: torch.nn.Parameter | None) -> None:
     if any(base.__name__ == EXPERTS_CLASS for base in type(module).__mro__):
         with _lock:
             first = not _seen

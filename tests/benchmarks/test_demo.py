@@ -5,8 +5,22 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.demo import run_demo
+from benchmarks.demo import DemoRow, print_table, run_demo
+from benchmarks.harness.environment import collect_environment
 from benchmarks.models.reference_models import preset_config
+
+
+def row(name: str, tokens_per_s: float) -> DemoRow:
+    return DemoRow(name, 10**6, 10**6, 40.0, tokens_per_s, "text", -1.0, 100, 32, 16, "vllm serve x", 1.0)
+
+
+def test_a_slower_model_is_said_to_be_slower(capsys: pytest.CaptureFixture[str]):
+    print_table([row("original", 393), row("pruned", 297), row("low rank", 401)])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Slower than the original on this machine: pruned at 76% of its 393.0 tokens/s." in shown
+    assert collect_environment().hardware in shown
+    print_table([row("original", 393), row("low rank", 393)])
+    assert "Slower" not in capsys.readouterr().out
 
 
 @pytest.mark.vllm

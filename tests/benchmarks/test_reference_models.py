@@ -15,7 +15,7 @@ from benchmarks.models.reference_models.bigram import bigram_counts, fit_bigrams
 from benchmarks.models.reference_models.corpus import HELD_OUT, read_corpus
 from benchmarks.models.reference_models.model import expert_modules, new_model, residual_energy_shares, upcycle
 from benchmarks.models.reference_models.tokenizer import END_OF_TEXT, encode_documents, train_tokenizer
-from benchmarks.models.reference_models.train import heldout_loss, learning_rate, train_phase, window_batches
+from benchmarks.models.reference_models.train import Phase, heldout_loss, learning_rate, train_phase, window_batches
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +138,8 @@ def test_loss_falls_and_heldout_improves(corpus, tokenizer):
     model = new_model(config, config.num_experts, config.top_k, seed=0)
     before, scored = heldout_loss(model, heldout, config)
     seen = []
-    result = train_phase(
-        model, tokens, config, phase="moe", steps=40, peak_lr=1e-2, seed=0,
-        progress=lambda *event: seen.append(event),
-    )  # fmt: skip
+    phase = Phase("moe", steps=40, peak_lr=1e-2, seed=0)
+    result = train_phase(model, tokens, config, phase, progress=lambda *event: seen.append(event))
     after, _ = heldout_loss(model, heldout, config)
     assert scored == 512 // 32 * 31
     assert result.losses[0] == pytest.approx(5.95, abs=0.15)  # ln 384

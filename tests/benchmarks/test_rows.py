@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks.harness.environment import collect_environment
+from benchmarks.harness.environment import collect_environment, vector_instructions
 from benchmarks.harness.rows import Row, format_value, print_rows, write_rows
 
 ROWS = [
@@ -47,6 +47,20 @@ def test_file_holds_rows_with_context_and_environment(tmp_path: Path):
     assert "context" not in speed
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("fpu sse2", None),
+        ("sse2 avx2", "AVX2"),
+        ("avx2 avx512f", "AVX-512"),
+        ("avx2 avx512f avx512_vnni", "AVX-512 with VNNI"),
+        ("avx2 avx512f avx512_vnni avx512_bf16 amx_bf16", "AVX-512 with BF16, VNNI, AMX"),
+    ],
+)
+def test_vector_instructions(flags: str, expected: str | None):
+    assert vector_instructions(flags.split()) == expected
+
+
 def test_table_says_measured_target_and_met():
     text = io.StringIO()
     print_rows(ROWS, "figures", Console(file=text, width=200))
@@ -54,7 +68,8 @@ def test_table_says_measured_target_and_met():
     assert "12.5 tokens/s" in next(line for line in lines if "speed" in line)
     assert "no" in next(line for line in lines if "error" in line).split()
     assert "yes" in next(line for line in lines if "ratio" in line).split()
-    assert f"torch {collect_environment().torch}" in text.getvalue()
+    # the caption is wrapped to the width of the table
+    assert f"torch {collect_environment().torch}" in " ".join(text.getvalue().split())
 
 
 @pytest.mark.parametrize(

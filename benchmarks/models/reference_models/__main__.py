@@ -21,8 +21,6 @@ from benchmarks.models.reference_models.build import ReferenceModelReport, build
 from benchmarks.models.reference_models.config import PRESETS, ReferenceModelConfig, preset_config
 
 EXIT_USAGE = 2
-
-
 LOG_LINES = 10  # per phase, where stderr is no terminal
 
 
@@ -49,6 +47,7 @@ class RichProgress:
         self._bar.stop()
 
     def __call__(self, phase: str, done: int, total: int, state: str) -> None:
+        """Show that `done` of `total` steps of a phase are done."""
         if phase not in self._tasks:
             self._tasks[phase] = self._bar.add_task(phase, total=total, state=state)
         self._bar.update(self._tasks[phase], completed=done, state=state)

@@ -33,6 +33,7 @@ def fit_bigrams(
         model: fresh model on the CPU, float32.
         tokens: training ids [N] int64.
         steps: full-batch Adam steps, at least 1; the learning rate falls linearly from PEAK_LR.
+        progress: called after every step; silent if None.
     Returns:
         Every step's loss over the whole text, in nats per token, and the wall time.
     """

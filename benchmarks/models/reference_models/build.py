@@ -17,7 +17,7 @@ from benchmarks.models.reference_models import model as models
 from benchmarks.models.reference_models.bigram import fit_bigrams
 from benchmarks.models.reference_models.config import ReferenceModelConfig
 from benchmarks.models.reference_models.tokenizer import encode_documents, save_tokenizer, train_tokenizer
-from benchmarks.models.reference_models.train import PhaseResult, ProgressCallback, heldout_loss, train_phase
+from benchmarks.models.reference_models.train import Phase, PhaseResult, ProgressCallback, heldout_loss, train_phase
 
 HELDOUT_FILE = "heldout.txt"
 RECIPE_FILE = "reference_model.json"
@@ -73,17 +73,13 @@ def _train(
     if config.bigram_steps:
         results["bigrams"] = fit_bigrams(model, tokens, config.bigram_steps, progress)
     if upcycled:
-        results["dense"] = train_phase(
-            model, tokens, config, phase="dense", steps=config.dense_steps, peak_lr=config.dense_lr,
-            seed=config.seed, progress=progress,
-        )  # fmt: skip
+        dense = Phase("dense", config.dense_steps, config.dense_lr, config.seed)
+        results["dense"] = train_phase(model, tokens, config, dense, progress)
         model = models.upcycle(model, config)
     if config.moe_steps:
         # Another seed than the dense phase's: not the same windows in the same order again.
-        results["moe"] = train_phase(
-            model, tokens, config, phase="moe", steps=config.moe_steps, peak_lr=config.moe_lr,
-            seed=config.seed + 1, progress=progress,
-        )  # fmt: skip
+        moe = Phase("moe", config.moe_steps, config.moe_lr, config.seed + 1)
+        results["moe"] = train_phase(model, tokens, config, moe, progress)
     return model, results
 
 

@@ -1,6 +1,6 @@
 """What a reference model is: one frozen config, its checks, and the presets."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -86,7 +86,7 @@ class ReferenceModelConfig(BaseModel):
         return device
 
     @model_validator(mode="after")
-    def _check(self) -> "ReferenceModelConfig":
+    def _check_sizes(self) -> Self:
         for name in ("hidden_size", "intermediate_size"):
             if getattr(self, name) % 64:
                 raise ValueError(f"{name} must be a multiple of 64, found {getattr(self, name)}")
@@ -102,6 +102,10 @@ class ReferenceModelConfig(BaseModel):
             raise ValueError(
                 f"eval_tokens must be at least context_length {self.context_length}, found {self.eval_tokens}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_phases(self) -> Self:
         if self.recipe == "upcycled" and self.dense_steps == 0:
             raise ValueError("recipe upcycled needs dense_steps >= 1: there is nothing to copy otherwise")
         if self.recipe == "scratch":

@@ -19,6 +19,16 @@ LOSS_TAIL = 20  # a phase's final loss is the mean over this many last steps
 
 
 @dataclass(frozen=True)
+class Phase:
+    """One training phase: its name for the progress, its steps, the highest learning rate, the batches' seed."""
+
+    name: str
+    steps: int
+    peak_lr: float
+    seed: int
+
+
+@dataclass(frozen=True)
 class PhaseResult:
     """Losses of one phase, in nats per token without the router's auxiliary loss, and its wall time."""
 
@@ -78,11 +88,7 @@ def train_phase(
     model: PreTrainedModel,
     tokens: Tensor,
     config: ReferenceModelConfig,
-    *,
-    phase: str,
-    steps: int,
-    peak_lr: float,
-    seed: int,
+    phase: Phase,
     progress: ProgressCallback | None = None,
 ) -> PhaseResult:
     """Train in place on config.device: AdamW, warm-up and cosine, clipped gradients.
@@ -90,20 +96,20 @@ def train_phase(
     Args:
         model: float32 weights; moved to the device and left there.
         tokens: training ids [N] int64.
-        phase: name shown by the progress.
-        peak_lr: highest learning rate.
-        seed: of the batch order.
+        config: device, batch size, context length and the optimizer's settings.
+        phase: what this phase does.
+        progress: called after every step; silent if None.
     Raises:
         FloatingPointError: the loss is not finite.
     """
     device = torch.device(config.device)
     model.to(device).train()
     optimizer = _optimizer(model, config)
-    batches = window_batches(tokens, config.batch_size, config.context_length, seed)
+    batches = window_batches(tokens, config.batch_size, config.context_length, phase.seed)
     losses: list[float] = []
     started = time.perf_counter()
-    for step in range(steps):
-        lr = learning_rate(step, steps, peak_lr, config)
+    for step in range(phase.steps):
+        lr = learning_rate(step, phase.steps, phase.peak_lr, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
         ids = next(batches).to(device)
@@ -116,9 +122,9 @@ def train_phase(
         aux_loss = 0.0 if output.aux_loss is None else output.aux_loss.item()
         losses.append(output.loss.item() - config.router_aux_loss_coef * aux_loss)
         if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"{phase} phase: loss {losses[-1]} at step {step}; lower its learning rate")
+            raise FloatingPointError(f"{phase.name} phase: loss {losses[-1]} at step {step}; lower its learning rate")
         if progress:
-            progress(phase, step + 1, steps, f"loss {losses[-1]:.2f}")
+            progress(phase.name, step + 1, phase.steps, f"loss {losses[-1]:.2f}")
     return PhaseResult(tuple(losses), time.perf_counter() - started)
 
 
@@ -130,7 +136,9 @@ def heldout_loss(model: PreTrainedModel, tokens: Tensor, config: ReferenceModelC
     context only.
 
     Args:
+        model: moved to the device and left there.
         tokens: held-out ids [N] int64; at least one window.
+        config: device, context length, batch size and tokens to score.
     """
     device = torch.device(config.device)
     model.to(device).eval()
