@@ -239,11 +239,12 @@ def inspect(*, path: str, as_json: bool) -> None:
 @json_option
 def verify(*, path: str, against: str | None, workers: int, as_json: bool) -> None:
     """Check the ResMoE checkpoint PATH: every expert there, shapes, finiteness, masks, error."""
-    from compress_tools.cli.printing import print_result
+    from compress_tools.cli.printing import print_result, progress_on_stderr
     from compress_tools.cli.tables import verdict_table
     from compress_tools.stored.verify import verify as run
 
-    verdicts = run(path, against, workers)
+    with progress_on_stderr(quiet=as_json) as progress:
+        verdicts = run(path, against, workers, progress)
     print_result(
         {"ok": True, "layers": [asdict(verdict) for verdict in verdicts]},
         lambda: verdict_table(verdicts),

@@ -117,9 +117,9 @@ def evaluation_table(found: Evaluation) -> Table:
         table.add_row(found.model, f"{found.perplexity:.5g}")
     else:
         table.add_row(found.against, f"{found.original_perplexity:.5g}", "", "")
-        table.add_row(
-            found.model, f"{found.perplexity:.5g}", f"{max(found.kl_nats, 0):.4g}", f"{found.top1_agreement:.2%}"
-        )
+        # Rounding may leave a divergence of equal models below 0.
+        divergence = f"{max(found.kl_nats or 0.0, 0):.4g}"
+        table.add_row(found.model, f"{found.perplexity:.5g}", divergence, f"{found.top1_agreement:.2%}")
     over = "" if found.kl_over is None else f"; KL over {found.kl_over}"
     table.caption = f"window {found.window}, stride {found.stride}, {found.backend}, {found.dtype}{over}"
     table.caption_justify = "left"

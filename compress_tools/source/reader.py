@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress_tools.errors import CheckpointError
-from compress_tools.format.dtypes import SAFETENSORS_BYTES
-from compress_tools.format.shard_file import first_cut_tensor, shard_digest
+from compress_tools.format.shard_file import StoredTensor, first_cut_tensor, is_file_name, read_header, shard_digest
+from compress_tools.text_file import in_words, is_lfs_pointer, lfs_advice, read_json_object
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+# Parts of config.json that are objects wherever they are given.
+_OBJECTS = ("quantization_config", "text_config")
 
 
 class CheckpointReader:
@@ -24,12 +28,14 @@ class CheckpointReader:
     Args:
         path: the directory.
     Raises:
-        CheckpointError: no directory, no config.json, no safetensors, a shard missing or damaged, an index
-            that names tensors which the shards lack.
+        CheckpointError: no directory, no config.json, no safetensors, a file that is not what its name says (a Git
+            LFS pointer, no JSON), a shard missing or damaged, an index that names tensors which the shards lack.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if self.path.is_file():
+            raise CheckpointError(f"{self.path}: is a file; expected the directory of a Hugging Face checkpoint")
         if not self.path.is_dir():
             # as the hub spells a model
             named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None
@@ -37,10 +43,11 @@ class CheckpointReader:
             raise CheckpointError(
                 f"{self.path}: no such directory; expected a Hugging Face checkpoint directory{advice}"
             )
-        self.config: dict[str, Any] = self._read_json(CONFIG_NAME)
+        self.config = self._read_config()
         self.shards = self._shard_names()
         self._handles: dict[str, Any] = {}
         self._shard_of: dict[str, str] = {}
+        self._stored: dict[str, StoredTensor] = {}
         for shard in self.shards:
             self._open(shard)
         self._check_index()
@@ -60,10 +67,9 @@ class CheckpointReader:
             CheckpointError: not there, or not readable.
         """
         handle = self._handle(name)
-        try:
-            return handle.get_tensor(name)
-        except (SafetensorError, OSError) as err:
-            raise CheckpointError(f"{self.path / self._shard_of[name]}: can't read {name!r}: {err}") from err
+        with self._reading(name):
+            tensor: Tensor = handle.get_tensor(name)
+        return tensor
 
     def get_row(self, name: str, index: int) -> Tensor:
         """Read ``tensor[index]`` without the rest.
@@ -71,10 +77,10 @@ class CheckpointReader:
         Raises:
             CheckpointError: not there, or not readable.
         """
-        try:
-            return self._handle(name).get_slice(name)[index]
-        except (SafetensorError, OSError) as err:
-            raise CheckpointError(f"{self.path / self._shard_of[name]}: can't read {name!r}[{index}]: {err}") from err
+        handle = self._handle(name)
+        with self._reading(name, f"[{index}]"):
+            row: Tensor = handle.get_slice(name)[index]
+        return row
 
     def release(self) -> None:
         """Unmap the shards, so that pages already read count for this process no more; the next read maps again."""
@@ -82,18 +88,20 @@ class CheckpointReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
-        return tuple(self._handle(name).get_slice(name).get_shape())
+        return self._header(name).shape
 
     def dtype(self, name: str) -> str:
         """Stored dtype as safetensors spells it: ``BF16``, ``F16``, ``F32``, ..."""
-        return self._handle(name).get_slice(name).get_dtype()
+        return self._header(name).dtype
 
     def nbytes(self, name: str) -> int:
         """Stored bytes of a tensor, without reading it."""
-        count = 1
-        for size in self.shape(name):
-            count *= size
-        return count * SAFETENSORS_BYTES[self.dtype(name)]
+        return self._header(name).nbytes
+
+    def shard_of(self, name: str) -> str:
+        """The weight file that a tensor is read from: the index decides where several hold the name."""
+        self._header(name)
+        return self._shard_of[name]
 
     def other_files(self) -> list[Path]:
         """Files that are neither shards, index nor config.json: tokenizer, generation config, code, licence."""
@@ -121,50 +129,73 @@ class CheckpointReader:
             shard: shard_digest(self.path / shard) for shard in self.shards
         }
 
-    def _handle(self, name: str) -> Any:
-        if name not in self._shard_of:
+    def _header(self, name: str) -> StoredTensor:
+        if name not in self._stored:
             raise CheckpointError(f"{self.path}: tensor {name!r} is missing")
-        shard = self._shard_of[name]
+        return self._stored[name]
+
+    def _handle(self, name: str) -> Any:
+        shard = self.shard_of(name)
         if shard not in self._handles:
             self._handles[shard] = self._map(shard)
         return self._handles[shard]
 
-    def _read_json(self, name: str) -> dict[str, Any]:
-        file = self.path / name
+    @contextmanager
+    def _reading(self, name: str, part: str = "") -> Iterator[None]:
+        """What can stop a read, dtypes that torch lacks included, as one error."""
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError as err:
-            raise CheckpointError(f"{file}: missing; expected a Hugging Face checkpoint directory") from err
-        except (OSError, ValueError) as err:
-            raise CheckpointError(f"{file}: not readable as JSON: {err}") from err
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{file}: expected a JSON object")
-        return content
+            yield
+        except (SafetensorError, OSError, RuntimeError, IndexError, AttributeError) as err:
+            dtype, shape = self.dtype(name), list(self.shape(name))
+            raise CheckpointError(
+                f"{self.path / self._shard_of[name]}: can't read {name!r}{part}, {dtype} {shape}: {in_words(err)}"
+            ) from err
+
+    def _read_config(self) -> dict[str, Any]:
+        file = self.path / CONFIG_NAME
+        if not file.exists():
+            raise CheckpointError(f"{file}: missing; expected a Hugging Face checkpoint directory")
+        config = read_json_object(file)
+        for key in _OBJECTS:
+            if not isinstance(config.get(key), dict | None):
+                raise CheckpointError(f"{file}: {key}: expected a JSON object, found {config[key]!r:.60}")
+        return config
 
     def _shard_names(self) -> list[str]:
-        if (self.path / INDEX_NAME).is_file():
-            self._weight_map = self._read_json(INDEX_NAME).get("weight_map")
-            if not isinstance(self._weight_map, dict) or not self._weight_map:
-                raise CheckpointError(f"{self.path / INDEX_NAME}: no weight_map")
-            return sorted(set(self._weight_map.values()))
-        self._weight_map = None
-        if (self.path / SINGLE_NAME).is_file():
+        index = self.path / INDEX_NAME
+        self._weight_map: dict[str, str] | None = None
+        if index.exists():
+            weight_map = read_json_object(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CheckpointError(f"{index}: no weight_map; expected one from tensor names to weight files")
+            for name, shard in weight_map.items():
+                if not is_file_name(shard):
+                    raise CheckpointError(f"{index}: {name!r}: expected a weight file beside it, found {shard!r:.60}")
+            self._weight_map = weight_map
+            return sorted(set(weight_map.values()))
+        if (self.path / SINGLE_NAME).exists():
             return [SINGLE_NAME]
         raise CheckpointError(f"{self.path}: no {INDEX_NAME} and no {SINGLE_NAME}; only safetensors are read")
 
     def _open(self, shard: str) -> None:
-        handle = self._handles[shard] = self._map(shard)
-        for name in handle.keys():
+        self._handles[shard] = self._map(shard)
+        for name, stored in read_header(self.path / shard).items():
             if self._weight_map is None or self._weight_map.get(name) == shard:
-                self._shard_of[name] = shard
+                self._shard_of[name], self._stored[name] = shard, stored
 
     def _map(self, shard: str) -> Any:
         file = self.path / shard
-        if not file.is_file():
+        if not file.exists():
             raise CheckpointError(f"{file}: shard named by {INDEX_NAME} is missing")
+        if not file.is_file():
+            raise CheckpointError(f"{file}: is a directory; expected a weight file")
         try:
             return safe_open(file, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as err:
+        except OSError as err:
+            raise CheckpointError(f"{file}: not readable: {in_words(err)}") from err
+        except SafetensorError as err:
+            if is_lfs_pointer(file):
+                raise CheckpointError(f"{file}: {lfs_advice(file)}") from err
             raise CheckpointError(
                 f"{file}: truncated or corrupt shard: {err}{first_cut_tensor(file)}; download it again"
             ) from err

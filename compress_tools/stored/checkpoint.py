@@ -1,19 +1,20 @@
 """A ResMoE checkpoint opened for reading: validated, and its experts by layer and index."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from copy import copy
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from compress_tools.errors import FormatError, NumericalError
 from compress_tools.format.codec import restore_expert
-from compress_tools.format.dtypes import SAFETENSORS_NAMES
+from compress_tools.format.dtypes import DTYPES, SAFETENSORS_NAMES
 from compress_tools.format.parts.base import Rows
 from compress_tools.format.schema import Projection, parse_format
 from compress_tools.format.tensors import (
     BIAS,
-    DTYPES,
     TensorSpec,
     expert_tensors,
     is_resmoe_name,
@@ -38,11 +39,18 @@ class ResMoECheckpoint:
     def __init__(self, path: str | Path) -> None:
         self.reader = CheckpointReader(path)
         block = self.reader.config.get("quantization_config")
-        if not isinstance(block, dict):
+        if block is None:
             raise FormatError(f"{self.reader.path}: config.json has no quantization_config; not a ResMoE checkpoint")
         self.fmt = parse_format(block, str(self.reader.path / "config.json"))
+        self._given: Mapping[str, Tensor] = {}
         self._last_shared: tuple[int, StoredTensors] | None = None
         self._check_tensors()
+
+    def with_tensors(self, given: Mapping[str, Tensor]) -> Self:
+        """The same checkpoint with some tensors given by name, which are then not read from their files."""
+        made = copy(self)
+        made._given, made._last_shared = given, None
+        return made
 
     def expert(self, layer: int, expert: int) -> Rows:
         """One restored expert, fp32 ``[I, H]`` rows for each projection."""
@@ -58,8 +66,7 @@ class ResMoECheckpoint:
         if not self.fmt.biases:
             return None
         stored = self.stored(layer, expert)
-        found = {projection: tensor for (projection, suffix), tensor in stored.items() if suffix == BIAS}
-        return found
+        return {projection: tensor for (projection, suffix), tensor in stored.items() if suffix == BIAS}
 
     def shared(self, layer: int) -> StoredTensors:
         """A layer's shared tensors by (projection, suffix); kept for the last layer, as every expert needs them."""
@@ -79,7 +86,7 @@ class ResMoECheckpoint:
             FormatError: a mask disagrees with the config.
         """
         for name, spec in layer_tensors(self.fmt, layer).items():
-            tensor = self.reader.get(name)
+            tensor = self._tensor(name)
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise NumericalError(f"{self.reader.path}: {name!r} holds NaN or Inf")
             if fault := spec.fault(tensor):
@@ -92,11 +99,14 @@ class ResMoECheckpoint:
 
     def _read(self, layer: int, specs: Iterable[TensorSpec]) -> StoredTensors:
         return {
-            (spec.projection, spec.suffix): self.reader.get(
+            (spec.projection, spec.suffix): self._tensor(
                 tensor_name(self.fmt, layer, spec.expert, spec.projection, spec.suffix)
             )
             for spec in specs
         }
+
+    def _tensor(self, name: str) -> Tensor:
+        return self._given[name] if name in self._given else self.reader.get(name)
 
     def _check_tensors(self) -> None:
         expected: set[str] = set()
@@ -119,5 +129,5 @@ class ResMoECheckpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of the stored center, values and factors."""
+        """Dtype of the stored center, values and factors."""
         return DTYPES[self.fmt.dtype]

@@ -1,23 +1,30 @@
 """Check a ResMoE checkpoint, and recompute its error against the source without trusting its report."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf, isfinite
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from compress_tools.architectures.registry import find_architecture
 from compress_tools.center.alignment import align_experts
-from compress_tools.errors import FormatError
-from compress_tools.format.shard_file import file_checksum
+from compress_tools.errors import ConfigError, FormatError, NumericalError
+from compress_tools.format.dtypes import DTYPES
+from compress_tools.format.schema import QUANT_METHOD
+from compress_tools.format.shard_file import SinglePass, StoredTensor, is_file_name
+from compress_tools.format.tensors import TensorSpec, layer_tensors
 from compress_tools.numerics.products import squared_distance, squared_norm
 from compress_tools.numerics.work import Work
+from compress_tools.progress.listener import ProgressListener, Silent
 from compress_tools.report import REPORT_NAME
 from compress_tools.source.design_matrix import expert_to_rows, rows_to_design
 from compress_tools.source.moe_source import MoESource, check_whole, open_source
 from compress_tools.source.reader import CheckpointReader
 from compress_tools.stored.checkpoint import ResMoECheckpoint
+from compress_tools.text_file import read_json_object
 
 # The best matching of restored rows to source rows can only beat the one the report was made with.
 REPORT_TOLERANCE = 1e-3
@@ -41,88 +48,182 @@ class LayerVerdict:
 
 
 def verify(
-    path: str | Path,
-    against: str | Path | None = None,
-    workers: int = 1,
-    advance: Callable[[], None] = lambda: None,
+    path: str | Path, against: str | Path | None = None, workers: int = 1, progress: ProgressListener | None = None
 ) -> list[LayerVerdict]:
     """Check layers, names, shapes, finiteness, masks, and each weight file's bytes by the checksum in the report.
 
-    With a source, copied tensors and the reported error too.
+    With a source, copied tensors and the reported error too. Each weight file is read once, from its first byte to its
+    last: hashed, and its tensors checked from the same bytes. A layer's tensors are kept until the layer is whole.
 
+    Args:
+        path: the ResMoE checkpoint.
+        against: the source that it was made from.
+        workers: assignments solved in parallel.
+        progress: told of files, tensors, and experts that are compared.
     Raises:
         CheckpointError, FormatError, NumericalError: what is wrong, and where.
+        ConfigError: ``against`` is a ResMoE checkpoint itself.
     """
     checkpoint = ResMoECheckpoint(path)
-    source = open_source(CheckpointReader(against)) if against is not None else None
+    source = None if against is None else _open_original(against)
     check_whole(find_architecture(checkpoint.reader.config), checkpoint.reader, checkpoint.fmt.layers)
-    reported, checksums = _read_report(Path(path))
-    _check_bytes(Path(path), checksums)
-    if source is not None:
-        _check_copied(checkpoint, source)
-    verdicts = []
-    for layer in sorted(checkpoint.fmt.layers):
+    return _Verification(checkpoint, source, workers, progress or Silent()).run()
+
+
+class _Verification:
+    """One pass over all weight files.
+
+    Args:
+        checkpoint: what is verified.
+        source: what it was made from, or None.
+        workers: assignments solved in parallel.
+        progress: told of files, tensors, and experts that are compared.
+    """
+
+    def __init__(
+        self, checkpoint: ResMoECheckpoint, source: MoESource | None, workers: int, progress: ProgressListener
+    ) -> None:
+        self._checkpoint, self._source, self._workers, self._progress = checkpoint, source, workers, progress
+        self._path = checkpoint.reader.path
+        self._reported, self._checksums = _read_report(self._path)
+        # By layer the tensors that are still to come, and those that have been read.
+        self._awaited = {layer: dict(layer_tensors(checkpoint.fmt, layer)) for layer in sorted(checkpoint.fmt.layers)}
+        self._layer_of = {name: layer for layer, specs in self._awaited.items() for name in specs}
+        self._held: dict[int, dict[str, Tensor]] = {layer: {} for layer in self._awaited}
+        self._copied = {} if source is None else _copied_names(checkpoint, source)
+        self._verdicts: dict[int, LayerVerdict] = {}
+
+    def run(self) -> list[LayerVerdict]:
+        """See ``verify``."""
+        files = sorted({*self._checkpoint.reader.shards, *self._checksums})
+        for name in files:
+            if not (self._path / name).is_file():
+                raise FormatError(f"{self._path}: {name} is missing")
+        self._progress.start(len(files), "file")
+        for name in files:
+            self._file(name)
+            self._progress.shard_done()
+        return [self._verdicts[layer] for layer in sorted(self._verdicts)]
+
+    def _file(self, filename: str) -> None:
+        reader = self._checkpoint.reader
+        names = [name for name in reader.names if reader.shard_of(name) == filename]
+        self._progress.stage(f"reading {filename}", len(names))
+        content = SinglePass(self._path / filename)
+        wrong: FormatError | NumericalError | None = None
+        for name, stored, octets in content:
+            # Where the bytes are not those that were written, that is what is wrong, whatever follows from it.
+            if wrong is None and name in reader and reader.shard_of(name) == filename:
+                try:
+                    self._tensor(name, stored, octets)
+                except (FormatError, NumericalError) as err:
+                    wrong = err
+                self._progress.step()
+        if self._checksums.get(filename, content.checksum) != content.checksum:
+            raise FormatError(
+                f"{self._path}: {filename} is not the file that was written: its SHA-256 differs from the report's"
+            ) from wrong
+        if wrong is not None:
+            raise wrong
+
+    def _tensor(self, name: str, stored: StoredTensor, octets: bytearray) -> None:
+        if self._source is not None and name in self._copied:
+            self._check_copied(self._source.reader, name, stored, octets)
+        if name not in self._layer_of:
+            return
+        layer = self._layer_of[name]
+        self._held[layer][name] = _as_tensor(self._awaited[layer].pop(name), octets)
+        if not self._awaited[layer]:
+            self._layer(layer, self._held.pop(layer))
+
+    def _check_copied(self, reader: CheckpointReader, name: str, stored: StoredTensor, octets: bytearray) -> None:
+        original = self._copied[name]
+        if (reader.dtype(original), reader.shape(original)) == (stored.dtype, stored.shape):
+            theirs = reader.get(original).reshape(-1).view(torch.uint8)
+            if not octets or torch.equal(theirs, torch.frombuffer(octets, dtype=torch.uint8)):
+                return
+        raise FormatError(f"{self._path}: {name!r} differs from {reader.path}; not made from it")
+
+    def _layer(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
+        checkpoint = self._checkpoint.with_tensors(tensors)
         checkpoint.check_values(layer)
-        error = _layer_error(checkpoint, source, layer, workers) if source is not None else None
-        verdict = LayerVerdict(layer, checkpoint.fmt.num_experts, error, reported.get(layer))
-        _check_report(Path(path), verdict)
-        verdicts.append(verdict)
-        advance()
-    return verdicts
+        error = None if self._source is None else self._error(checkpoint, self._source, layer)
+        verdict = LayerVerdict(layer, checkpoint.fmt.num_experts, error, self._reported.get(layer))
+        _check_report(self._path, verdict)
+        self._verdicts[layer] = verdict
+
+    def _error(self, checkpoint: ResMoECheckpoint, source: MoESource, layer: int) -> float:
+        self._progress.stage("comparing with the source", checkpoint.fmt.num_experts, layer)
+        error = energy = 0.0
+        for expert in range(checkpoint.fmt.num_experts):
+            weights = expert_to_rows(source.read_expert(layer, expert))
+            design = rows_to_design(weights)
+            rows = checkpoint.expert(layer, expert)
+            restored = rows_to_design({projection: rows[projection] for projection in weights})
+            (perm,) = align_experts(design.unsqueeze(0), restored, work=Work(self._workers)).perm
+            error += squared_distance(design[perm], restored)
+            energy += squared_norm(design)
+            self._progress.step()
+        # A layer of zeros is restored exactly, or infinitely badly.
+        return error / energy if energy else inf if error else 0.0
+
+
+def _open_original(path: str | Path) -> MoESource:
+    reader = CheckpointReader(path)
+    if (reader.config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:
+        raise ConfigError(f"--against {path}: is a ResMoE checkpoint; give the original that it was made from")
+    return open_source(reader)
 
 
 def _read_report(path: Path) -> tuple[dict[int, float], dict[str, str]]:
     """Relative errors by layer and checksums by weight file; both empty without a report."""
     file = path / REPORT_NAME
-    if not file.is_file():
+    if not file.exists():
         return {}, {}
+    content = read_json_object(file)
     try:
-        content = json.loads(file.read_text())
         errors = {layer["layer"]: layer["relative_error"] for layer in content["layers"]}
-        return errors, dict(content.get("shards", {}))
+        checksums = dict(content.get("shards", {}))
     except (ValueError, KeyError, TypeError) as err:
-        raise FormatError(f"{file}: not a report of this version: {err}") from err
-
-
-def _check_bytes(path: Path, checksums: dict[str, str]) -> None:
+        raise FormatError(f"{file}: not a report of this version: {err!r}") from err
+    for name, error in errors.items():
+        if not _is_number(error) or error < 0:
+            raise FormatError(f"{file}: relative error of layer {name} is {error!r}, expected a number of at least 0")
     for name, checksum in checksums.items():
-        if not (path / name).is_file():
-            raise FormatError(f"{path}: {name} is missing")
-        if file_checksum(path / name) != checksum:
-            raise FormatError(f"{path}: {name} is not the file that was written: its SHA-256 differs from the report's")
+        if not isinstance(checksum, str) or not is_file_name(name):
+            raise FormatError(f"{file}: shards: {name!r}: expected a weight file beside it and its SHA-256")
+    return errors, checksums
 
 
-def _check_copied(checkpoint: ResMoECheckpoint, source: MoESource) -> None:
-    path = source.reader.path
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _copied_names(checkpoint: ResMoECheckpoint, source: MoESource) -> dict[str, str]:
+    """Name in the source of each tensor that was copied from it.
+
+    Raises:
+        FormatError: one is missing.
+    """
     replaced = {name for layer in checkpoint.fmt.layers for name in source.expected(layer)}
-    for name in source.reader.names:
-        if name in replaced:
-            continue
-        copied = source.output_name(name)
-        if copied not in checkpoint.reader:
-            raise FormatError(f"{checkpoint.reader.path}: {copied!r} of {path} is missing")
-        if not torch.equal(checkpoint.reader.get(copied), source.reader.get(name)):
-            raise FormatError(f"{checkpoint.reader.path}: {copied!r} differs from {path}; not made from it")
+    copied = {source.output_name(name): name for name in source.reader.names if name not in replaced}
+    if missing := next((name for name in copied if name not in checkpoint.reader), None):
+        raise FormatError(f"{checkpoint.reader.path}: {missing!r} of {source.reader.path} is missing")
+    return copied
 
 
-def _layer_error(checkpoint: ResMoECheckpoint, source: MoESource, layer: int, workers: int) -> float:
-    error = energy = 0.0
-    for expert in range(checkpoint.fmt.num_experts):
-        weights = expert_to_rows(source.read_expert(layer, expert))
-        design = rows_to_design(weights)
-        rows = checkpoint.expert(layer, expert)
-        restored = rows_to_design({projection: rows[projection] for projection in weights})
-        (perm,) = align_experts(design.unsqueeze(0), restored, work=Work(workers)).perm
-        error += squared_distance(design[perm], restored)
-        energy += squared_norm(design)
-    return error / energy
+def _as_tensor(spec: TensorSpec, octets: bytearray) -> Tensor:
+    """A stored tensor of a dtype and shape that have been checked."""
+    if not octets:
+        return torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
+    return torch.frombuffer(octets, dtype=DTYPES[spec.dtype]).view(spec.shape)
 
 
 def _check_report(path: Path, verdict: LayerVerdict) -> None:
     found, reported = verdict.relative_error, verdict.reported_relative_error
     if found is None or reported is None:
         return
-    if found > reported * (1 + REPORT_TOLERANCE) + 1e-9:
+    if not found <= reported * (1 + REPORT_TOLERANCE) + 1e-9:
         raise FormatError(
             f"{path}: layer {verdict.layer}: relative error against the source is {found:.6g}, "
             f"its report says {reported:.6g}; the weights are not the ones that were written"
