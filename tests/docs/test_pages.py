@@ -48,9 +48,9 @@ def test_targets_and_misses_stand_in_the_notes(page: Path):
 
 
 def test_the_commands_page_is_written_from_the_commands():
-    module = runpy.run_path(str(REPO / "docs/_build/cli_page.py"))
+    module = runpy.run_path(str(REPO / "docs/tools/cli_page.py"))
     written = (REPO / "docs/cli.md").read_text(encoding="utf-8")
-    assert written == module["cli_page"](), "run `python docs/_build/cli_page.py`"
+    assert written == module["cli_page"](), "run `python docs/tools/cli_page.py`"
 
 
 def test_versions_agree():

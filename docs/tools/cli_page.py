@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the commands themselves: ``python docs/_build/cli_page.py``. A test compares the two."""
+"""Write docs/cli.md from the commands themselves: ``python docs/tools/cli_page.py``. A test compares the two."""
 
 import re
 from pathlib import Path
@@ -10,10 +10,10 @@ from compress_tools.cli.commands import cli
 PAGE = Path(__file__).resolve().parents[1] / "cli.md"
 HEAD = """# Commands
 
-Written from the commands themselves by `python docs/_build/cli_page.py`; edit the options' help, not this page.
+Written from the commands themselves by `python docs/tools/cli_page.py`; edit the options' help, not this page.
 
-Results go to stdout (`--json` for JSON), progress and errors to stderr. Exit codes: 0 ok, 2 usage or options, 3 model family, 4 checkpoint
-or file, 5 numerics, 1 a bug, 130 interrupted.
+Results go to stdout (`--json` for JSON), progress and errors to stderr.
+Exit codes: 0 ok, 2 usage or options, 3 model family, 4 checkpoint or file, 5 numerics, 1 a bug, 130 interrupted.
 """
 
 
@@ -35,7 +35,7 @@ def command_section(command: click.Command, context: click.Context) -> str:
     options = [
         option
         for option in command.get_params(context)
-        if isinstance(option, click.Option) and not option.hidden and option.name != "help"
+        if isinstance(option, click.Option) and not option.hidden and "--help" not in option.opts
     ]
     lines += ["| option | |", "|---|---|"]
     for option in options:
@@ -46,7 +46,7 @@ def command_section(command: click.Command, context: click.Context) -> str:
 
 
 def paragraphs(text: str) -> list[str]:
-    """A command's help text; what click prints as it stands (``\\b``) becomes a block of text."""
+    """A command's help text; what click prints as it stands (after a backspace) becomes a block of text."""
     lines = []
     for block in re.sub(r"\n +", "\n", text.strip()).split("\n\n"):
         if block.startswith("\b"):
