@@ -1,4 +1,4 @@
-"""One MoE layer from weights to stored tensors: read, find the center, code the residuals, measure the error."""
+"""One MoE layer from weights to stored tensors: find the center, code the residuals, measure the error."""
 
 from dataclasses import dataclass
 
@@ -8,19 +8,16 @@ from torch import Tensor
 from compress_tools.center.barycenter import CenterOptions, CenterResult, find_center
 from compress_tools.config import CompressionConfig
 from compress_tools.format.codec import decode_residual, restore_center
-from compress_tools.format.schema import LayerSpec
 from compress_tools.format.tensors import BIAS, DTYPES, dense_layer_bytes, layer_bytes, layer_tensors, tensor_name
-from compress_tools.numerics.clock import StageClock
 from compress_tools.numerics.parallel import in_parallel
 from compress_tools.numerics.products import squared_distance, squared_norm
 from compress_tools.numerics.work import Work
 from compress_tools.output.target import CompressionTarget
-from compress_tools.progress.listener import ProgressListener
 from compress_tools.report import LayerReport
 from compress_tools.residuals.base import StoredTensors
 from compress_tools.residuals.registry import encode_center, encode_residual
 from compress_tools.source.design_matrix import design_to_rows, rows_to_design
-from compress_tools.source.layer_weights import LayerWeights, read_layer
+from compress_tools.source.layer_weights import LayerWeights
 
 
 @dataclass(frozen=True)
@@ -40,23 +37,38 @@ class CodedLayer:
     residual_energies: list[float]
 
 
+@dataclass(frozen=True)
+class CompressedLayer:
+    """One MoE layer as it is written.
+
+    Attributes:
+        tensors: by name, in the order of the file.
+        report: what it lost and takes.
+    """
+
+    tensors: dict[str, Tensor]
+    report: LayerReport
+
+
 def compress_layer(
-    target: CompressionTarget,
-    config: CompressionConfig,
-    layer: int,
-    progress: ProgressListener,
-) -> tuple[dict[str, Tensor], LayerReport, dict[str, float]]:
-    """One MoE layer: tensors by name, its report, seconds by stage."""
-    fmt, clock = target.fmt, StageClock()
-    spec = fmt.layers[layer]
-    weights = read_layer(target.source, layer, DTYPES[fmt.dtype], config.device, progress, clock)
-    progress.stage("center", None, layer)
+    target: CompressionTarget, config: CompressionConfig, layer: int, weights: LayerWeights, work: Work
+) -> CompressedLayer:
+    """Compress one MoE layer that has been read.
+
+    Args:
+        target: says how it is stored.
+        config: says how its center is found; and the seed.
+        layer: decoder layer index.
+        weights: its experts.
+        work: how it is done and watched.
+    """
+    fmt = target.fmt
+    work.progress.stage("center", None, layer)
     # Without a center there is nothing to align to: rows keep their order, which is the plain baseline's.
-    kind = config.center if spec.center else "none"
-    options = CenterOptions(kind, config.max_iterations, config.tolerance)
-    found = find_center(weights.design, options, Work(config.workers, progress, clock))
-    coded = code_layer(target, layer, spec, weights, found, config.seed, config.workers, progress, clock)
-    energy = sum(in_parallel(squared_norm, weights.design, config.workers))
+    kind = config.center if fmt.layers[layer].center else "none"
+    found = find_center(weights.design, CenterOptions(kind, config.max_iterations, config.tolerance), work)
+    coded = code_layer(target, layer, weights, found, config.seed, work)
+    energy = sum(in_parallel(squared_norm, weights.design, work.workers))
     report = LayerReport(
         layer=layer,
         approximation_error=sum(coded.errors) / len(coded.errors) / fmt.intermediate_size,
@@ -71,21 +83,14 @@ def compress_layer(
     named = {tensor_name(fmt, layer, None, *key): tensor for key, tensor in coded.shared.items()}
     for expert, stored in enumerate(coded.experts):
         named.update({tensor_name(fmt, layer, expert, *key): tensor for key, tensor in stored.items()})
-    return {name: named[name] for name in layer_tensors(fmt, layer)}, report, clock.seconds
+    return CompressedLayer({name: named[name] for name in layer_tensors(fmt, layer)}, report)
 
 
 def code_layer(
-    target: CompressionTarget,
-    layer: int,
-    spec: LayerSpec,
-    weights: LayerWeights,
-    found: CenterResult,
-    seed: int,
-    workers: int,
-    progress: ProgressListener,
-    clock: StageClock,
+    target: CompressionTarget, layer: int, weights: LayerWeights, found: CenterResult, seed: int, work: Work
 ) -> CodedLayer:
     """Code one layer by its spec, experts side by side, and measure each expert's error on what is stored."""
+    spec = target.fmt.layers[layer]
     sizes, projections, dtype = target.source.sizes, target.source.projections, DTYPES[target.fmt.dtype]
     shared: StoredTensors = {}
     center = None
@@ -118,12 +123,12 @@ def code_layer(
             restored[projection] += center_rows
         rows = design_to_rows(aligned.cpu(), projections)
         error = sum(squared_distance(rows[projection], restored[projection]) for projection in projections)
-        progress.step()
+        work.progress.step()
         return stored, error, energy
 
-    with clock.stage("residual"):
-        progress.stage("residuals", sizes.num_experts, layer)
-        coded = in_parallel(code, range(sizes.num_experts), workers)
+    with work.clock.stage("residual"):
+        work.progress.stage("residuals", sizes.num_experts, layer)
+        coded = in_parallel(code, range(sizes.num_experts), work.workers)
     return CodedLayer(
         shared,
         [stored for stored, _, _ in coded],

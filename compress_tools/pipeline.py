@@ -4,10 +4,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from compress_tools.config import CompressionConfig, check_device
-from compress_tools.format.tensors import layer_bytes
-from compress_tools.layer import compress_layer
+from compress_tools.format.tensors import DTYPES, layer_bytes
+from compress_tools.layer import CompressedLayer, compress_layer
+from compress_tools.numerics.clock import StageClock
 from compress_tools.numerics.parallel import one_thread_each
+from compress_tools.numerics.work import Work
 from compress_tools.output.finish import finish, finished_report, output_name_of_file, say_finished
 from compress_tools.output.outline import Outline, make_outline
 from compress_tools.output.run_identity import MACHINE, machine, versions
@@ -18,6 +22,7 @@ from compress_tools.planner.plan_file import PlanFile
 from compress_tools.progress.listener import ProgressListener, Silent
 from compress_tools.report import CompressionReport, LayerReport
 from compress_tools.slices.slices import Slice, files_of, finish_slice, read_slice, shards_of, slice_path
+from compress_tools.source.layer_weights import read_layer
 from compress_tools.source.moe_source import open_source
 from compress_tools.source.reader import CheckpointReader
 
@@ -57,7 +62,7 @@ def compress(
         return finish(writer, job.outline, job.files, records, progress)
 
 
-def compress_slice(
+def compress_slice(  # noqa: PLR0913  what compress takes, and the slice
     src: str | Path,
     dst: str | Path,
     config: CompressionConfig,
@@ -154,20 +159,29 @@ def _write_shards(
 
 
 def _write(job: _Job, shard: Shard, writer: CheckpointWriter, progress: ProgressListener) -> dict[str, Any]:
-    record: dict[str, Any] = {}
-    source = job.target.source
     if shard.layer is None:
-        progress.stage("copying other tensors", len(shard.tensors))
-        tensors = {}
-        for name, copied in zip(shard.tensors, shard.copied, strict=True):
-            tensors[name] = source.reader.get(copied)
-            progress.step()
-        progress.stage("writing other tensors", None)
-    else:
-        tensors, layer_report, seconds = compress_layer(job.target, job.config, shard.layer, progress)
-        record = {"layer": asdict(layer_report), "seconds": seconds}
-        progress.stage("writing", None, shard.layer)
-    return writer.write_shard(shard.filename, tensors, record)
+        return writer.write_shard(shard.filename, _copied(job, shard, progress), {})
+    made, seconds = _read_and_compress(job, shard.layer, progress)
+    progress.stage("writing", None, shard.layer)
+    return writer.write_shard(shard.filename, made.tensors, {"layer": asdict(made.report), "seconds": seconds})
+
+
+def _copied(job: _Job, shard: Shard, progress: ProgressListener) -> dict[str, Tensor]:
+    progress.stage("copying other tensors", len(shard.tensors))
+    tensors = {}
+    for name, copied in zip(shard.tensors, shard.copied, strict=True):
+        tensors[name] = job.target.source.reader.get(copied)
+        progress.step()
+    progress.stage("writing other tensors", None)
+    return tensors
+
+
+def _read_and_compress(job: _Job, layer: int, progress: ProgressListener) -> tuple[CompressedLayer, dict[str, float]]:
+    """One layer, and its seconds by stage; the weights as read are gone before it is written."""
+    config, clock = job.config, StageClock()
+    weights = read_layer(job.target.source, layer, DTYPES[job.target.fmt.dtype], config.device, progress, clock)
+    made = compress_layer(job.target, config, layer, weights, Work(config.workers, progress, clock))
+    return made, clock.seconds
 
 
 def _file_bytes(job: _Job, shard: Shard) -> int:

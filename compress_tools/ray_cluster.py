@@ -9,6 +9,7 @@ command goes on where it stopped.
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,21 @@ from compress_tools.source.reader import CheckpointReader
 MAX_RETRIES = 5
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """Where tasks run.
+
+    Attributes:
+        address: as ``ray.init`` takes it; None starts Ray on this machine.
+        cpus_per_task: CPUs that Ray reserves for a task.
+        gpus_per_task: GPUs that Ray reserves for a task.
+    """
+
+    address: str | None = None
+    cpus_per_task: int = 1
+    gpus_per_task: float = 0
+
+
 def make_slice_here(src: str, dst: str, config: CompressionConfig, part: Slice) -> str:
     """What one task does on its node; ``DST.shard-I-of-N.log`` tells how far it is.
 
@@ -52,10 +68,8 @@ def compress_on_cluster(
     dst: str | Path,
     config: CompressionConfig,
     shards: int,
+    cluster: Cluster | None = None,
     *,
-    address: str | None = None,
-    cpus_per_task: int = 1,
-    gpus_per_task: float = 0,
     keep_slices: bool = False,
 ) -> CompressionReport:
     """Compress ``src`` into ``dst`` in ``shards`` slices, as tasks of a Ray cluster.
@@ -65,9 +79,7 @@ def compress_on_cluster(
         dst: output directory, the same on every node.
         config: the recipe; ``workers`` assignments run in parallel in each task.
         shards: number of slices; at most the number of layers to be compressed.
-        address: of the cluster, as ``ray.init`` takes it; None starts Ray on this machine.
-        cpus_per_task: CPUs that Ray reserves for a task.
-        gpus_per_task: GPUs that Ray reserves for a task.
+        cluster: where they run; default: Ray on this machine, a CPU for each task.
         keep_slices: leave the slices beside ``dst``.
     Returns:
         the report that is also written to ``dst``.
@@ -79,19 +91,21 @@ def compress_on_cluster(
         import ray
     except ImportError as err:
         raise ConfigError("Ray is not installed: pip install 'resmoe[ray]'") from err
+    cluster = cluster or Cluster()
     source, output = Path(src).absolute(), Staging(dst)
     parts = [Slice(number, shards) for number in range(1, shards + 1)]
     # What can be refused is refused before a cluster is asked for anything.
     shards_of(make_target(CheckpointReader(source), config), parts[0])
     output.check_free(resume=True, overwrite=False)
     if output.is_finished:
-        return compress(source, output.dst, config, resume=True)
+        with logged(output.log_path, to_stderr=True) as progress:
+            return compress(source, output.dst, config, resume=True, progress=progress)
     started_here = not ray.is_initialized()
     if started_here:
-        ray.init(address=address)
+        ray.init(address=cluster.address)
     try:
         task = ray.remote(make_slice_here).options(
-            num_cpus=cpus_per_task, num_gpus=gpus_per_task, max_retries=MAX_RETRIES
+            num_cpus=cluster.cpus_per_task, num_gpus=cluster.gpus_per_task, max_retries=MAX_RETRIES
         )
         running = {task.remote(str(source), str(output.dst), config, part): part for part in parts}
         failures: list[ResMoEError] = []
@@ -139,9 +153,10 @@ def _as_our_own(part: Slice, err: Exception) -> ResMoEError:
 @click.option("--keep-slices", is_flag=True, help="Leave the slices beside DST.")
 def cli(src: str, dst: str, **options: Any) -> None:
     """Compress the MoE checkpoint SRC into DST on a Ray cluster. The same command goes on after a failure."""
-    own = {name: options.pop(name) for name in ("shards", "address", "cpus_per_task", "gpus_per_task", "keep_slices")}
-    config = make_config(**{"workers": own["cpus_per_task"], **given(options)})
-    report = compress_on_cluster(src, dst, config, own.pop("shards"), **own)
+    cluster = Cluster(*(options.pop(name) for name in ("address", "cpus_per_task", "gpus_per_task")))
+    shards, keep_slices = options.pop("shards"), options.pop("keep_slices")
+    config = make_config(**{"workers": cluster.cpus_per_task, **given(options)})
+    report = compress_on_cluster(src, dst, config, shards, cluster, keep_slices=keep_slices)
     print_report(report, dst, as_json=False)
 
 

@@ -121,9 +121,9 @@ def run_layer(source: Path, work: Path, shape: MoEShape, kind: Kind, workers: in
     energy = sum(in_parallel(squared_norm, weights.design, workers))
     errors, written = {}, 0
     for method, target in targets.items():
-        coding, spec = StageClock(), target.fmt.layers[0]
+        coding = StageClock()
         with _counted() as operations:
-            coded = code_layer(target, 0, spec, weights, found, config.seed, workers, silent, coding)
+            coded = code_layer(target, 0, weights, found, config.seed, Work(workers, silent, coding))
         work_done[f"residual {method}"] = sum(operations)
         clock.seconds[f"residual {method}"] = coding.seconds["residual"]
         errors[method] = sum(coded.errors) / energy

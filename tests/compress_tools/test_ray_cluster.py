@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from compress_tools.config import make_config
@@ -35,7 +36,7 @@ def test_without_ray_the_command_says_what_to_install(
 
 
 def test_every_recipe_option_is_there() -> None:
-    names = {parameter.name for parameter in cli.params}
+    names = {parameter.name for parameter in cli.get_params(click.Context(cli))}
     assert {"shards", "address", "cpus_per_task", "method", "retain_ratio", "layers", "center"} <= names
 
 
