@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from compress_tools.center.assignment import MAX_GAP, Certificate, certify, solve_assignment
+from compress_tools.center.assignment import MAX_GAP, Certificate, Cost, certify, solve_assignment
 from compress_tools.center.optimality_proofs import is_certainly_optimal, rows_too_close
 from compress_tools.errors import NumericalError
 from compress_tools.numerics.clock import StageClock
@@ -200,9 +199,9 @@ def _first_proof(design: Tensor, center: Tensor, guess: Tensor, workers: int) ->
     return _FirstProof(close, [rows.double().sum().item() for rows in found])
 
 
-def _cost(gain: Tensor, warm: Certificate | None, dtype: type[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+def _cost(gain: Tensor, warm: Certificate | None, dtype: type[np.floating[Any]]) -> Cost:
     """The negative gains, one matrix and no copy of it: at 14336 rows each takes 0.8 GB."""
-    cost = np.negative(gain.numpy(), dtype=dtype)
+    cost: Cost = np.negative(gain.numpy(), dtype=dtype)
     if warm is not None:
         # Costs reduced by the last iteration's duals have the same optimum, and nearly show it.
         cost += warm.row_potential.numpy().astype(dtype)[:, None]

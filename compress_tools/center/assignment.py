@@ -1,9 +1,11 @@
 """Optimal assignment of a square matrix, and the certificate that it is optimal."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from compress_tools.errors import NumericalError
@@ -16,6 +18,9 @@ MAX_GAP = 1e-6
 
 # Values of a block of rows that sweeps look at together: their float64 copy stays in the cache.
 _BLOCK = 1 << 18
+
+Cost = NDArray[np.floating[Any]]
+Columns = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Certificate:
     row_potential: Tensor
 
 
-def solve_assignment(cost: np.ndarray) -> np.ndarray:
+def solve_assignment(cost: Cost) -> Columns:
     """Optimal assignment of a square cost matrix.
 
     Args:
@@ -47,7 +52,7 @@ def solve_assignment(cost: np.ndarray) -> np.ndarray:
     return solve_with_lapx(cost)
 
 
-def solve_with_pot(cost: np.ndarray) -> np.ndarray:
+def solve_with_pot(cost: Cost) -> Columns:
     """POT's exact ``emd`` with uniform masses and no pivot cap; the plan is a permutation."""
     import ot
 
@@ -58,13 +63,15 @@ def solve_with_pot(cost: np.ndarray) -> np.ndarray:
     plan, log = ot.emd(mass, mass, distance, numItermax=2**62, log=True)
     if log["warning"] is not None:
         raise NumericalError(f"POT emd did not reach the optimum on {size} rows: {log['warning']}")
-    return plan.argmax(axis=1)
+    columns: Columns = plan.argmax(axis=1)
+    return columns
 
 
-def solve_with_lapx(cost: np.ndarray) -> np.ndarray:
+def solve_with_lapx(cost: Cost) -> Columns:
     """The exact Jonker-Volgenant solver of lapx; releases the interpreter lock."""
     import lap
 
+    columns: Columns
     _, columns = lap.lapjvs(cost, return_cost=False, prefer_float32=cost.dtype == np.float32)
     return columns
 

@@ -69,8 +69,10 @@ def rows_too_close(center: Tensor, reach: Tensor, workers: int) -> Tensor | None
         bad = _not_clear(below, reach[first:], rows - first)
         return rows[bad.any(1)], bad.any(0).nonzero().flatten() + first
 
-    found = in_parallel(look, torch.arange(len(center), device=center.device).split(_ROWS_AT_ONCE), workers)
-    left = torch.cat([part for pair in found for part in pair]).unique()
+    every = torch.arange(len(center), device=center.device)
+    found = in_parallel(look, torch.split(every, _ROWS_AT_ONCE), workers)
+    left = torch.cat([part for pair in found for part in pair])
+    left = left.bincount(minlength=len(center)).nonzero().flatten()  # each once, ascending
     return left if len(left) <= _MAX_OPEN * len(center) else None
 
 
@@ -97,7 +99,10 @@ def _sample(center: Tensor) -> Tensor:
 
 def _by_energy(matrix: Tensor) -> Tensor:
     """Columns, those of most energy first: they bound best."""
-    return sum(rows.square().sum(0) for (rows,) in row_blocks(matrix)).argsort(descending=True)
+    energy = torch.zeros(matrix.shape[1], device=matrix.device)
+    for (rows,) in row_blocks(matrix):
+        energy += rows.square().sum(0)
+    return energy.argsort(descending=True)
 
 
 def is_certainly_optimal(center: Tensor, aligned: Tensor, only: Tensor | None = None) -> bool:
@@ -135,7 +140,7 @@ def is_certainly_optimal(center: Tensor, aligned: Tensor, only: Tensor | None = 
     if best is None:
         return False
     bounds.use_columns(best)
-    failing = torch.cat([bounds.failing(rows) for rows in everything.split(_ROWS_AT_ONCE)])
+    failing = torch.cat([bounds.failing(rows) for rows in torch.split(everything, _ROWS_AT_ONCE)])
     if failing.numel() > (_MAX_COST - best) * len(center):
         return False
     bounds.use_columns(1.0)
@@ -169,7 +174,7 @@ class _Bounds:
 
     def clear(self, rows: Tensor) -> bool:
         """Whether the bounds clear every pair of ``rows`` [n]."""
-        return all(not self.failing(some).numel() for some in rows.split(_ROWS_AT_ONCE))
+        return all(not self.failing(some).numel() for some in torch.split(rows, _ROWS_AT_ONCE))
 
     def failing(self, rows: Tensor) -> Tensor:
         """Those of ``rows`` [n] with some pair that the bounds do not clear."""

@@ -33,7 +33,7 @@ def _multiply_on_cpu(left: Tensor, right: Tensor, out: Tensor) -> None:
 def row_blocks(*matrices: Tensor) -> list[tuple[Tensor, ...]]:
     """Matching blocks of rows of matrices ``[n, D]``."""
     rows = max(1, _BLOCK // max(1, matrices[0].shape[1]))
-    return list(zip(*(matrix.split(rows) for matrix in matrices), strict=True))
+    return list(zip(*(torch.split(matrix, rows) for matrix in matrices), strict=True))
 
 
 def _row_sums(left: Tensor, right: Tensor, term: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
