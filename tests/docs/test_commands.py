@@ -159,6 +159,8 @@ def test_marked_commands_name_what_exists(command: Command):
     if (test := re.search(r"tested by (\S+)", command.mark or "")) is not None:
         assert (REPO / test[1]).exists(), command
     program, *arguments = command.words
+    if program in ("python", "resmoe", "vllm"):
+        assert {word for word in arguments if word.startswith("--")} <= known_options(), command
     if program == "resmoe":
         resmoe_usage(tuple(arguments)) if "--version" not in arguments else None
     elif program == "make":

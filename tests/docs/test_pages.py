@@ -173,3 +173,12 @@ def test_quality_table_is_the_rows(label: str):
         for cell, key in zip(shown, ("relative_error", "perplexity", "kl_nats"), strict=True):
             digits = len(cell.partition(".")[2])
             assert float(cell) == pytest.approx(row[key], abs=0.501 * 10**-digits), (label, model, key)
+
+
+def test_architecture_names_every_room():
+    text = (REPO / "docs/architecture.md").read_text(encoding="utf-8")
+    packages = [
+        path.parent for name in ("compress_tools", "resmoe_vllm") for path in (REPO / name).glob("*/__init__.py")
+    ]
+    assert len(packages) > 10
+    assert [package.name for package in packages if f"`{package.name}/" not in text] == []
