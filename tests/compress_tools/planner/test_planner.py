@@ -6,7 +6,6 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,13 +18,10 @@ from compress_tools.errors import ConfigError
 from compress_tools.format.schema import LayerSpec
 from compress_tools.output.target import make_target
 from compress_tools.pipeline import compress
-from compress_tools.planner import frontier as frontiers
-from compress_tools.planner.allocate import allocate
 from compress_tools.planner.budget import plan_for_budget
 from compress_tools.planner.candidates import Sizes
 from compress_tools.planner.choices import expert_groups
 from compress_tools.planner.config import make_planner_config
-from compress_tools.planner.frontier import Point, combined, frontier
 from compress_tools.planner.plan_file import parse_plan
 from compress_tools.planner.plan_text import plan_text
 from compress_tools.planner.planner import Measured, choose, find_plan, measure
@@ -148,41 +144,6 @@ def test_bytes_go_where_they_pay(models: dict[str, Path]) -> None:
     assert grouped
     for spec in grouped:
         assert (3,) in [group.experts for group in spec.groups]
-
-
-def test_allocation_is_the_brute_force_optimum() -> None:
-    generator = np.random.default_rng(0)
-    for _ in range(20):
-        layers = []
-        for _ in range(4):
-            sizes = generator.choice(100, 6, replace=False) + 1
-            layers.append(frontier(Point(int(size), float(generator.random() / size), int(size)) for size in sizes))
-        everything = list(itertools.product(*(zip(own.nbytes, own.errors, strict=True) for own in layers)))
-        for budget in (sum(int(own.nbytes[0]) for own in layers), 90, 150, 400):
-            fitting = [sum(e for _, e in picks) for picks in everything if sum(b for b, _ in picks) <= budget]
-            if fitting:
-                found = allocate(layers, budget)
-                assert found.error == pytest.approx(min(fitting), rel=1e-12)
-                assert sum(found.nbytes) <= budget
-
-
-def test_thinning_loses_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = np.random.default_rng(1)
-    layers = []
-    for _ in range(12):
-        steps = np.cumsum(generator.integers(1000, 9000, 20))
-        layers.append(frontier(Point(int(b), float(generator.uniform(0.9, 1.1) / b**2), int(b)) for b in steps))
-    exact = [allocate(layers, budget).error for budget in (300000, 500000)]
-    monkeypatch.setattr(frontiers, "MAX_POINTS", 256)
-    thinned = [allocate(layers, budget).error for budget in (300000, 500000)]
-    assert thinned == pytest.approx(exact, rel=0.01)
-
-
-def test_combined_frontiers_keep_only_what_pays() -> None:
-    left, right = frontier([Point(1, 3.0, "a"), Point(2, 5.0, "b"), Point(4, 1.0, "c")]), frontier([Point(1, 1.0, "d")])
-    assert left.picks == ["a", "c"]
-    both = combined(left, right, lambda one, other: one + other, most=4)
-    assert both.points() == [Point(2, 4.0, "ad")]
 
 
 def test_expert_groups() -> None:
