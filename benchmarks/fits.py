@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness.shapes import SHAPES, MoEShape
-from benchmarks.models.synthetic import synthetic_format
 from benchmarks.models.synthetic_checkpoint import FAMILIES
+from benchmarks.models.synthetic_layer import synthetic_format
 from compress_tools.format.tensors import dense_layer_bytes, layer_bytes, row_pointer_bytes
 
 GB = 1e9

@@ -18,12 +18,12 @@ from torch import Tensor
 from benchmarks.harness.routing import route
 from benchmarks.harness.rows import Row, print_rows, write_rows
 from benchmarks.harness.shapes import SHAPES, MoEShape
-from benchmarks.models.synthetic import METHODS, synthetic_format, synthetic_layer
+from benchmarks.models.synthetic_layer import METHODS, synthetic_format, synthetic_layer
 from compress_tools.format.tensors import layer_bytes, row_pointer_bytes
 
 DEFAULT_TOKENS = (1, 4, 16, 64, 256, 1024)
 MIN_RUNS, MIN_SECONDS = 7, 1.0
-# Issue-level targets at T = 1, as a multiple of dense speed; low rank also never below 0.9 at any T.
+# The project's targets at T = 1, as a multiple of dense speed; low rank is also never to fall below 0.9 at any T.
 TARGET_T1 = {"low-rank": 1.8, "low-rank-8bit": 1.8, "prune": 1.6}
 TARGET_T1_TOP2 = 1.15
 TARGET_FLOOR = 0.9
@@ -86,7 +86,7 @@ def time_alternately(forwards: list[Forward], shape: MoEShape, tokens: int, laye
     return times
 
 
-def copy_bandwidth() -> float:
+def read_bandwidth() -> float:
     """GB/s read by summing a large array, best of five: what memory can deliver to these threads."""
     source = torch.ones(256 * 2**20 // 4)
     best = 0.0
@@ -119,7 +119,7 @@ def main(
 ) -> None:
     """Time one MoE layer, ResMoE against vLLM's dense kernel."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    bandwidth = copy_bandwidth()
+    bandwidth = read_bandwidth()
     rows = [Row("memory read bandwidth", bandwidth, "GB/s")]
     for name in shapes or SHAPES:
         shape = SHAPES[name]

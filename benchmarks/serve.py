@@ -22,8 +22,8 @@ from benchmarks.harness.rows import Row, print_rows, write_rows
 from benchmarks.harness.shapes import SHAPES, MoEShape
 from benchmarks.models.prepared import compress, ensure_reference_model, expert_bytes_on_disk
 from benchmarks.models.reference_models import PRESETS, preset_config
-from benchmarks.models.synthetic import METHODS
 from benchmarks.models.synthetic_checkpoint import write_compressed, write_dense
+from benchmarks.models.synthetic_layer import METHODS
 from benchmarks.serving.bench_client import Load, run_load
 from benchmarks.serving.server import VllmServer
 from compress_tools.errors import ConfigError, ResMoEError

@@ -22,7 +22,7 @@ from benchmarks.harness.rows import Row, print_rows, write_rows
 from benchmarks.harness.shapes import SHAPES
 from compress_tools.config import default_workers
 
-# Part of the project's goals: minutes for near-copied and for unrelated experts, and peak memory in GB.
+# The project's targets: minutes for near-copied and for unrelated experts, and peak memory in GB.
 TARGETS = {
     "DeepSeekMoE-16B": (3, 10, 4),
     "Qwen3-30B-A3B": (3, 10, 4),

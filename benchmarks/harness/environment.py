@@ -42,7 +42,7 @@ class Environment:
 
     @property
     def hardware(self) -> str:
-        """What the figures were taken on, for people."""
+        """The GPU, or the processor and its cores, for people."""
         vectors = f" ({self.cpu_vectors})" if self.cpu_vectors else ""
         return self.gpu or f"{self.cpu}{vectors}, {self.cpu_cores} cores"
 

@@ -1,4 +1,4 @@
-"""Result rows: what every benchmark of this repository prints as a table and writes with `--json FILE`."""
+"""Result rows, which every benchmark of this repository prints as a table and writes with `--json FILE`."""
 
 import json
 import math

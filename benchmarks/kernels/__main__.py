@@ -42,7 +42,7 @@ CALLS, RUNS = 8, 15
 
 
 def check(device: str, dtype: torch.dtype) -> list[str]:
-    """What is wrong: every method, both strategies, few and many tokens, odd sizes, skipped pairs, an expert map."""
+    """Names of wrong cases, of: every method, both strategies, few and many tokens, odd sizes, skipped pairs, a map."""
     from benchmarks.kernels.layers import METHODS, layer_ref, make_layer
     from resmoe_vllm.kernels.gpu.block_sizes import default_config
     from resmoe_vllm.kernels.gpu.launches import run_plan
@@ -145,11 +145,11 @@ def target(method: str, shape: MoEShape, tokens: int) -> float | None:
 def measure(
     shape: MoEShape, methods: Sequence[str], tokens: Sequence[int], deadline: float, bandwidth: float
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """(rows, what the time did not suffice for) of one shape."""
+    """(rows, names of the cells that the time did not suffice for) of one shape."""
     from benchmarks.kernels.timing import graph_ms
 
     rows: list[dict[str, Any]] = []
-    left: list[str] = []
+    unmeasured: list[str] = []
     dense: dict[int, tuple[str, torch.Tensor]] = {}
     for method in ("dense", *methods):
         layers = make_layers(shape, method)
@@ -157,14 +157,14 @@ def measure(
             baseline, calls_of = dense_baseline(shape, layers)
         for count in tokens:
             if time.monotonic() > deadline:
-                left.append(f"{shape.name} {method} T={count}")
+                unmeasured.append(f"{shape.name} {method} T={count}")
                 continue
             inputs, refresh = make_inputs(shape, count)
             if method == "dense":
                 dense[count] = baseline, graph_ms(calls_of(inputs), refresh, RUNS)
                 continue
             if count not in dense:
-                left.append(f"{shape.name} {method} T={count}")
+                unmeasured.append(f"{shape.name} {method} T={count}")
                 continue
             torch.cuda.reset_peak_memory_stats()
             ms = graph_ms(layer_calls(shape, method, layers, inputs), refresh, RUNS)
@@ -175,7 +175,7 @@ def measure(
             print(rows[-2]["name"], f"{rows[-2]['value']:.2f}x", flush=True)
         del layers
         torch.cuda.empty_cache()
-    return rows, left
+    return rows, unmeasured
 
 
 def _rows(
@@ -259,17 +259,17 @@ def main() -> int:
     from benchmarks.kernels.timing import copy_gb_s
 
     bandwidth = copy_gb_s()
-    rows, left = [], []
+    rows, unmeasured = [], []
     for name in options.shape or SHAPES:
         made, missing = measure(
             SHAPES[name], options.method or TIMED_FIRST, options.tokens or TOKENS, deadline, bandwidth
         )
-        rows, left = rows + made, left + missing
+        rows, unmeasured = rows + made, unmeasured + missing
         if options.json is not None:
             environment = asdict(collect_environment())
             options.json.write_text(json.dumps({"rows": [{**row, **environment} for row in rows]}, indent=2) + "\n")
-    if left:
-        print(f"not measured, out of time: {'; '.join(left)}")
+    if unmeasured:
+        print(f"not measured, out of time: {'; '.join(unmeasured)}")
     where = collect_environment()
     print(f"{where.gpu}, copy {bandwidth:.0f} GB/s; torch {where.torch}, triton {where.triton}, vLLM {where.vllm}")
     print_table(rows)

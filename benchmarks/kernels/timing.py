@@ -1,4 +1,4 @@
-"""Milliseconds of a layer's launches in a CUDA graph; what the memory delivers."""
+"""Milliseconds of a layer's launches in a CUDA graph, and the rate of a copy in the GPU's memory."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The models that benchmarks serve: a reference model trained here, and what `resmoe compress` makes of it."""
+"""The models that benchmarks serve: a reference model trained here, and its compressed forms by `resmoe compress`."""
 
 import json
 import shlex

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.fits import FORMS, expert_bytes, footprint
 from benchmarks.harness.shapes import SHAPES
-from benchmarks.models.synthetic import synthetic_format, synthetic_layer
+from benchmarks.models.synthetic_layer import synthetic_format, synthetic_layer
 
 
 @pytest.mark.parametrize(

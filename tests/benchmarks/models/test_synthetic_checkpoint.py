@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 
 from benchmarks.harness.shapes import SHAPES, MoEShape
-from benchmarks.models.synthetic_checkpoint import write_compressed, write_dense
+from benchmarks.models.synthetic_checkpoint import main, write_compressed, write_dense
+from compress_tools import register_with_transformers
 from compress_tools.config import make_config
 from compress_tools.errors import CheckpointError
 from compress_tools.pipeline import compress
@@ -50,8 +52,18 @@ def test_compressed_twins_are_laid_out_as_compress_does(olmoe: Path, method: str
 def test_compressed_twins_answer(olmoe: Path, tmp_path: Path) -> None:
     """Masks and value counts agree, so that the plugin and transformers can read them."""
     write_compressed(tmp_path / "small", olmoe, method="prune")
+    register_with_transformers()
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+@pytest.mark.parametrize("options", [(), ("--method", "prune")], ids=["dense", "prune"])
+def test_command(options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "OLMoE-1B-7B", tiny("OLMoE-1B-7B"))
+    done = CliRunner().invoke(main, [str(tmp_path / "out"), "--layers", "1", *options], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert done.output.startswith(f"{tmp_path / 'out'}: ")
+    assert ("quantization_config" in CheckpointReader(tmp_path / "out").config) == bool(options)
 
 
 def test_an_existing_directory_is_not_written_to(olmoe: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.harness.environment import REPO
 from benchmarks.serving import server as server_module
 from benchmarks.serving.server import ServerError, VllmServer
 
@@ -99,8 +100,7 @@ def test_sigterm_to_the_benchmark_stops_the_server(stand_in, tmp_path: Path):
             time.sleep(600)
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "vllm"), str(tmp_path)]
-    repo = Path(__file__).resolve().parents[2]
-    benchmark = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=repo)
+    benchmark = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPO)
     server_pid = int(benchmark.stdout.readline())
     benchmark.terminate()
     assert benchmark.wait(60) == 143

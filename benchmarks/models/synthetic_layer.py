@@ -14,7 +14,7 @@ from compress_tools.residuals.recipes import uniform_spec
 from resmoe_vllm.weights.layout import ROW_PTR, LayerLayout, layout_key, parse_layout
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-# What the timing benchmarks compare with dense: options of `resmoe compress`.
+# The methods that the timing benchmarks compare with dense, as options of `resmoe compress`.
 METHODS: dict[str, dict[str, Any]] = {
     "low-rank": {"method": "low-rank", "retain_ratio": 0.25},
     "low-rank-8bit": {"method": "low-rank", "retain_ratio": 0.25, "factor_bits": 8, "center_bits": 8},

@@ -2,9 +2,9 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent.parent
+from benchmarks.harness.environment import REPO
+
 SCRIPT = """
 import importlib.abc, sys
 
