@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from compress_tools.errors import CheckpointError, FormatError, NumericalError
 from compress_tools.format.codec import decode_residual, encode_bitmap
 from compress_tools.format.packing import mask_row_counts, pack_codes, pack_mask, unpack_codes, unpack_mask
-from compress_tools.format.quantization import dequantize
+from compress_tools.format.quantization import dequantize, expand_scales
 from compress_tools.format.schema import PROJECTIONS, BitmapResidual, parse_format
 from compress_tools.format.tensors import (
     group_map_bytes,
@@ -144,6 +144,14 @@ def test_codes_round_trip(bits: int, columns: int) -> None:
     packed = pack_codes(codes, bits)
     assert packed.shape == (5, bits * -(-columns // 8))
     assert torch.equal(unpack_codes(packed, bits, columns), codes)
+
+
+@pytest.mark.parametrize("group_size", [None, 32], ids=lambda g: f"g{g}")
+def test_scales_are_fp32_for_every_column(group_size: int | None) -> None:
+    scales = torch.tensor([[0.5, 3.0]]) if group_size else torch.tensor([[0.5]])
+    wide = expand_scales(scales.bfloat16(), 40, group_size)
+    assert wide.dtype == torch.float32
+    assert wide.expand(1, 40).tolist() == [[0.5] * 32 + [3.0] * 8 if group_size else [0.5] * 40]
 
 
 @pytest.mark.parametrize("hidden", [1, 7, 8, 63, 64, 65, 200], ids=lambda n: f"H{n}")

@@ -85,6 +85,7 @@ def check_laws(part: Part, stored: StoredTensors) -> None:
     }
     assert {projection for projection, _ in specs} <= set(part.projections)
     assert {suffix: spec.role for (_, suffix), spec in specs.items()}.items() <= part.roles.items()
+    assert all(spec.codes == (1, SIZES.hidden_size) for spec in specs.values() if spec.role == "mask")
     kinds = {"values": SIZES.dtype, "codes": "uint8", "scales": "bfloat16", "mask": "uint8"}
     assert all(spec.dtype == kinds[spec.role] for spec in specs.values())
     assert sum(spec.nbytes for spec in specs.values()) == sum(t.numel() * t.itemsize for t in stored.values())
@@ -128,6 +129,10 @@ def test_every_part_is_in_every_table(cls: type[Part]) -> None:
     own = [part for part in EXAMPLES if type(part) is cls]
     assert cls in ENCODERS
     assert {part.kernel_coder for part in own} - {None} == set(cls.kernel_coders)
+    if len(cls.kernel_coders) > 1:  # plain, and in codes
+        for part in own:
+            in_codes = any(spec.role == "codes" for spec in part.tensors(SIZES))
+            assert part.kernel_coder == part.method + ("_codes" if in_codes else "")
     stored = {spec.suffix for part in own for spec in part.tensors(SIZES)}
     assert stored == set(cls.roles)
     assert all(ROLES[suffix] == role for suffix, role in cls.roles.items())
@@ -264,6 +269,12 @@ def test_example_masks_fit_and_are_spread(part: Part) -> None:
     rows = {p: rows != 0 for p, rows in part.decode(stored, SIZES.hidden_size).items()}
     by_row = torch.cat([kept.sum(1) for kept in rows.values()])
     assert int(by_row.max() - by_row.min()) <= 1
+
+
+def test_without_masks_there_are_no_example_masks() -> None:
+    unmasked = [part for part in EXAMPLES if part not in MASKED]
+    assert [part.example_masks(SIZES) for part in unmasked] == [{}] * len(unmasked)
+    assert len(unmasked) == 10
 
 
 @each_example
