@@ -8,13 +8,14 @@ from torch import Tensor
 from compress_tools.center.barycenter import CenterOptions, CenterResult, find_center
 from compress_tools.config import CompressionConfig
 from compress_tools.format.codec import decode_residual, restore_center
-from compress_tools.format.tensors import BIAS, DTYPES, dense_layer_bytes, layer_bytes, layer_tensors, tensor_name
+from compress_tools.format.dtypes import DTYPES
+from compress_tools.format.parts.base import StoredTensors
+from compress_tools.format.tensors import BIAS, dense_layer_bytes, layer_bytes, layer_tensors, tensor_name
 from compress_tools.numerics.parallel import in_parallel
 from compress_tools.numerics.products import squared_distance, squared_norm
 from compress_tools.numerics.work import Work
 from compress_tools.output.target import CompressionTarget
 from compress_tools.report import LayerReport
-from compress_tools.residuals.base import StoredTensors
 from compress_tools.residuals.registry import encode_center, encode_residual
 from compress_tools.source.design_matrix import design_to_rows, rows_to_design
 from compress_tools.source.layer_weights import LayerWeights

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from compress_tools.config import CompressionConfig, check_device
-from compress_tools.format.tensors import DTYPES, layer_bytes
+from compress_tools.format.dtypes import DTYPES
+from compress_tools.format.tensors import layer_bytes
 from compress_tools.layer import CompressedLayer, compress_layer
 from compress_tools.numerics.clock import StageClock
 from compress_tools.numerics.parallel import one_thread_each

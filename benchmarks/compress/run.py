@@ -16,7 +16,8 @@ from benchmarks.compress.source import Kind
 from benchmarks.harness.shapes import MoEShape
 from compress_tools.center.barycenter import CenterOptions, CenterResult, find_center
 from compress_tools.config import make_config
-from compress_tools.format.tensors import DTYPES, layer_tensors, tensor_name
+from compress_tools.format.dtypes import DTYPES
+from compress_tools.format.tensors import layer_tensors, tensor_name
 from compress_tools.layer import code_layer
 from compress_tools.numerics import products
 from compress_tools.numerics.clock import StageClock

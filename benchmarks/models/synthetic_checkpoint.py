@@ -24,7 +24,8 @@ from benchmarks.models.reference_models.corpus import read_corpus
 from benchmarks.models.reference_models.tokenizer import save_tokenizer, train_tokenizer
 from compress_tools.config import make_config
 from compress_tools.errors import CheckpointError
-from compress_tools.format.tensors import MASK, layer_tensors
+from compress_tools.format.parts.bitmap import MASK
+from compress_tools.format.tensors import layer_tensors
 from compress_tools.output.outline import make_outline
 from compress_tools.output.target import make_target
 from compress_tools.output.writer import CheckpointWriter

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from benchmarks.harness.shapes import MoEShape
 from compress_tools.config import make_config
+from compress_tools.format.dtypes import DTYPES
 from compress_tools.format.packing import mask_row_counts, pack_mask
+from compress_tools.format.parts.bitmap import MASK, VALUES
 from compress_tools.format.schema import BitmapResidual, ExpertNames, ResMoEFormat
-from compress_tools.format.tensors import DTYPES, MASK, VALUES
 from compress_tools.residuals.recipes import uniform_spec
 from resmoe_vllm.weights.layout import ROW_PTR, LayerLayout, layout_key, parse_layout
 

@@ -6,19 +6,8 @@ is in fp32. What each part means is its own ``decode``.
 
 import torch
 
-from compress_tools.format.parts.base import Part, Rows, Stored
-from compress_tools.format.parts.bitmap import encode_bitmap as encode_bitmap
-from compress_tools.format.parts.bitmap import encode_row_bitmap as encode_row_bitmap
+from compress_tools.format.parts.base import Rows, Stored
 from compress_tools.format.schema import LayerSpec
-
-
-def decode_part(part: Part, stored: Stored, hidden_size: int) -> Rows:
-    """One part, fp32 ``[I, H]`` for each of its projections.
-
-    Raises:
-        FormatError: masks and value counts disagree.
-    """
-    return part.decode(stored, hidden_size)
 
 
 def decode_residual(layer: LayerSpec, stored: Stored, hidden_size: int) -> Rows:

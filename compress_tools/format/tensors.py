@@ -7,29 +7,8 @@ transposed. So tensor parallelism slices dimension 0 of every tensor whose first
 from collections.abc import Iterator
 from dataclasses import replace
 
-from compress_tools.format.dtypes import DTYPES as DTYPES
-from compress_tools.format.parts.base import Projection, Role
-from compress_tools.format.parts.base import TensorSpec as TensorSpec
-from compress_tools.format.parts.bitmap import MASK as MASK
-from compress_tools.format.parts.bitmap import ROW_VALUE_CODES as ROW_VALUE_CODES
-from compress_tools.format.parts.bitmap import ROW_VALUES as ROW_VALUES
-from compress_tools.format.parts.bitmap import VALUE_CODES as VALUE_CODES
-from compress_tools.format.parts.bitmap import VALUE_SCALES as VALUE_SCALES
-from compress_tools.format.parts.bitmap import VALUES as VALUES
-from compress_tools.format.parts.dense import CENTER as CENTER
-from compress_tools.format.parts.low_rank import U_CODES as U_CODES
-from compress_tools.format.parts.low_rank import U_SCALES as U_SCALES
-from compress_tools.format.parts.low_rank import V_CODES as V_CODES
-from compress_tools.format.parts.low_rank import V_SCALES as V_SCALES
-from compress_tools.format.parts.low_rank import U as U
-from compress_tools.format.parts.low_rank import V as V
-from compress_tools.format.parts.quantized import CENTER_CODES as CENTER_CODES
-from compress_tools.format.parts.quantized import CENTER_SCALES as CENTER_SCALES
-from compress_tools.format.parts.quantized import CODES as CODES
-from compress_tools.format.parts.quantized import SCALES as SCALES
-from compress_tools.format.row_sizes import code_row_bytes as code_row_bytes
-from compress_tools.format.row_sizes import mask_row_bytes as mask_row_bytes
-from compress_tools.format.row_sizes import num_groups as num_groups
+from compress_tools.format.dtypes import DTYPES
+from compress_tools.format.parts.base import Projection, Role, TensorSpec
 from compress_tools.format.schema import LayerSpec, ResMoEFormat, part_classes
 
 BIAS = "resmoe_bias"

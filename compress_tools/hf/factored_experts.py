@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from compress_tools.format.codec import decode_residual, restore_center, restore_expert
-from compress_tools.format.parts.base import Rows
+from compress_tools.format.parts.base import Rows, StoredTensors
 from compress_tools.format.schema import LayerSpec, LowRankResidual, Projection
 from compress_tools.format.tensors import BIAS, follows_model_dtype
-from compress_tools.residuals.base import StoredTensors
 
 # {gate_proj (if there is one) and up_proj: [T, I]} -> [T, I]
 GateFunction = Callable[[Mapping[Projection, Tensor]], Tensor]

@@ -21,9 +21,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress_tools.architectures.registry import find_architecture
 from compress_tools.errors import CheckpointError
+from compress_tools.format.dtypes import DTYPES
 from compress_tools.format.loading_guard import GUARD_KEY
 from compress_tools.format.schema import QUANT_METHOD, parse_format
-from compress_tools.format.tensors import DTYPES
 from compress_tools.hf.dense_experts import experts_module, fill_experts, gate_function
 from compress_tools.hf.factored_experts import FactoredExperts
 from compress_tools.source.design_matrix import rows_to_expert

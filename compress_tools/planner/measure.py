@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compress_tools.center.barycenter import CenterResult
 from compress_tools.format.codec import restore_center
+from compress_tools.format.parts.base import Rows
 from compress_tools.format.quantization import expand_scales, half_range
 from compress_tools.format.schema import LayerSpec, Projection, QuantizedResidual, ResidualPart
 from compress_tools.numerics.parallel import in_parallel
@@ -22,7 +23,7 @@ from compress_tools.numerics.sampling import spaced
 from compress_tools.planner.candidates import CenterBits, Coder, center_parts
 from compress_tools.residuals.quantizer import quantize_rows
 from compress_tools.residuals.registry import encode_center, encode_part
-from compress_tools.source.design_matrix import Rows, design_to_rows, rows_to_design
+from compress_tools.source.design_matrix import design_to_rows, rows_to_design
 
 # Of a layer that is not measured as a whole.
 LOW_RANK_EXPERTS = 2

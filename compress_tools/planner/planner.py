@@ -10,7 +10,7 @@ import torch
 from compress_tools.center.barycenter import CenterOptions, find_center
 from compress_tools.config import CompressionConfig, check_device, make_config
 from compress_tools.errors import ConfigError
-from compress_tools.format.tensors import DTYPES
+from compress_tools.format.dtypes import DTYPES
 from compress_tools.numerics.clock import StageClock
 from compress_tools.numerics.work import Work
 from compress_tools.output.target import CompressionTarget, make_target

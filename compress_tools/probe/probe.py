@@ -15,7 +15,7 @@ from compress_tools.center.barycenter import (
     spread,
 )
 from compress_tools.config import make_config
-from compress_tools.format.tensors import DTYPES
+from compress_tools.format.dtypes import DTYPES
 from compress_tools.numerics.sampling import choose, spaced
 from compress_tools.numerics.work import Work
 from compress_tools.output.target import CompressionTarget, make_target

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compress_tools.config import CompressionConfig
-from compress_tools.format.parts.base import StoredTensors as StoredTensors
+from compress_tools.format.parts.base import StoredTensors
 from compress_tools.format.schema import Part, Projection, ResidualPart
 
 AnyPart = TypeVar("AnyPart", bound=Part, contravariant=True)

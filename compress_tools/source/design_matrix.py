@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from compress_tools.architectures.base import ExpertWeights
-from compress_tools.format.parts.base import Projection
-from compress_tools.format.parts.base import Rows as Rows
+from compress_tools.format.parts.base import Projection, Rows
 
 
 def expert_to_rows(weights: ExpertWeights) -> Rows:

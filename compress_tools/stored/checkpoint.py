@@ -11,18 +11,16 @@ from torch import Tensor
 from compress_tools.errors import FormatError, NumericalError
 from compress_tools.format.codec import restore_expert
 from compress_tools.format.dtypes import DTYPES, SAFETENSORS_NAMES
-from compress_tools.format.parts.base import Rows
+from compress_tools.format.parts.base import Rows, StoredTensors, TensorSpec
 from compress_tools.format.schema import Projection, parse_format
 from compress_tools.format.tensors import (
     BIAS,
-    TensorSpec,
     expert_tensors,
     is_resmoe_name,
     layer_tensors,
     shared_tensors,
     tensor_name,
 )
-from compress_tools.residuals.base import StoredTensors
 from compress_tools.source.reader import CheckpointReader
 
 

@@ -13,9 +13,10 @@ from compress_tools.architectures.registry import find_architecture
 from compress_tools.center.alignment import align_experts
 from compress_tools.errors import ConfigError, FormatError, NumericalError
 from compress_tools.format.dtypes import DTYPES
+from compress_tools.format.parts.base import TensorSpec
 from compress_tools.format.schema import QUANT_METHOD
 from compress_tools.format.shard_file import SinglePass, StoredTensor, is_file_name
-from compress_tools.format.tensors import TensorSpec, layer_tensors
+from compress_tools.format.tensors import layer_tensors
 from compress_tools.numerics.products import squared_distance, squared_norm
 from compress_tools.numerics.work import Work
 from compress_tools.progress.listener import ProgressListener, Silent

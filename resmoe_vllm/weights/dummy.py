@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from compress_tools.format.dtypes import DTYPES
 from compress_tools.format.schema import LayerSpec, ResMoEFormat
-from compress_tools.format.tensors import DTYPES, expert_tensors, shared_tensors
+from compress_tools.format.tensors import expert_tensors, shared_tensors
 from resmoe_vllm.weights.layout import Key
 
 

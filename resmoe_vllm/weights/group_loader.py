@@ -6,17 +6,12 @@ import torch
 from torch import Tensor
 
 from compress_tools.errors import FormatError
+from compress_tools.format.dtypes import DTYPES
 from compress_tools.format.packing import mask_row_counts, pack_codes, unpack_codes
+from compress_tools.format.parts.base import TensorSpec
+from compress_tools.format.parts.bitmap import MASK
 from compress_tools.format.schema import BitmapResidual, LayerSpec, Projection, ResMoEFormat, RowBitmapResidual
-from compress_tools.format.tensors import (
-    CENTER_EXPERT,
-    DTYPES,
-    MASK,
-    TensorSpec,
-    expert_tensors,
-    shared_tensors,
-    tensor_name,
-)
+from compress_tools.format.tensors import CENTER_EXPERT, expert_tensors, shared_tensors, tensor_name
 from resmoe_vllm.weights.layout import ROW_PTR, STARTS, STREAMS, Key, layout_key, parse_layout
 
 Place = tuple[Projection, str, int]

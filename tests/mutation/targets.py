@@ -33,7 +33,10 @@ TARGETS = (
     Target("format", ("compress_tools/format/**/*.py",), (f"{_TOOLS}/format", f"{_TOOLS}/residuals")),
     Target(
         "residuals",
-        tuple(f"compress_tools/residuals/{name}.py" for name in ("budget", "recipes", "quantizer", "prune", "low_rank", "quantize", "registry")),
+        tuple(
+            f"compress_tools/residuals/{name}.py"
+            for name in ("budget", "recipes", "quantizer", "prune", "low_rank", "quantize", "registry")
+        ),
         (f"{_TOOLS}/residuals",),
     ),
     Target("evaluation", ("compress_tools/evaluation/*.py",), (f"{_TOOLS}/evaluation",)),

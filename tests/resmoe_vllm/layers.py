@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress_tools.format.codec import Rows, restore_expert
+from compress_tools.format.codec import restore_expert
+from compress_tools.format.dtypes import DTYPES
+from compress_tools.format.parts.base import Rows
 from compress_tools.format.schema import LayerSpec, Projection, ResMoEFormat
-from compress_tools.format.tensors import DTYPES
 from resmoe_vllm.weights.layer_loader import LayerLoader
 from resmoe_vllm.weights.layout import PARAM_PREFIX, PROJECTION_OF_SHARD
 from tests.resmoe_vllm.twins import (

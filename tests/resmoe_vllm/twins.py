@@ -22,15 +22,22 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from compress_tools.format.codec import (
-    Rows,
-    decode_part,
+from compress_tools.format.codec import restore_center, restore_expert
+from compress_tools.format.dtypes import DTYPES
+from compress_tools.format.packing import pack_codes
+from compress_tools.format.parts.base import Rows
+from compress_tools.format.parts.bitmap import (
+    ROW_VALUE_CODES,
+    ROW_VALUES,
+    VALUE_CODES,
+    VALUE_SCALES,
+    VALUES,
     encode_bitmap,
     encode_row_bitmap,
-    restore_center,
-    restore_expert,
 )
-from compress_tools.format.packing import pack_codes
+from compress_tools.format.parts.dense import CENTER
+from compress_tools.format.parts.low_rank import U_CODES, U_SCALES, V_CODES, V_SCALES, U, V
+from compress_tools.format.parts.quantized import CENTER_CODES, CENTER_SCALES, CODES, SCALES
 from compress_tools.format.schema import (
     BitmapResidual,
     DenseCenter,
@@ -45,26 +52,7 @@ from compress_tools.format.schema import (
     ResMoEFormat,
     RowBitmapResidual,
 )
-from compress_tools.format.tensors import (
-    CENTER,
-    CENTER_CODES,
-    CENTER_SCALES,
-    CODES,
-    DTYPES,
-    ROW_VALUE_CODES,
-    ROW_VALUES,
-    SCALES,
-    U_CODES,
-    U_SCALES,
-    V_CODES,
-    V_SCALES,
-    VALUE_CODES,
-    VALUE_SCALES,
-    VALUES,
-    U,
-    V,
-    tensor_name,
-)
+from compress_tools.format.tensors import tensor_name
 
 GATE, UP, DOWN = PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, VOCAB = 128, 96, 4, 2, 256
@@ -306,7 +294,7 @@ def compress_layer(
         tensors: dict[tuple[Projection, str], Tensor] = {}
         for part in spec.of_expert(expert).residual:
             made = encode_part(part, {p: left[p] for p in part.projections}, dtype)
-            for p, decoded in decode_part(part, made, hidden_size).items():
+            for p, decoded in part.decode(made, hidden_size).items():
                 left[p] = left[p] - decoded
             tensors |= made
         stored.append(tensors)

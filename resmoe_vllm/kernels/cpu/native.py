@@ -22,8 +22,8 @@ from torch import Tensor
 
 from compress_tools.errors import KernelUnsupportedError
 from compress_tools.format.packing import pack_codes, pack_mask
+from compress_tools.format.row_sizes import mask_row_bytes
 from compress_tools.format.schema import Projection
-from compress_tools.format.tensors import mask_row_bytes
 from resmoe_vllm.weights.bound import (
     BitmapWeights,
     Coded,

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress_tools.errors import CheckpointError, FormatError, NumericalError
-from compress_tools.format.codec import decode_residual, encode_bitmap
+from compress_tools.format.codec import decode_residual
 from compress_tools.format.packing import mask_row_counts, pack_codes, pack_mask, unpack_codes, unpack_mask
+from compress_tools.format.parts.bitmap import encode_bitmap
 from compress_tools.format.quantization import dequantize, expand_scales
 from compress_tools.format.schema import PROJECTIONS, BitmapResidual, parse_format
 from compress_tools.format.tensors import (

@@ -12,6 +12,7 @@ from compress_tools import pipeline, register_with_transformers
 from compress_tools.config import make_config
 from compress_tools.errors import ConfigError, FormatError
 from compress_tools.format.packing import pack_codes
+from compress_tools.format.parts.quantized import CODES
 from compress_tools.format.schema import (
     PROJECTIONS,
     ExpertGroup,
@@ -20,7 +21,6 @@ from compress_tools.format.schema import (
     QuantizedCenter,
     QuantizedResidual,
 )
-from compress_tools.format.tensors import CODES
 from compress_tools.hf.factored_experts import FactoredExperts
 from compress_tools.output.target import make_target
 from compress_tools.pipeline import compress

@@ -5,7 +5,9 @@ import torch
 
 from compress_tools.config import make_config
 from compress_tools.errors import ConfigError
-from compress_tools.format.codec import decode_part, decode_residual, restore_center
+from compress_tools.format.codec import decode_residual, restore_center
+from compress_tools.format.dtypes import DTYPES
+from compress_tools.format.parts.bitmap import VALUES
 from compress_tools.format.quantization import half_range
 from compress_tools.format.schema import (
     BitmapResidual,
@@ -18,7 +20,7 @@ from compress_tools.format.schema import (
     ResMoEFormat,
     RowBitmapResidual,
 )
-from compress_tools.format.tensors import DTYPES, VALUES, expert_tensors
+from compress_tools.format.tensors import expert_tensors
 from compress_tools.residuals.budget import affordable_rank
 from compress_tools.residuals.prune import largest_magnitudes, largest_of_each_row
 from compress_tools.residuals.quantizer import fit_scales, quantize_rows
@@ -254,7 +256,7 @@ def test_any_parts_add_up() -> None:
     gate, up, down = ((restored(spec, residual) - residual).square().view(24, 3, 64).mean((0, 2))).tolist()
     assert gate < up < down
     stored = encode_residual(spec, residual, torch.float32, 0)
-    parts = [decode_part(part, stored, 64) for part in spec.residual]
+    parts = [part.decode(stored, 64) for part in spec.residual]
     total = sum(part["gate_proj"] for part in parts[:3])
     torch.testing.assert_close(restored(spec, residual)[:, :64], total, rtol=0, atol=0)
 

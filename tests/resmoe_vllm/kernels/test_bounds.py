@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress_tools.format.tensors import DTYPES
+from compress_tools.format.dtypes import DTYPES
 from resmoe_vllm.kernels.activation import ACTIVATIONS
 from resmoe_vllm.kernels.reference import fused_moe_ref, restore_ref
 from resmoe_vllm.weights.bound import ResMoEWeights

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-from compress_tools.format.tensors import DTYPES
+from compress_tools.format.dtypes import DTYPES
 from resmoe_vllm.kernels.activation import ACTIVATIONS
 from resmoe_vllm.kernels.cpu import dispatch, native, plain_torch
 from resmoe_vllm.kernels.reference import fused_moe_ref

@@ -7,17 +7,11 @@ import pytest
 import torch
 
 from compress_tools.errors import FormatError
-from compress_tools.format.tensors import (
-    CENTER,
-    CODES,
-    MASK,
-    VALUES,
-    U,
-    V,
-    group_map_bytes,
-    layer_bytes,
-    row_pointer_bytes,
-)
+from compress_tools.format.parts.bitmap import MASK, VALUES
+from compress_tools.format.parts.dense import CENTER
+from compress_tools.format.parts.low_rank import U, V
+from compress_tools.format.parts.quantized import CODES
+from compress_tools.format.tensors import group_map_bytes, layer_bytes, row_pointer_bytes
 from resmoe_vllm.kernels.reference import restore_ref
 from tests.resmoe_vllm.layers import (
     StoredLayer,

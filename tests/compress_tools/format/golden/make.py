@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from compress_tools.format.codec import encode_bitmap
+from compress_tools.format.dtypes import DTYPES
 from compress_tools.format.packing import pack_codes, pack_mask
+from compress_tools.format.parts.bitmap import MASK, encode_bitmap
+from compress_tools.format.parts.dense import CENTER
+from compress_tools.format.parts.low_rank import U, V
 from compress_tools.format.schema import ResMoEFormat, parse_format
-from compress_tools.format.tensors import CENTER, DTYPES, MASK, U, V, layer_tensors, tensor_name
+from compress_tools.format.tensors import layer_tensors, tensor_name
 
 HERE = Path(__file__).parent
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
