@@ -98,6 +98,9 @@ class Staging:
         with writing(self.dst):
             if self.dst.exists() and not self.dst.is_dir():
                 raise CheckpointError(f"{self.dst}: exists and is not a directory")
+            nearest = next(parent for parent in self.dst.parents if parent.exists())
+            if not nearest.is_dir():
+                raise CheckpointError(f"{self.dst}: {nearest} is a file; choose a place in a directory")
             if self.dst.is_mount():
                 raise CheckpointError(
                     f"{self.dst}: is a mount point, which a finished checkpoint can't be renamed to; choose a "

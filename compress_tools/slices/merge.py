@@ -52,8 +52,9 @@ def merge(
     if resume and output.is_finished:
         return _merged_already(output, named, progress, remove_slices=remove_slices)
     manifests = _read_all(output.dst, named or find_slices(output.dst))
-    if remove_slices:
-        for manifest in manifests:
+    for manifest in manifests:
+        output.check_apart(manifest.path)
+        if remove_slices:
             check_only_ours(manifest.path)
     first = manifests[0]
     owners = {filename: manifest for manifest in manifests for filename in manifest.records}
@@ -82,6 +83,7 @@ def _merged_already(
             # Of a slice that was being removed anything may be left.
             progress.say(f"{err}; left as it is, since {output.dst} is finished")
     for manifest in manifests:
+        output.check_apart(manifest.path)
         output.check_finished(manifest.identity)
     report = finished_report(output.dst, progress)
     if remove_slices:

@@ -503,10 +503,26 @@ def test_a_link_to_the_source_is_the_source(source: Path, tmp_path: Path) -> Non
 
 def test_a_destination_below_a_file(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    for name in ("file", "file/small"):
-        with pytest.raises(CheckpointError, match="file"):
+    for name, message in (("file", "exists and is not a directory"), ("file/small", "file is a file; choose")):
+        with pytest.raises(CheckpointError, match=message):
             compress(source, tmp_path / name, QUICK)
+    done = resmoe("compress", source, "file/small", "--center", "mean", cwd=tmp_path)
+    assert done.returncode == 4
+    assert "is a file; choose a place in a directory" in done.stderr
+    assert "Traceback" not in done.stderr
     assert (tmp_path / "file").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_merging_into_one_of_the_slices(outputs: Path) -> None:
+    before = stamps(outputs)
+    slices = [slice_path(outputs / "small", Slice(number, 2)) for number in (1, 2)]
+    for options in ({"overwrite": True}, {"overwrite": True, "remove_slices": True}):
+        with pytest.raises(ConfigError, match="source and destination are the same directory"):
+            merge(slices[0], slices, **options)
+    with pytest.raises(ConfigError, match="source and destination are the same directory"):
+        merge(slices[1], slices, resume=True, remove_slices=True)
+    assert stamps(outputs) == before
 
 
 # What happens at the destination meanwhile.
