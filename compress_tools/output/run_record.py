@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compress_tools.errors import CheckpointError
+from compress_tools.format.shard_file import first_cut_tensor, shard_digest
 from compress_tools.output.run_identity import MACHINE, differences
 from compress_tools.report import (
     CARD_NAME,
@@ -46,29 +47,50 @@ class RunRecord:
 
     Attributes:
         identity: what determined it; without the machine, which only the last bits follow.
-        files: everything that was written, relative and with ``/``, ascending.
+        files: everything that was written, relative and with ``/``, ascending; a weight file with ``shard_digest``,
+            which tells new weights in an old place, else None.
     """
 
     identity: dict[str, Any]
-    files: list[str]
+    files: dict[str, str | None]
 
     def content(self) -> dict[str, Any]:
         """As JSON values."""
         return asdict(self)
 
     def check_same(self, directory: Path, identity: dict[str, Any]) -> None:
-        """Raises CheckpointError, with what differs, where the output in ``directory`` is another run's."""
+        """Raises CheckpointError, with what differs, unless ``directory`` holds what a run of this identity wrote."""
         if different := differences(self.identity, json.loads(json.dumps(identity))):
             details = "; ".join(f"{part}: {text}" for part, text in different.items())
             raise CheckpointError(
                 f"{directory}: is finished, and was made from another {', '.join(different)} ({details}); choose "
                 "another directory, or pass --overwrite to replace it"
             )
+        if changed := changed_weights(directory, self.files):
+            raise CheckpointError(
+                f"{directory}: is finished, but {some(changed)} changed since; choose another directory, or move that "
+                "away and pass --overwrite"
+            )
 
 
-def make_record(identity: dict[str, Any], files: set[str]) -> RunRecord:
-    """The record of an output that consists of ``files``."""
-    return RunRecord({part: value for part, value in identity.items() if part != MACHINE}, sorted(files))
+def make_record(identity: dict[str, Any], directory: Path, names: set[str]) -> RunRecord:
+    """The record of an output that consists of files of these ``names``; weight files are in ``directory`` already."""
+    return RunRecord(
+        {part: value for part, value in identity.items() if part != MACHINE},
+        {name: shard_digest(directory / name) if name.endswith(".safetensors") else None for name in sorted(names)},
+    )
+
+
+def changed_weights(directory: Path, files: dict[str, str | None]) -> list[str]:
+    """Weight files that hold others than were written; one that is missing, cut off or garbled is nobody's work."""
+    changed = []
+    for name, digest in files.items():
+        try:
+            if digest is not None and shard_digest(directory / name) != digest:
+                changed += [] if first_cut_tensor(directory / name) else [name]
+        except CheckpointError:
+            continue
+    return changed
 
 
 def read_record(directory: Path) -> RunRecord | None:
@@ -77,9 +99,9 @@ def read_record(directory: Path) -> RunRecord | None:
     if not isinstance(content, dict):
         return None
     identity, files = content.get("identity"), content.get("files")
-    if not isinstance(identity, dict) or not isinstance(files, list):
+    if not isinstance(identity, dict) or not isinstance(files, dict):
         return None
-    return RunRecord(identity, [str(name) for name in files])
+    return RunRecord(identity, files)
 
 
 def is_whole(directory: Path) -> bool:
@@ -87,16 +109,16 @@ def is_whole(directory: Path) -> bool:
     return any((directory / name).is_file() for name in (CONFIG_NAME, MANIFEST_NAME))
 
 
-def own_files(directory: Path) -> set[str] | None:
-    """Names of what this tool wrote into ``directory``; None if it holds no output of ours."""
+def own_files(directory: Path) -> dict[str, str | None] | None:
+    """What this tool wrote into ``directory``, as ``RunRecord.files``; None if it holds no output of ours."""
     record = read_record(directory)
     if record is not None:
-        return set(record.files)
+        return record.files
     block = _read_json(directory / CONFIG_NAME).get("quantization_config")
     if not isinstance(block, dict) or block.get("quant_method") != "resmoe":
         return None
     weight_map = _read_json(directory / INDEX_NAME).get("weight_map")
-    return _KNOWN_NAMES | set(map(str, weight_map.values() if isinstance(weight_map, dict) else ()))
+    return dict.fromkeys(_KNOWN_NAMES | set(map(str, weight_map.values() if isinstance(weight_map, dict) else ())))
 
 
 def leaves(directory: Path, *, skip: str | None = None) -> Iterator[str]:

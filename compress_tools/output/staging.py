@@ -10,7 +10,7 @@ from typing import Any
 from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.output.files import write_text, writing
 from compress_tools.output.run_identity import differences
-from compress_tools.output.run_record import is_whole, leaves, own_files, read_record, some
+from compress_tools.output.run_record import changed_weights, is_whole, leaves, own_files, read_record, some
 from compress_tools.source.reader import CONFIG_NAME
 
 # In the staging directory; gone once the output is published.
@@ -190,7 +190,7 @@ class Staging:
         elif not is_whole(self.dst):
             raise self._not_empty(None)
 
-    def _not_empty(self, own: set[str] | None) -> CheckpointError:
+    def _not_empty(self, own: dict[str, str | None] | None) -> CheckpointError:
         if own is not None:
             return CheckpointError(
                 f"{self.dst}: not empty, it holds an output of resmoe; choose another directory, or pass --overwrite "
@@ -261,7 +261,7 @@ class Staging:
 
     def _own_unfinished(self) -> set[str]:
         """What the staging directory may hold of ours, half-written files included."""
-        return {name for noted in self.noted() for name in (noted, *half_written(noted))}
+        return {name for noted in self.noted() for name in (noted, *_half_written(noted))}
 
     def check_finished(self, identity: dict[str, Any]) -> None:
         """Raises CheckpointError, with what differs, unless the finished destination is this very run's."""
@@ -322,7 +322,7 @@ class Staging:
         write_text(self.state / IDENTITY_NAME, json.dumps(identity, indent=2, sort_keys=True))
 
 
-def half_written(name: str) -> tuple[str, str]:
+def _half_written(name: str) -> tuple[str, str]:
     """Names that a file of the output may have before it is whole."""
     return f"{name}.tmp", Path(name).with_suffix(".tmp").as_posix()
 
@@ -338,11 +338,12 @@ def check_only_ours(directory: Path) -> None:
     Raises:
         CheckpointError: names what else it holds.
     """
-    _check_foreign(directory, own_files(directory) or set())
+    _check_foreign(directory, own_files(directory) or {})
 
 
-def _check_foreign(directory: Path, own: set[str]) -> None:
+def _check_foreign(directory: Path, own: dict[str, str | None]) -> None:
     foreign = [name for name in leaves(directory, skip=STATE_DIR) if name not in own]
+    foreign += [f"{name} (changed since)" for name in changed_weights(directory, own)]
     if foreign:
         raise CheckpointError(
             f"{directory}: not replaced or removed, as it also holds what resmoe did not note as its own: "

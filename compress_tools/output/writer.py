@@ -168,7 +168,7 @@ class CheckpointWriter:
         Args:
             more: files that are still to be written.
         """
-        return make_record(self.identity, self._output.noted() | set(more))
+        return make_record(self.identity, self.staging, self._output.noted() | set(more))
 
     def publish(self) -> None:
         """Rename the staging directory to the destination."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks.models.tiny_models import save_tiny_model
 from compress_tools.config import CompressionConfig, make_config
@@ -185,6 +186,35 @@ def test_a_tuned_restored_model_is_kept(outputs: Path) -> None:
     assert stamps(outputs) == before
 
 
+def tuned_in_place(directory: Path) -> str:
+    """Other weights under the same names, shapes and dtypes, the index left as it was."""
+    shard = sorted(directory.glob("*.safetensors"))[-1]
+    tensors = {name: tensor + 1 for name, tensor in load_file(shard).items()}
+    save_file(tensors, shard, metadata={"format": "pt"})
+    return shard.name
+
+
+def test_weights_that_were_tuned_in_their_place_are_kept(outputs: Path, source: Path) -> None:
+    name = tuned_in_place(outputs / "dense")
+    before = stamps(outputs)
+    with pytest.raises(CheckpointError, match=rf"dense: not replaced.*{name} \(changed since\)"):
+        restore(outputs / "small", outputs / "dense", overwrite=True)
+    with pytest.raises(CheckpointError, match=rf"dense: is finished, but {name} changed since"):
+        restore(outputs / "small", outputs / "dense", resume=True)
+    assert stamps(outputs) == before
+
+
+def test_a_damaged_checkpoint_is_replaced(outputs: Path, source: Path) -> None:
+    """Cut off, garbled or lost: nobody's work."""
+    shards = sorted((outputs / "small").glob("*.safetensors"))
+    assert len(shards) == 3
+    shards[0].write_bytes(shards[0].read_bytes()[:-10])
+    shards[1].write_bytes(b"garbled")
+    shards[2].unlink()
+    compress(source, outputs / "small", QUICK, overwrite=True)
+    assert inspect(outputs / "small").layers
+
+
 def test_overwrite_replaces_any_output_of_ours(outputs: Path, source: Path) -> None:
     compress(source, outputs / "dense", OTHER, overwrite=True)
     assert contents(outputs / "dense") != contents(outputs / "small")
@@ -222,7 +252,10 @@ def test_a_record_lists_every_file_and_only_those(outputs: Path) -> None:
         files = {path.relative_to(outputs / name).as_posix() for path in (outputs / name).rglob("*") if path.is_file()}
         record = read_record(outputs / name)
         assert record is not None
-        assert record.files == sorted(files), name
+        assert list(record.files) == sorted(files), name
+        assert {file for file, digest in record.files.items() if digest} == {f for f in files if "safetensors" in f} - {
+            INDEX_NAME
+        }
         assert (MANIFEST_NAME in files) == ("shard" in name)
 
 
