@@ -12,9 +12,11 @@ import torch
 from compress_tools.config import Method, make_config
 from compress_tools.errors import FormatError
 from compress_tools.format.dtypes import DTYPES
+from compress_tools.format.packing import pack_mask
 from compress_tools.format.parts.base import Part, PartSizes, StoredTensors, TensorSpec
 from compress_tools.format.schema import (
     FORMAT_VERSION,
+    READABLE_VERSIONS,
     BitmapResidual,
     DenseCenter,
     ExpertNames,
@@ -128,6 +130,7 @@ def test_what_a_part_says_of_itself_is_what_is_stored(part: Part) -> None:
 def test_every_part_is_in_every_table(cls: type[Part]) -> None:
     own = [part for part in EXAMPLES if type(part) is cls]
     assert cls in ENCODERS
+    assert cls.since in READABLE_VERSIONS
     assert {part.kernel_coder for part in own} - {None} == set(cls.kernel_coders)
     if len(cls.kernel_coders) > 1:  # plain, and in codes
         for part in own:
@@ -257,6 +260,15 @@ def test_masks_that_contradict_the_counts_are_found(part: Part) -> None:
         assert re.search(r"keeps? \d+ values, the config says \d+", part.stored_fault(stored))
         with pytest.raises(FormatError, match=r"keeps? \d+ values, \d+ are stored"):
             part.decode(stored, SIZES.hidden_size)
+
+
+def test_the_first_row_that_contradicts_is_named() -> None:
+    part = RowBitmapResidual(projections=("up_proj",), values_per_row=2)
+    keep = torch.zeros(4, 70, dtype=torch.bool)
+    for row, count in enumerate((2, 5, 7, 2)):
+        keep[row, :count] = True
+    assert part.wrong_count(pack_mask(keep)) == 5
+    assert part.wrong_count(pack_mask(keep[::3])) is None
 
 
 @pytest.mark.parametrize("part", MASKED, ids=lambda part: part.describe())
