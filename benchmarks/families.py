@@ -25,7 +25,7 @@ from compress_tools.pipeline import compress
 from compress_tools.stored.restore import restore
 from compress_tools.stored.verify import verify
 
-METHODS = ("prune", "low-rank")
+CHECKED_METHODS = ("prune", "low-rank")
 PROMPTS = [list(range(3 + start, 19 + 2 * start)) for start in range(6)]
 NEW_TOKENS = 12
 # fp32 sums in another order; a wrong center, residual or routing moves log-probabilities by 0.01 and more.
@@ -143,7 +143,7 @@ def main(*, families: tuple[str, ...], json_file: Path | None, table: bool) -> N
     for architecture in ARCHITECTURES:
         if families and architecture.model_type not in families:
             continue
-        for method in METHODS:
+        for method in CHECKED_METHODS:
             console.print(f"{architecture.title}, {method}", highlight=False)
             with tempfile.TemporaryDirectory() as folder:
                 result = check_family(architecture, method, Path(folder))

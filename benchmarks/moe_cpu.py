@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.harness.routing import route
 from benchmarks.harness.rows import Row, print_rows, write_rows
 from benchmarks.harness.shapes import SHAPES, MoEShape
-from benchmarks.models.synthetic_layer import METHODS, synthetic_format, synthetic_layer
+from benchmarks.models.synthetic_layer import CODINGS, synthetic_format, synthetic_layer
 from compress_tools.format.tensors import layer_bytes, row_pointer_bytes
 
 DEFAULT_TOKENS = (1, 4, 16, 64, 256, 1024)
@@ -59,7 +59,7 @@ def resmoe_forward(shape: MoEShape, method: str, layers: int, seed: int) -> tupl
     from resmoe_vllm.ops import register_op
 
     register_op()
-    fmt = synthetic_format(shape, layers=layers, **METHODS[method])
+    fmt = synthetic_format(shape, layers=layers, **CODINGS[method])
     made = [synthetic_layer(fmt, index, seed + index) for index in range(layers)]
 
     def forward(index: int, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def read_bytes(shape: MoEShape, method: str, tokens: int) -> float:
     """Bytes that must be read for T tokens routed uniformly: center once, each expert that is hit once."""
     all_experts, one = (
         layer_bytes(fmt, 0) + row_pointer_bytes(fmt, 0)
-        for fmt in (synthetic_format(own, **METHODS[method]) for own in (shape, replace(shape, experts=1)))
+        for fmt in (synthetic_format(own, **CODINGS[method]) for own in (shape, replace(shape, experts=1)))
     )
     residual = (all_experts - one) / (shape.experts - 1)
     hit = 1 - (1 - shape.top_k / shape.experts) ** tokens
@@ -110,7 +110,7 @@ def read_bytes(shape: MoEShape, method: str, tokens: int) -> float:
 
 @click.command()
 @click.option("--shape", "shapes", multiple=True, type=click.Choice(list(SHAPES)), help="Default: all.")
-@click.option("--method", "methods", multiple=True, type=click.Choice(list(METHODS)), help="Default: all.")
+@click.option("--method", "methods", multiple=True, type=click.Choice(list(CODINGS)), help="Default: all.")
 @click.option("--tokens", multiple=True, type=int, help="Default: 1 4 16 64 256 1024.")
 @click.option("--layers", default=2, show_default=True, type=click.IntRange(min=1), help="Layers used in turn.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the rows to FILE.")
@@ -126,7 +126,7 @@ def main(
         # Mixtral's dense layer is 2.8 GB: one is more than any cache.
         used = 1 if shape.top_k == 2 else layers
         forwards = [dense_forward(shape, used, seed=1)]
-        for method in methods or METHODS:
+        for method in methods or CODINGS:
             resmoe, _ = resmoe_forward(shape, method, used, seed=2)
             for count in tokens or DEFAULT_TOKENS:
                 dense_ms, resmoe_ms = time_alternately([*forwards, resmoe], shape, count, used)

@@ -23,7 +23,7 @@ from benchmarks.harness.shapes import SHAPES, MoEShape
 from benchmarks.models.prepared import compress, ensure_reference_model, expert_bytes_on_disk
 from benchmarks.models.reference_models import PRESETS, preset_config
 from benchmarks.models.synthetic_checkpoint import write_compressed, write_dense
-from benchmarks.models.synthetic_layer import METHODS
+from benchmarks.models.synthetic_layer import CODINGS
 from benchmarks.serving.bench_client import Load, run_load
 from benchmarks.serving.server import VllmServer
 from compress_tools.errors import ConfigError, ResMoEError
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.model:
             models = dict(args.model)
         elif args.synthetic:
-            models = make_synthetic(SHAPES[args.synthetic], args.layers, args.method or METHODS, console)
+            models = make_synthetic(SHAPES[args.synthetic], args.layers, args.method or CODINGS, console)
         else:
             models = make_models(args.preset, console)
         check_lengths(models, args.input_len + args.output_len)
@@ -73,7 +73,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--synthetic", choices=SHAPES, metavar="SHAPE", help=f"random models instead: {', '.join(SHAPES)}"
     )
-    parser.add_argument("--method", action="append", choices=METHODS, help="of the random models; default: all")
+    parser.add_argument("--method", action="append", choices=CODINGS, help="of the random models; default: all")
     parser.add_argument("--layers", type=int, default=8, help="decoder layers of the random models")
     parser.add_argument("--rates", nargs="+", type=float, default=[1, 4, float("inf")], help="requests/s; or inf")
     parser.add_argument("--max-concurrency", type=int, help="requests in flight at most")
@@ -102,7 +102,7 @@ def make_models(preset: str, console: Console) -> dict[str, Path]:
 
 
 def make_synthetic(shape: MoEShape, layers: int, methods: Iterable[str], console: Console) -> dict[str, Path]:
-    """A random original and what each of ``METHODS`` would make of it, in the user's cache directory."""
+    """A random original and what each of ``CODINGS`` would make of it, in the user's cache directory."""
     models = {name: CACHE / f"{shape.name}-{layers}" / name for name in ("original", *methods)}
     for name, path in models.items():
         if path.exists():
@@ -113,7 +113,7 @@ def make_synthetic(shape: MoEShape, layers: int, methods: Iterable[str], console
             write_dense(path, shape, layers)
         else:
             console.print(f"writing {path}", highlight=False)
-            write_compressed(path, models["original"], **METHODS[name])
+            write_compressed(path, models["original"], **CODINGS[name])
     return models
 
 

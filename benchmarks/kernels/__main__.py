@@ -43,13 +43,13 @@ CALLS, RUNS = 8, 15
 
 def check(device: str, dtype: torch.dtype) -> list[str]:
     """Names of wrong cases, of: every method, both strategies, few and many tokens, odd sizes, skipped pairs, a map."""
-    from benchmarks.kernels.layers import METHODS, layer_ref, make_layer
+    from benchmarks.kernels.layers import LAYER_MAKERS, layer_ref, make_layer
     from resmoe_vllm.kernels.gpu.block_sizes import default_config
     from resmoe_vllm.kernels.gpu.launches import run_plan
 
     shape = MoEShape("check", hidden=200, intermediate=72, experts=5, top_k=2, layers=1)
     wrong = []
-    for method, (tokens, sizes_for) in itertools.product(METHODS, ((1, 1), (13, 13), (13, 256))):
+    for method, (tokens, sizes_for) in itertools.product(LAYER_MAKERS, ((1, 1), (13, 13), (13, 256))):
         layer = make_layer(shape, method, device, dtype, seed=1, keep_truth=True)
         generator = torch.Generator(device).manual_seed(tokens)
         x = torch.randn(tokens, shape.hidden, generator=generator, device=device).to(dtype)

@@ -168,7 +168,7 @@ class Maker:
         return self.layer
 
 
-METHODS: dict[str, Callable[[Maker], Layer]] = {
+LAYER_MAKERS: dict[str, Callable[[Maker], Layer]] = {
     "dense": Maker.dense,
     "low_rank": Maker.low_rank,
     "bitmap": Maker.bitmap,
@@ -179,8 +179,8 @@ METHODS: dict[str, Callable[[Maker], Layer]] = {
 def make_layer(
     shape: MoEShape, method: str, device: str, dtype: torch.dtype, seed: int, *, keep_truth: bool = False
 ) -> Layer:
-    """A random layer of one of ``METHODS``."""
-    return METHODS[method](Maker(shape, device, dtype, seed, keep_truth=keep_truth))
+    """A random layer of one of ``LAYER_MAKERS``."""
+    return LAYER_MAKERS[method](Maker(shape, device, dtype, seed, keep_truth=keep_truth))
 
 
 def pack_bits(keep: Tensor) -> Tensor:

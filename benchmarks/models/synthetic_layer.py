@@ -16,7 +16,7 @@ from resmoe_vllm.weights.layout import ROW_PTR, LayerLayout, layout_key, parse_l
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # The methods that the timing benchmarks compare with dense, as options of `resmoe compress`.
-METHODS: dict[str, dict[str, Any]] = {
+CODINGS: dict[str, dict[str, Any]] = {
     "low-rank": {"method": "low-rank", "retain_ratio": 0.25},
     "low-rank-8bit": {"method": "low-rank", "retain_ratio": 0.25, "factor_bits": 8, "center_bits": 8},
     "prune": {"method": "prune", "retain_ratio": 0.25},

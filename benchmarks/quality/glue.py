@@ -44,7 +44,7 @@ PASSAGE_LINES = 3
 MAX_TOKENS = 64
 VOCABULARY = 1024
 # name -> options of `resmoe compress`; center "none" is the plain method
-METHODS: dict[str, dict[str, str]] = {
+COMPARED: dict[str, dict[str, str]] = {
     "plain pruning (UP)": {"method": "prune", "center": "none"},
     "plain SVD": {"method": "low-rank", "center": "none"},
     "mean center + UP": {"method": "prune", "center": "mean"},
@@ -250,7 +250,7 @@ def compare(
         source = Path(folder) / "source"
         model.save_pretrained(source)
         save_tokenizer(tokenizer, source)
-        for number, (name, options) in enumerate(METHODS.items()):
+        for number, (name, options) in enumerate(COMPARED.items()):
             console.print(name, highlight=False)
             target = Path(folder) / str(number)
             report = compress(source, target, make_config(retain_ratio=retain_ratio, **options))

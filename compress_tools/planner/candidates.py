@@ -126,7 +126,7 @@ def menu(
     """
     coders: list[Coder] = []
     for method in methods:
-        coders += _METHODS[method](sizes, centers, layer_budget)
+        coders += _MENUS[method](sizes, centers, layer_budget)
     return tuple(coder for coder in coders if _fits(coder, sizes))
 
 
@@ -187,7 +187,7 @@ def _low_rank_and_quantize(sizes: Sizes, centers: tuple[CenterBits, ...], layer_
     ]
 
 
-_METHODS = {
+_MENUS = {
     "quantize": _quantize,
     "prune": _prune,
     "low-rank": _low_rank,

@@ -11,7 +11,7 @@ from compress_tools.config import CompressionConfig, validated
 from compress_tools.errors import ConfigError
 from compress_tools.source.layer_selection import select_layers
 
-CODERS = ("quantize", "prune", "low-rank", "low-rank+quantize")
+MENU_METHODS = ("quantize", "prune", "low-rank", "low-rank+quantize")
 
 
 class PlannerConfig(BaseModel):
@@ -42,7 +42,7 @@ class PlannerConfig(BaseModel):
         description="Bounds of single layers, as shares of their own bytes: 0-1:0.3..1,7:..0.5 (a side may be "
         "left out).",
     )
-    coders: str = Field("all", description=f"What may be chosen: all, or some of {', '.join(CODERS)}.")
+    coders: str = Field("all", description=f"What may be chosen: all, or some of {', '.join(MENU_METHODS)}.")
     uniform: bool = Field(default=False, description="One coder for all layers and projections: the best that fits.")
     expert_groups: Literal[1, 2] = Field(
         2, description="Let the experts of a layer that are harder to store have a rate of their own."
@@ -62,9 +62,9 @@ class PlannerConfig(BaseModel):
         """The methods that may be chosen."""
         names = tuple(name.strip() for name in self.coders.split(","))
         if names == ("all",):
-            return CODERS
-        if unknown := [name for name in names if name not in CODERS]:
-            raise ValueError(f"--coders {self.coders}: {unknown[0]!r} is none of {', '.join(CODERS)}")
+            return MENU_METHODS
+        if unknown := [name for name in names if name not in MENU_METHODS]:
+            raise ValueError(f"--coders {self.coders}: {unknown[0]!r} is none of {', '.join(MENU_METHODS)}")
         return names
 
 

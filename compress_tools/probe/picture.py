@@ -9,13 +9,13 @@ from matplotlib.ticker import PercentFormatter
 
 from compress_tools.errors import ConfigError
 from compress_tools.output.output_file import check_output_file
-from compress_tools.planner.config import CODERS
+from compress_tools.planner.config import MENU_METHODS
 from compress_tools.probe.energy import SHARES, Curves
 from compress_tools.probe.result import ProbeResult
 from compress_tools.probe.verdict import center_title
 
 _LINES = {"residual": ("#2563eb", "-"), "weight": ("#6b7280", "-"), "random": ("#111827", ":")}
-_CODER_COLORS = dict(zip(CODERS, ("#2563eb", "#d97706", "#0d9488", "#9333ea"), strict=True))
+_CODER_COLORS = dict(zip(MENU_METHODS, ("#2563eb", "#d97706", "#0d9488", "#9333ea"), strict=True))
 _CENTER_LINES = {None: "--", 4: ":", 8: "-", 16: "-."}
 
 

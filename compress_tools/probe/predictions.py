@@ -9,7 +9,7 @@ from compress_tools.center.barycenter import CenterResult, spread
 from compress_tools.config import CompressionConfig, make_config
 from compress_tools.format.schema import Projection
 from compress_tools.planner.candidates import CenterBits, Coder, Sizes, menu
-from compress_tools.planner.config import CODERS
+from compress_tools.planner.config import MENU_METHODS
 from compress_tools.planner.measure import Sample, measure_layer
 from compress_tools.probe.verdict import Prediction
 
@@ -74,7 +74,7 @@ def candidates_for(sizes: Sizes, dense_bytes: int, ratios: Iterable[float]) -> t
         budget = ratio * dense_bytes * _ROUNDING
         offered = [
             Candidate(bits, replace(coder, centers=(bits,)), sizes.uniform(coder, bits))
-            for coder in menu(sizes, CODERS, CENTERS, budget)
+            for coder in menu(sizes, MENU_METHODS, CENTERS, budget)
             for bits in coder.centers
             if not _outdone(coder.config)
         ]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.families import MAX_DEVIATION, METHODS, check_family, family_table
+from benchmarks.families import CHECKED_METHODS, MAX_DEVIATION, check_family, family_table
 from benchmarks.models.tiny_models import TINY_CONFIGS
 from compress_tools.architectures.base import MoEArchitecture
 from compress_tools.architectures.registry import ARCHITECTURES
@@ -18,7 +18,11 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 @pytest.mark.parametrize(
     ("architecture", "method"),
     [
-        pytest.param(known, METHODS[number % len(METHODS)], id=f"{known.model_type}-{METHODS[number % len(METHODS)]}")
+        pytest.param(
+            known,
+            CHECKED_METHODS[number % len(CHECKED_METHODS)],
+            id=f"{known.model_type}-{CHECKED_METHODS[number % len(CHECKED_METHODS)]}",
+        )
         for number, known in enumerate(ARCHITECTURES)
         if known.vllm
     ],

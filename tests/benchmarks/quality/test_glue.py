@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks.quality.glue import MERGED, METHODS, Example, compare, read_examples, standard_library_task
+from benchmarks.quality.glue import COMPARED, MERGED, Example, compare, read_examples, standard_library_task
 from compress_tools.errors import CheckpointError
 
 
@@ -43,7 +43,7 @@ def test_centers_beat_plain_methods_in_error() -> None:
     train, dev = standard_library_task(seed=0, limit=800)
     rows = compare(train, dev[:32], 0.25, experts=3, steps=5, seed=0, console=Console(quiet=True))
     error = {row.context["method"]: row.value for row in rows if row.name.endswith("error")}
-    assert set(error) == {*METHODS, *MERGED}
+    assert set(error) == {*COMPARED, *MERGED}
     assert error["ResMoE (UP)"] < error["plain pruning (UP)"]
     assert error["ResMoE (SVD)"] < error["plain SVD"]
     assert error["ResMoE (UP)"] < error["merging, aligned average"]

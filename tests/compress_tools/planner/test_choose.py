@@ -14,7 +14,7 @@ from compress_tools.errors import ConfigError
 from compress_tools.output.target import make_target
 from compress_tools.planner.candidates import CenterBits, Coder, Sizes, menu
 from compress_tools.planner.choices import Choice, Rated, expert_groups
-from compress_tools.planner.config import CODERS, Bounds, layer_bounds, make_planner_config
+from compress_tools.planner.config import MENU_METHODS, Bounds, layer_bounds, make_planner_config
 from compress_tools.planner.estimate import layer_seconds
 from compress_tools.planner.frontier import Point, frontier
 from compress_tools.planner.measure import LayerMeasurement, Sample
@@ -205,8 +205,8 @@ def test_every_size_is_the_formats_own(family: str, tmp_path: Path) -> None:
     reader = CheckpointReader(path)
     target = make_target(reader, make_config())
     own = Sizes(target.fmt)
-    some = menu(own, CODERS, (0, 4, 8, 16), 0.3 * target.expert_bytes_before / len(target.source.layers))
-    assert {coder.config.method for coder in some} == set(CODERS)
+    some = menu(own, MENU_METHODS, (0, 4, 8, 16), 0.3 * target.expert_bytes_before / len(target.source.layers))
+    assert {coder.config.method for coder in some} == set(MENU_METHODS)
     for coder in some[::5]:
         for bits in coder.centers:
             width = len(own.projections)

@@ -20,7 +20,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.harness.shapes import MoEShape
-from benchmarks.kernels.layers import METHODS, make_layer
+from benchmarks.kernels.layers import LAYER_MAKERS, make_layer
 from resmoe_vllm.kernels.gpu.block_sizes import default_config
 from resmoe_vllm.kernels.gpu.launches import LayerPlan, run_plan
 
@@ -101,7 +101,7 @@ def _tool_output(cubin: bytes, tool: str, option: str) -> str:
 
 def main() -> None:
     """Compile the named methods, or all."""
-    for method in sys.argv[1:] or METHODS:
+    for method in sys.argv[1:] or LAYER_MAKERS:
         layer = make_layer(SHAPE, method, "cpu", torch.bfloat16, seed=0)
         for tokens in (4, 1024):
             for kernel in compile_plan(layer.plan, method, tokens):
