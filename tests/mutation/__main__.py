@@ -103,11 +103,24 @@ def _asked(target: Target, file: Path, only: list[str]) -> bool:
 
 
 def _sample(file: Path, count: int, seed: int) -> list[Mutant]:
-    """Up to ``count`` mutants, spread over the module's statements, in the file's order."""
+    """Up to ``count`` mutants, spread over the module's statements, in the file's order.
+
+    At most a sixth are of what an import evaluates: each of those takes several seconds.
+    """
     mutants = list(make_mutants((REPOSITORY / file).read_text(encoding="utf-8")))
     if not count or count >= len(mutants):
         return mutants
     generator = random.Random(f"{seed} {file}")
+    inside = [mutant for mutant in mutants if mutant.in_function]
+    outside = _spread([mutant for mutant in mutants if not mutant.in_function], max(1, count // 6), generator)
+    if not inside:
+        outside = _spread(mutants, count, generator)
+    taken = outside + _spread(inside, count - len(outside), generator)
+    return sorted(taken, key=lambda mutant: (mutant.line, mutant.key))
+
+
+def _spread(mutants: list[Mutant], count: int, generator: random.Random) -> list[Mutant]:
+    """One mutant of each statement in a random order, then a second of each, and so on."""
     by_statement: dict[int, list[Mutant]] = {}
     for mutant in mutants:
         by_statement.setdefault(mutant.line, []).append(mutant)
@@ -116,9 +129,9 @@ def _sample(file: Path, count: int, seed: int) -> list[Mutant]:
     order = list(by_statement.values())
     generator.shuffle(order)
     taken: list[Mutant] = []
-    while len(taken) < count:
+    while len(taken) < min(count, len(mutants)):
         taken += [own.pop() for own in order if own][: count - len(taken)]
-    return sorted(taken, key=lambda mutant: (mutant.line, mutant.key))
+    return taken
 
 
 def _try_all(

@@ -44,18 +44,22 @@ TARGETS = (
     Target(
         "verify and report",
         ("compress_tools/stored/verify.py", "compress_tools/report.py"),
-        (f"{_TOOLS}/stored", f"{_TOOLS}/test_pipeline.py", f"{_TOOLS}/cli"),
+        (f"{_TOOLS}/stored", f"{_TOOLS}/test_report.py"),
     ),
     Target(
         "output",
         ("compress_tools/output/*.py",),
-        (f"{_TOOLS}/output", f"{_TOOLS}/slices", f"{_TOOLS}/test_pipeline.py"),
+        (f"{_TOOLS}/output", f"{_TOOLS}/slices"),
     ),
-    Target("slices", ("compress_tools/slices/*.py",), (f"{_TOOLS}/slices", f"{_TOOLS}/cli")),
+    Target("slices", ("compress_tools/slices/*.py",), (f"{_TOOLS}/slices",)),
     Target(
         "the plugin's loaders",
         ("resmoe_vllm/weights/*.py", "resmoe_vllm/fused_moe.py", "resmoe_vllm/config.py"),
-        ("tests/resmoe_vllm/weights", "tests/resmoe_vllm/test_vllm_refusals.py"),
+        (
+            "tests/resmoe_vllm/weights",
+            "tests/resmoe_vllm/test_vllm_refusals.py",
+            "tests/resmoe_vllm/test_vllm_methods.py",
+        ),
         ("vllm",),
     ),
 )
