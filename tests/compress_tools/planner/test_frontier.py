@@ -1,97 +1,116 @@
-"""Frontiers and allocations: against brute force, and at their edges."""
+"""Frontiers and allocation against brute force over small integers."""
 
-import itertools
+from itertools import product
 
 import numpy as np
 import pytest
 
-from compress_tools.planner import frontier as frontiers
+from compress_tools.planner import frontier as module
 from compress_tools.planner.allocate import allocate, smallest
 from compress_tools.planner.frontier import Frontier, Point, combined, frontier, union
 
 
-def test_allocation_is_the_brute_force_optimum() -> None:
-    generator = np.random.default_rng(0)
-    for _ in range(20):
-        layers = []
-        for _ in range(4):
-            sizes = generator.choice(100, 6, replace=False) + 1
-            layers.append(frontier(Point(int(size), float(generator.random() / size), int(size)) for size in sizes))
-        everything = list(itertools.product(*(zip(own.nbytes, own.errors, strict=True) for own in layers)))
-        for budget in (sum(int(own.nbytes[0]) for own in layers), 90, 150, 400):
-            fitting = [sum(e for _, e in picks) for picks in everything if sum(b for b, _ in picks) <= budget]
-            if fitting:
-                found = allocate(layers, budget)
-                assert found.error == pytest.approx(min(fitting), rel=1e-12)
-                assert sum(found.nbytes) <= budget
+def points(seed: int, count: int) -> list[Point[int]]:
+    generator = np.random.default_rng(seed)
+    nbytes, errors = generator.integers(1, 40, count).tolist(), generator.integers(0, 30, count).tolist()
+    return [Point(size, float(error), number) for number, (size, error) in enumerate(zip(nbytes, errors, strict=True))]
 
 
-def test_thinning_loses_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = np.random.default_rng(1)
-    layers = []
-    for _ in range(12):
-        steps = np.cumsum(generator.integers(1000, 9000, 20))
-        layers.append(frontier(Point(int(b), float(generator.uniform(0.9, 1.1) / b**2), int(b)) for b in steps))
-    exact = [allocate(layers, budget).error for budget in (300000, 500000)]
-    monkeypatch.setattr(frontiers, "MAX_POINTS", 256)
-    thinned = [allocate(layers, budget).error for budget in (300000, 500000)]
-    assert thinned == pytest.approx(exact, rel=0.01)
+def least_error(choices: list[Point[int]], budget: float) -> float:
+    return min((point.error for point in choices if point.nbytes <= budget), default=float("inf"))
 
 
-def test_combined_frontiers_keep_only_what_pays() -> None:
-    left, right = frontier([Point(1, 3.0, "a"), Point(2, 5.0, "b"), Point(4, 1.0, "c")]), frontier([Point(1, 1.0, "d")])
-    assert left.picks == ["a", "c"]
-    both = combined(left, right, lambda one, other: one + other, most=4)
-    assert both.points() == [Point(2, 4.0, "ad")]
+@pytest.mark.parametrize("seed", range(8))
+def test_a_frontier_loses_nothing_and_holds_nothing_idle(seed: int) -> None:
+    choices = points(seed, 25)
+    found = frontier(choices)
+    assert found.nbytes.tolist() == sorted(set(found.nbytes.tolist()))
+    assert found.errors.tolist() == sorted(set(found.errors.tolist()), reverse=True)
+    for budget in range(45):
+        index = found.best_within(budget)
+        best = float("inf") if index is None else float(found.errors[index])
+        assert best == least_error(choices, budget)
+    for point in found.points():
+        assert (choices[point.pick].nbytes, choices[point.pick].error) == (point.nbytes, point.error)
 
 
-def line(*points: tuple[int, float]) -> Frontier[str]:
-    """Choices named by their bytes."""
-    return frontier(Point(nbytes, error, str(nbytes)) for nbytes, error in points)
+def test_of_equal_choices_the_first_is_kept() -> None:
+    assert frontier([Point(5, 1.0, "a"), Point(5, 1.0, "b"), Point(7, 1.0, "c")]).picks == ["a"]
 
 
-def test_equal_choices_keep_the_first_and_equal_errors_the_smaller() -> None:
-    tied = frontier([Point(3, 2.0, "late"), Point(1, 2.0, "a"), Point(1, 2.0, "b"), Point(2, 2.0, "c")])
-    assert tied.points() == [Point(1, 2.0, "a")]
-    assert union([line((5, 1.0)), line((2, 3.0), (5, 0.5))]).points() == [Point(2, 3.0, "2"), Point(5, 0.5, "5")]
-    assert frontier([]).points() == []
+def test_parts_of_a_frontier() -> None:
+    whole = frontier([Point(1, 9.0, "a"), Point(3, 5.0, "b"), Point(6, 2.0, "c")])
+    assert list(whole.within(1, 6).picks) == ["a", "b", "c"]
+    assert list(whole.within(2, 5.9).picks) == ["b"]
+    assert list(whole.within(3, 3).picks) == ["b"]
+    assert whole.shifted(10).nbytes.tolist() == [11, 13, 16]
+    assert whole.shifted(10).errors.tolist() == [9, 5, 2]
+    assert list(whole.map(str.upper).picks) == ["A", "B", "C"]
+    assert [whole.best_within(nbytes) for nbytes in (0, 0.9, 1, 2.9, 3, 6, 100)] == [None, None, 0, 0, 1, 2, 2]
+    assert union([whole, frontier([Point(2, 4.0, "d")])]).picks == ["a", "d", "c"]
 
 
-def test_ends_are_within() -> None:
-    some = line((10, 3.0), (20, 2.0), (30, 1.0))
-    assert some.within(10, 20).picks == ["10", "20"]
-    assert some.within(11, 29).picks == ["20"]
-    assert [some.best_within(nbytes) for nbytes in (9, 10, 29, 30, 99)] == [None, 0, 1, 2, 2]
-    assert some.shifted(5).nbytes.tolist() == [15, 25, 35]
-    pairs = combined(some, some, lambda one, other: (one, other), most=40)
-    assert [(point.nbytes, point.error) for point in pairs.points()] == [(20, 6.0), (30, 5.0), (40, 4.0)]
+@pytest.mark.parametrize("most", [20, 45, float("inf")])
+@pytest.mark.parametrize("seed", range(4))
+def test_sums_are_those_of_every_pair(seed: int, most: float) -> None:
+    one, two = frontier(points(seed, 20)), frontier(points(seed + 100, 20))
+    found = combined(one, two, lambda left, right: (left, right), most)
+    pairs = [
+        Point(left.nbytes + right.nbytes, left.error + right.error, (left.pick, right.pick))
+        for left, right in product(one.points(), two.points())
+        if left.nbytes + right.nbytes <= most
+    ]
+    assert [(p.nbytes, p.error) for p in found.points()] == [(p.nbytes, p.error) for p in frontier(pairs).points()]
+    by_pick = {p.pick: p for p in pairs}
+    assert all((by_pick[p.pick].nbytes, by_pick[p.pick].error) == (p.nbytes, p.error) for p in found.points())
 
 
-def test_thinning_keeps_both_ends_and_the_best_of_each_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frontiers, "MAX_POINTS", 4)
-    many = line(*((nbytes, 100.0 - nbytes) for nbytes in range(1, 10)))
-    alone = line((0, 0.0))
-    thinned = combined(many, alone, lambda one, _: one)
-    # Intervals of (9 - 1) / 3 bytes from the smallest on: the last of each, and the smallest of all.
-    assert thinned.picks == ["1", "3", "6", "8", "9"]
-    few = line(*((nbytes, 100.0 - nbytes) for nbytes in range(1, 5)))
-    assert combined(few, alone, lambda one, _: one).picks == few.picks
+def line(count: int, step: int) -> Frontier[int]:
+    return Frontier(np.arange(count) * step + 1, np.arange(count, 0, -1.0), list(range(count)))
 
 
-def test_the_smallest_fits_exactly_and_slack_is_spent_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = [line((10, 3.0), (20, 2.5)), line((10, 3.0), (20, 1.0)), line((10, 9.0), (25, 8.0))]
-    assert smallest(layers) == 30
-    assert allocate(layers, 30).picks == ("10", "10", "10")
-    assert allocate(layers, 39).picks == ("10", "10", "10")
-    found = allocate(layers, 40)
-    assert (found.picks, found.nbytes, found.errors, found.error) == (
-        ("10", "20", "10"),
-        (10, 20, 10),
-        (3.0, 1.0, 9.0),
-        13.0,
-    )
-    assert allocate(layers[:1], 20).picks == ("20",)
-    # Thinned to almost nothing, what is left over still goes where the error falls most.
-    monkeypatch.setattr(frontiers, "MAX_POINTS", 2)
-    assert allocate(layers, 55).error == 12.0
-    assert allocate(layers, 65).picks == ("20", "20", "25")
+def test_thinned_sums_keep_both_ends_and_lose_less_than_an_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = line(30, 1), line(30, 30)
+    everything = combined(one, two, lambda left, right: (left, right))
+    monkeypatch.setattr(module, "MAX_POINTS", 50)
+    thinned = combined(one, two, lambda left, right: (left, right))
+    assert len(everything.nbytes) > 50 >= len(thinned.nbytes) - 1
+    assert (thinned.nbytes[0], thinned.nbytes[-1]) == (everything.nbytes[0], everything.nbytes[-1])
+    assert (thinned.errors[0], thinned.errors[-1]) == (everything.errors[0], everything.errors[-1])
+    interval = (int(everything.nbytes[-1]) - int(everything.nbytes[0])) / 49
+    for nbytes, error in zip(everything.nbytes.tolist(), everything.errors.tolist(), strict=True):
+        index = thinned.best_within(nbytes + interval)
+        assert index is not None
+        assert thinned.errors[index] <= error
+
+
+@pytest.mark.parametrize("thin", [False, True], ids=["", "thinned"])
+@pytest.mark.parametrize("seed", range(5))
+def test_allocations_are_the_best_within_every_budget(seed: int, thin: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [frontier(points(10 * seed + number, 12)) for number in range(3)]
+    least = smallest(layers)
+    assert least == sum(int(layer.nbytes.min()) for layer in layers)
+    if thin:
+        monkeypatch.setattr(module, "MAX_POINTS", 4)
+    sums = [
+        (sum(p.nbytes for p in triple), sum(p.error for p in triple))
+        for triple in product(*(layer.points() for layer in layers))
+    ]
+    for budget in range(least, least + 60, 3):
+        found = allocate(layers, budget)
+        assert sum(found.nbytes) <= budget
+        assert found.error == sum(found.errors)
+        for layer, nbytes, error, pick in zip(layers, found.nbytes, found.errors, found.picks, strict=True):
+            index = list(layer.picks).index(pick)
+            assert (nbytes, error) == (int(layer.nbytes[index]), float(layer.errors[index]))
+        best = min(error for nbytes, error in sums if nbytes <= budget)
+        if thin:
+            assert found.error >= best
+            # nothing is left that would fit and help
+            slack = budget - sum(found.nbytes)
+            for layer, nbytes, error in zip(layers, found.nbytes, found.errors, strict=True):
+                index = layer.best_within(nbytes + slack)
+                assert index is not None
+                assert float(layer.errors[index]) >= error
+        else:
+            assert found.error == best
