@@ -5,17 +5,15 @@ from typing import Any
 import pytest
 
 from compress_tools.errors import FormatError
+from compress_tools.format.row_sizes import code_row_bytes, mask_row_bytes, num_groups
 from compress_tools.format.schema import PROJECTIONS, ResMoEFormat, parse_format
 from compress_tools.format.tensors import (
-    code_row_bytes,
     dense_layer_bytes,
     group_map_bytes,
     is_resmoe_name,
     layer_bytes,
     layer_params,
     layer_tensors,
-    mask_row_bytes,
-    num_groups,
     row_pointer_bytes,
 )
 

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from compress_tools.errors import FormatError
-from compress_tools.format.tensors import CENTER, CENTER_EXPERT, CODES, MASK, VALUES, U, V, tensor_name
+from compress_tools.format.parts.bitmap import MASK, VALUES
+from compress_tools.format.parts.dense import CENTER
+from compress_tools.format.parts.low_rank import U, V
+from compress_tools.format.parts.quantized import CODES
+from compress_tools.format.tensors import CENTER_EXPERT, tensor_name
 from resmoe_vllm.kernels.reference import restore_ref
 from resmoe_vllm.weights.layout import PARAM_PREFIX, PROJECTION_OF_SHARD, layout_key, parse_layout
 from tests.resmoe_vllm.layers import (
