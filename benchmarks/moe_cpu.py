@@ -55,16 +55,15 @@ def dense_forward(shape: MoEShape, layers: int, seed: int) -> Forward:
 
 
 def resmoe_forward(shape: MoEShape, method: str, layers: int, seed: int) -> tuple[Forward, int]:
-    """The plugin's op over random layers, and one layer's resident bytes."""
-    from resmoe_vllm.ops import register_op
+    """The plugin's kernel over random layers, and one layer's resident bytes."""
+    from resmoe_vllm.kernels.cpu.dispatch import CpuKernel
 
-    register_op()
     fmt = synthetic_format(shape, layers=layers, **CODINGS[method])
-    made = [synthetic_layer(fmt, index, seed + index) for index in range(layers)]
+    made = (synthetic_layer(fmt, index, seed + index) for index in range(layers))
+    kernels = [CpuKernel(layout.bind(tensors), "silu") for layout, tensors in made]
 
     def forward(index: int, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        layout, tensors = made[index]
-        return torch.ops.resmoe.fused_moe(x, topk_weights, topk_ids, None, tensors, layout.key, "silu")
+        return kernels[index](x, topk_weights, topk_ids)
 
     return forward, layer_bytes(fmt, 0) + row_pointer_bytes(fmt, 0)
 

@@ -1,7 +1,14 @@
-"""Every vLLM name this plugin uses, in one place. Paths are those of 0.30 <= vllm < 0.34 (see version.py)."""
+"""The vLLM names that serving a layer takes, in one place. Paths are those of 0.30 <= vllm < 0.34 (see version.py).
+
+Three files import vLLM themselves, each inside a function: ``__init__.py`` its version alone, version.py what it needs
+to refuse a vLLM whose paths these are not, and evaluation.py its public interface (``LLM``, ``SamplingParams``).
+"""
+
+from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -30,6 +37,7 @@ __all__ = [
     "extract_layer_index",
     "is_dummy_load",
     "platform_device",
+    "quant_method_of",
     "register_quantization_config",
 ]
 
@@ -49,3 +57,11 @@ def is_dummy_load() -> bool:
     """Whether vLLM loads random weights (``--load-format dummy``) and so calls no weight loader."""
     config = get_current_vllm_config_or_none()
     return config is not None and config.load_config.load_format == "dummy"
+
+
+def quant_method_of(layer_name: str) -> Any:
+    """The method of a MoE layer of the engine whose forward pass is running, by ``RoutedExperts.layer_name``.
+
+    The forward context names runners (``MoERunner``), which hold the layer.
+    """
+    return get_forward_context().no_compile_layers[layer_name].routed_experts.quant_method

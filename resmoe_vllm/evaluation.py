@@ -71,7 +71,7 @@ def predict(
 
 
 def _predictions(window: Window, flat: Any, count: int, vocabulary: int) -> Predictions:
-    """vLLM's flat lists as tensors. At each position: the token that came, then the most probable, with repeats."""
+    """VLLM's flat lists as tensors. At each position: the token that came, then the most probable, with repeats."""
     begin, end = flat.start_indices[window.first], flat.end_indices[-1]
     rows = len(window.targets)
     ids = torch.tensor(flat.token_ids[begin:end]).view(rows, -1)  # [N, 1 + K]

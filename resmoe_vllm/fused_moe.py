@@ -13,10 +13,10 @@ from resmoe_vllm.compat import (
     is_dummy_load,
     platform_device,
 )
-from resmoe_vllm.weights.layer_loader import GroupCall, LayerLoader
+from resmoe_vllm.weights.layer_loader import LayerLoader
 
 
-class ResMoEFusedMoEMethod(FusedMoEMethodBase):
+class ResMoEFusedMoEMethod(FusedMoEMethodBase):  # type: ignore[misc] # vLLM is read as Any here
     """Serves one compressed MoE layer.
 
     vLLM's runner routes before ``apply`` and scales, adds shared experts and all-reduces after it.
@@ -73,27 +73,27 @@ class ResMoEFusedMoEMethod(FusedMoEMethodBase):
             tp_rank=self.moe.tp_rank,
         )
         for group in loader.groups:
-            ops.select_kernel(group.layout.coders, params_dtype, platform_device())
-        self.calls = loader.create_params(layer, params_dtype)
-        self.loader: LayerLoader | None = loader
-        self.dummy = is_dummy_load()
+            ops.check_kernel(group.layout.coders, params_dtype, platform_device())
+        loader.create_params(layer, params_dtype)
+        self.loader, self.dummy = loader, is_dummy_load()
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Check that every tensor came, then let the loading state go.
+        """Check that every tensor came, then bind the weights to their kernels.
 
         Raises:
             FormatError: tensors are missing.
         """
-        if self.loader is None:
+        if self.loader.finished:
             return
         if self.dummy:
             self.loader.load_dummies()
         self.loader.check_complete()
-        self.loader = None
+        self.loader.finished = True
+        self.bound = ops.BoundLayer(self.loader.bind(layer), self.activation, platform_device())
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         """None: only vLLM's own kernels use one."""
-        return None
+        return
 
     def apply(
         self,
@@ -116,22 +116,8 @@ class ResMoEFusedMoEMethod(FusedMoEMethodBase):
         Returns:
             ``[T, H]``, x's dtype, fresh.
         """
-        if len(self.calls) == 1:
-            return self._run(layer, self.calls[0], x, topk_weights, topk_ids)
-        # Each group of experts sees its own routed pairs, center included: the sum has every pair once.
-        partial = [self._run(layer, call, x, topk_weights, topk_ids) for call in self.calls]
-        return torch.stack(partial).sum(0, dtype=torch.float32).to(x.dtype)
-
-    def _run(self, layer: RoutedExperts, call: GroupCall, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        return torch.ops.resmoe.fused_moe(
-            x,
-            topk_weights,
-            topk_ids,
-            layer.expert_map if call.expert_map is None else getattr(layer, call.expert_map),
-            [getattr(layer, name) for name in call.params],
-            call.layout_key,
-            self.activation,
-        )
+        out: Tensor = torch.ops.resmoe.fused_moe(x, topk_weights, topk_ids, layer.expert_map, layer.layer_name)
+        return out
 
 
 def refuse_unsupported(moe: FusedMoEConfig, fmt: ResMoEFormat, index: int) -> None:

@@ -1,8 +1,14 @@
-"""The custom op ``torch.ops.resmoe.fused_moe`` and the one table of kernels."""
+"""The custom op ``torch.ops.resmoe.fused_moe``, the table of kernels, and the bound layer that the op runs.
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+A layer's weights are bound to their kernel once, after loading. The op is given the layer's name alone and finds the
+layer in vLLM's forward context, as vLLM's own ``moe_forward`` does: a name is the same in every process, so a compiled
+graph that comes from vLLM's cache still finds its layer, each engine of a process has names of its own, and what an
+engine holds goes when it goes. Weights need not be arguments: the op changes none of them, so nothing is lost to
+functionalisation, and a CUDA graph replays their addresses, which vLLM's sleep (level 1) gives back.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,14 +21,20 @@ from compress_tools.format.schema import (
     QuantizedResidual,
     RowBitmapResidual,
 )
-from resmoe_vllm.compat import direct_register_custom_op
+from resmoe_vllm.compat import direct_register_custom_op, quant_method_of
 from resmoe_vllm.kernels.activation import ACTIVATIONS
-from resmoe_vllm.kernels.cpu import dispatch as cpu
+from resmoe_vllm.kernels.cpu.dispatch import CpuKernel
 from resmoe_vllm.kernels.gpu import dispatch as gpu
-from resmoe_vllm.weights.layout import LayerLayout, parse_layout
+from resmoe_vllm.weights.bound import ResMoEWeights
+from resmoe_vllm.weights.layer_loader import BoundGroup
 
-# (x [T, H], topk_weights [T, K], topk_ids [T, K], tensors, layout, activation, expert_map [E] or None) -> [T, H]
-Kernel = Callable[[Tensor, Tensor, Tensor, list[Tensor], LayerLayout, str, Tensor | None], Tensor]
+
+class Kernel(Protocol):
+    """One layer, or one group of its experts, bound to a device's kernels."""
+
+    def __call__(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None = None) -> Tensor:
+        """See ``fused_moe_ref``."""
+
 
 # The parts that the kernels read, in each of their forms.
 CODERS = frozenset(
@@ -30,59 +42,33 @@ CODERS = frozenset(
     for part in (BitmapResidual, RowBitmapResidual, LowRankResidual, QuantizedResidual, QuantizedCenter)
     for coder in part.kernel_coders
 )
-
-
-@dataclass(frozen=True)
-class KernelRow:
-    """One row of the kernel table.
-
-    Attributes:
-        kernel: runs layers whose coders are all among ``coders``.
-        coders: a subset of ``CODERS``.
-        dtypes: of x and of weights in the model's dtype.
-        device: device type.
-    """
-
-    kernel: Kernel
-    coders: frozenset[str]
-    dtypes: tuple[torch.dtype, ...]
-    device: str
-
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# The first row that fits is taken.
-KERNELS = (
-    KernelRow(cpu.fused_moe, CODERS, _FLOATS, "cpu"),
-    KernelRow(gpu.fused_moe, CODERS, _FLOATS, "cuda"),
-)
+# By device type; each reads all of ``CODERS`` and every activation.
+KERNELS: dict[str, Callable[[ResMoEWeights, str], Kernel]] = {"cpu": CpuKernel, "cuda": gpu.bind}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # the library's life is the op's
 _LIBRARY = torch.library.Library("resmoe", "FRAGMENT")
 
 
-@cache
-def select_kernel(coders: frozenset[str], dtype: torch.dtype, device: str) -> Kernel:
-    """Kernel for a layer.
+def check_kernel(coders: frozenset[str], dtype: torch.dtype, device: str) -> None:
+    """Whether there is a kernel.
 
     Args:
         coders: ``LayerLayout.coders``.
-        dtype: of x and weights.
+        dtype: of x and of weights in the model's dtype.
         device: device type.
     Raises:
         KernelUnsupportedError: there is none; lists what there is.
     """
-    for row in KERNELS:
-        if coders <= row.coders and dtype in row.dtypes and device == row.device:
-            return row.kernel
-    known = [f"{'+'.join(sorted(row.coders))} on {row.device} in {_names(row.dtypes)}" for row in KERNELS]
-    raise KernelUnsupportedError(
-        f"resmoe has no kernel for {'+'.join(sorted(coders))} in {_names((dtype,))} on {device}; "
-        f"it has: {'; '.join(known)}"
-    )
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    if unknown := coders - CODERS:
+        raise KernelUnsupportedError(
+            f"resmoe has no kernel for {', '.join(sorted(unknown))}; it has: {', '.join(sorted(CODERS))}"
+        )
+    if device not in KERNELS or dtype not in DTYPES:
+        names = [str(known).removeprefix("torch.") for known in (dtype, *DTYPES)]
+        raise KernelUnsupportedError(
+            f"resmoe has no kernel in {names[0]} on {device}; it has: {', '.join(names[1:])} on {' and '.join(KERNELS)}"
+        )
 
 
 def check_activation(activation: str) -> str:
@@ -98,41 +84,52 @@ def check_activation(activation: str) -> str:
     return activation
 
 
-def fused_moe(
-    x: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    expert_map: Tensor | None,
-    tensors: list[Tensor],
-    layout: str,
-    activation: str,
-) -> Tensor:
-    """Routed experts of one layer on one rank.
+class BoundLayer:
+    """One layer on one rank, each group of its experts bound to a kernel.
 
     Args:
-        x: hidden states ``[T, H]``; fp32, bf16 or fp16.
-        topk_weights: router weights ``[T, K]``, fp32.
-        topk_ids: global expert ids ``[T, K]``; negative ones are skipped.
-        expert_map: ``[E]`` global -> local expert, -1 elsewhere; None when all experts are here.
-        tensors: the layer's parameters in the order of ``parse_layout(layout).params``.
-        layout: ``LayerLayout.key``.
+        groups: those with experts on this rank.
         activation: see ``check_activation``.
-    Returns:
-        ``[T, H]``, x's dtype, fresh; the partial sum of this rank.
+        device: device type of the weights.
     """
-    parsed = parse_layout(layout)
-    kernel = select_kernel(parsed.coders, x.dtype, x.device.type)
-    return kernel(x, topk_weights, topk_ids, tensors, parsed, activation, expert_map)
+
+    def __init__(self, groups: Sequence[BoundGroup], activation: str, device: str) -> None:
+        self._groups = [(KERNELS[device](group.weights, activation), group.expert_map) for group in groups]
+
+    def __call__(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None = None) -> Tensor:
+        """This rank's partial sum over the routed experts.
+
+        Args:
+            x: hidden states ``[T, H]``.
+            topk_weights: router weights ``[T, K]``, fp32.
+            topk_ids: global expert ids ``[T, K]``; negative ones are skipped.
+            expert_map: ``[E]`` global -> local expert, -1 elsewhere; None when all experts are here. Groups have their
+                own.
+        Returns:
+            ``[T, H]``, x's dtype, fresh.
+        """
+        partial = [
+            kernel(x, topk_weights, topk_ids, expert_map if own_map is None else own_map)
+            for kernel, own_map in self._groups
+        ]
+        if len(partial) == 1:
+            return partial[0]
+        # Each group of experts sees its own routed pairs, center included: the sum has every pair once.
+        return torch.stack(partial).sum(0, dtype=torch.float32).to(x.dtype)
+
+
+def fused_moe(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None, layer_name: str) -> Tensor:
+    """Routed experts of one layer on one rank: see ``BoundLayer``, which the layer's method holds."""
+    bound: BoundLayer = quant_method_of(layer_name).bound
+    return bound(x, topk_weights, topk_ids, expert_map)
 
 
 def fused_moe_fake(
     x: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    expert_map: Tensor | None,
-    tensors: list[Tensor],
-    layout: str,
-    activation: str,
+    topk_weights: Tensor,  # noqa: ARG001 - the op's signature
+    topk_ids: Tensor,  # noqa: ARG001 - the op's signature
+    expert_map: Tensor | None,  # noqa: ARG001 - the op's signature
+    layer_name: str,  # noqa: ARG001 - the op's signature
 ) -> Tensor:
     """Shape and dtype of ``fused_moe``, for tracing."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -55,7 +55,7 @@ def check(device: str, dtype: torch.dtype) -> list[str]:
         x = torch.randn(tokens, shape.hidden, generator=generator, device=device).to(dtype)
         weights, ids = route(shape, tokens, generator)
         ids[-1, 0] = -1
-        config = default_config(sizes_for, shape.top_k, shape.experts, method)
+        config = default_config(sizes_for, shape.top_k, shape.experts, frozenset({method}))
         for mapped in (False, True):
             # with a map the ids are other numbers for the same experts
             expert_map = torch.arange(9, -1, -1, device=device, dtype=torch.int32) if mapped else None
@@ -100,7 +100,7 @@ def layer_calls(
     if config is None:
         sizes = shape.experts, shape.hidden, shape.intermediate
         device = torch.cuda.get_device_name()
-        config = pick_config(len(inputs[0][0]), shape.top_k, *sizes, device, torch.bfloat16, method)
+        config = pick_config(len(inputs[0][0]), shape.top_k, *sizes, device, torch.bfloat16, frozenset({method}))
     plans = [layer.plan(restore=config.restore) for layer in layers]
     return [
         partial(run_plan, *own, plan, "silu", None, config)

@@ -39,7 +39,7 @@ def tune(shape: MoEShape, method: str, tokens: int, layers: list, deadline: floa
     from triton.runtime.errors import OutOfResources
 
     inputs, refresh = make_inputs(shape, tokens)
-    best = default_config(tokens, shape.top_k, shape.experts, method)
+    best = default_config(tokens, shape.top_k, shape.experts, frozenset({method}))
     best_ms = graph_ms(layer_calls(shape, method, layers, inputs, best), refresh, 5).median().item()
     print(f"{shape.name}, {method}, T={tokens}: by rule {best_ms:.4f} ms", flush=True)
     seen = {best}
@@ -77,7 +77,9 @@ def main() -> int:
                 tokens: tune(shape, method, tokens, layers, time.monotonic() + options.seconds)
                 for tokens in options.tokens or TOKENS
             }
-            file = config_file(shape.experts, shape.hidden, shape.intermediate, device, torch.bfloat16, method)
+            file = config_file(
+                shape.experts, shape.hidden, shape.intermediate, device, torch.bfloat16, frozenset({method})
+            )
             write_configs(CONFIGS / file, configs)
             print(f"wrote {CONFIGS / file}", flush=True)
             del layers

@@ -12,7 +12,7 @@ from compress_tools.format.packing import mask_row_counts, pack_mask
 from compress_tools.format.parts.bitmap import MASK, VALUES
 from compress_tools.format.schema import BitmapResidual, ExpertNames, ResMoEFormat
 from compress_tools.residuals.recipes import uniform_spec
-from resmoe_vllm.weights.layout import ROW_PTR, LayerLayout, layout_key, parse_layout
+from resmoe_vllm.weights.layout import ROW_PTR, LayerLayout, make_layout
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # The methods that the timing benchmarks compare with dense, as options of `resmoe compress`.
@@ -43,7 +43,7 @@ def synthetic_format(shape: MoEShape, dtype: str = "bfloat16", layers: int = 1, 
 
 def synthetic_layer(fmt: ResMoEFormat, index: int, seed: int = 0) -> tuple[LayerLayout, list[Tensor]]:
     """One layer's parameters as the plugin holds them: (layout, tensors in the op's order)."""
-    layout = parse_layout(layout_key(fmt, fmt.layers[index], tp_size=1))
+    layout = make_layout(fmt, fmt.layers[index], tp_size=1)
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for name, (columns, dtype, shared) in layout.params.items():

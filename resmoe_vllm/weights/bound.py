@@ -191,12 +191,14 @@ class ResMoEWeights:
         intermediate_size: I on this rank.
         center: ``[I, H]`` for each projection that has a center; ``down_proj`` transposed, as everywhere.
         residual: parts, to be added up.
+        coders: what a kernel reads, by the names of the format's parts (``kernel_coder``).
     """
 
     hidden_size: int
     intermediate_size: int
     center: dict[Projection, Matrix]
     residual: tuple[ResidualWeights, ...]
+    coders: frozenset[str]
 
     @property
     def num_experts(self) -> int:

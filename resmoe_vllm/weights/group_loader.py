@@ -12,7 +12,7 @@ from compress_tools.format.parts.base import TensorSpec
 from compress_tools.format.parts.bitmap import MASK
 from compress_tools.format.schema import BitmapResidual, LayerSpec, Projection, ResMoEFormat, RowBitmapResidual
 from compress_tools.format.tensors import CENTER_EXPERT, expert_tensors, shared_tensors, tensor_name
-from resmoe_vllm.weights.layout import ROW_PTR, STARTS, STREAMS, Key, layout_key, parse_layout
+from resmoe_vllm.weights.layout import ROW_PTR, STARTS, STREAMS, Key, make_layout
 
 Place = tuple[Projection, str, int]
 
@@ -46,7 +46,7 @@ class GroupLoader:
         self.fmt, self.index, self.spec, self.experts, self.rows = fmt, index, spec, experts, rows
         self.owns_shared = owns_shared
         self.rows_from = fmt.intermediate_size // tp_size * tp_rank
-        self.layout = parse_layout(layout_key(fmt, spec, tp_size))
+        self.layout = make_layout(fmt, spec, tp_size)
         self.stored: dict[Key, TensorSpec] = {
             (tensor.projection, tensor.suffix): tensor
             for tensor in (*shared_tensors(fmt, spec), *expert_tensors(fmt, spec, experts[0]))

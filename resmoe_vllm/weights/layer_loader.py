@@ -13,28 +13,27 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from compress_tools.errors import FormatError
+from compress_tools.errors import ConfigError, FormatError
 from compress_tools.format.schema import ResMoEFormat
 from compress_tools.format.tensors import CENTER_EXPERT, follows_model_dtype, tensor_name
+from resmoe_vllm.weights.bound import ResMoEWeights
 from resmoe_vllm.weights.dummy import dummy_tensors
 from resmoe_vllm.weights.group_loader import GroupLoader
 from resmoe_vllm.weights.layout import PROJECTION_OF_SHARD
 
 
 @dataclass(frozen=True)
-class GroupCall:
-    """What the op is given for one group of experts.
+class BoundGroup:
+    """The loaded weights of one group of experts, as a kernel takes them.
 
     Attributes:
-        params: attributes of the layer that hold the op's tensors, in its order.
-        layout_key: the group's layout.
-        expert_map: attribute of the layer that holds the group's own int32 ``[E]``, global expert -> row, -1
-            elsewhere; None where the layer has one group: vLLM's own map is right.
+        weights: views of the layer's parameters.
+        expert_map: the group's own int32 ``[E]``, global expert -> row, -1 elsewhere; None where the layer has one
+            group: vLLM's own map is right.
     """
 
-    params: tuple[str, ...]
-    layout_key: str
-    expert_map: str | None
+    weights: ResMoEWeights
+    expert_map: Tensor | None
 
 
 class LayerLoader:
@@ -57,6 +56,8 @@ class LayerLoader:
         tp_rank: int = 0,
     ) -> None:
         self.fmt, self.index = fmt, index
+        # Kernels are bound to the loaded tensors: set once nothing may come any more.
+        self.finished = False
         layer = fmt.layers[index]
         self.groups: list[GroupLoader] = []
         self.group_of: dict[int, GroupLoader] = {}
@@ -69,16 +70,13 @@ class LayerLoader:
             self.groups.append(loader)
             self.group_of |= dict.fromkeys(group.experts, loader)
 
-    def create_params(self, layer: torch.nn.Module, dtype: torch.dtype) -> tuple[GroupCall, ...]:
+    def create_params(self, layer: torch.nn.Module, dtype: torch.dtype) -> None:
         """Register the layer's parameters on the default device.
 
         Args:
             layer: their owner.
             dtype: the model's; center, values and factors are held in it.
-        Returns:
-            how to call the op: once for each group that has experts on this rank.
         """
-        calls = []
         taken: set[str] = set()
         for number, group in enumerate(self.groups):
             attributes = {}
@@ -94,14 +92,21 @@ class LayerLoader:
                 layer.register_parameter(attributes[name], param)
                 group.params[name] = param
             taken |= set(group.layout.params)
-            expert_map = None
             if len(self.groups) > 1:
-                expert_map = f"resmoe_expert_map_{number}"
                 rows = [group.rows.get(expert, -1) for expert in range(self.fmt.num_experts)]
-                layer.register_buffer(expert_map, torch.tensor(rows, dtype=torch.int32), persistent=False)
-            if group.rows:
-                calls.append(GroupCall(tuple(attributes.values()), group.layout.key, expert_map))
-        return tuple(calls)
+                expert_map = torch.tensor(rows, dtype=torch.int32)
+                layer.register_buffer(_expert_map_name(number), expert_map, persistent=False)
+
+    def bind(self, layer: torch.nn.Module) -> tuple[BoundGroup, ...]:
+        """The groups that have experts on this rank; called after loading, which may still replace parameters."""
+        return tuple(
+            BoundGroup(
+                group.layout.bind([group.params[name] for name in group.layout.params]),
+                getattr(layer, _expert_map_name(number)) if len(self.groups) > 1 else None,
+            )
+            for number, group in enumerate(self.groups)
+            if group.rows
+        )
 
     def load(
         self,
@@ -113,7 +118,7 @@ class LayerLoader:
         expert_id: int = CENTER_EXPERT,
         return_success: bool = False,
     ) -> bool | None:
-        """vLLM's weight loader of the parameter ``name``: check one tensor and put this rank's part in place.
+        """VLLM's weight loader of the parameter ``name``: check one tensor and put this rank's part in place.
 
         Args:
             name: parameter name in the group's layout, bound by ``create_params``.
@@ -126,8 +131,13 @@ class LayerLoader:
         Returns:
             whether it was, or None when not asked.
         Raises:
+            ConfigError: the layer was complete before: weights are reloaded.
             FormatError: not a tensor of this layer, loaded before, or of a wrong shape or dtype.
         """
+        if self.finished:
+            raise ConfigError(
+                f"layer {self.index}: resmoe doesn't support reloading weights in a running engine; start vLLM again"
+            )
         if shard_id not in PROJECTION_OF_SHARD:
             raise FormatError(f"{weight_name or name}: this model's loader doesn't say which expert tensor it loads")
         projection, suffix = PROJECTION_OF_SHARD[shard_id], name.split("_", 1)[1]
@@ -167,3 +177,8 @@ class LayerLoader:
                     continue
                 for expert, row in group.rows.items():
                     group.put(spec, row, expert, tensors[spec.projection, spec.suffix])
+
+
+def _expert_map_name(group: int) -> str:
+    """Attribute of the layer that holds a group's map of experts."""
+    return f"resmoe_expert_map_{group}"

@@ -15,9 +15,8 @@ packed values ``[N]`` or bytes of codes.
 A layer whose experts are coded in groups has a layout for each group; E is then the group's experts.
 """
 
-import json
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from math import prod
 
 from torch import Tensor
@@ -90,7 +89,6 @@ class LayerLayout:
     """Slots of one layer on one rank.
 
     Attributes:
-        key: text that ``parse_layout`` makes this layout of; what the custom op is given.
         hidden_size: H.
         intermediate_size: I on this rank.
         spec: the layer's spec.
@@ -98,7 +96,6 @@ class LayerLayout:
         packed: unstructured bitmap values are packed, because tensor parallelism slices them.
     """
 
-    key: str
     hidden_size: int
     intermediate_size: int
     spec: LayerSpec
@@ -116,7 +113,7 @@ class LayerLayout:
 
     @cached_property
     def coders(self) -> frozenset[str]:
-        """What a kernel must read: its parts' ``kernel_coder``; see ``ops.CODERS``."""
+        """What a kernel must read: its parts' ``kernel_coder``."""
         names = (part.kernel_coder for part in (*self.spec.center, *self.spec.residual))
         return frozenset(name for name in names if name is not None)
 
@@ -132,6 +129,7 @@ class LayerLayout:
                 for projection in part.projections
             },
             residual=tuple(map(binder.part, self.spec.residual)),
+            coders=self.coders,
         )
 
 
@@ -209,30 +207,20 @@ class _Binder:
         return None if part.value_bits is None else {p: self.view(p, VALUE_SCALES) for p in part.projections}
 
 
-def layout_key(fmt: ResMoEFormat, spec: LayerSpec, tp_size: int) -> str:
-    """Text that holds all of a layout on one rank; equal for equal layouts. ``spec`` is one group's, or has none."""
-    return json.dumps(
-        {
-            "dtype": fmt.dtype,
-            "hidden_size": fmt.hidden_size,
-            "intermediate_size": fmt.intermediate_size // tp_size,
-            "packed": tp_size > 1,
-            "layer": spec.model_dump(),
-        }
-    )
+def make_layout(fmt: ResMoEFormat, spec: LayerSpec, tp_size: int) -> LayerLayout:
+    """Layout of one layer, or of one group of its experts, on one rank.
 
-
-@cache
-def parse_layout(key: str) -> LayerLayout:
-    """Layout of a key; cached, for the custom op asks on every call."""
-    fields = json.loads(key)
-    spec = LayerSpec.model_validate(fields["layer"])
-    packed = fields["packed"]
+    Args:
+        fmt: the checkpoint's format block.
+        spec: the layer's, without groups: ``LayerSpec.of_group``.
+        tp_size: ranks that share the rows of every expert.
+    """
+    packed = tp_size > 1
     # not validated: a rank may exceed the rows that tensor parallelism leaves
     local = ResMoEFormat.model_construct(
-        dtype=fields["dtype"],
-        hidden_size=fields["hidden_size"],
-        intermediate_size=fields["intermediate_size"],
+        dtype=fmt.dtype,
+        hidden_size=fmt.hidden_size,
+        intermediate_size=fmt.intermediate_size // tp_size,
     )
     slots: dict[Key, Slot] = {}
     ends: dict[str, int] = {}
@@ -255,4 +243,4 @@ def parse_layout(key: str) -> LayerLayout:
             add(tensor.projection, ROW_PTR, (local.intermediate_size,), "int32", shared=False)
         if tensor.suffix in STREAMS and packed:
             add(tensor.projection, STARTS, (1,), "int64", shared=False)
-    return LayerLayout(key, local.hidden_size, local.intermediate_size, spec, slots, packed)
+    return LayerLayout(local.hidden_size, local.intermediate_size, spec, slots, packed)

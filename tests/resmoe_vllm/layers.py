@@ -10,8 +10,10 @@ from compress_tools.format.codec import restore_expert
 from compress_tools.format.dtypes import DTYPES
 from compress_tools.format.parts.base import Rows
 from compress_tools.format.schema import LayerSpec, Projection, ResMoEFormat
+from resmoe_vllm.ops import BoundLayer
+from resmoe_vllm.weights.bound import ResMoEWeights
 from resmoe_vllm.weights.layer_loader import LayerLoader
-from resmoe_vllm.weights.layout import PARAM_PREFIX, PROJECTION_OF_SHARD
+from resmoe_vllm.weights.layout import LayerLayout
 from tests.resmoe_vllm.twins import (
     DOWN,
     GATE,
@@ -27,7 +29,9 @@ from tests.resmoe_vllm.twins import (
     row_bitmap,
 )
 
-SHARD_OF_PROJECTION = {projection: shard for shard, projection in PROJECTION_OF_SHARD.items()}
+# What vLLM's loaders say of each tensor: parameter's prefix and shard. Written down, not taken from the plugin's
+# table: the inverse of a wrong table would undo it.
+VLLM_PLACES = {"gate_proj": ("w13", "w1"), "up_proj": ("w13", "w3"), "down_proj": ("w2", "w2")}
 Stored = dict[tuple[Projection, str], Tensor]
 
 
@@ -121,10 +125,9 @@ def store_layer(spec: LayerSpec, num_experts: int, size_i: int, size_h: int, dty
 def hand_over(module: torch.nn.Module, key: tuple[Projection, str], expert: int, tensor: Tensor) -> bool:
     """Give one stored tensor to the parameter that vLLM's loaders would pick."""
     projection, suffix = key
-    param = getattr(module, f"{PARAM_PREFIX[projection]}_{suffix}")
-    return param.weight_loader(
-        param, tensor, suffix, shard_id=SHARD_OF_PROJECTION[projection], expert_id=expert, return_success=True
-    )
+    prefix, shard = VLLM_PLACES[projection]
+    param = getattr(module, f"{prefix}_{suffix}")
+    return param.weight_loader(param, tensor, suffix, shard_id=shard, expert_id=expert, return_success=True)
 
 
 def new_loader(
@@ -134,13 +137,12 @@ def new_loader(
     tp_rank: int = 0,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.nn.Module, LayerLoader]:
-    """Parameters full of NaN, and their loader; ``module.calls`` says how to call the op."""
+    """Parameters full of NaN, and their loader."""
     local = list(range(layer.fmt.num_experts)) if local_experts is None else local_experts
     local_of: Callable[[int], int] = lambda expert: local.index(expert) if expert in local else -1  # noqa: E731
     loader = LayerLoader(layer.fmt, 0, local_of, tp_size, tp_rank)
     module = torch.nn.Module()
-    calls = loader.create_params(module, dtype or DTYPES[layer.fmt.dtype])
-    module.calls = calls
+    loader.create_params(module, dtype or DTYPES[layer.fmt.dtype])
     for param in module.parameters():
         param.data.fill_(float("nan") if param.is_floating_point() else 77)
     return module, loader
@@ -155,6 +157,17 @@ def load_all(module: torch.nn.Module, loader: LayerLoader, layer: StoredLayer, r
     loader.check_complete()
 
 
-def op_tensors(module: torch.nn.Module, call: int = 0) -> list[Tensor]:
-    """The op's ``tensors`` argument for one of the layer's calls."""
-    return [getattr(module, name) for name in module.calls[call].params]
+def parameters_of(module: torch.nn.Module, layout: LayerLayout) -> list[Tensor]:
+    """Parameters of a layer of one group, in its layout's order."""
+    return [getattr(module, name) for name in layout.params]
+
+
+def bound_weights(module: torch.nn.Module, loader: LayerLoader) -> ResMoEWeights:
+    """The weights of a layer of one group."""
+    (group,) = loader.bind(module)
+    return group.weights
+
+
+def bind_layer(module: torch.nn.Module, loader: LayerLoader, activation: str = "silu") -> BoundLayer:
+    """The layer as the plugin's method binds it after loading."""
+    return BoundLayer(loader.bind(module), activation, next(module.parameters()).device.type)

@@ -7,7 +7,7 @@ from compress_tools.format.schema import ExpertNames, LayerSpec, QuantizedResidu
 from compress_tools.format.tensors import expert_tensors, shared_tensors
 from resmoe_vllm import ops
 from resmoe_vllm.weights.dummy import dummy_tensors
-from resmoe_vllm.weights.layout import layout_key, parse_layout
+from resmoe_vllm.weights.layout import make_layout
 from tests.compress_tools.format.test_parts import EXAMPLES, JOINT, SIZES
 
 
@@ -39,7 +39,7 @@ def test_kernels_read_every_part() -> None:
 @pytest.mark.parametrize("part", EXAMPLES, ids=lambda part: f"{type(part).__name__}-{part.describe()}")
 def test_a_layers_coders_are_its_parts(part: Part) -> None:
     fmt = layer_of(part)
-    layout = parse_layout(layout_key(fmt, fmt.layers[0], tp_size=1))
+    layout = make_layout(fmt, fmt.layers[0], tp_size=1)
     assert layout.coders == {part.kernel_coder, "quantized"} - {None}
 
 

@@ -64,8 +64,7 @@ def create(moe: Moe, dtype: torch.dtype = torch.float32, **layer_fields: Any) ->
 
 def test_what_agrees_is_served() -> None:
     method = create(Moe())
-    (call,) = method.calls
-    assert call.params == (
+    assert tuple(method.loader.groups[0].params) == (
         "w13_resmoe_center",
         "w2_resmoe_center",
         "w13_resmoe_u",
@@ -98,8 +97,10 @@ def test_unsupported_options_are_refused(moe: Moe, message: str) -> None:
     [
         ({"apply_router_weight_on_input": True}, "router weights on the input"),
         ({"swiglu_limit": 7.0}, "clamped or scaled"),
+        ({"swiglu_alpha": 1.702}, "clamped or scaled"),
+        ({"swiglu_beta": 1.0}, "clamped or scaled"),
     ],
-    ids=["router_weight_on_input", "swiglu_limit"],
+    ids=["router_weight_on_input", "swiglu_limit", "swiglu_alpha", "swiglu_beta"],
 )
 def test_unsupported_layers_are_refused(layer_fields: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^layer 0: resmoe doesn't support .*{message}"):
@@ -127,10 +128,12 @@ def test_unknown_activation_is_refused() -> None:
 
 def test_no_kernel_is_an_error_when_weights_are_created(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resmoe_vllm.fused_moe.platform_device", lambda: "xpu")
-    with pytest.raises(KernelUnsupportedError, match="no kernel for low_rank in bfloat16 on xpu; it has: .* on cuda"):
+    with pytest.raises(KernelUnsupportedError, match=r"no kernel in bfloat16 on xpu; it has: .* on cpu and cuda"):
         create(Moe(), dtype=torch.bfloat16)
-    with pytest.raises(KernelUnsupportedError, match="float64"):
-        ops.select_kernel(frozenset({"low_rank"}), torch.float64, "cpu")
+    with pytest.raises(KernelUnsupportedError, match="no kernel in float64 on cpu"):
+        ops.check_kernel(frozenset({"low_rank"}), torch.float64, "cpu")
+    with pytest.raises(KernelUnsupportedError, match="no kernel for magic; it has: bitmap, .*quantized_center"):
+        ops.check_kernel(frozenset({"low_rank", "magic"}), torch.bfloat16, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_layers_are_served_as_listed_and_stay_compressed(pairs, served, dtype: s
 
 @pytest.mark.slow
 def test_compiled_tokens_are_the_eager_twins(small: tuple[Path, Path], served) -> None:
-    """vLLM's default: torch.compile on."""
+    """VLLM's default: torch.compile on."""
     compressed, twin = (
         serve(small[0], dtype="float32", enforce_eager=False),
         served(small[1], dtype="float32"),
@@ -177,7 +177,7 @@ def test_a_damaged_checkpoint_stops_vllm(small, tmp_path: Path, old: str, new: s
     ],
 )
 def test_a_missing_tensor_outside_of_the_experts_stops_vllm(small, tmp_path: Path, name: str, layer: str) -> None:
-    """vLLM checks this for plain models alone."""
+    """VLLM checks this for plain models alone."""
     with pytest.raises(CheckpointError, match=f"{layer}: not all of its weight is in the checkpoint"):
         start(damaged(small[0], tmp_path / "damaged", lambda tensors: tensors.pop(name)), dtype="float32")
 

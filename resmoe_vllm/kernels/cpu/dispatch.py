@@ -7,24 +7,28 @@ torch once an expert meets enough tokens.
 from torch import Tensor
 
 from resmoe_vllm.kernels.cpu import native, plain_torch
-from resmoe_vllm.weights.layout import LayerLayout
+from resmoe_vllm.weights.bound import ResMoEWeights
 
 # Above, where torch has native products, they win over reading each weight once for four tokens.
 MAX_CPP_TOKENS = 64
 
 
-def fused_moe(
-    x: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    tensors: list[Tensor],
-    layout: LayerLayout,
-    activation: str,
-    expert_map: Tensor | None = None,
-) -> Tensor:
-    """See ``fused_moe_ref``."""
-    few = len(x) <= MAX_CPP_TOKENS or plain_torch.product_dtype(x.dtype) != x.dtype
-    library = native.load() if few else None
-    if library is None:
-        return plain_torch.fused_moe(x, topk_weights, topk_ids, layout.bind(tensors), activation, expert_map)
-    return native.fused_moe(library, x, topk_weights, topk_ids, tensors, layout, activation, expert_map)
+class CpuKernel:
+    """One layer, or group of experts, bound to both strategies.
+
+    Args:
+        weights: contiguous, on the CPU.
+        activation: one of ``ACTIVATIONS``.
+    """
+
+    def __init__(self, weights: ResMoEWeights, activation: str) -> None:
+        self._weights, self._activation = weights, activation
+        library = native.load()
+        self._native = None if library is None else native.NativeKernel(library, weights, activation)
+
+    def __call__(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None = None) -> Tensor:
+        """See ``fused_moe_ref``."""
+        few = len(x) <= MAX_CPP_TOKENS or plain_torch.product_dtype(x.dtype) != x.dtype
+        if few and self._native is not None:
+            return self._native(x, topk_weights, topk_ids, expert_map)
+        return plain_torch.fused_moe(x, topk_weights, topk_ids, self._weights, self._activation, expert_map)

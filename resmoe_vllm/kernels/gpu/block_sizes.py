@@ -56,16 +56,15 @@ class Config:
         return cls(**{**fields, **blocks})
 
 
-def default_config(tokens: int, top_k: int, experts: int, method: str) -> Config:
+def default_config(tokens: int, top_k: int, experts: int, coders: frozenset[str]) -> Config:
     """The rule where nothing was tuned; not yet measured.
 
     Args:
         tokens: T.
         top_k: K.
         experts: on this rank.
-        method: the layer's coders, joined by ``+``.
+        coders: the layer's.
     """
-    coders = method.split("+")
     if tokens <= FEW_TOKENS:
         few = Blocks(n=32, k=128, warps=4, stages=4)
         if any(coder.startswith("bitmap") for coder in coders):
@@ -88,10 +87,13 @@ def default_config(tokens: int, top_k: int, experts: int, method: str) -> Config
     return Config(block_m, wide, hidden, hidden, wide, True, 264)
 
 
-def config_file(experts: int, hidden: int, intermediate: int, device: str, dtype: torch.dtype, method: str) -> str:
-    """File name of a shape's tuned sizes; ``method`` is the layer's coders, sorted, joined by ``+``."""
+def config_file(
+    experts: int, hidden: int, intermediate: int, device: str, dtype: torch.dtype, coders: frozenset[str]
+) -> str:
+    """File name of a shape's tuned sizes."""
     kind = str(dtype).removeprefix("torch.")
     device = device.replace(" ", "_")
+    method = "+".join(sorted(coders))
     return f"E={experts},H={hidden},I={intermediate},device_name={device},dtype={kind},method={method}.json"
 
 
@@ -111,10 +113,17 @@ def write_configs(path: Path, configs: dict[int, Config]) -> None:
 
 
 def pick_config(
-    tokens: int, top_k: int, experts: int, hidden: int, intermediate: int, device: str, dtype: torch.dtype, method: str
+    tokens: int,
+    top_k: int,
+    experts: int,
+    hidden: int,
+    intermediate: int,
+    device: str,
+    dtype: torch.dtype,
+    coders: frozenset[str],
 ) -> Config:
     """Tuned for the nearest token count, or by rule."""
-    tuned = tuned_configs(CONFIGS / config_file(experts, hidden, intermediate, device, dtype, method))
+    tuned = tuned_configs(CONFIGS / config_file(experts, hidden, intermediate, device, dtype, coders))
     if tuned:
         return tuned[min(tuned, key=lambda count: (abs(count - tokens), count))]
-    return default_config(tokens, top_k, experts, method)
+    return default_config(tokens, top_k, experts, coders)

@@ -1,21 +1,16 @@
 """The GPU's kernels: Triton for every coder (layer.py)."""
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from resmoe_vllm.weights.layout import LayerLayout
+from resmoe_vllm.weights.bound import ResMoEWeights
+
+if TYPE_CHECKING:
+    from resmoe_vllm.kernels.gpu.layer import GpuKernel
 
 
-def fused_moe(
-    x: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    tensors: list[Tensor],
-    layout: LayerLayout,
-    activation: str,
-    expert_map: Tensor | None = None,
-) -> Tensor:
-    """See ``fused_moe_ref``."""
+def bind(weights: ResMoEWeights, activation: str) -> "GpuKernel":
+    """One layer, or group of experts, bound to the kernels."""
     # here: a machine without a GPU need not have Triton
-    from resmoe_vllm.kernels.gpu import layer
+    from resmoe_vllm.kernels.gpu.layer import GpuKernel
 
-    return layer.fused_moe(x, topk_weights, topk_ids, tensors, layout, activation, expert_map)
+    return GpuKernel(weights, activation)

@@ -86,7 +86,7 @@ def activate(gate, ACTIVATION: tl.constexpr):
 @triton.jit
 def _add_dot(a, b, acc, DOT: tl.constexpr):
     """fp32 operands stay fp32: TF32 would round them to 10 bits."""
-    if DOT == tl.float32:
+    if tl.float32 == DOT:
         acc = tl.dot(a, b, acc, input_precision="ieee")
     else:
         acc = tl.dot(a, b, acc)
@@ -224,7 +224,7 @@ def _expand(
     RANK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     DOT: tl.constexpr
 ):  # fmt: skip
-    """acc + shrunk U^T."""
+    """Acc + shrunk U^T."""
     before = tl.zeros((BLOCK_N,), tl.int32)
     for r in range(0, RANK, BLOCK_R):
         columns = r + tl.arange(0, BLOCK_R)

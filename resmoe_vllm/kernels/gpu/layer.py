@@ -19,7 +19,6 @@ from resmoe_vllm.weights.bound import (
     ResMoEWeights,
     RowBitmapWeights,
 )
-from resmoe_vllm.weights.layout import LayerLayout
 
 
 def plan_layer(weights: ResMoEWeights, restore: bool) -> LayerPlan:
@@ -50,29 +49,33 @@ def _plan(weights: ResMoEWeights, projection: Projection, restore: bool) -> Plan
     return Plan(sum_tile(center, [], projection), tile, factors)
 
 
-def fused_moe(
-    x: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    tensors: list[Tensor],
-    layout: LayerLayout,
-    activation: str,
-    expert_map: Tensor | None = None,
-) -> Tensor:
-    """See ``fused_moe_ref``; weights in x's dtype or codes, all on one GPU; products in x's dtype, sums in fp32."""
-    weights = layout.bind(tensors)
-    config = pick_config(
-        len(x),
-        topk_ids.shape[1],
-        weights.num_experts,
-        layout.hidden_size,
-        layout.intermediate_size,
-        device_name(x.device),
-        x.dtype,
-        "+".join(sorted(layout.coders)),
-    )
-    plan = plan_layer(weights, config.restore)
-    return run_plan(x, topk_weights, topk_ids, plan, activation, expert_map, config)
+class GpuKernel:
+    """One layer, or group of experts, bound to pointers, once with and once without the center in decoded tiles.
+
+    Args:
+        weights: in one dtype or codes, all on one GPU.
+        activation: one of ``ACTIVATIONS``.
+    """
+
+    def __init__(self, weights: ResMoEWeights, activation: str) -> None:
+        self._weights, self._activation = weights, activation
+        self._plans = {restore: plan_layer(weights, restore) for restore in (False, True)}
+
+    def __call__(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None = None) -> Tensor:
+        """See ``fused_moe_ref``; products in x's dtype, sums in fp32."""
+        weights = self._weights
+        config = pick_config(
+            len(x),
+            topk_ids.shape[1],
+            weights.num_experts,
+            weights.hidden_size,
+            weights.intermediate_size,
+            device_name(x.device),
+            x.dtype,
+            weights.coders,
+        )
+        plan = self._plans[config.restore]
+        return run_plan(x, topk_weights, topk_ids, plan, self._activation, expert_map, config)
 
 
 @cache

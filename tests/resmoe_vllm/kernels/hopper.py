@@ -58,7 +58,7 @@ def compile_plan(plan_of: Callable[[bool], LayerPlan], method: str, tokens: int)
         x = torch.zeros(tokens, SHAPE.hidden, dtype=torch.bfloat16)
         ids = torch.zeros(tokens, SHAPE.top_k, dtype=torch.int32)
         expert_map = torch.arange(SHAPE.experts, dtype=torch.int32)
-        config = default_config(tokens, SHAPE.top_k, SHAPE.experts, method)
+        config = default_config(tokens, SHAPE.top_k, SHAPE.experts, frozenset({method}))
         weights = torch.ones(tokens, SHAPE.top_k)
         run_plan(x, weights, ids, plan_of(config.restore), "silu", expert_map, config)
     finally:
@@ -104,7 +104,7 @@ def main() -> None:
     for method in sys.argv[1:] or LAYER_MAKERS:
         layer = make_layer(SHAPE, method, "cpu", torch.bfloat16, seed=0)
         for tokens in (4, 1024):
-            for kernel in compile_plan(layer.plan, method, tokens):
+            for kernel in compile_plan(lambda restore, own=layer: own.plan(restore=restore), method, tokens):
                 shared, code = kernel["shared"], kernel["asm"]
                 name = f"{method} T={tokens} {kernel['name']}"
                 if shared > MAX_SHARED_BYTES:

@@ -10,7 +10,7 @@ from resmoe_vllm.kernels.reference import fused_moe_ref, restore_ref
 from resmoe_vllm.weights.bound import ResMoEWeights
 from tests.resmoe_vllm.kernels.bounds import Precision, layer_bound, worst_share
 from tests.resmoe_vllm.kernels.test_vllm_kernels import FLOATS, KINDS, hidden_states, make_routing
-from tests.resmoe_vllm.layers import layer_kinds, load_all, new_loader, op_tensors, store_layer
+from tests.resmoe_vllm.layers import bound_weights, layer_kinds, load_all, new_loader, store_layer
 
 SIZE_E, SIZE_I, SIZE_H = 4, 33, 67
 
@@ -49,7 +49,7 @@ def test_a_wrong_sum_is_outside_of_the_bound(kind: str, dtype: str) -> None:
     stored = store_layer(layer_kinds(SIZE_I, SIZE_H)[kind], SIZE_E, SIZE_I, SIZE_H, dtype)
     module, loader = new_loader(stored)
     load_all(module, loader, stored)
-    layer = loader.groups[0].layout.bind(op_tensors(module))
+    layer = bound_weights(module, loader)
     weights, ids = make_routing(SIZE_E, "T13-K2")
     x = hidden_states(13, SIZE_H, dtype)
     experts = restore(layer)

@@ -26,7 +26,7 @@ from resmoe_vllm.kernels.reference import align_ref, combine_ref, fused_moe_ref,
 from resmoe_vllm.kernels.routing import local_ids
 from tests.resmoe_vllm.kernels.bounds import Precision, assert_within, hidden_bound, layer_bound, sum_bound
 from tests.resmoe_vllm.kernels.test_vllm_kernels import FLOATS, KINDS, ROUTINGS, SIZES, hidden_states, make_routing
-from tests.resmoe_vllm.layers import layer_kinds, load_all, new_loader, op_tensors, store_layer
+from tests.resmoe_vllm.layers import layer_kinds, load_all, new_loader, parameters_of, store_layer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # one of each way to hold a residual
@@ -67,12 +67,12 @@ def loaded():
 
 def check(module, layout, weights, ids, x, dtype: str, activation="silu", expert_map=None) -> None:
     """The layer against ``fused_moe_ref``."""
-    tensors = op_tensors(module)
+    tensors = parameters_of(module, layout)
     bound = layout.bind([t.cpu() for t in tensors])
     expected = fused_moe_ref(x, weights, ids, bound, activation, expert_map)
     limit = layer_bound(x, weights, ids, bound, activation, Precision(x.dtype, x.dtype), expert_map)
     on_device = [None if t is None else t.to(DEVICE) for t in (x, weights, ids, expert_map)]
-    found = gpu_layer.fused_moe(*on_device[:3], tensors, layout, activation, on_device[3])
+    found = gpu_layer.GpuKernel(layout.bind(tensors), activation)(*on_device)
     assert found.dtype == x.dtype
     assert found.is_contiguous()
     assert_within(found.cpu(), expected, limit)
@@ -109,7 +109,7 @@ def test_every_size(loaded, kind: str, size: str) -> None:
 def test_center_inside_of_decoded_tiles(loaded, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_layer, "pick_config", lambda *shape: RESTORING)
     module, layout = loaded(kind, "E4-I33-H67", "float32")
-    plan = gpu_layer.plan_layer(layout.bind(op_tensors(module)), restore=True)
+    plan = gpu_layer.plan_layer(layout.bind(parameters_of(module, layout)), restore=True)
     assert all(side.tile is None or side.center is None for side in (plan.gate, plan.up, plan.down))
     weights, ids = make_routing(4, "T13-K2")
     check(module, layout, weights, ids, hidden_states(13, 67, "float32"), "float32")
@@ -190,7 +190,7 @@ def run_of(tokens: int, top_k: int, ids: Tensor, expert_map: Tensor | None, size
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("routed", [False, True])
 def test_products(routed: bool, transposed: bool) -> None:
-    """n and k odd, several splits; twice in one launch, the second after the first's programs."""
+    """N and k odd, several splits; twice in one launch, the second after the first's programs."""
     generator = torch.Generator().manual_seed(0)
     _, ids = make_routing(3, "T7-K2-padded")
     run = run_of(7, 2, ids, None, 5, 131)
@@ -212,9 +212,9 @@ def test_hidden(loaded, kind: str) -> None:
     module, layout = loaded(kind, "E4-I33-H67", "float32")
     weights, ids = make_routing(4, "T7-K2-padded")
     x = hidden_states(7, 67, "float32")
-    bound = layout.bind(op_tensors(module))
+    bound = layout.bind(parameters_of(module, layout))
     run = launches._Run(x.to(DEVICE), ids.to(DEVICE), None, gpu_layer.plan_layer(bound, False), RESTORING)
-    cpu = layout.bind([t.cpu() for t in op_tensors(module)])
+    cpu = layout.bind([t.cpu() for t in parameters_of(module, layout)])
     found, expected = run.hidden(weights.to(DEVICE), "silu").cpu(), hidden_ref(x, weights, ids, cpu, "silu")
     limits = torch.stack([hidden_bound(x, cpu, e, "silu") for e in range(4)])
     pairs = torch.arange(14)
@@ -238,31 +238,32 @@ def test_combine(mapped: bool) -> None:
         assert_within(out.cpu(), expected, sum_bound(sizes, 8))
 
 
-def test_kernel_table_has_every_coder_on_cuda() -> None:
+def test_kernel_table_has_cuda() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert ops.select_kernel(ops.CODERS, dtype, "cuda").__module__ == "resmoe_vllm.kernels.gpu.dispatch"
+        ops.check_kernel(ops.CODERS, dtype, "cuda")
+    assert ops.KERNELS["cuda"].__module__ == "resmoe_vllm.kernels.gpu.dispatch"
 
 
 def test_refusals(loaded) -> None:
     module, layout = loaded("low_rank-joint", "E4-I33-H67", "float32")
     weights, ids = make_routing(4, "T7-K2-padded")
-    x, tensors = hidden_states(7, 67, "float32"), op_tensors(module)
+    x, bound = hidden_states(7, 67, "float32"), layout.bind(parameters_of(module, layout))
+    kernel = gpu_layer.GpuKernel(bound, "silu")
     with pytest.raises(KernelUnsupportedError, match="no 'relu'"):
-        gpu_layer.fused_moe(x, weights, ids, tensors, layout, "relu")
+        gpu_layer.GpuKernel(bound, "relu")(x, weights, ids)
     with pytest.raises(KernelUnsupportedError, match=r"float64"):
-        gpu_layer.fused_moe(x.double(), weights, ids, tensors, layout, "silu")
+        kernel(x.double(), weights, ids)
     with pytest.raises(KernelUnsupportedError, match=r"expected x \[T, 67\] .* found x \[7, 66\]"):
-        gpu_layer.fused_moe(x[:, :66], weights, ids, tensors, layout, "silu")
+        kernel(x[:, :66], weights, ids)
     with pytest.raises(KernelUnsupportedError, match=r"expected x \[T, 67\] .* topk_ids \[6, 2\]"):
-        gpu_layer.fused_moe(x, weights, ids[:6], tensors, layout, "silu")
-    bound = layout.bind(tensors)
+        kernel(x, weights, ids[:6])
     with pytest.raises(KernelUnsupportedError, match="tensor parallelism"):
         gpu_layer.plan_layer(replace(bound, intermediate_size=2**20, hidden_size=2**10), restore=False)
 
 
 def test_tuned_sizes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_sizes, "CONFIGS", tmp_path)
-    shape = (64, 2048, 1024, "NVIDIA H200", torch.bfloat16, "low_rank")
+    shape = (64, 2048, 1024, "NVIDIA H200", torch.bfloat16, frozenset({"low_rank"}))
     name = "E=64,H=2048,I=1024,device_name=NVIDIA_H200,dtype=bfloat16,method=low_rank.json"
     assert block_sizes.config_file(*shape) == name
     tuned = {1: replace(RESTORING, programs=1), 64: replace(RESTORING, programs=64)}
@@ -270,8 +271,8 @@ def test_tuned_sizes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert json.loads((tmp_path / name).read_text())["64"]["hidden"] == {"n": 32, "k": 32, "warps": 4, "stages": 2}
     assert block_sizes.pick_config(3, 8, *shape) == tuned[1]
     assert block_sizes.pick_config(4096, 8, *shape) == tuned[64]
-    other = (*shape[:-1], "bitmap")
-    assert block_sizes.pick_config(1, 8, *other) == block_sizes.default_config(1, 8, 64, "bitmap")
+    other = (*shape[:-1], frozenset({"bitmap"}))
+    assert block_sizes.pick_config(1, 8, *other) == block_sizes.default_config(1, 8, 64, frozenset({"bitmap"}))
     assert block_sizes.pick_config(4096, 8, *other).restore
 
 

@@ -1,23 +1,32 @@
 """The op against ``fused_moe_ref`` over the shape grid, ``fused_moe_ref`` against ``restore_expert``."""
 
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
+from vllm.forward_context import override_forward_context
 
 from compress_tools.format.dtypes import DTYPES
 from resmoe_vllm.kernels.activation import ACTIVATIONS
 from resmoe_vllm.kernels.cpu import dispatch, native, plain_torch
 from resmoe_vllm.kernels.reference import fused_moe_ref
+from resmoe_vllm.ops import BoundLayer
 from resmoe_vllm.weights.layer_loader import LayerLoader
 from tests.resmoe_vllm.kernels.bounds import Precision, assert_within, layer_bound
 from tests.resmoe_vllm.layers import (
     StoredLayer,
+    bind_layer,
+    bound_weights,
     grouped_layer,
     layer_kinds,
     load_all,
     new_loader,
-    op_tensors,
     store_layer,
 )
 
@@ -61,14 +70,13 @@ def make_routing(num_experts: int, name: str, seed: int = 1) -> tuple[Tensor, Te
 
 
 def run_op(x, weights, ids, module, loader, activation="silu", expert_map=None) -> Tensor:
-    """``torch.ops.resmoe.fused_moe``."""
-    (call,) = module.calls
-    return torch.ops.resmoe.fused_moe(x, weights, ids, expert_map, op_tensors(module), call.layout_key, activation)
+    """What ``torch.ops.resmoe.fused_moe`` runs."""
+    return bind_layer(module, loader, activation)(x, weights, ids, expert_map)
 
 
 def run_ref(x, weights, ids, module, loader, activation="silu", expert_map=None) -> Tensor:
     """``fused_moe_ref`` on the same parameters."""
-    bound = loader.groups[0].layout.bind(op_tensors(module))
+    bound = bound_weights(module, loader)
     return fused_moe_ref(x, weights, ids, bound, activation, expert_map)
 
 
@@ -80,7 +88,7 @@ def op_products(tokens: int, dtype: str) -> torch.dtype:
 
 def bound_of(x, weights, ids, module, loader, products: torch.dtype, activation="silu", expert_map=None) -> Tensor:
     """``layer_bound`` of the same parameters."""
-    bound = loader.groups[0].layout.bind(op_tensors(module))
+    bound = bound_weights(module, loader)
     return layer_bound(x, weights, ids, bound, activation, Precision(products, x.dtype), expert_map)
 
 
@@ -158,7 +166,7 @@ def test_op_is_the_reference(loaded, kind: str, size: str, dtype: str) -> None:
 def test_torch_kernel_is_the_reference(loaded, kind: str, size: str, dtype: str) -> None:
     """Every routing; the op may pick another kernel for so few tokens."""
     layer, module, loader = loaded(kind, size, dtype)
-    bound = loader.groups[0].layout.bind(op_tensors(module))
+    bound = bound_weights(module, loader)
     for routing in ROUTINGS:
         weights, ids = make_routing(layer.fmt.num_experts, routing)
         x = hidden_states(ids.shape[0], layer.fmt.hidden_size, dtype)
@@ -221,21 +229,12 @@ def grouped() -> StoredLayer:
     return store_layer(grouped_layer(33, 67), 4, 33, 67, "float32")
 
 
-def run_groups(x: Tensor, weights: Tensor, ids: Tensor, module: torch.nn.Module) -> Tensor:
-    """Sum over the groups, each with its own map of experts."""
-    total = torch.zeros(x.shape)
-    for number, call in enumerate(module.calls):
-        tensors, expert_map = op_tensors(module, number), getattr(module, call.expert_map)
-        total += torch.ops.resmoe.fused_moe(x, weights, ids, expert_map, tensors, call.layout_key, "silu")
-    return total
-
-
 def group_bound(x: Tensor, weights: Tensor, ids: Tensor, module: torch.nn.Module, loader: LayerLoader) -> Tensor:
     """Sum of the groups' bounds; all experts are here."""
     total = torch.zeros(x.shape, dtype=torch.float64)
-    for number, (call, group) in enumerate(zip(module.calls, loader.groups, strict=True)):
-        bound, expert_map = group.layout.bind(op_tensors(module, number)), getattr(module, call.expert_map)
-        total += layer_bound(x, weights, ids, bound, "silu", Precision(torch.float32, x.dtype), expert_map)
+    for group in loader.bind(module):
+        precision = Precision(torch.float32, x.dtype)
+        total += layer_bound(x, weights, ids, group.weights, "silu", precision, group.expert_map)
     return total
 
 
@@ -243,11 +242,11 @@ def group_bound(x: Tensor, weights: Tensor, ids: Tensor, module: torch.nn.Module
 def test_groups_of_experts_add_up(grouped: StoredLayer, routing: str) -> None:
     module, loader = new_loader(grouped)
     load_all(module, loader, grouped)
-    assert len(module.calls) == 3
+    assert len(loader.bind(module)) == 3
     weights, ids = make_routing(4, routing)
     x = hidden_states(ids.shape[0], 67, "float32")
     limit = group_bound(x, weights, ids, module, loader)
-    assert_within(run_groups(x, weights, ids, module), dense_loop(x, weights, ids, grouped), limit)
+    assert_within(run_op(x, weights, ids, module, loader), dense_loop(x, weights, ids, grouped), limit)
 
 
 @pytest.mark.parametrize("ranks", ["tensor", "expert"])
@@ -260,13 +259,13 @@ def test_ranks_of_groups_add_up(grouped: StoredLayer, ranks: str) -> None:
     weights, ids = make_routing(4, "T13-K2")
     x = hidden_states(13, 67, "float32")
     total = torch.zeros(13, 67)
-    calls = []
+    groups = []
     for options in parallel:
         part, loader = new_loader(grouped, **options)
         load_all(part, loader, grouped, reverse=True)
-        calls.append(len(part.calls))
-        total += run_groups(x, weights, ids, part)
-    assert calls == ([3, 3, 3] if ranks == "tensor" else [2, 2])
+        groups.append(len(loader.bind(part)))
+        total += run_op(x, weights, ids, part, loader)
+    assert groups == ([3, 3, 3] if ranks == "tensor" else [2, 2])
     whole, loader = new_loader(grouped)
     load_all(whole, loader, grouped)
     assert_within(total, dense_loop(x, weights, ids, grouped), group_bound(x, weights, ids, whole, loader))
@@ -275,16 +274,52 @@ def test_ranks_of_groups_add_up(grouped: StoredLayer, ranks: str) -> None:
 @pytest.mark.parametrize("routing", ["T0-K2", "T13-K2"])
 @pytest.mark.parametrize("kind", ["low_rank-joint", "bitmap-joint", "both", "low_rank+bitmap+quantized"])
 def test_opcheck(loaded, kind: str, routing: str) -> None:
-    layer, module, loader = loaded(kind, "E4-I33-H67", "float32")
+    _, module, loader = loaded(kind, "E4-I33-H67", "float32")
     weights, ids = make_routing(4, routing)
     x = hidden_states(ids.shape[0], 67, "float32")
-    tensors = [tensor.detach() for tensor in op_tensors(module)]
     expert_map = torch.tensor([2, -1, 0, 1], dtype=torch.int32)
-    for mapping in (None, expert_map):
-        results = torch.library.opcheck(
-            torch.ops.resmoe.fused_moe, (x, weights, ids, mapping, tensors, module.calls[0].layout_key, "silu")
-        )
-        assert set(results.values()) == {"SUCCESS"}
+    with forward_pass(layer=bind_layer(module, loader)):
+        for mapping in (None, expert_map):
+            results = torch.library.opcheck(torch.ops.resmoe.fused_moe, (x, weights, ids, mapping, "layer"))
+            assert set(results.values()) == {"SUCCESS"}
+
+
+@contextmanager
+def forward_pass(**layers: BoundLayer) -> Iterator[None]:
+    """VLLM's forward context of an engine that has these layers."""
+    context = SimpleNamespace(
+        no_compile_layers={
+            name: SimpleNamespace(routed_experts=SimpleNamespace(quant_method=SimpleNamespace(bound=bound)))
+            for name, bound in layers.items()
+        }
+    )
+    with override_forward_context(context):
+        yield
+
+
+def test_engines_of_one_process_have_their_own_layers(loaded) -> None:
+    """Two engines' layers have one name; a compiled graph finds that of the engine which runs it."""
+    weights, ids = make_routing(4, "T13-K2")
+    x = hidden_states(13, 67, "float32")
+    bound = [bind_layer(*loaded(kind, "E4-I33-H67", "float32")[1:]) for kind in ("low_rank-joint", "bitmap-joint")]
+    expected = [layer(x, weights, ids) for layer in bound]
+    assert not torch.equal(*expected)
+    compiled = torch.compile(lambda *args: torch.ops.resmoe.fused_moe(*args, None, "layer"), backend="aot_eager")
+    for layer, result in zip(bound * 2, expected * 2, strict=True):
+        with forward_pass(layer=layer):
+            assert torch.equal(compiled(x, weights, ids), result)
+
+
+def test_a_layer_is_released_with_its_owner() -> None:
+    layer = store_layer(layer_kinds(5, 3)["both"], 2, 5, 3, "float32")
+    module, loader = new_loader(layer)
+    load_all(module, loader, layer)
+    bound = bind_layer(module, loader)
+    memory = [weakref.ref(param) for param in module.parameters()]
+    assert bound(hidden_states(1, 3, "float32"), *make_routing(2, "T1-K1")).isfinite().all()
+    del module, loader, bound
+    gc.collect()
+    assert [reference() for reference in memory] == [None] * len(memory)
 
 
 @pytest.mark.parametrize("kind", layer_kinds(40, 128))
@@ -301,8 +336,9 @@ def test_a_tokens_result_does_not_depend_on_its_batch(kind: str, dtype: str, col
     generator = torch.Generator().manual_seed(5)
     ids = torch.rand(tokens, 4, generator=generator).argsort(1).int()
     weights = torch.rand(tokens, 4, generator=generator)
-    together = run_op(x, weights, ids, module, loader)
+    run = bind_layer(module, loader)
+    together = run(x, weights, ids)
     for begin in (0, 1, 50, tokens - 5):
         for size in range(1, 6):
             some = slice(begin, begin + size)
-            assert torch.equal(run_op(x[some], weights[some], ids[some], module, loader), together[some])
+            assert torch.equal(run(x[some], weights[some], ids[some]), together[some])

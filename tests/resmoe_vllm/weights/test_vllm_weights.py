@@ -15,12 +15,13 @@ from compress_tools.format.tensors import group_map_bytes, layer_bytes, row_poin
 from resmoe_vllm.kernels.reference import restore_ref
 from tests.resmoe_vllm.layers import (
     StoredLayer,
+    bind_layer,
+    bound_weights,
     grouped_layer,
     hand_over,
     layer_kinds,
     load_all,
     new_loader,
-    op_tensors,
     store_layer,
 )
 from tests.resmoe_vllm.twins import DOWN, GATE, UP
@@ -62,9 +63,8 @@ def test_expert_ranks_hold_their_groups_only() -> None:
     load_all(module, loader, layer)
     rows = {group.experts: len(group.rows) for group in loader.groups}
     assert rows == {(3, 0): 1, (2,): 0, (1,): 1}
-    assert [call.expert_map for call in module.calls] == ["resmoe_expert_map_0", "resmoe_expert_map_2"]
-    assert module.resmoe_expert_map_0.tolist() == [0, -1, -1, -1]
-    assert module.resmoe_expert_map_2.tolist() == [-1, 0, -1, -1]
+    maps = [group.expert_map.tolist() for group in loader.bind(module) if group.expert_map is not None]
+    assert maps == [[0, -1, -1, -1], [-1, 0, -1, -1]]
 
 
 def test_a_missing_tensor_of_a_group_is_named() -> None:
@@ -114,11 +114,11 @@ def test_tensor_ranks_hold_slices_of_rows(kind: str) -> None:
     layer = stored(kind)
     whole, loader = new_loader(layer)
     load_all(whole, loader, layer)
-    whole_weights = loader.groups[0].layout.bind(op_tensors(whole))
+    whole_weights = bound_weights(whole, loader)
     for rank in range(3):
         module, loader = new_loader(layer, tp_size=3, tp_rank=rank)
         load_all(module, loader, layer)
-        weights = loader.groups[0].layout.bind(op_tensors(module))
+        weights = bound_weights(module, loader)
         for projection in (GATE, UP, DOWN):
             for expert in range(SIZE_E):
                 rows = restore_ref(whole_weights, projection, expert)[11 * rank : 11 * (rank + 1)]
@@ -253,9 +253,7 @@ def test_dummy_weights_are_whole(kind: str, tp_size: int) -> None:
     loader.load_dummies()
     loader.check_complete()
     weights, ids = torch.ones(2, 1), torch.tensor([[0], [3]])
-    out = torch.ops.resmoe.fused_moe(
-        torch.ones(2, SIZE_H), weights, ids, None, op_tensors(module), module.calls[0].layout_key, "silu"
-    )
+    out = bind_layer(module, loader)(torch.ones(2, SIZE_H), weights, ids)
     assert out.isfinite().all()
     assert out.abs().max() > 0
 

@@ -17,7 +17,9 @@
 
 #include <math.h>
 #include <omp.h>
+#include <stddef.h>
 
+#include <string>
 #include <vector>
 
 #include "products.h"
@@ -75,6 +77,22 @@ inline void store(void* into, int32_t dtype, int64_t i, float value) {
     ((uint16_t*)into)[i] = value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   }
 }
+
+// One line for a field of a struct that crosses the ABI.
+#define FIELD(Struct, field) \
+  (std::string(#Struct "." #field " ") + std::to_string(offsetof(Struct, field)) + " " + std::to_string(sizeof(Struct::field)) + "\n")
+
+inline std::string struct_fields() {
+  return FIELD(Matrix, data) + FIELD(Matrix, scales) + FIELD(Matrix, stride) + FIELD(Matrix, scales_stride) + FIELD(Matrix, bits) + FIELD(Matrix, group) +
+         FIELD(Bitmap, mask) + FIELD(Bitmap, row_ptr) + FIELD(Bitmap, values) + FIELD(Bitmap, scales) + FIELD(Bitmap, starts) +
+         FIELD(Bitmap, mask_stride) + FIELD(Bitmap, row_ptr_stride) + FIELD(Bitmap, values_stride) + FIELD(Bitmap, scales_stride) +
+         FIELD(Bitmap, starts_stride) + FIELD(Bitmap, readable) + FIELD(Bitmap, values_per_row) + FIELD(Bitmap, bits) + FIELD(Bitmap, group) +
+         FIELD(LowRank, u) + FIELD(LowRank, v) + FIELD(LowRank, rank) + FIELD(Quantized, rows) +
+         FIELD(Layer, hidden) + FIELD(Layer, intermediate) + FIELD(Layer, experts) + FIELD(Layer, mask_bytes) + FIELD(Layer, center) +
+         FIELD(Layer, low_rank) + FIELD(Layer, num_low_rank) + FIELD(Layer, bitmap) + FIELD(Layer, num_bitmap) +
+         FIELD(Layer, quantized) + FIELD(Layer, num_quantized) + FIELD(Layer, dtype) + FIELD(Layer, activation);
+}
+#undef FIELD
 
 struct Span {
   int64_t begin, end;
@@ -436,5 +454,9 @@ void resmoe_decode_codes(const Matrix* part, int64_t i, int64_t n, float* out) {
   with_codes(*part, 0, i, n, [&](const auto& row) { decode_codes(row, out); });
 }
 
-int64_t resmoe_struct_bytes() { return sizeof(Matrix) + sizeof(Bitmap) + sizeof(LowRank) + sizeof(Quantized) + sizeof(Layer); }
+// Every struct's fields in order, "Struct.field offset bytes" a line: compared with structs.py.
+const char* resmoe_struct_fields() {
+  static const std::string text = struct_fields();
+  return text.c_str();
+}
 }
