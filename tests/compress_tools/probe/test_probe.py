@@ -21,7 +21,7 @@ from compress_tools.numerics.sampling import spaced
 from compress_tools.output.target import make_target
 from compress_tools.pipeline import compress
 from compress_tools.planner.candidates import CenterBits, Coder, Sizes
-from compress_tools.planner.config import CODERS
+from compress_tools.planner.config import MENU_METHODS
 from compress_tools.planner.measure import Sample, measure_layer
 from compress_tools.probe.config import make_probe_config
 from compress_tools.probe.energy import SHARES, magnitude_curve, spectrum_curve
@@ -137,7 +137,7 @@ def test_curves_rise_to_one_and_errors_fall_with_bytes(random_model: Path) -> No
             assert curve[-1] == pytest.approx(1)
         assert set(layer.spectrum) == {"residual", "weight", "random"}
     kinds = {(one.coder, one.center_bits) for one in found.predictions}
-    assert {coder for coder, _ in kinds} == set(CODERS)
+    assert {coder for coder, _ in kinds} == set(MENU_METHODS)
     assert {center for _, center in kinds} == {None, 4, 8, 16}
     for kind in kinds:
         line = [one for one in found.predictions if (one.coder, one.center_bits) == kind]
