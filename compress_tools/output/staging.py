@@ -152,7 +152,8 @@ class Staging:
             self._begun = self.noted()
         if name not in self._begun:
             with (self.state / BEGUN_NAME).open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(name) + "\n")
+                # Begun on a line of its own even if a crash cut the one before off.
+                stream.write("\n" + json.dumps(name))
             self._begun.add(name)
 
     def noted(self) -> set[str]:

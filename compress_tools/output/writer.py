@@ -82,8 +82,13 @@ class CheckpointWriter:
         shard = self.staging / filename
         if not file.is_file() or not shard.is_file():
             return None
-        record = json.loads(file.read_text(encoding="utf-8"))
-        return record if record["bytes"] == shard.stat().st_size else None
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if record["bytes"] != shard.stat().st_size:
+            return None
+        with writing(self.staging):
+            # A crash of the machine can lose a note that was written before the file.
+            self._output.note(filename)
+        return record
 
     def write_shard(self, filename: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> dict[str, Any]:
         """Write one shard, then its record.
@@ -168,7 +173,8 @@ class CheckpointWriter:
         Args:
             more: files that are still to be written.
         """
-        return make_record(self.identity, self.staging, self._output.noted() | set(more))
+        written = {name for name in self._output.noted() if (self.staging / name).exists()}
+        return make_record(self.identity, self.staging, written | set(more))
 
     def publish(self) -> None:
         """Rename the staging directory to the destination."""

@@ -18,7 +18,7 @@ from compress_tools.config import CompressionConfig, make_config
 from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.output.run_identity import versions
 from compress_tools.output.run_record import MANIFEST_NAME, RECORD_KEY, read_record
-from compress_tools.output.staging import STATE_DIR, Staging
+from compress_tools.output.staging import BEGUN_NAME, STATE_DIR, Staging
 from compress_tools.pipeline import compress, compress_slice
 from compress_tools.progress.listener import Silent
 from compress_tools.slices.merge import merge
@@ -312,6 +312,15 @@ def test_what_was_put_into_an_unfinished_run_is_kept(source: Path, tmp_path: Pat
     assert (tmp_path / "small" / "mine.tmp").read_text() == "mine"
     with pytest.raises(CheckpointError, match=r"own: mine\.tmp, notes\.txt"):
         compress(source, tmp_path / "small", QUICK, overwrite=True)
+
+
+def test_a_lost_note_is_made_again(source: Path, made: Path, tmp_path: Path) -> None:
+    """A crash of the machine takes what the file system had not written: notes, and the end of one."""
+    notes = stopped(source, tmp_path / "small") / STATE_DIR / BEGUN_NAME
+    assert "model-00001-of-00003.safetensors" in notes.read_text()
+    notes.write_text('"generation_config.json"\n"model-000')
+    compress(source, tmp_path / "small", QUICK, resume=True)
+    assert read_record(tmp_path / "small") == read_record(made / "small")
 
 
 def test_an_unfinished_run_is_started_again(source: Path, tmp_path: Path) -> None:
