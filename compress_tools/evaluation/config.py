@@ -1,7 +1,7 @@
 """What `resmoe eval` is asked: validated before a model is loaded."""
 
 from collections.abc import Collection
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -11,6 +11,7 @@ from compress_tools.errors import ConfigError
 Backend = Literal["transformers", "vllm"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 _CPU = CompressionConfig.model_fields["device"].default
+_DTYPE: Any = Field("auto", description="dtype that the models run in; auto: the one they are stored in.")
 
 
 class TextConfig(BaseModel):
@@ -34,7 +35,7 @@ class TextConfig(BaseModel):
     )
     max_tokens: int | None = Field(None, ge=2, description="Use only so many tokens of the text's beginning.")
     backend: Backend = Field("transformers", description="What runs the models.")
-    dtype: DType = Field("auto", description="dtype that the models run in; auto: the one they are stored in.")
+    dtype: DType = _DTYPE
     top_k: int | None = Field(
         None,
         ge=1,
@@ -73,7 +74,7 @@ class TasksConfig(BaseModel):
     tasks: str = Field(min_length=1, description="lm-eval tasks, separated by commas, run through vLLM.")
     include_path: str | None = Field(None, description="Directory of lm-eval task files (YAML) of your own.")
     limit: int | None = Field(None, ge=1, description="Use only so many examples of each task.")
-    dtype: DType = TextConfig.model_fields["dtype"]
+    dtype: DType = _DTYPE
 
     @model_validator(mode="after")
     def _some_task(self) -> Self:

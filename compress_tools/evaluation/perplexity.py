@@ -1,21 +1,32 @@
 """`resmoe eval MODEL --text FILE`: perplexity, and the distance from the original's predictions."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Protocol
 
 from compress_tools.errors import ConfigError
 from compress_tools.evaluation.config import TextConfig
 from compress_tools.evaluation.predictions import Predictions, Scores
 from compress_tools.evaluation.source import choose_window, read_model_config, read_tokens, stored_dtype
-from compress_tools.evaluation.windows import cut_windows
+from compress_tools.evaluation.windows import Window, cut_windows
 from compress_tools.progress.listener import ProgressListener, Silent
 
 # A backend is a module with one function, `predict`. vLLM's lies with the plugin: nothing here imports vLLM.
 BACKENDS = {"transformers": "compress_tools.evaluation.transformers_backend", "vllm": "resmoe_vllm.evaluation"}
 WHOLE_VOCABULARY_LIMIT = 8192
 DEFAULT_TOP_K = 256
+
+
+class Predict(Protocol):
+    """A backend's function."""
+
+    def __call__(
+        self, path: str, windows: Sequence[Window], dtype: str, device: str, *, whole: bool, top_k: int | None
+    ) -> Iterable[Predictions]:
+        """One window's predictions after the other."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ def evaluate(model: str, config: TextConfig, progress: ProgressListener | None =
         )
     windows = cut_windows(tokens, window, stride)
     top_k = _top_k(config, vocabulary)
-    predict = import_module(BACKENDS[config.backend]).predict
+    predict: Predict = import_module(BACKENDS[config.backend]).predict
 
     def predictions(path: str, dtype: str) -> Iterable[Predictions]:
         progress.stage(f"{path}: {config.backend}", None)
@@ -89,7 +100,7 @@ def evaluate(model: str, config: TextConfig, progress: ProgressListener | None =
 
     dtype = stored_dtype(config.dtype, own)
     originals: Iterable[Predictions | None] = [None] * len(windows)
-    if original is not None:
+    if original is not None and config.against is not None:
         originals = predictions(config.against, stored_dtype(config.dtype, original))
     subject = predictions(model, dtype)
     progress.stage("scoring", len(windows))

@@ -24,9 +24,19 @@ class Predictions:
     logprobs: Tensor | None = None
     ids: Tensor | None = None
 
+    def distributions(self) -> Tensor:
+        """``logprobs``, where they were asked for.
+
+        Raises:
+            ValueError: only targets were.
+        """
+        if self.logprobs is None:
+            raise ValueError("only the targets' log-probabilities were asked for")
+        return self.logprobs
+
     def best(self) -> Tensor:
         """The most probable token at each position, ``[N]`` int64."""
-        best = self.logprobs.argmax(dim=1)
+        best = self.distributions().argmax(dim=1)
         return best if self.ids is None else self.ids.gather(1, best[:, None])[:, 0]
 
 
@@ -37,7 +47,7 @@ def kl_divergence(original: Predictions, other: Predictions) -> Tensor:
     outcomes only takes distance away, so this is a lower bound.
     """
     if original.ids is None and other.ids is None:
-        own, theirs = original.logprobs, other.logprobs
+        own, theirs = original.distributions(), other.distributions()
         return (own.exp() * (own - theirs)).sum(dim=1, dtype=torch.float64)
     if original.ids is None or other.ids is None:
         raise ValueError("one model's whole vocabulary against the other's most probable tokens")
@@ -45,8 +55,8 @@ def kl_divergence(original: Predictions, other: Predictions) -> Tensor:
     known = other.ids.gather(1, order)
     place = torch.searchsorted(known, original.ids.contiguous()).clamp(max=known.shape[1] - 1)
     in_both = known.gather(1, place) == original.ids  # [N, K]
-    own = original.logprobs.double()
-    theirs = other.logprobs.double().gather(1, order.gather(1, place))
+    own = original.distributions().double()
+    theirs = other.distributions().double().gather(1, order.gather(1, place))
     # A token in one list alone adds nothing to either sum: it is among the others.
     terms = torch.where(in_both, own.exp() * (own - theirs), 0.0).sum(dim=1)
     rest, their_rest = (

@@ -3,15 +3,18 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from compress_tools.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
+from compress_tools.evaluation.config import DType
 from compress_tools.source.reader import CheckpointReader
+from compress_tools.text_file import read_text
 
 DEFAULT_WINDOW = 1024
+_DTYPES = ("dtype", "torch_dtype")
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 
@@ -28,10 +31,21 @@ def read_model_config(path: str) -> dict[str, Any]:
         raise UnsupportedArchitectureError(
             f"{path}: {config.get('model_type')} is an encoder-decoder; a text's perplexity needs a decoder-only model"
         )
-    config = {**config, **config.get("text_config", {})}
-    if not isinstance(config.get("vocab_size"), int):
-        raise CheckpointError(f"{path}: config.json names no vocab_size")
+    config = {**config, **(config.get("text_config") or {})}
+    for name in ("vocab_size", *_CONTEXT):
+        value = config.get(name)
+        if (value is not None or name == "vocab_size") and not _is_count(value):
+            raise CheckpointError(f"{path}: config.json: {name} is {value!r:.60}, expected a positive whole number")
+    for name in _DTYPES:
+        if config.get(name) is not None and config[name] not in get_args(DType)[1:]:
+            raise CheckpointError(
+                f"{path}: config.json: {name} is {config[name]!r:.60}, expected one of {', '.join(get_args(DType)[1:])}"
+            )
     return config
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def read_tokens(model: str, text: str, max_tokens: int | None) -> Tensor:
@@ -41,10 +55,7 @@ def read_tokens(model: str, text: str, max_tokens: int | None) -> Tensor:
         CheckpointError: no tokenizer beside the weights, or none that transformers can load.
         ConfigError: the text is missing, not UTF-8, or shorter than two tokens.
     """
-    try:
-        content = Path(text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as err:
-        raise ConfigError(f"--text {text}: expected a readable UTF-8 text file: {err}") from err
+    content = read_text(text, ConfigError, f"--text {text}")
     if not any((Path(model) / name).is_file() for name in _TOKENIZER_FILES):
         raise CheckpointError(
             f"{model}: no tokenizer beside the weights; expected tokenizer.json or tokenizer.model, as in the original"
@@ -53,7 +64,8 @@ def read_tokens(model: str, text: str, max_tokens: int | None) -> Tensor:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as err:
+    # The tokenizers library raises Exception itself for files that it can't read.
+    except Exception as err:
         raise CheckpointError(f"{model}: transformers can't load its tokenizer: {err}") from err
     ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
     tokens = torch.tensor(ids, dtype=torch.int64)[:max_tokens]
@@ -84,7 +96,7 @@ def choose_window(window: int | None, stride: int | None, config: dict[str, Any]
 
 def stored_dtype(dtype: str, config: dict[str, Any]) -> str:
     """``auto`` as the dtype that config.json names; any other as it is."""
-    return dtype if dtype != "auto" else str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return dtype if dtype != "auto" else str(next((config[name] for name in _DTYPES if config.get(name)), "float32"))
 
 
 @contextmanager

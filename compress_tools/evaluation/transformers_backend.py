@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from compress_tools.errors import UnsupportedArchitectureError
+from compress_tools.errors import CheckpointError, UnsupportedArchitectureError
 from compress_tools.evaluation.predictions import Predictions
 from compress_tools.evaluation.windows import Window
 
@@ -40,6 +40,8 @@ def predict(
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
     except ValueError as err:
         raise UnsupportedArchitectureError(f"{path}: transformers can't load it: {err}; try --backend vllm") from err
+    except (OSError, RuntimeError, KeyError, TypeError, AttributeError) as err:
+        raise CheckpointError(f"{path}: transformers can't load it: {err}; do config.json and weights match?") from err
     model.to(device).eval()
     return predict_windows(model, windows, whole=whole)
 
