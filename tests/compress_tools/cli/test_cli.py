@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +10,7 @@ import pytest
 import torch
 
 from benchmarks.models.tiny_models import save_tiny_model
-from compress_tools.cli.commands import main
-
-Resmoe = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def resmoe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Resmoe:
-    """Run the command in this process: (exit code, stdout, stderr)."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["resmoe", *map(str, words)])
-        code: object = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
-        return (int(str(code or 0)), *capsys.readouterr())
-
-    return run
+from tests.compress_tools.cli.conftest import Resmoe
 
 
 def test_as_a_process_of_its_own(tiny_mixtral: Path) -> None:
