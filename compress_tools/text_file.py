@@ -69,4 +69,4 @@ def in_words(err: Exception) -> str:
         return "nested too deeply"
     if isinstance(err, OSError) and err.strerror:
         return err.strerror[0].lower() + err.strerror[1:]
-    return str(err)
+    return " ".join(str(err).split())

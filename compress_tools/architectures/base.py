@@ -11,6 +11,8 @@ from compress_tools.errors import UnsupportedArchitectureError
 from compress_tools.format.schema import ExpertNames, Projection
 
 GATED: dict[Projection, str] = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
+# Far beyond any model; counting up to a damaged config's number must not take for ever.
+LARGEST_SIZE = 2**20
 MIXTRAL_STYLE: dict[Projection, str] = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
@@ -109,21 +111,34 @@ class MoEArchitecture:
         values = []
         for keys in (self.num_experts_keys, self.hidden_size_keys, self.intermediate_size_keys):
             key = next((key for key in keys if key in config), " or ".join(keys))
-            value = config.get(key)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UnsupportedArchitectureError(
-                    f"config.json: {key} of a {self.model_type} model is {value!r}, expected a positive whole number"
-                )
-            values.append(value)
+            values.append(self.whole_number(key, config.get(key)))
         return MoESizes(*values)
+
+    def whole_number(self, key: str, value: object) -> int:
+        """A size or count of config.json.
+
+        Raises:
+            UnsupportedArchitectureError: not a positive whole number, or so large that counting up to it takes long.
+        """
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_SIZE:
+            raise UnsupportedArchitectureError(
+                f"config.json: {key} of a {self.model_type} model is {value!r:.60}, expected a positive whole number"
+                + (f" up to {LARGEST_SIZE}" if isinstance(value, int) and value > LARGEST_SIZE else "")
+            )
+        return value
 
     def layer_texts(self, config: dict[str, Any]) -> dict[int, str]:  # noqa: ARG002  for families that need it
         """What stands for ``{layer}``, by layer index; empty where it is the index itself."""
         return {}
 
     def num_layers(self, config: dict[str, Any]) -> int | None:
-        """Decoder layers of the model proper; layers beyond (multi-token prediction) are left alone."""
-        return config.get("num_hidden_layers")
+        """Decoder layers of the model proper; layers beyond (multi-token prediction) are left alone.
+
+        Raises:
+            UnsupportedArchitectureError: not a positive whole number.
+        """
+        count = config.get("num_hidden_layers")
+        return None if count is None else self.whole_number("num_hidden_layers", count)
 
     def expert_names(self, config: dict[str, Any]) -> ExpertNames:
         """The names that a ResMoE checkpoint of this model uses."""

@@ -12,8 +12,8 @@ class SwitchArchitecture(MoEArchitecture):
 
     def layer_texts(self, config: dict[str, Any]) -> dict[int, str]:
         """``encoder.block.i.layer.1`` is layer i, ``decoder.block.j.layer.2`` is layer num_layers + j."""
-        encoder = config["num_layers"]
-        decoder = config.get("num_decoder_layers") or encoder
+        encoder = self.whole_number("num_layers", config.get("num_layers"))
+        decoder = self.whole_number("num_decoder_layers", config.get("num_decoder_layers") or encoder)
         texts = {i: f"encoder.block.{i}.layer.1" for i in range(encoder)}
         return texts | {encoder + j: f"decoder.block.{j}.layer.2" for j in range(decoder)}
 

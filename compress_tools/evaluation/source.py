@@ -11,7 +11,7 @@ from torch import Tensor
 from compress_tools.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
 from compress_tools.evaluation.config import DType
 from compress_tools.source.reader import CheckpointReader
-from compress_tools.text_file import read_text
+from compress_tools.text_file import in_words, read_text
 
 DEFAULT_WINDOW = 1024
 _DTYPES = ("dtype", "torch_dtype")
@@ -66,7 +66,7 @@ def read_tokens(model: str, text: str, max_tokens: int | None) -> Tensor:
         tokenizer = AutoTokenizer.from_pretrained(model)
     # The tokenizers library raises Exception itself for files that it can't read.
     except Exception as err:
-        raise CheckpointError(f"{model}: transformers can't load its tokenizer: {err}") from err
+        raise CheckpointError(f"{model}: transformers can't load its tokenizer: {in_words(err)}") from err
     ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
     tokens = torch.tensor(ids, dtype=torch.int64)[:max_tokens]
     if len(tokens) < 2:
@@ -106,6 +106,6 @@ def vllm_errors(model: str) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError) as err:
         raise CheckpointError(
-            f"{model}: vLLM could not run it: {err}; its own log is above. On a CPU VLLM_CPU_KVCACHE_SPACE=4 (GiB) "
-            "keeps it from taking nearly all memory"
+            f"{model}: vLLM could not run it: {in_words(err)}; its own log is above. On a CPU "
+            "VLLM_CPU_KVCACHE_SPACE=4 (GiB) keeps it from taking nearly all memory"
         ) from err

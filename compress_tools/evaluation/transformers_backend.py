@@ -8,6 +8,7 @@ from torch import nn
 from compress_tools.errors import CheckpointError, UnsupportedArchitectureError
 from compress_tools.evaluation.predictions import Predictions
 from compress_tools.evaluation.windows import Window
+from compress_tools.text_file import in_words
 
 
 def predict(
@@ -39,9 +40,11 @@ def predict(
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
     except ValueError as err:
-        raise UnsupportedArchitectureError(f"{path}: transformers can't load it: {err}; try --backend vllm") from err
+        why = f"{path}: transformers can't load it: {in_words(err)}"
+        raise UnsupportedArchitectureError(f"{why}; try --backend vllm") from err
     except (OSError, RuntimeError, KeyError, TypeError, AttributeError) as err:
-        raise CheckpointError(f"{path}: transformers can't load it: {err}; do config.json and weights match?") from err
+        why = f"{path}: transformers can't load it: {in_words(err)}"
+        raise CheckpointError(f"{why}; do config.json and weights match?") from err
     model.to(device).eval()
     return predict_windows(model, windows, whole=whole)
 

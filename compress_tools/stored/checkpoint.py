@@ -107,6 +107,12 @@ class ResMoECheckpoint:
         return self._given[name] if name in self._given else self.reader.get(name)
 
     def _check_tensors(self) -> None:
+        # Every expert has a tensor; a damaged count must not be counted up to.
+        if self.fmt.num_experts > len(self.reader.names):
+            raise FormatError(
+                f"{self.reader.path}: config.json counts {self.fmt.num_experts} experts, in all there are "
+                f"{len(self.reader.names)} tensors"
+            )
         expected: set[str] = set()
         for layer in self.fmt.layers:
             for name, spec in layer_tensors(self.fmt, layer).items():
