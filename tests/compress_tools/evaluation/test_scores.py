@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.evaluation import perplexity
-from compress_tools.evaluation.config import TextConfig, make_tasks_config, make_text_config
+from compress_tools.evaluation.config import TextConfig, make_tasks_config, make_text_config, one_kind
 from compress_tools.evaluation.perplexity import evaluate
 from compress_tools.evaluation.predictions import Predictions, Scores, kl_divergence
 from compress_tools.evaluation.source import choose_window, read_model_config, read_tokens, stored_dtype, vllm_errors
@@ -213,6 +213,18 @@ def test_names_of_tasks() -> None:
     for options in ({"tasks": ""}, {"tasks": ","}, {"tasks": "one", "limit": 0}):
         with pytest.raises(ConfigError, match=r"--(tasks|limit)"):
             make_tasks_config(**options)
+
+
+def test_a_text_or_tasks() -> None:
+    assert one_kind(["text", "window", "dtype"]) == "text"
+    assert one_kind(["tasks", "limit", "dtype"]) == "tasks"
+    for given in ([], ["dtype"], ["text", "tasks"]):
+        with pytest.raises(ConfigError, match="give one of --text FILE"):
+            one_kind(given)
+    with pytest.raises(ConfigError, match="--limit has no effect with --text"):
+        one_kind(["text", "limit"])
+    with pytest.raises(ConfigError, match="--max-tokens has no effect with --tasks"):
+        one_kind(["tasks", "max_tokens"])
 
 
 def test_stored_dtypes() -> None:

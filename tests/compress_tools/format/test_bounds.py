@@ -181,3 +181,28 @@ def test_names_end_in_a_suffix() -> None:
     assert is_resmoe_name("resmoe_mask")
     assert not is_resmoe_name("a.resmoe_u.weight")
     assert not is_resmoe_name("a.resmoe_unknown")
+
+
+def test_projections_of_a_layer_in_the_design_matrixs_order() -> None:
+    """Those that residuals cover, with and without groups."""
+    parts = [{"method": "quantized", "projections": own, "bits": 4} for own in ([DOWN], [UP])]
+    plain = {"center": [], "residual": parts}
+    grouped = {"center": [], "groups": [{"experts": list(range(SIZE_E)), "residual": parts}]}
+    names = {"expert": "{layer}.{expert}", "projections": {UP: "wi", DOWN: "wo"}}
+    fmt = fmt_of([], layers={"0": plain, "1": grouped}, names=names)
+    assert fmt.layers[0].projections == fmt.layers[1].projections == (UP, DOWN)
+    assert {spec.projection for spec in layer_tensors(fmt, 1).values()} == {UP, DOWN}
+
+
+def test_an_error_says_where_in_the_block() -> None:
+    part = {"method": "quantized", "projections": PROJECTIONS, "bits": 4}
+    with pytest.raises(FormatError, match=r"^config\.json: quantization_config: num_experts: "):
+        fmt_of([part], num_experts=0)
+    with pytest.raises(
+        FormatError, match=r"^config\.json: quantization_config: layers\.0: .*either a residual or groups"
+    ):
+        fmt_of([])
+    with pytest.raises(FormatError, match=r"^config\.json: quantization_config: quantization_config: .*layer 0: "):
+        fmt_of([{**part, "projections": [UP]}])
+    with pytest.raises(FormatError, match=r"^here: quant_method is None"):
+        parse_format({}, "here")

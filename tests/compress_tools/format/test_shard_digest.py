@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from compress_tools.errors import CheckpointError
 from compress_tools.format import shard_file
-from compress_tools.format.shard_file import file_checksum, first_cut_tensor, shard_digest
+from compress_tools.format.shard_file import SinglePass, file_checksum, first_cut_tensor, shard_digest
 
 # Four times what is read at one place, and some more; the names are not in the order of the bytes.
 SIZES = {"zeta": 4 * 4096 + 8, "alpha": 9 * 1024, "middle": 64}
@@ -84,6 +84,15 @@ def test_header_and_size_are_digested(tmp_path: Path) -> None:
 def test_the_checksum_is_of_the_whole_file(tmp_path: Path) -> None:
     file = write(tmp_path / "a.safetensors")
     assert file_checksum(file) == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_one_pass_hashes_what_lies_behind_the_last_tensor(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.safetensors")
+    for behind in (b"", b"more"):
+        file.write_bytes(file.read_bytes() + behind)
+        content = SinglePass(file)
+        assert {name: stored.nbytes for name, stored, _ in content} == SIZES
+        assert content.checksum == file_checksum(file)
 
 
 def test_cut_off_tensors_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
