@@ -62,7 +62,7 @@ def test_command(options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(SHAPES, "OLMoE-1B-7B", tiny("OLMoE-1B-7B"))
     done = CliRunner().invoke(main, [str(tmp_path / "out"), "--layers", "1", *options], catch_exceptions=False)
     assert done.exit_code == 0
-    assert done.output.startswith(f"{tmp_path / 'out'}: ")
+    assert done.stdout.startswith(f"{tmp_path / 'out'}: ")
     assert ("quantization_config" in CheckpointReader(tmp_path / "out").config) == bool(options)
 
 
