@@ -45,9 +45,17 @@ def print_for_people(*lines: Any) -> None:
     """Tables and lines on stdout; a line is not broken, so that a command in it can be copied."""
     # A pipe has no width of its own; 120 columns keep the tables whole in a log.
     # Names of files and models are no markup.
-    console = Console(width=None if sys.stdout.isatty() else 120, markup=False, highlight=False)
+    console = _Console(width=None if sys.stdout.isatty() else 120, markup=False, highlight=False)
     for line in lines:
         console.print(line, soft_wrap=isinstance(line, str | Text))
+
+
+class _Console(Console):
+    """Leaves a reader of the pipe that goes away to ``main``, as ``print`` does."""
+
+    def on_broken_pipe(self) -> None:
+        """Called while the error is handled."""
+        raise BrokenPipeError
 
 
 def with_command(text: str, *words: object) -> Text:
