@@ -241,24 +241,25 @@ def test_each_part_codes_what_the_earlier_ones_left_as_stored() -> None:
     assert relative_error(both, residual) < relative_error(plain, residual)
 
 
-def test_any_parts_add_up() -> None:
-    """Three methods on one projection, one on another."""
-    residual = random_residual(24, 64)
+@pytest.mark.parametrize("hidden", [64, 37], ids=lambda n: f"H{n}")
+def test_any_parts_add_up(hidden: int) -> None:
+    """Three methods on one projection, two on another."""
+    residual = random_residual(24, hidden)
     spec = LayerSpec(
         center=(),
         residual=(
             LowRankResidual(projections=("down_proj", "gate_proj"), rank=6),
-            BitmapResidual(projections=("gate_proj",), values_per_expert=300),
+            BitmapResidual(projections=("gate_proj",), values_per_expert=300 * hidden // 64),
             QuantizedResidual(projections=("gate_proj", "up_proj"), bits=2, group_size=32),
-            RowBitmapResidual(projections=("up_proj",), values_per_row=20, value_bits=8),
+            RowBitmapResidual(projections=("up_proj",), values_per_row=20 * hidden // 64, value_bits=8),
         ),
     )
-    gate, up, down = ((restored(spec, residual) - residual).square().view(24, 3, 64).mean((0, 2))).tolist()
+    gate, up, down = ((restored(spec, residual) - residual).square().view(24, 3, hidden).mean((0, 2))).tolist()
     assert gate < up < down
     stored = encode_residual(spec, residual, torch.float32, 0)
-    parts = [part.decode(stored, 64) for part in spec.residual]
+    parts = [part.decode(stored, hidden) for part in spec.residual]
     total = sum(part["gate_proj"] for part in parts[:3])
-    torch.testing.assert_close(restored(spec, residual)[:, :64], total, rtol=0, atol=0)
+    torch.testing.assert_close(restored(spec, residual)[:, :hidden], total, rtol=0, atol=0)
 
 
 def test_equal_rows_keep_equally_many_and_lose_more_than_global() -> None:
@@ -270,6 +271,12 @@ def test_equal_rows_keep_equally_many_and_lose_more_than_global() -> None:
     assert torch.equal(equal[kept], residual[kept])
     anywhere = relative_error(spec_of(residual), residual)
     assert anywhere < relative_error(spec_of(residual, prune_rows="equal"), residual) < 1.3 * anywhere
+
+
+def test_equal_rows_keep_everything() -> None:
+    assert largest_of_each_row(torch.zeros(3, 5), 5).all()
+    residual = random_residual(6, 9)
+    assert torch.equal(restored(spec_of(residual, prune_rows="equal", retain_ratio=1.0), residual), residual)
 
 
 def test_equal_rows_are_cut_to_the_exact_count_at_ties() -> None:
