@@ -1,18 +1,30 @@
 """What a unit of weight error counts: against a direct measurement, and by the laws of routing."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.activations import ACT2FN
 
+from benchmarks.models.tiny_models import save_tiny_model
 from compress_tools.config import make_config
-from compress_tools.errors import CheckpointError
+from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.planner.config import make_planner_config
-from compress_tools.planner.output_weights import LEAST_ROUTING, LayerInputs, expert_effects, output_weights
+from compress_tools.planner.output_weights import (
+    LEAST_ROUTING,
+    RANDOM_INPUTS,
+    Activation,
+    LayerInputs,
+    expert_effects,
+    open_inputs,
+    output_weights,
+)
 from compress_tools.planner.plan_text import plan_text
 from compress_tools.planner.planner import find_plan
 from compress_tools.source.layer_weights import LayerWeights
+from compress_tools.source.moe_source import open_source
 from compress_tools.source.reader import CheckpointReader
 from tests.compress_tools.planner.test_planner import Told, expert_tensors, make_model
 
@@ -20,17 +32,25 @@ SILU = torch.nn.functional.silu
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-def test_match_a_direct_measurement() -> None:
+@pytest.mark.parametrize(
+    ("activation", "gated"),
+    [(SILU, True), (torch.nn.functional.relu, False), (torch.tanh, False)],
+    ids=["silu-gated", "relu-two-matrices", "tanh-two-matrices"],
+)
+def test_match_a_direct_measurement(activation: Activation, gated: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    rows = {p: torch.randn(24, 32, generator=generator) / 6 for p in ("gate_proj", "up_proj", "down_proj")}
+    names = PROJECTIONS if gated else PROJECTIONS[1:]
+    rows = {p: torch.randn(24, 32, generator=generator) / 6 for p in names}
     tokens = torch.randn(64, 32, generator=generator)
 
     def output(weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        inner = SILU(tokens @ weights["gate_proj"].T) * (tokens @ weights["up_proj"].T)
+        up = tokens @ weights["up_proj"].T
+        inner = activation(tokens @ weights["gate_proj"].T) * up if gated else activation(up)
         return inner @ weights["down_proj"]
 
-    effects, energy = expert_effects(rows, tokens, SILU)
+    effects, energy = expert_effects(rows, tokens, activation)
     torch.testing.assert_close(energy, output(rows).square().sum(1))
+    assert set(effects) == set(rows)
     for projection in rows:
         ratios = []
         for _ in range(200):
@@ -39,6 +59,29 @@ def test_match_a_direct_measurement() -> None:
             ratios.append(changed.square().sum() / error.square().sum())
         measured_effect = torch.stack(ratios).mean()
         assert float(effects[projection].sum()) == pytest.approx(float(measured_effect), rel=0.05), projection
+
+
+@pytest.mark.parametrize("name", ["silu", "swish", "relu", "gelu", "gelu_new"])
+def test_activations_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    path = make_model("random", tmp_path / "m")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "hidden_act": name}))
+    request = make_planner_config(target_bytes_ratio=0.3, optimize="output")
+    inputs = open_inputs(request, open_source(CheckpointReader(path)), seed=3)
+    assert inputs is not None
+    values = torch.linspace(-6, 6, 101)
+    torch.testing.assert_close(inputs.activation(values), ACT2FN[name](values))
+    tokens, routing = inputs.of(0)
+    assert tokens.shape == (RANDOM_INPUTS, 64)
+    assert tokens.std() == pytest.approx(1, abs=0.03)
+    assert torch.equal(routing, torch.ones(RANDOM_INPUTS, 4))
+
+
+def test_experts_with_biases_are_refused(tmp_path: Path) -> None:
+    path = save_tiny_model("gpt_oss", tmp_path / "m", torch.bfloat16, save_original_format=False)
+    request = make_planner_config(target_bytes_ratio=0.3, optimize="output")
+    with pytest.raises(ConfigError, match="have biases or an activation"):
+        open_inputs(request, open_source(CheckpointReader(path)), 0)
 
 
 def test_bytes_follow_the_effect(tmp_path: Path) -> None:
