@@ -51,6 +51,10 @@ def main() -> None:
             os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(folder / "hypothesis")
             print(f"{target.name}: watching its tests", file=sys.stderr)
             tests = options.tests or [path for path in target.tests if (REPOSITORY / path).exists()]
+            for file in files:
+                keys = [mutant.key for mutant in make_mutants((REPOSITORY / file).read_text(encoding="utf-8"))]
+                for stale in explanations.stale(str(file), keys):
+                    print(f"explained, but no such mutant is left: {file}: {stale}", file=sys.stderr)
             watched = watch(tests, files, folder)
             chosen = [
                 (file, mutant)
@@ -67,8 +71,6 @@ def main() -> None:
                 if options.json:
                     Path(options.json).write_text(json.dumps([asdict(one) for one in results], indent=1) + "\n")
     print(_table(results))
-    for stale in explanations.stale():
-        print(f"explained, but no such mutant is left: {stale}", file=sys.stderr)
 
 
 def _options() -> argparse.Namespace:

@@ -1,6 +1,6 @@
 """Survivors that are no hole: edits that change nothing that is promised, each with its reason."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -8,13 +8,11 @@ import yaml
 FILE = Path(__file__).with_name("explained.yaml")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Explanations:
     """Reasons by file and by the beginning of a mutant's text."""
 
     reasons: dict[str, dict[str, str]]
-    used: set[tuple[str, str]] = field(default_factory=set)
-    files: set[str] = field(default_factory=set)
 
     @classmethod
     def read(cls) -> "Explanations":
@@ -23,19 +21,10 @@ class Explanations:
 
     def reason(self, file: str, key: str) -> str | None:
         """Why a mutant that no test sees is none, or None."""
-        self.files.add(file)
-        for start, reason in self.reasons.get(file, {}).items():
-            if key.startswith(start):
-                self.used.add((file, start))
-                return reason
-        return None
+        own = self.reasons.get(file, {})
+        return next((reason for start, reason in own.items() if key.startswith(start)), None)
 
-    def stale(self) -> list[str]:
-        """Entries of the files looked at that fit no mutant that was tried."""
-        return [
-            f"{file}: {start}"
-            for file, own in self.reasons.items()
-            if file in self.files
-            for start in own
-            if (file, start) not in self.used
-        ]
+    def stale(self, file: str, keys: list[str]) -> list[str]:
+        """Entries of a file that fit none of its mutants any more."""
+        own = self.reasons.get(file, {})
+        return [start for start in own if not any(key.startswith(start) for key in keys)]

@@ -51,7 +51,11 @@ TARGETS = (
         ("compress_tools/output/*.py",),
         (f"{_TOOLS}/output", f"{_TOOLS}/slices"),
     ),
-    Target("slices", ("compress_tools/slices/*.py",), (f"{_TOOLS}/slices",)),
+    Target(
+        "slices",
+        ("compress_tools/slices/*.py",),
+        (f"{_TOOLS}/slices", f"{_TOOLS}/output/test_destination.py", f"{_TOOLS}/output/test_disk.py"),
+    ),
     Target(
         "the plugin's loaders",
         ("resmoe_vllm/weights/*.py", "resmoe_vllm/fused_moe.py", "resmoe_vllm/config.py"),
