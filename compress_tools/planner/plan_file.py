@@ -106,7 +106,13 @@ def parse_plan(text: str, where: str) -> PlanFile:
     Raises:
         ConfigError: names the line and the key.
     """
-    return _Parser(text, where).plan()
+    try:
+        return _Parser(text, where).plan()
+    except yaml.reader.ReaderError as err:
+        line = text.count("\n", 0, err.position) + 1
+        raise ConfigError(f"{where}: line {line}: not YAML: a character that no text has") from err
+    except RecursionError as err:
+        raise ConfigError(f"{where}: not a plan: nested too deeply, or within itself") from err
 
 
 class _Parser:
@@ -157,17 +163,24 @@ class _Parser:
         if isinstance(node, yaml.SequenceNode):
             return [self._value(item, (*path, number)) for number, item in enumerate(node.value)]
         if not isinstance(node, yaml.MappingNode):
-            return self._loader.construct_object(node)
+            return self._scalar(node, path)
         values: dict[Any, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise self._error(path, "a key is not a word or a number")
-            key = self._loader.construct_object(key_node)
+            key = self._scalar(key_node, path)
             self._lines[*path, key] = key_node.start_mark.line + 1
             if key in values:
                 raise self._error((*path, key), "given twice")
             values[key] = self._value(value_node, (*path, key))
         return values
+
+    def _scalar(self, node: yaml.Node, path: tuple[Any, ...]) -> Any:
+        try:
+            return self._loader.construct_object(node)
+        # What PyYAML's constructors raise for a scalar that is not of its tag's kind: no date, no number.
+        except (ValueError, AttributeError, TypeError, KeyError) as err:
+            raise self._error(path, f"not understood: {_short(node.value)}") from err
 
     def _spec(self, index: Any, value: Any) -> LayerSpec | None:
         path = ("layers", index)
