@@ -50,7 +50,7 @@ def allow_amx() -> None:
 
 def platform_device() -> str:
     """Device type that vLLM puts weights on: "cpu", "cuda", ..."""
-    return current_platform.device_type
+    return str(current_platform.device_type)
 
 
 def is_dummy_load() -> bool:

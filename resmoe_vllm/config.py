@@ -18,7 +18,7 @@ from resmoe_vllm.fused_moe import ResMoEFusedMoEMethod
 from resmoe_vllm.plain_layers import PlainEmbeddingMethod, PlainLinearMethod
 
 
-class ResMoEConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is read as Any here
+class ResMoEConfig(QuantizationConfig):
     """Serves the MoE layers listed in the format block compressed and all others as plain vLLM would.
 
     Args:

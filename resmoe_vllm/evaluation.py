@@ -20,7 +20,13 @@ _ENTRIES_AT_ONCE = 2**22
 
 
 def predict(
-    path: str, windows: Sequence[Window], dtype: str, device: str, *, whole: bool, top_k: int | None
+    path: str,
+    windows: Sequence[Window],
+    dtype: str,
+    device: str,  # noqa: ARG001  as every backend takes it
+    *,
+    whole: bool,
+    top_k: int | None,
 ) -> list[Predictions]:
     """Start vLLM on a checkpoint, score all windows, stop it.
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from compress_tools.errors import ConfigError, FormatError
 from compress_tools.format.schema import ResMoEFormat
@@ -16,7 +17,7 @@ from resmoe_vllm.compat import (
 from resmoe_vllm.weights.layer_loader import LayerLoader
 
 
-class ResMoEFusedMoEMethod(FusedMoEMethodBase):  # type: ignore[misc] # vLLM is read as Any here
+class ResMoEFusedMoEMethod(FusedMoEMethodBase):
     """Serves one compressed MoE layer.
 
     vLLM's runner routes before ``apply`` and scales, adds shared experts and all-reduces after it.
@@ -38,6 +39,7 @@ class ResMoEFusedMoEMethod(FusedMoEMethodBase):  # type: ignore[misc] # vLLM is 
         refuse_unsupported(moe, fmt, index)
         self.activation = ops.check_activation(moe.activation.value)
 
+    @override
     def create_weights(
         self,
         layer: RoutedExperts,
@@ -77,6 +79,7 @@ class ResMoEFusedMoEMethod(FusedMoEMethodBase):  # type: ignore[misc] # vLLM is 
         loader.create_params(layer, params_dtype)
         self.loader, self.dummy = loader, is_dummy_load()
 
+    @override
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Check that every tensor came, then bind the weights to their kernels.
 
@@ -91,10 +94,12 @@ class ResMoEFusedMoEMethod(FusedMoEMethodBase):  # type: ignore[misc] # vLLM is 
         self.loader.finished = True
         self.bound = ops.BoundLayer(self.loader.bind(layer), self.activation, platform_device())
 
+    @override
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         """None: only vLLM's own kernels use one."""
         return
 
+    @override
     def apply(
         self,
         layer: RoutedExperts,

@@ -126,10 +126,10 @@ def fused_moe(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Ten
 
 def fused_moe_fake(
     x: Tensor,
-    topk_weights: Tensor,  # noqa: ARG001 - the op's signature
-    topk_ids: Tensor,  # noqa: ARG001 - the op's signature
-    expert_map: Tensor | None,  # noqa: ARG001 - the op's signature
-    layer_name: str,  # noqa: ARG001 - the op's signature
+    topk_weights: Tensor,  # noqa: ARG001
+    topk_ids: Tensor,  # noqa: ARG001
+    expert_map: Tensor | None,  # noqa: ARG001
+    layer_name: str,  # noqa: ARG001
 ) -> Tensor:
     """Shape and dtype of ``fused_moe``, for tracing."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -5,15 +5,26 @@ afterwards was not in the checkpoint. Seen are the layers that a model makes wit
 dense and shared experts, the output layer; not norms, nor in most families router and embedding (`resmoe verify` does).
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from compress_tools.errors import CheckpointError
 from resmoe_vllm.compat import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
 
+if TYPE_CHECKING:
 
-class _Checked:
+    class _Method:
+        """What the classes that this is mixed into have."""
+
+        def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None: ...
+
+        def process_weights_after_loading(self, layer: torch.nn.Module) -> None: ...
+else:
+    _Method = object
+
+
+class _Checked(_Method):
     """Over one of vLLM's methods whose layers have one ``weight``.
 
     Args:
@@ -27,8 +38,9 @@ class _Checked:
     def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         """See vLLM's; the weight is NaN."""
         super().create_weights(layer, *args, **kwargs)
-        if not layer.weight.is_meta:
-            layer.weight.data.fill_(float("nan"))
+        weight = layer.get_parameter("weight")
+        if not weight.is_meta:
+            weight.data.fill_(float("nan"))
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """See vLLM's.
@@ -36,8 +48,9 @@ class _Checked:
         Raises:
             CheckpointError: the weight was not loaded.
         """
+        weight = layer.get_parameter("weight")
         # The largest is NaN where any is, and takes no memory.
-        if layer.weight.numel() and layer.weight.data.amax().isnan():
+        if weight.numel() and weight.data.amax().isnan():
             raise CheckpointError(f"{self._prefix}: not all of its weight is in the checkpoint, or it holds NaN")
         super().process_weights_after_loading(layer)
 

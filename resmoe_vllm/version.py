@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from typing_extensions import override
+
 from compress_tools.errors import ConfigError
 from compress_tools.format.schema import QUANT_METHOD
 
@@ -49,9 +51,11 @@ def register_refusal(complaint: str) -> None:
             return []
 
         @classmethod
+        @override
         def from_config(cls, config: dict[str, Any]) -> "RefusedConfig":
             raise ConfigError(complaint)
 
+        @override
         def get_quant_method(self, layer: Any, prefix: str) -> None:
             raise ConfigError(complaint)
 

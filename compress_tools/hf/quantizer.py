@@ -30,7 +30,7 @@ from compress_tools.source.design_matrix import rows_to_expert
 from compress_tools.stored.checkpoint import ResMoECheckpoint
 
 
-class ResMoETransformersConfig(QuantizationConfigMixin):  # type: ignore[misc]  # mypy reads transformers as Any
+class ResMoETransformersConfig(QuantizationConfigMixin):
     """The ``quantization_config`` block, as transformers wants to hold it."""
 
     def __init__(self, **block: Any) -> None:
@@ -49,7 +49,7 @@ class ResMoETransformersConfig(QuantizationConfigMixin):  # type: ignore[misc]  
         return dict(self.block)
 
 
-class ResMoEQuantizer(HfQuantizer):  # type: ignore[misc]  # mypy reads transformers as Any
+class ResMoEQuantizer(HfQuantizer):
     """Puts ``FactoredExperts`` in place of each compressed layer's experts."""
 
     requires_calibration = False

@@ -74,7 +74,7 @@ def align_ref(topk_ids: Tensor, block: int, num_experts: int, expert_map: Tensor
     return torch.tensor(pairs, dtype=torch.int32), torch.tensor(experts, dtype=torch.int32), len(pairs)
 
 
-def products_ref(a: Tensor, rows: Tensor, ids: Tensor | None, transposed: bool) -> Tensor:
+def products_ref(a: Tensor, rows: Tensor, ids: Tensor | None, *, transposed: bool) -> Tensor:
     """Each row times its expert's weight, fp32.
 
     Args:
@@ -116,7 +116,7 @@ def combine_ref(
 ) -> Tensor:
     """Slabs of pairs ``[S, T*K, N]``, where their expert is here, and of tokens ``[S, T, N]``: the sum ``[T, N]``."""
     here = (local_ids(topk_ids, expert_map) >= 0).flatten()[:, None]
-    total = torch.where(here, pairs.float().sum(0), 0.0).unflatten(0, topk_ids.shape).sum(1)
+    total: Tensor = torch.where(here, pairs.float().sum(0), 0.0).unflatten(0, topk_ids.shape).sum(1)
     return (total if tokens is None else total + tokens.float().sum(0)).to(dtype)
 
 

@@ -176,6 +176,8 @@ def expert_scales(
     part: BitmapWeights | RowBitmapWeights, projection: Projection, expert: int, hidden_size: int
 ) -> Tensor:
     """A factor for each column of a bitmap with ``value_bits``: fp32 ``[I, H]``, or ``[I, 1]`` for whole rows."""
+    if part.scales is None:
+        raise ValueError("values that are not codes have no scales")
     return expand_scales(part.scales[projection][expert], hidden_size, part.group_size)
 
 

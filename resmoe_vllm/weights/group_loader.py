@@ -31,15 +31,15 @@ class GroupLoader:
         tp_rank: this rank's place among them.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  the group, and this rank's place
         self,
         fmt: ResMoEFormat,
         index: int,
         spec: LayerSpec,
         experts: tuple[int, ...],
         rows: dict[int, int],
-        owns_shared: bool,
         *,
+        owns_shared: bool,
         tp_size: int,
         tp_rank: int,
     ) -> None:

@@ -65,7 +65,14 @@ class LayerLoader:
             here = sorted((expert for expert in group.experts if local_expert(expert) >= 0), key=local_expert)
             rows = {expert: row for row, expert in enumerate(here)}
             loader = GroupLoader(
-                fmt, index, layer.of_group(group), group.experts, rows, number == 0, tp_size=tp_size, tp_rank=tp_rank
+                fmt,
+                index,
+                layer.of_group(group),
+                group.experts,
+                rows,
+                owns_shared=number == 0,
+                tp_size=tp_size,
+                tp_rank=tp_rank,
             )
             self.groups.append(loader)
             self.group_of |= dict.fromkeys(group.experts, loader)
@@ -88,7 +95,8 @@ class LayerLoader:
                 kind = dtype if follows_model_dtype(name.split("_", 1)[1]) else getattr(torch, stored_dtype)
                 tensor = torch.empty(1 if shared else len(group.rows), columns, dtype=kind)
                 param = torch.nn.Parameter(tensor, requires_grad=False)
-                param.weight_loader = partial(self.load, name)
+                # Where vLLM looks for it.
+                vars(param)["weight_loader"] = partial(self.load, name)
                 layer.register_parameter(attributes[name], param)
                 group.params[name] = param
             taken |= set(group.layout.params)
@@ -108,15 +116,16 @@ class LayerLoader:
             if group.rows
         )
 
+    # vLLM calls it by position and by these names.
     def load(
         self,
         name: str,
-        param: torch.nn.Parameter,
+        param: torch.nn.Parameter,  # noqa: ARG002
         loaded_weight: Tensor,
         weight_name: str = "",
         shard_id: str = "",
         expert_id: int = CENTER_EXPERT,
-        return_success: bool = False,
+        return_success: bool = False,  # noqa: FBT001, FBT002
     ) -> bool | None:
         """VLLM's weight loader of the parameter ``name``: check one tensor and put this rank's part in place.
 

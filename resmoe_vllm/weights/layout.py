@@ -81,7 +81,8 @@ class Slot:
 
     def view(self, param: Tensor) -> Tensor:
         """``[rows, columns]`` to ``[rows, *shape]``, without a copy."""
-        return param[:, self.start : self.start + prod(self.shape)].unflatten(1, self.shape)
+        view: Tensor = param[:, self.start : self.start + prod(self.shape)].unflatten(1, self.shape)
+        return view
 
 
 @dataclass(frozen=True)
@@ -225,14 +226,14 @@ def make_layout(fmt: ResMoEFormat, spec: LayerSpec, tp_size: int) -> LayerLayout
     slots: dict[Key, Slot] = {}
     ends: dict[str, int] = {}
 
-    def add(projection: Projection, suffix: str, shape: tuple[int, ...], dtype: str, shared: bool) -> None:
+    def add(projection: Projection, suffix: str, shape: tuple[int, ...], dtype: str, *, shared: bool) -> None:
         param = f"{PARAM_PREFIX[projection]}_{suffix}"
         slots[projection, suffix] = Slot(param, ends.get(param, 0), shape, dtype, shared)
         ends[param] = ends.get(param, 0) + prod(shape)
 
     def add_stored(tensor: TensorSpec) -> None:
         shape = (0,) if packed and tensor.suffix in STREAMS else tensor.shape
-        add(tensor.projection, tensor.suffix, shape, tensor.dtype, tensor.expert is None)
+        add(tensor.projection, tensor.suffix, shape, tensor.dtype, shared=tensor.expert is None)
 
     unordered = {p for part in spec.residual if part.row_pointers for p in part.projections}
     for tensor in shared_tensors(local, spec):

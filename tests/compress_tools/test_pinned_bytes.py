@@ -84,7 +84,7 @@ def pins_of(directory: Path) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     for shard in sorted(directory.glob("*.safetensors")):
         with safe_open(shard, "pt") as opened:
-            for name in opened.keys():
+            for name in opened.keys():  # noqa: SIM118  no iterator
                 tensor = opened.get_tensor(name).contiguous()
                 digest = hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
                 tensors[name] = f"{shard.name} {tensor.dtype} {list(tensor.shape)} {digest}"

@@ -1,6 +1,5 @@
 """One compressed layer without a model: random experts, stored by the format, loaded by the plugin."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -139,7 +138,10 @@ def new_loader(
 ) -> tuple[torch.nn.Module, LayerLoader]:
     """Parameters full of NaN, and their loader."""
     local = list(range(layer.fmt.num_experts)) if local_experts is None else local_experts
-    local_of: Callable[[int], int] = lambda expert: local.index(expert) if expert in local else -1  # noqa: E731
+
+    def local_of(expert: int) -> int:
+        return local.index(expert) if expert in local else -1
+
     loader = LayerLoader(layer.fmt, 0, local_of, tp_size, tp_rank)
     module = torch.nn.Module()
     loader.create_params(module, dtype or DTYPES[layer.fmt.dtype])

@@ -132,7 +132,7 @@ def test_no_kernel_is_an_error_when_weights_are_created(monkeypatch: pytest.Monk
         create(Moe(), dtype=torch.bfloat16)
     with pytest.raises(KernelUnsupportedError, match="no kernel in float64 on cpu"):
         ops.check_kernel(frozenset({"low_rank"}), torch.float64, "cpu")
-    with pytest.raises(KernelUnsupportedError, match="no kernel for magic; it has: bitmap, .*quantized_center"):
+    with pytest.raises(KernelUnsupportedError, match=r"no kernel for magic; it has: bitmap, .*quantized_center"):
         ops.check_kernel(frozenset({"low_rank", "magic"}), torch.bfloat16, "cpu")
 
 

@@ -74,7 +74,10 @@ def align(topk_ids: Tensor, block: int, num_experts: int, expert_map: Tensor | N
 
         # vLLM counts global experts
         counted = num_experts if expert_map is None else len(expert_map)
-        return moe_align_block_size(topk_ids, block, counted, expert_map, ignore_invalid_experts=True)
+        aligned: tuple[Tensor, Tensor, Tensor] = moe_align_block_size(
+            topk_ids, block, counted, expert_map, ignore_invalid_experts=True
+        )
+        return aligned
     blocks = max_blocks(num_pairs, block, num_experts)
     sorted_pairs = torch.empty(blocks * block, dtype=torch.int32, device=topk_ids.device)
     block_experts = torch.empty(blocks, dtype=torch.int32, device=topk_ids.device)

@@ -8,6 +8,7 @@ import json
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,7 +51,7 @@ class Config:
     programs: int
 
     @classmethod
-    def from_dict(cls, fields: dict) -> "Config":
+    def from_dict(cls, fields: dict[str, Any]) -> "Config":
         """Inverse of ``dataclasses.asdict``."""
         blocks = {name: Blocks(**fields[name]) for name in ("first", "hidden", "shrink", "last")}
         return cls(**{**fields, **blocks})

@@ -171,8 +171,8 @@ class _Run:
             center = None if side.center is None else next(slabs)
             shrunk = None if side.factors is None else next(slabs)
             rank = 0 if side.factors is None else side.factors.rank
-            spec = SideSpec(0 if center is None else len(center), rank, 0 if shrunk is None else len(shrunk))
-            sides.append((Side(center, shrunk), spec))
+            side_spec = SideSpec(0 if center is None else len(center), rank, 0 if shrunk is None else len(shrunk))
+            sides.append((Side(center, shrunk), side_spec))
         (gate, gate_spec), (up, up_spec) = sides
         factors = plan.gate.factors, plan.up.factors
         hidden = torch.empty(self.pairs, size_i, dtype=self.x.dtype, device=self.x.device)
@@ -192,7 +192,7 @@ class _Run:
             up_spec,
             *(plan.up.tile or NOTHING),
             *(NOTHING if factors[1] is None else factors[1].u),
-            SHARED_U=None not in factors and factors[0].part == factors[1].part,
+            SHARED_U=factors[0] is not None and factors[1] is not None and factors[0].part == factors[1].part,
             SIZE_H=size_h,
             SIZE_I=size_i,
             ACTIVATION=activation,

@@ -32,8 +32,14 @@ def plan_layer(weights: ResMoEWeights, restore: bool) -> LayerPlan:
             f"resmoe's GPU kernels take experts of up to 2**31 weights, not three of "
             f"[{weights.intermediate_size}, {weights.hidden_size}]; use tensor parallelism"
         )
-    plans = (_plan(weights, projection, restore) for projection in ("gate_proj", "up_proj", "down_proj"))
-    return LayerPlan(*plans, weights.num_experts, weights.intermediate_size, weights.hidden_size)
+    return LayerPlan(
+        _plan(weights, "gate_proj", restore),
+        _plan(weights, "up_proj", restore),
+        _plan(weights, "down_proj", restore),
+        weights.num_experts,
+        weights.intermediate_size,
+        weights.hidden_size,
+    )
 
 
 def _plan(weights: ResMoEWeights, projection: Projection, restore: bool) -> Plan:
@@ -94,7 +100,7 @@ def rows_tile(own: Matrix) -> Weight:
 
 
 def sum_tile(
-    center: Matrix | None, parts: list[QuantizedWeights | BitmapWeights | RowBitmapWeights], projection: str
+    center: Matrix | None, parts: list[QuantizedWeights | BitmapWeights | RowBitmapWeights], projection: Projection
 ) -> Weight | None:
     """Center and the parts that cover the projection; None where there is no term."""
     tile, spec = Tile(), TileSpec()
@@ -114,12 +120,15 @@ def sum_tile(
     return None if spec == TileSpec() else (tile, spec)
 
 
-def _add_bitmap(tile: Tile, spec: TileSpec, part: BitmapWeights | RowBitmapWeights, projection: str) -> Weight:
+def _add_bitmap(tile: Tile, spec: TileSpec, part: BitmapWeights | RowBitmapWeights, projection: Projection) -> Weight:
     mask = part.mask[projection]
-    by_row = isinstance(part, RowBitmapWeights)
-    values = part.values[projection] if by_row else part.values
-    row_ptr = None if by_row else part.row_ptr[projection]
-    starts = None if by_row else part.starts
+    row_ptr = starts = None
+    row_stride = 0
+    if isinstance(part, RowBitmapWeights):
+        values = part.values[projection]
+        row_stride = values.shape[-1] * 8 // (part.value_bits or 8)
+    else:
+        values, row_ptr, starts = part.values, part.row_ptr[projection], part.starts
     scales = None if part.scales is None else part.scales[projection]
     tile = tile._replace(
         mask=mask,
@@ -137,7 +146,7 @@ def _add_bitmap(tile: Tile, spec: TileSpec, part: BitmapWeights | RowBitmapWeigh
     spec = spec._replace(
         value_bits=part.value_bits or PLAIN,
         value_group=part.group_size or 0,
-        row_stride=values.shape[-1] * 8 // (part.value_bits or 8) if by_row else 0,
+        row_stride=row_stride,
     )
     return tile, spec
 

@@ -199,11 +199,13 @@ def test_products(routed: bool, transposed: bool) -> None:
     spec = launches.ProductSpec(routed, 2 if routed else 1, 1, False, transposed, 41, 131, 1)
     job = launches._Job(run.x, 131, tile, spec)
     a = run.x.cpu().repeat_interleave(2, 0) if routed else run.x.cpu()
-    expected = products_ref(a, rows, local_ids(ids, None).flatten() if routed else None, transposed)
+    expected = products_ref(a, rows, local_ids(ids, None).flatten() if routed else None, transposed=transposed)
     found = run.products([job, job], SMALL)
     assert [len(slabs) for slabs in found] == [2, 2]
     for slabs in found:
-        sizes = products_ref(a.abs(), rows.abs(), local_ids(ids, None).flatten() if routed else None, transposed)
+        sizes = products_ref(
+            a.abs(), rows.abs(), local_ids(ids, None).flatten() if routed else None, transposed=transposed
+        )
         assert_within(slabs.sum(0).cpu(), expected, sum_bound(sizes, 131))
 
 
