@@ -12,15 +12,15 @@ from compress_tools.format.parts.low_rank import U, V
 from compress_tools.format.parts.quantized import CODES
 from compress_tools.format.tensors import CENTER_EXPERT, tensor_name
 from resmoe_vllm.kernels.reference import restore_ref
-from resmoe_vllm.weights.layout import PARAM_PREFIX, PROJECTION_OF_SHARD, layout_key, parse_layout
+from resmoe_vllm.weights.layout import PARAM_PREFIX, PROJECTION_OF_SHARD, make_layout
 from tests.resmoe_vllm.layers import (
     StoredLayer,
+    bound_weights,
     grouped_layer,
     hand_over,
     layer_kinds,
     load_all,
     new_loader,
-    op_tensors,
     store_layer,
 )
 from tests.resmoe_vllm.twins import DOWN, GATE, PROJECTIONS, UP
@@ -38,11 +38,11 @@ def stored(kind: str) -> StoredLayer:
 def check_restored(module, loader, layer: StoredLayer, experts: list[int], rank: int = 0, ranks: int = 1) -> int:
     """Every expert's rows of this rank are the format's own; returns how many matrices were compared."""
     size, compared = SIZE_I // ranks, 0
-    called = iter(range(len(module.calls)))
+    bound = iter(loader.bind(module))
     for group in loader.groups:
         if not group.rows:
             continue
-        weights = group.layout.bind(op_tensors(module, next(called)))
+        weights = next(bound).weights
         for expert, row in group.rows.items():
             assert expert in experts
             whole = layer.restored(expert)
@@ -124,8 +124,7 @@ def test_masks_without_a_broken_byte_are_taken_to_the_last_column(size_h: int) -
     layer = store_layer(layer_kinds(6, size_h)["bitmap-joint"], 2, 6, size_h, "float32")
     module, loader = new_loader(layer)
     load_all(module, loader, layer)
-    (group,) = loader.groups
-    weights = group.layout.bind(op_tensors(module))
+    weights = bound_weights(module, loader)
     for projection in PROJECTIONS:
         expected = layer.restored(1)[projection]
         torch.testing.assert_close(restore_ref(weights, projection, 1), expected, rtol=0, atol=1e-6)
@@ -137,7 +136,7 @@ def test_packed_values_lie_behind_each_other() -> None:
     for rank in range(3):
         module, loader = new_loader(layer, tp_size=3, tp_rank=rank)
         load_all(module, loader, layer)
-        first, second = loader.groups[0].layout.bind(op_tensors(module)).residual
+        first, second = bound_weights(module, loader).residual
         assert first.values.numel() + second.values.numel() == sum(
             param.numel() for name, param in module.named_parameters() if name.endswith(VALUES)
         )
@@ -214,7 +213,7 @@ def test_dtype_and_shape_are_each_checked(kind, expert, projection, suffix, name
 def test_slots_fill_their_parameters_without_gap_or_overlap(kind: str, tp_size: int) -> None:
     layer = stored(kind)
     for group in layer.spec.expert_groups(SIZE_E):
-        layout = parse_layout(layout_key(layer.fmt, layer.spec.of_group(group), tp_size))
+        layout = make_layout(layer.fmt, layer.spec.of_group(group), tp_size)
         assert layout.packed == (tp_size > 1)
         assert layout.intermediate_size == SIZE_I // tp_size
         for name, (columns, dtype, shared) in layout.params.items():
