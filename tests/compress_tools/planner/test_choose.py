@@ -92,11 +92,12 @@ def test_reported_numbers(measured: Measured) -> None:
 
 
 def test_the_smallest_possible_ratio_is_named_and_possible(measured: Measured) -> None:
+    measured.layers[0] = layer((101, 0.6), (200, 0.2))  # 0.40033: rounded down it would not be possible
     with pytest.raises(ConfigError) as caught:
         ask(measured, 199)
-    least = ceil((DENSE + 200) / 3 / DENSE * 1e4) / 1e4
+    least = ceil((DENSE + 201) / 3 / DENSE * 1e4) / 1e4
     assert str(caught.value).endswith(f"the smallest possible is {least}")
-    assert choose(measured, make_planner_config(target_bytes_ratio=least)).expert_bytes_after == DENSE + 200
+    assert choose(measured, make_planner_config(target_bytes_ratio=least)).expert_bytes_after == DENSE + 201
 
 
 def test_bounds_hold_to_the_byte(measured: Measured) -> None:
@@ -213,6 +214,18 @@ def test_every_size_is_the_formats_own(family: str, tmp_path: Path) -> None:
             made = Choice((tuple(range(own.num_experts)),), (bits,) * width, ((coder,),) * width)
             laid_out = make_target(reader, make_config(), dict.fromkeys(target.source.layers, made.spec(own)))
             assert laid_out.expert_bytes_after == len(target.source.layers) * own.uniform(coder, bits), coder.label
+
+
+def test_biases_count_in_every_choice(tmp_path: Path) -> None:
+    path = save_tiny_model("gpt_oss", tmp_path / "m", torch.bfloat16, save_original_format=False)
+    own = Sizes(make_target(CheckpointReader(path), make_config()).fmt)
+    assert own.layer_biases > 0
+    energy = torch.ones(own.num_experts, 3, dtype=torch.float64)
+    found = LayerMeasurement({(0, TWO): energy}, {0: energy}, energy, exact=True)
+    everyone = (tuple(range(own.num_experts)),)
+    (apart, dense) = Rated(found, energy, own).choices(everyone, 10**9).points()
+    assert apart.nbytes == own.uniform(TWO, 0)
+    assert dense.pick is None
 
 
 @pytest.mark.parametrize("share", [0.15, 0.3, 0.6])

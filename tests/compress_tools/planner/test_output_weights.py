@@ -156,13 +156,13 @@ def test_calibration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layer.0": torch.full((3, 64), torch.nan)}, "'layer.0' is not finite"),
+        ({"layer.0": torch.ones(3, 64).index_fill(1, torch.tensor(5), torch.inf)}, "'layer.0' is not finite"),
         ({"layer.0": torch.ones(0, 64)}, "expected [N, 64]"),
         ({"layer.0.routing": torch.ones(4, 4)}, "layer.0.routing has 4 rows, layer.0 3"),
         ({"layer.0.routing": torch.ones(3, 5)}, "expected [N, 4]"),
         ({"layer.0.routing": torch.zeros(3, 4)}, "layer 0: the experts' outputs are all zero"),
     ],
-    ids=["nan", "empty", "other-rows", "other-experts", "nothing-routed"],
+    ids=["inf", "empty", "other-rows", "other-experts", "nothing-routed"],
 )
 def test_refusals(tmp_path: Path, change: dict[str, torch.Tensor], message: str) -> None:
     path = tmp_path / "inputs.safetensors"

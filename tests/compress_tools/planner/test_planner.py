@@ -269,6 +269,9 @@ layers:
         ("old", "new", "message"),
         [
             ("version: 1", "version: 7", "line 1: version: found 7, this version reads 1"),
+            ("version: 1", "version: 0", "line 1: version: found 0, this version reads 1"),
+            ("1: dense", "-1: dense", "line 17: layers.-1: expected a layer index"),
+            ("1: dense", "true: dense", "line 17: layers.True: expected a layer index"),
             ("seed: 0\n", "", "line 1: seed is missing"),
             ("seed: 0", "seed: -1", "line 5: seed: Input should be greater than or equal to 0"),
             ("seed: 0", "sead: 0", "line 5: sead: unknown key"),
