@@ -33,7 +33,7 @@ check: $(STAMP)  ## style, types, import contracts, spelling, C++ layout, Docker
 	$(BIN)/codespell
 	$(BIN)/clang-format --dry-run --Werror $(wildcard resmoe_vllm/kernels/cpu/csrc/*)
 	$(BIN)/hadolint docker/Dockerfile.cpu docker/Dockerfile.cuda
-	$(BIN)/mkdocs build --quiet --strict --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 clean:  ## remove the environment and everything that the commands above wrote
 	rm -rf $(VENV) demo-output build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 
 FOLDER = "repository"
 _LINK = re.compile(r"\]\(((?:\.\./)+[^)#\s]+)")
@@ -32,7 +32,10 @@ def on_files(files: Files, config: Any) -> Files:
             name = repository_file(page, link, docs)
             uri = f"{FOLDER}/{name}"
             if name is not None and files.get_file_from_path(uri) is None:
-                files.append(File.generated(config, uri, abs_src_path=str(docs.parent / name)))
+                file = File.generated(
+                    config, uri, abs_src_path=str(docs.parent / name), inclusion=InclusionLevel.NOT_IN_NAV
+                )
+                files.append(file)
     return files
 
 

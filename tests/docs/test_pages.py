@@ -3,6 +3,8 @@
 import json
 import re
 import runpy
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -198,3 +200,23 @@ def test_install_page_lists_the_extras():
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     listed = table((REPO / "docs/install.md").read_text(encoding="utf-8"), "## Extras")
     assert {extra.strip("`") for cell in listed for extra in cell.split(", ")} == set(project["optional-dependencies"])
+
+
+def test_site_builds_without_a_warning(tmp_path: Path):
+    # Not --quiet: it drops the warnings that --strict counts.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site/repository/compress_tools/format/SPEC/index.html").is_file()
+    assert "--quiet" not in re.findall(r"mkdocs build.*", (REPO / "Makefile").read_text())[0]
+
+
+def test_code_names_pages_that_exist():
+    """A comment or docstring may cite the repository's own pages, and no others."""
+    folders = ("benchmarks", "compress_tools", "docker", "docs", "resmoe_vllm", "tests")
+    sources = [
+        path for folder in folders for path in (REPO / folder).rglob("*") if path.suffix in (".py", ".cpp", ".h", ".sh")
+    ]
+    cited = {(path, page) for path in sources for page in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text())}
+    assert len(cited) > 3
+    assert [f"{path}: {page}" for path, page in cited if not (REPO / page).is_file()] == []
