@@ -122,11 +122,14 @@ def store_layer(spec: LayerSpec, num_experts: int, size_i: int, size_h: int, dty
 
 
 def hand_over(module: torch.nn.Module, key: tuple[Projection, str], expert: int, tensor: Tensor) -> bool:
-    """Give one stored tensor to the parameter that vLLM's loaders would pick."""
+    """Give one stored tensor to the parameter that vLLM's loaders would pick, in a buffer that is used again."""
     projection, suffix = key
     prefix, shard = VLLM_PLACES[projection]
     param = getattr(module, f"{prefix}_{suffix}")
-    return param.weight_loader(param, tensor, suffix, shard_id=shard, expert_id=expert, return_success=True)
+    buffer = tensor.clone()
+    loaded = param.weight_loader(param, buffer, suffix, shard_id=shard, expert_id=expert, return_success=True)
+    buffer.fill_(float("nan") if buffer.is_floating_point() else 0xAA)
+    return loaded
 
 
 def new_loader(

@@ -11,6 +11,7 @@ from resmoe_vllm import config as config_module
 from resmoe_vllm import fused_moe
 from resmoe_vllm.config import ResMoEConfig
 from resmoe_vllm.fused_moe import ResMoEFusedMoEMethod
+from tests.resmoe_vllm.kernels.test_vllm_kernels import forward_pass
 from tests.resmoe_vllm.layers import grouped_layer, hand_over, layer_kinds, store_layer
 from tests.resmoe_vllm.test_vllm_refusals import FMT, Moe, Parallel, create
 
@@ -25,6 +26,7 @@ class Layer(torch.nn.Module):
         self.apply_router_weight_on_input = False
         self.swiglu_limit = self.swiglu_alpha = self.swiglu_beta = None
         self.expert_map = None
+        self.layer_name = "layer"
 
     @staticmethod
     def _map_global_expert_id_to_local_expert_id(expert: int) -> int:
@@ -47,7 +49,7 @@ def test_every_scale_of_swiglu_is_refused(field: str, value: float) -> None:
     ids=["the plain backend", "no kernels at all"],
 )
 def test_what_needs_no_kernels_of_its_own_is_served(parallel: Parallel) -> None:
-    assert len(create(Moe(moe_parallel_config=parallel)).calls) == 1
+    assert len(create(Moe(moe_parallel_config=parallel)).loader.groups) == 1
 
 
 class _Routed:
@@ -133,7 +135,8 @@ def test_apply_is_a_loop_over_restored_experts(kind: str) -> None:
     weights = torch.rand(6, 2, generator=generator)
     ids = torch.stack([torch.randperm(SIZE_E, generator=generator)[:2] for _ in range(6)])
     ids[2, 1] = -1
-    found = method.apply(layer, x, weights, ids)
+    with forward_pass(layer=method.bound):
+        found = method.apply(layer, x, weights, ids)
     torch.testing.assert_close(found.double(), dense(stored, x, weights, ids), rtol=1e-4, atol=1e-5)
     assert method.get_fused_moe_quant_config(layer) is None
 
@@ -144,7 +147,9 @@ def test_incomplete_weights_are_refused_and_complete_ones_let_go() -> None:
         method.process_weights_after_loading(layer)
     load(layer, stored)
     method.process_weights_after_loading(layer)
-    assert method.loader is None
+    assert method.loader.finished
+    with pytest.raises(ConfigError, match="layer 0: resmoe doesn't support reloading weights in a running engine"):
+        load(layer, stored)
     # vLLM may call it again
     method.process_weights_after_loading(layer)
 
@@ -154,7 +159,8 @@ def test_dummy_weights_are_loaded_where_vllm_asks_for_them(monkeypatch: pytest.M
     method, layer, _ = made("groups")
     method.process_weights_after_loading(layer)
     ids = torch.arange(SIZE_E)[:, None]
-    out = method.apply(layer, torch.ones(SIZE_E, SIZE_H), torch.ones(SIZE_E, 1), ids)
+    with forward_pass(layer=method.bound):
+        out = method.apply(layer, torch.ones(SIZE_E, SIZE_H), torch.ones(SIZE_E, 1), ids)
     assert out.isfinite().all()
     assert (out.abs().amax(1) > 0).all()
 

@@ -170,6 +170,27 @@ def test_align(routing: str, mapped: bool, block: int) -> None:
     assert torch.equal(found[1][: length // block].cpu(), blocks)
 
 
+@pytest.mark.parametrize("experts", [16, 32, 64])
+def test_align_of_powers_of_two_with_padding(experts: int) -> None:
+    """Padding needs a bin of its own beside one for each expert."""
+    ids = torch.randint(-1, experts, (40, 2), generator=torch.Generator().manual_seed(0)).int()
+    assert (ids < 0).any()
+    pairs, blocks, length = align_ref(ids, 16, experts, None)
+    found = align.align(ids.to(DEVICE), 16, experts, None)
+    assert found[2].tolist() == [length]
+    assert torch.equal(found[0][:length].cpu(), pairs)
+    assert torch.equal(found[1][: length // 16].cpu(), blocks)
+
+
+def test_a_bitmap_wider_than_a_step_of_counting() -> None:
+    """Kept values left of a block are counted 256 columns at a time."""
+    layer = store_layer(layer_kinds(5, 600)["bitmap-joint"], 2, 5, 600, "float32")
+    module, loader = new_loader(layer)
+    load_all(module, loader, layer)
+    weights, ids = make_routing(2, "T1-KE")
+    check(module.to(DEVICE), loader.groups[0].layout, weights, ids, hidden_states(1, 600, "float32"), "float32")
+
+
 def test_align_over_several_chunks() -> None:
     ids = torch.randint(-1, 40, (700, 4), generator=torch.Generator().manual_seed(0)).int()
     pairs, blocks, length = align_ref(ids, 32, 40, None)

@@ -84,11 +84,18 @@ def test_a_tensor_of_another_group_is_refused() -> None:
         hand_over(module, (GATE, CODES), 2, layer.experts[0][GATE, CODES])
 
 
-def test_rows_of_unequal_counts_are_refused() -> None:
+@pytest.mark.parametrize("more", [True, False], ids=["one_more", "one_less"])
+def test_rows_of_unequal_counts_are_refused(more: bool) -> None:
     layer = stored("bitmap_rows")
-    layer.experts[3][DOWN, MASK][5, 0] ^= 1
+    byte = int(layer.experts[3][DOWN, MASK][5, 0])
+    free = ~byte & 255
+    assert byte
+    assert free
+    layer.experts[3][DOWN, MASK][5, 0] = byte | (free & -free) if more else byte & (byte - 1)
     module, loader = new_loader(layer)
-    with pytest.raises(FormatError, match=r"experts\.3\.down_proj\.resmoe_mask: a row keeps 2[13] values, expected 22"):
+    kept = 23 if more else 21
+    message = rf"experts\.3\.down_proj\.resmoe_mask: a row keeps {kept} values, expected 22"
+    with pytest.raises(FormatError, match=message):
         load_all(module, loader, layer)
 
 

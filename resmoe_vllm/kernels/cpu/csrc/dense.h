@@ -5,66 +5,17 @@
 // other; an axpy adds row after row.
 #pragma once
 
-#include <immintrin.h>
-#include <stdint.h>
-#include <string.h>
-
-#include <algorithm>
+#include "vec.h"
 
 namespace resmoe {
 
-constexpr int kLanes = 8;
-constexpr int64_t kRows = 32;           // rows of a block: of U they stay in the first cache between dots and axpys
-constexpr int64_t kInputs = 48;         // inputs of a block, a multiple of 3: with kDotColumns they stay in the second
+constexpr int64_t kRows = 32;    // rows of a block: of U they stay in the first cache between dots and axpys
+constexpr int64_t kInputs = 48;  // inputs of a block, a multiple of 3: with kDotColumns they stay in the second
 constexpr int64_t kDotColumns = 1024;
 constexpr int64_t kAxpyColumns = 256;
 
-// ---- one vector of 8 weights as fp32 -------------------------------------------------------------------------
-
-struct BF16 {
-  using type = uint16_t;
-  static inline __m256 widen(__m128i w) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(w), 16)); }
-  static inline __m256 load(const type* p) { return widen(_mm_loadu_si128((const __m128i*)p)); }
-  static inline float scalar(type w) {
-    uint32_t bits = (uint32_t)w << 16;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-  }
-};
-struct FP16 {
-  using type = uint16_t;
-  static inline __m256 widen(__m128i w) { return _mm256_cvtph_ps(w); }
-  static inline __m256 load(const type* p) { return widen(_mm_loadu_si128((const __m128i*)p)); }
-  static inline float scalar(type w) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(w))); }
-};
-struct FP32 {
-  using type = float;
-  static inline __m256 load(const type* p) { return _mm256_loadu_ps(p); }
-  static inline float scalar(type w) { return w; }
-};
-
-inline float sum(__m256 v) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
-
-// The last n % 8 columns are read with the seven or fewer before them, which the mask clears.
-alignas(32) constexpr int32_t kTailMasks[2 * kLanes] = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1};
-inline __m256 keep_last(__m256 v, int64_t columns) {
-  return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_loadu_si256((const __m256i*)(kTailMasks + columns))));
-}
-template <class T>
-inline __m256 load_tail(const typename T::type* row, int64_t n, int64_t columns) {
-  if (n >= kLanes) return keep_last(T::load(row + n - kLanes), columns);
-  alignas(32) float lanes[kLanes] = {};
-  for (int64_t c = n - columns; c < n; ++c) lanes[kLanes - n + c] = T::scalar(row[c]);
-  return _mm256_load_ps(lanes);
-}
-
-// The cache lines of 32 columns of R rows; beyond a buffer's end nothing happens. Always inline: GCC drops calls of what
-// does nothing but prefetch.
+// The cache lines of 32 columns of R rows; beyond a buffer's end nothing happens. Always inline: GCC drops calls of
+// what does nothing but prefetch.
 template <class T, int R>
 __attribute__((always_inline)) inline void fetch_ahead(const typename T::type* row, int64_t stride) {
 #pragma GCC unroll 4
@@ -78,8 +29,8 @@ __attribute__((always_inline)) inline void fetch_ahead(const typename T::type* r
 
 // Eight columns of R rows and S inputs into one of the chains of sums.
 template <class T, int R, int S, int Chains>
-__attribute__((always_inline)) inline void dot_lanes(const typename T::type* row, int64_t stride, const float* const* x, int64_t c, int chain,
-                      __m256 (&acc)[R][S][Chains]) {
+__attribute__((always_inline)) inline void dot_lanes(const typename T::type* row, int64_t stride, const float* const* x,
+                                                     int64_t c, int chain, __m256 (&acc)[R][S][Chains]) {
   __m256 in[S];
 #pragma GCC unroll 16
   for (int s = 0; s < S; ++s) in[s] = _mm256_loadu_ps(x[s] + c);
@@ -134,11 +85,15 @@ inline void dot_tile(const typename T::type* row, int64_t stride, const float* c
 }
 
 template <class T, int R, int Chains, bool Ahead, class... Rest>
-inline void dot_inputs(int64_t inputs, const typename T::type* row, int64_t stride, const float* const* x, Rest... rest) {
+inline void dot_inputs(int64_t inputs, const typename T::type* row, int64_t stride, const float* const* x,
+                       Rest... rest) {
   switch (inputs) {
-    case 1: return dot_tile<T, R, 1, Chains, Ahead>(row, stride, x, rest...);
-    case 2: return dot_tile<T, R, 2, Chains, Ahead>(row, stride, x, rest...);
-    default: return dot_tile<T, R, 3, Chains, Ahead>(row, stride, x, rest...);
+    case 1:
+      return dot_tile<T, R, 1, Chains, Ahead>(row, stride, x, rest...);
+    case 2:
+      return dot_tile<T, R, 2, Chains, Ahead>(row, stride, x, rest...);
+    default:
+      return dot_tile<T, R, 3, Chains, Ahead>(row, stride, x, rest...);
   }
 }
 
@@ -171,13 +126,14 @@ void dot_block(const typename T::type* row, int64_t stride, int64_t rows, const 
 
 // sums[r * ld + s] += row r . x[s], n columns.
 template <class T, int Chains = 1>
-void add_dots(const typename T::type* row, int64_t stride, int64_t rows, int64_t n, const float* const* x, int64_t inputs,
-              float* sums, int64_t ld) {
+void add_dots(const typename T::type* row, int64_t stride, int64_t rows, int64_t n, const float* const* x,
+              int64_t inputs, float* sums, int64_t ld) {
   const int64_t width = Chains == 1 ? kDotColumns : n;
   if (inputs <= 3) {  // each row once: read it to its end
     for (int64_t r = 0; r < rows; r += 4)
       for (int64_t c = 0; c < n; c += width)
-        dot_block<T, Chains>(row + r * stride, stride, std::min<int64_t>(4, rows - r), x, inputs, c, std::min(n, c + width), sums + r * ld, ld);
+        dot_block<T, Chains>(row + r * stride, stride, std::min<int64_t>(4, rows - r), x, inputs, c,
+                             std::min(n, c + width), sums + r * ld, ld);
   } else {
     for (int64_t c = 0; c < n; c += width)
       dot_block<T, Chains>(row, stride, rows, x, inputs, c, std::min(n, c + width), sums, ld);
@@ -188,7 +144,8 @@ void add_dots(const typename T::type* row, int64_t stride, int64_t rows, int64_t
 
 // y[s] += a[s * lda + r] * row r for R rows at once, all columns: for few outputs, rows are read along.
 template <class T, int R, int S>
-inline void axpy_rows(const float* a, int64_t lda, const typename T::type* row, int64_t stride, float* const* y, int64_t n) {
+inline void axpy_rows(const float* a, int64_t lda, const typename T::type* row, int64_t stride, float* const* y,
+                      int64_t n) {
   __m256 factor[S][R];
 #pragma GCC unroll 4
   for (int s = 0; s < S; ++s)
@@ -241,14 +198,15 @@ inline void axpy_tile(const float* a, int64_t lda, const typename T::type* row, 
 }
 
 template <class T, int S>
-void axpy_columns(const float* a, int64_t lda, const typename T::type* row, int64_t stride, int64_t rows, float* const* y,
-                  int64_t begin, int64_t end) {
+void axpy_columns(const float* a, int64_t lda, const typename T::type* row, int64_t stride, int64_t rows,
+                  float* const* y, int64_t begin, int64_t end) {
   int64_t c = begin;
   for (; c + 4 * kLanes <= end; c += 4 * kLanes) axpy_tile<T, S, 4>(a, lda, row, stride, rows, y, c);
   for (; c + kLanes <= end; c += kLanes) axpy_tile<T, S, 1>(a, lda, row, stride, rows, y, c);
   for (; c < end; ++c)
     for (int s = 0; s < S; ++s)
-      for (int64_t r = 0; r < rows; ++r) y[s][c] = __builtin_fmaf(a[s * lda + r], T::scalar(row[r * stride + c]), y[s][c]);
+      for (int64_t r = 0; r < rows; ++r)
+        y[s][c] = __builtin_fmaf(a[s * lda + r], T::scalar(row[r * stride + c]), y[s][c]);
 }
 
 // y[s] += sum over r of a[s * lda + r] * row r, n columns.
@@ -259,23 +217,31 @@ void add_axpys(const float* a, int64_t lda, const typename T::type* row, int64_t
     for (int64_t r = 0; r < rows; r += 4) {
       const typename T::type* at = row + r * stride;
       if (rows - r >= 4) {
-        if (outputs == 1) axpy_rows<T, 4, 1>(a + r, lda, at, stride, y, n);
-        else axpy_rows<T, 4, 2>(a + r, lda, at, stride, y, n);
+        if (outputs == 1)
+          axpy_rows<T, 4, 1>(a + r, lda, at, stride, y, n);
+        else
+          axpy_rows<T, 4, 2>(a + r, lda, at, stride, y, n);
         continue;
       }
       for (int64_t j = 0; j < rows - r; ++j)
-        if (outputs == 1) axpy_rows<T, 1, 1>(a + r + j, lda, at + j * stride, stride, y, n);
-        else axpy_rows<T, 1, 2>(a + r + j, lda, at + j * stride, stride, y, n);
+        if (outputs == 1)
+          axpy_rows<T, 1, 1>(a + r + j, lda, at + j * stride, stride, y, n);
+        else
+          axpy_rows<T, 1, 2>(a + r + j, lda, at + j * stride, stride, y, n);
     }
     return;
   }
   for (int64_t c = 0; c < n; c += kAxpyColumns) {
     const int64_t end = std::min(n, c + kAxpyColumns);
-    for (int64_t s = 0; s < outputs; s += 3)
-      switch (outputs - s) {
-        case 1: axpy_columns<T, 1>(a + s * lda, lda, row, stride, rows, y + s, c, end); break;
-        case 2: axpy_columns<T, 2>(a + s * lda, lda, row, stride, rows, y + s, c, end); break;
-        default: axpy_columns<T, 3>(a + s * lda, lda, row, stride, rows, y + s, c, end);
+    for (int64_t s = 0; s < outputs; s += 3) switch (outputs - s) {
+        case 1:
+          axpy_columns<T, 1>(a + s * lda, lda, row, stride, rows, y + s, c, end);
+          break;
+        case 2:
+          axpy_columns<T, 2>(a + s * lda, lda, row, stride, rows, y + s, c, end);
+          break;
+        default:
+          axpy_columns<T, 3>(a + s * lda, lda, row, stride, rows, y + s, c, end);
       }
   }
 }

@@ -1,0 +1,357 @@
+// Rows of a bitmap and its kept values: decoded to fp32, or multiplied while they are decoded.
+#pragma once
+
+#include <type_traits>
+
+#include "abi.h"
+#include "dense.h"
+
+namespace resmoe {
+
+// mask byte -> shuffle controls that spread packed values to their lanes
+struct ShuffleTable {
+  alignas(32) uint8_t wide[256][32];    // to the upper half of 32-bit lanes: bf16 becomes fp32 by that alone
+  alignas(16) uint8_t narrow[256][16];  // to 16-bit lanes
+  alignas(32) uint8_t top[256][32];     // bytes to the top of 32-bit lanes, the ninth one below each
+  alignas(8) int8_t lane[256][8];       // source of each 32-bit lane, negative where there is none
+  ShuffleTable() {
+    for (int m = 0; m < 256; ++m)
+      for (int to = 0, next = 0; to < kLanes; ++to) {
+        const bool kept = m >> to & 1;
+        const uint8_t low = kept ? 2 * next : 0x80, high = kept ? 2 * next + 1 : 0x80;
+        wide[m][4 * to] = wide[m][4 * to + 1] = 0x80;
+        wide[m][4 * to + 2] = narrow[m][2 * to] = low;
+        wide[m][4 * to + 3] = narrow[m][2 * to + 1] = high;
+        top[m][4 * to] = top[m][4 * to + 1] = 0x80;
+        top[m][4 * to + 2] = kept ? 8 : 0x80;
+        top[m][4 * to + 3] = kept ? next : 0x80;
+        lane[m][to] = kept ? next : -1;
+        next += kept;
+      }
+  }
+};
+const ShuffleTable kShuffle;
+
+// What stands for a kept value: the layer's dtype or a code. level = scale / kOne * value, where value is an odd
+// number, so that 0 is left for columns that are not kept.
+struct Kept8 {
+  using type = uint8_t;
+  static constexpr float kOne = 1 << 24;
+  static inline float scalar(type code) { return kOne * (code - 127.5f); }
+};
+struct Kept4 {
+  using type = uint8_t;
+  static constexpr float kOne = 1 << 28;
+  static inline float scalar(type code) { return kOne * (code - 7.5f); }
+};
+struct Nibbles {  // a pointer to 4-bit codes, the low half of a byte first
+  const uint8_t* from;
+  int64_t at;
+  uint8_t operator*() const { return from[at >> 1] >> 4 * (at & 1) & 15; }
+  void operator+=(int64_t n) { at += n; }
+  Nibbles operator+(int64_t n) const { return {from, at + n}; }
+  int64_t operator-(const Nibbles& other) const { return 2 * (from - other.from) + at - other.at; }
+};
+template <class V>
+struct CursorTo {
+  using type = const typename V::type*;
+};
+template <>
+struct CursorTo<Kept4> {
+  using type = Nibbles;
+};
+template <class V>
+using Cursor = typename CursorTo<V>::type;
+template <class V>
+constexpr bool kCoded = std::is_same_v<V, Kept8> || std::is_same_v<V, Kept4>;
+inline const char* address(const void* values) { return (const char*)values; }
+inline const char* address(const Nibbles& values) { return (const char*)values.from + (values.at >> 1); }
+
+// Eight columns from packed values, of which it reads 8 (bf16, fp16: 16; fp32: 32) bytes. entry: the mask byte times
+// kEntry, the wide tables' offset.
+constexpr int kEntry = sizeof ShuffleTable::wide[0];
+template <class V>
+inline __m256 expand8(Cursor<V> values, uint64_t entry);
+template <>
+inline __m256 expand8<BF16>(const uint16_t* values, uint64_t entry) {
+  const __m256i packed = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)values));
+  return _mm256_castsi256_ps(
+      _mm256_shuffle_epi8(packed, _mm256_load_si256((const __m256i*)(kShuffle.wide[0] + entry))));
+}
+template <>
+inline __m256 expand8<FP16>(const uint16_t* values, uint64_t entry) {
+  const __m128i control = _mm_load_si128((const __m128i*)kShuffle.narrow[entry / kEntry]);
+  return FP16::widen(_mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)values), control));
+}
+template <>
+inline __m256 expand8<FP32>(const float* values, uint64_t entry) {
+  const __m256i lanes = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)kShuffle.lane[entry / kEntry]));
+  const __m256 spread = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), lanes);
+  return _mm256_blendv_ps(spread, _mm256_setzero_ps(), _mm256_castsi256_ps(lanes));
+}
+inline __m256 expand8(__m128i tops, uint64_t entry) {
+  const __m256i control = _mm256_load_si256((const __m256i*)(kShuffle.top[0] + entry));
+  return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(tops), control));
+}
+template <>
+inline __m256 expand8<Kept8>(const uint8_t* values, uint64_t entry) {  // code - 128 at the top, a half below
+  return expand8(_mm_xor_si128(_mm_loadl_epi64((const __m128i*)values), _mm_set1_epi8(-128)), entry);
+}
+template <>
+inline __m256 expand8<Kept4>(Nibbles values, uint64_t entry) {  // code - 8 in the upper half of a byte, a half below
+  uint64_t codes;
+  memcpy(&codes, address(values), 8);
+  return expand8(_mm_cvtsi64_si128(_pdep_u64(codes >> 4 * (values.at & 1), 0xf0f0f0f0f0f0f0f0u) ^ 0x8888888888888888u),
+                 entry);
+}
+
+#if defined(__AVX512VBMI2__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+constexpr bool kWideExpand = true;  // vpexpandw
+#else
+constexpr bool kWideExpand = false;
+#endif
+
+// Unpacks a row, 64 columns at a time: begin() with their mask, then octet(0) to octet(7), in this order. Reads up to
+// 72 values from `values` on, which moves to the next columns' first.
+template <class V>
+struct Unpacker {
+  Cursor<V> values;
+  uint64_t word;  // the mask, turned so that an octet's byte comes to lie at its table entry
+  static constexpr bool kExpand = kWideExpand && sizeof(typename V::type) == 2;
+  alignas(64) uint16_t lanes[kExpand ? 64 : 1];
+
+  __attribute__((always_inline)) inline void begin(const uint8_t* mask) {
+    memcpy(&word, mask, 8);
+#if defined(__AVX512VBMI2__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+    if constexpr (kExpand)
+      for (int half = 0; half < 2; ++half, word >>= 32) {
+        _mm512_store_si512(lanes + 32 * half, _mm512_maskz_expand_epi16((__mmask32)word, _mm512_loadu_si512(values)));
+        values += __builtin_popcount((uint32_t)word);
+      }
+#endif
+    static_assert(kEntry == 1 << 5);
+    if constexpr (!kExpand) word = word << 5 | word >> 59;
+  }
+  __attribute__((always_inline)) inline __m256 octet(int j) {
+    if constexpr (kExpand) return V::load((const typename V::type*)lanes + kLanes * j);
+    uint64_t entry = (word >> 8 * j | word << (64 - 8 * j) % 64) & 255 * kEntry;
+    asm("" : "+r"(entry));  // one number serves as offset and for counting: compilers would make two
+    const __m256 w = expand8<V>(values, entry);
+    values += __builtin_popcountll(entry);
+    return w;
+  }
+};
+
+template <class V>
+struct BitmapRow {
+  const uint8_t* mask;
+  Cursor<V> values;
+  int64_t readable;        // elements that may be read from values on
+  const uint16_t* scales;  // of codes: one for each group of columns
+  int64_t group;
+  float scale(int64_t c) const { return BF16::scalar(scales[c / group]) * (1.0f / V::kOne); }
+  // Columns that vectors may take: none of a row at the buffer's very end, or where groups end within 32 columns.
+  int64_t vectors(int64_t n) const {
+    if constexpr (kCoded<V>)
+      if (group < n && group % 32) return 0;
+    return readable >= n + 72 ? n / 64 * 64 : 0;
+  }
+};
+
+template <class V>
+BitmapRow<V> locate(const Bitmap& part, int p, int64_t mask_bytes, int64_t e, int64_t i, int64_t n) {
+  const uint8_t* mask = part.mask[p] + e * part.mask_stride[p] + i * mask_bytes;
+  int64_t start =
+      part.starts ? part.starts[e * part.starts_stride] : e * part.values_stride[p];  // elements, of codes bytes
+  int64_t first = part.row_ptr[p] ? part.row_ptr[p][e * part.row_ptr_stride[p] + i]
+                  : kCoded<V>     ? 0
+                                  : i * part.values_per_row;
+  if constexpr (!kCoded<V>) {
+    start += first;
+    return {mask, (Cursor<V>)part.values[p] + start, part.readable[p] - start, nullptr, n};
+  } else {
+    if (!part.row_ptr[p]) start += i * part.bits * octets_of(part.values_per_row);
+    const int64_t group = std::min(part.group, n), groups = (n + group - 1) / group;
+    const uint16_t* scales = part.scales[p] + e * part.scales_stride[p] + i * groups;
+    const uint8_t* codes = (const uint8_t*)part.values[p] + start;
+    const int64_t readable = (part.readable[p] - start) * 8 / part.bits - first;
+    if constexpr (std::is_same_v<V, Kept4>)
+      return {mask, {codes, first}, readable, scales, group};
+    else
+      return {mask, codes + first, readable, scales, group};
+  }
+}
+
+// Rows that stand together, and where the ones begin that are read after them: few inputs leave time to fetch those.
+template <class V, int R>
+struct BitmapRows {
+  Unpacker<V> packed[R];
+  const BitmapRow<V>* rows;
+  int64_t mask_ahead, values_ahead;  // from a row to the one R rows on
+  int64_t scaled = 0;                // codes: where columns end that share the scales at hand
+  __m256 scale[R][2];                // of the first 32 columns at hand, of the others
+  BitmapRows(const BitmapRow<V>* rows, const BitmapRow<V>& next)
+      : rows(rows), mask_ahead(next.mask - rows->mask), values_ahead(next.values - rows->values) {
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+      packed[r].values = rows[r].values;
+      scale[r][0] = scale[r][1] = _mm256_setzero_ps();
+    }
+  }
+  __attribute__((always_inline)) inline void begin(int64_t c) {
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+      _mm_prefetch(address(packed[r].values + values_ahead), _MM_HINT_T0);
+      if (c % 512 == 0) _mm_prefetch(rows[r].mask + mask_ahead + c / 8, _MM_HINT_T0);
+      packed[r].begin(rows[r].mask + c / 8);
+    }
+    if constexpr (kCoded<V>)
+      if (c + 64 > scaled) {
+        const int64_t group = rows->group;
+        scaled = c / group == (c + 32) / group ? (c / group + 1) * group : 0;
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+          for (int half = 0; half < 2; ++half) scale[r][half] = _mm256_set1_ps(rows[r].scale(c + 32 * half));
+      }
+  }
+  __attribute__((always_inline)) inline __m256 octet(int r, int j) {
+    const __m256 w = packed[r].octet(j);
+    if constexpr (kCoded<V>) return _mm256_mul_ps(w, scale[r][j / 4]);
+    return w;
+  }
+  // rest(r, k, value) for the kept columns k from c on
+  template <class Rest>
+  __attribute__((always_inline)) inline void tail(int64_t c, int64_t n, Rest rest) {
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r)
+      for (int64_t k = c; k < n; ++k)
+        if (rows[r].mask[k / 8] >> (k & 7) & 1) {
+          float w = V::scalar(*packed[r].values);
+          if constexpr (kCoded<V>) w *= rows[r].scale(k);
+          packed[r].values += 1;
+          rest(r, k, w);
+        }
+  }
+};
+
+template <class V>
+void decode_row(const BitmapRow<V>& row, int64_t n, float* out) {
+  BitmapRows<V, 1> at(&row, row);
+  const int64_t vectors = row.vectors(n);
+  for (int64_t c = 0; c < vectors; c += 64) {
+    at.begin(c);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) _mm256_storeu_ps(out + c + kLanes * j, at.octet(0, j));
+  }
+  std::fill(out + vectors, out + n, 0.0f);
+  at.tail(vectors, n, [&](int, int64_t k, float w) { out[k] = w; });
+}
+
+// Multiply while decoding, for few inputs: sums[r * ld + s] += row r . x[s], whole rows of n columns, a multiple of 64,
+// in the order of a dot of two chains. Two rows at a time hide the additions' latency and share x.
+template <class V, int R, int S>
+void dot_bitmap(const BitmapRow<V>* rows, const BitmapRow<V>& next, int64_t n, const float* const* x, float* sums,
+                int64_t ld) {
+  BitmapRows<V, R> at(rows, next);
+  __m256 acc[R][S][2];
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) acc[r][s][0] = acc[r][s][1] = _mm256_setzero_ps();
+  for (int64_t c = 0; c < n; c += 64) {
+    at.begin(c);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      __m256 in[S];
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) {
+        in[s] = _mm256_loadu_ps(x[s] + c + kLanes * j);
+        if (R > 1) asm("" : "+x"(in[s]));  // in a register, not loaded for each row
+      }
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        const __m256 w = at.octet(r, j);
+#pragma GCC unroll 4
+        for (int s = 0; s < S; ++s) acc[r][s][j & 1] = _mm256_fmadd_ps(w, in[s], acc[r][s][j & 1]);
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) sums[r * ld + s] += sum(_mm256_add_ps(acc[r][s][0], acc[r][s][1]));
+}
+
+// y[s] += a[s * lda + r] * row r, row after row.
+template <class V, int R, int S>
+void axpy_bitmap(const float* a, int64_t lda, const BitmapRow<V>* rows, const BitmapRow<V>& next, int64_t n,
+                 float* const* y) {
+  BitmapRows<V, R> at(rows, next);
+  __m256 factor[R][S];
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) factor[r][s] = _mm256_set1_ps(a[s * lda + r]);
+  int64_t c = 0;
+  for (; c + 64 <= n; c += 64) {
+    at.begin(c);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      __m256 into[S];
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) into[s] = _mm256_loadu_ps(y[s] + c + kLanes * j);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        const __m256 w = at.octet(r, j);
+#pragma GCC unroll 4
+        for (int s = 0; s < S; ++s) into[s] = _mm256_fmadd_ps(factor[r][s], w, into[s]);
+      }
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) _mm256_storeu_ps(y[s] + c + kLanes * j, into[s]);
+    }
+  }
+  at.tail(c, n, [&](int r, int64_t k, float w) {
+    for (int s = 0; s < S; ++s) y[s][k] = __builtin_fmaf(a[s * lda + r], w, y[s][k]);
+  });
+}
+
+constexpr int64_t kDirect = 4;  // inputs for which a row of a bitmap is multiplied while it is decoded
+
+// One or two rows.
+template <class V>
+void dot_bitmap(const BitmapRow<V>* rows, const BitmapRow<V>& next, int64_t count, int64_t n, const float* const* x,
+                int64_t inputs, float* sums, int64_t ld) {
+  if (count == 2 && inputs == 1) return dot_bitmap<V, 2, 1>(rows, next, n, x, sums, ld);
+  if (count == 2 && inputs == 2) return dot_bitmap<V, 2, 2>(rows, next, n, x, sums, ld);
+  for (int64_t r = 0; r < count; ++r) switch (inputs) {
+      case 1:
+        dot_bitmap<V, 1, 1>(rows + r, next, n, x, sums + r * ld, ld);
+        break;
+      case 2:
+        dot_bitmap<V, 1, 2>(rows + r, next, n, x, sums + r * ld, ld);
+        break;
+      case 3:
+        dot_bitmap<V, 1, 3>(rows + r, next, n, x, sums + r * ld, ld);
+        break;
+      default:
+        dot_bitmap<V, 1, 4>(rows + r, next, n, x, sums + r * ld, ld);
+    }
+}
+
+template <class V, int R>
+void axpy_bitmap(const float* a, int64_t lda, const BitmapRow<V>* rows, const BitmapRow<V>& next, int64_t n,
+                 float* const* y, int64_t outputs) {
+  switch (outputs) {
+    case 1:
+      return axpy_bitmap<V, R, 1>(a, lda, rows, next, n, y);
+    case 2:
+      return axpy_bitmap<V, R, 2>(a, lda, rows, next, n, y);
+    case 3:
+      return axpy_bitmap<V, R, 3>(a, lda, rows, next, n, y);
+    default:
+      return axpy_bitmap<V, R, 4>(a, lda, rows, next, n, y);
+  }
+}
+
+}  // namespace resmoe

@@ -1,0 +1,443 @@
+// One layer: routed pairs, the threads' shares, and the four phases.
+//
+// A pair is (token, local expert, router weight); pairs of one expert stand together. Phases, a barrier after each:
+//
+//   1  project_inputs: rows of center gate/up . x, once per token; rows of low-rank V gate/up . x, once per pair
+//   2  run_experts: for each block of an expert's pairs and of rows
+//        add_gate_up:    gate, up = center + residual
+//        activate_rows:  a = act(gate) * up * weight; mixed_hidden[token] += a
+//        add_down:       low rank: shrunk_hidden[pair] += a * U; others: out[token] += a * D_down
+//   3  project_outputs: out[token] += mixed_hidden[token] * center_down; out[token] += shrunk_hidden[pair] * V_down
+//   4  add_partial_outputs: sum of the threads' outputs
+//
+// U is read once for gate, up and down. Each thread owns its rows, so nothing is shared but sums per thread, and the
+// result depends on the number of threads by rounding only.
+//
+// Products (dense.h) read rows in the layer's dtype where they lie. Rows of codes (codes.h) are multiplied while they
+// are decoded, rows of bitmaps (bitmap.h) for few tokens too; for many these are decoded four at a time for all tokens
+// of an expert.
+#pragma once
+
+#include <math.h>
+#include <omp.h>
+
+#include <vector>
+
+#include "bitmap.h"
+#include "codes.h"
+
+namespace resmoe {
+
+constexpr int64_t kSums = 2 * kInputs;
+
+inline float activate(int32_t kind, float g) {
+  if (kind == kSilu) return g / (1.0f + expf(-g));
+  if (kind == kGelu) return 0.5f * g * (1.0f + erff(g * 0.70710678118654752f));
+  return 0.5f * g * (1.0f + tanhf(0.79788456080286536f * (g + 0.044715f * g * g * g)));
+}
+
+inline float load(const uint16_t* from, int32_t dtype, int64_t i) {
+  return dtype == kHalf ? FP16::scalar(from[i]) : BF16::scalar(from[i]);
+}
+
+// Rounded to nearest, ties to even.
+inline void store(void* into, int32_t dtype, int64_t i, float value) {
+  if (dtype == kFloat) {
+    ((float*)into)[i] = value;
+  } else if (dtype == kHalf) {
+    ((uint16_t*)into)[i] = _mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(value), _MM_FROUND_TO_NEAREST_INT), 0);
+  } else {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    ((uint16_t*)into)[i] = value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  }
+}
+
+struct Span {
+  int64_t begin, end;
+};
+inline Span share(int64_t n, int64_t grain, int thread, int threads) {
+  const int64_t blocks = (n + grain - 1) / grain;
+  return {std::min(n, blocks * thread / threads * grain), std::min(n, blocks * (thread + 1) / threads * grain)};
+}
+
+struct Routing {
+  std::vector<int32_t> token;  // [P]
+  std::vector<float> weight;   // [P]
+  std::vector<int64_t> begin;  // [E + 1] first pair of each expert
+
+  // ids: global experts, negative ones are skipped; map: global -> local, negative where not here, or null.
+  Routing(const int32_t* ids, const float* weights, int64_t tokens, int64_t top_k, const int32_t* map, int64_t experts)
+      : begin(experts + 1) {
+    const auto local = [&](int64_t k) { return ids[k] < 0 ? -1 : map ? map[ids[k]] : ids[k]; };
+    std::vector<int64_t> last_token(experts, -1);
+    for (int64_t k = 0; k < tokens * top_k; ++k) {
+      const int32_t e = local(k);
+      if (e < 0 || last_token[e] == k / top_k) continue;
+      last_token[e] = k / top_k;
+      ++begin[e + 1];
+    }
+    for (int64_t e = 0; e < experts; ++e) begin[e + 1] += begin[e];
+    token.resize(begin[experts]);
+    weight.resize(begin[experts]);
+    std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+    for (int64_t k = 0; k < tokens * top_k; ++k) {
+      const int32_t e = local(k);
+      if (e < 0) continue;
+      // One pair for an expert that a token chose twice: pairs of a block write to outputs of their own.
+      if (next[e] > begin[e] && token[next[e] - 1] == k / top_k) {
+        weight[next[e] - 1] += weights[k];
+        continue;
+      }
+      token[next[e]] = k / top_k;
+      weight[next[e]++] = weights[k];
+    }
+  }
+  int64_t pairs() const { return (int64_t)token.size(); }
+};
+
+template <class T>
+struct Run {
+  using W = typename T::type;
+  const Layer& layer;
+  const float* x;  // [T, H]
+  int64_t tokens;
+  const Routing& routing;
+  void* out;  // [T, H]
+  int32_t out_dtype;
+  std::vector<float> center_products[2], mixed_hidden;  // [T, I] center's gate, up; weighted sums
+  std::vector<std::vector<float>> shrunk_inputs[2];     // per low-rank part: [P, R], V gate . x and V up . x
+  std::vector<std::vector<float>> shrunk_hidden;        // per part: [threads, P, R], U^T a
+  std::vector<float> partial;                           // [threads, T, H]
+
+  // One thread's buffers.
+  struct Scratch {
+    std::vector<float> rows;    // four decoded rows
+    std::vector<float> sums;    // [kRows, kSums]: of gate, then of up
+    std::vector<float> hidden;  // [kInputs, kRows]
+    std::vector<float> shifts;  // [kSums, groups, 8], of codes
+    const float* in[kSums];
+    float* into[kInputs];
+    int64_t ld;
+    explicit Scratch(int64_t columns) : ld(columns + 2 * kLanes) {
+      rows.resize(4 * ld);
+      sums.resize(kRows * kSums);
+      hidden.resize(kInputs * kRows);
+    }
+  };
+
+  void run(int most_threads) {
+    const int64_t I = layer.intermediate, H = layer.hidden;
+    int64_t columns = H;
+    for (auto& c : center_products) c.assign(tokens * I, 0.0f);
+    mixed_hidden.assign(tokens * I, 0.0f);
+    for (auto& part : shrunk_inputs) part.resize(layer.num_low_rank);
+    shrunk_hidden.resize(layer.num_low_rank);
+    for (int64_t g = 0; g < layer.num_low_rank; ++g) {
+      const int64_t rank = layer.low_rank[g].rank;
+      columns = std::max(columns, rank);
+      for (auto& part : shrunk_inputs) part[g].assign(routing.pairs() * rank, 0.0f);
+      shrunk_hidden[g].assign(most_threads * routing.pairs() * rank, 0.0f);
+    }
+    partial.assign(most_threads * tokens * H, 0.0f);
+#pragma omp parallel num_threads(most_threads)
+    {
+      const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+      Scratch scratch(columns);
+      project_inputs(thread, threads, scratch);
+#pragma omp barrier
+      run_experts(thread, threads, scratch);
+#pragma omp barrier
+      project_outputs(thread, threads, scratch);
+#pragma omp barrier
+      add_partial_outputs(thread, threads);
+    }
+  }
+
+  // visit(first pair, pairs) for blocks of each expert's pairs.
+  template <class Visit>
+  void for_pair_blocks(Visit visit) const {
+    for (int64_t e = 0; e < layer.experts; ++e)
+      for (int64_t q = routing.begin[e]; q < routing.begin[e + 1]; q += kInputs)
+        visit(e, q, std::min(kInputs, routing.begin[e + 1] - q));
+  }
+
+  const W* stored(const Matrix& m, int64_t e, int64_t i, int64_t columns) const {
+    return (const W*)m.data + e * m.stride + i * columns;
+  }
+
+  // Row i, or the last one if there are fewer.
+  template <class V>
+  BitmapRow<V> locate(const Bitmap& part, int p, int64_t e, int64_t i) const {
+    return resmoe::locate<V>(part, p, layer.mask_bytes, e, std::min(i, layer.intermediate - 1), layer.hidden);
+  }
+  // visit(rows, next) of rows i and, if count is 2, i + 1, where they can be multiplied while they are decoded; else
+  // false.
+  template <class V, class Visit>
+  bool direct(const Bitmap& part, int p, int64_t e, int64_t i, int64_t count, Visit visit) const {
+    const int64_t whole = layer.hidden / 64 * 64;
+    const BitmapRow<V> at[2] = {locate<V>(part, p, e, i), locate<V>(part, p, e, i + count - 1)};
+    if (at[0].vectors(layer.hidden) < whole || at[1].vectors(layer.hidden) < whole) return false;
+    visit(at, locate<V>(part, p, e, i + count));
+    return true;
+  }
+  // visit(T(), Kept8() or Kept4()): what stands for the values of a bitmap
+  template <class Visit>
+  static void with_kept(const Bitmap& part, Visit visit) {
+    if (part.bits == 8) return visit(Kept8());
+    if (part.bits == 4) return visit(Kept4());
+    visit(T());
+  }
+
+  // sums[r * kSums + s] += row i + r . in[s]
+  void dots(const Matrix& m, int64_t e, int64_t i, int64_t rows, int64_t n, int64_t inputs, float* sums,
+            Scratch& scratch) const {
+    if (!m.bits) return add_dots<T>(stored(m, e, i, n), n, rows, n, scratch.in, inputs, sums, kSums);
+    with_codes(m, e, i, n, [&](const auto& codes) { dots(codes, rows, inputs, sums, scratch); });
+  }
+  template <int Bits>
+  void dots(const CodeRows<Bits>& codes, int64_t rows, int64_t inputs, float* sums, Scratch& scratch) const {
+    const int64_t size = codes.groups * kLanes;
+    if ((int64_t)scratch.shifts.size() < kSums * size) scratch.shifts.resize(kSums * size);
+    const float* shifts[kSums];
+    for (int64_t s = 0; s < inputs; ++s) {
+      float* own = scratch.shifts.data() + s * size;
+      shift_sums(codes, scratch.in[s], own);
+      shifts[s] = own;
+    }
+    for (int64_t r = 0; r < rows; r += 4)
+      for (int64_t s = 0; s < inputs; s += 3) {
+        const int64_t count = std::min<int64_t>(3, inputs - s);
+        if (rows - r >= 4)
+          dot_codes<Bits, 4>(codes.from(r), count, scratch.in + s, shifts + s, sums + r * kSums + s, kSums);
+        else
+          for (int64_t k = r; k < rows; ++k)
+            dot_codes<Bits, 1>(codes.from(k), count, scratch.in + s, shifts + s, sums + k * kSums + s, kSums);
+      }
+  }
+  void dots(const Bitmap& part, int p, int64_t e, int64_t i, int64_t rows, int64_t inputs, float* sums,
+            Scratch& scratch) const {
+    with_kept(part, [&](auto kept) { dots<decltype(kept)>(part, p, e, i, rows, inputs, sums, scratch); });
+  }
+  template <class V>
+  void dots(const Bitmap& part, int p, int64_t e, int64_t i, int64_t rows, int64_t inputs, float* sums,
+            Scratch& scratch) const {
+    const int64_t H = layer.hidden, step = inputs <= kDirect ? 2 : 4;
+    for (int64_t r = 0; r < rows; r += step) {
+      const int64_t count = std::min(step, rows - r);
+      const auto multiply = [&](const BitmapRow<V>* at, const BitmapRow<V>& next) {
+        dot_bitmap<V>(at, next, count, H, scratch.in, inputs, sums + r * kSums, kSums);
+      };
+      // Where a rest of columns is left over, a row multiplied while it is decoded would add up in another order.
+      if (inputs <= kDirect && H % 64 == 0 && direct<V>(part, p, e, i + r, count, multiply)) continue;
+      decode<V>(part, p, e, i + r, count, scratch);
+      add_dots<FP32, 2>(scratch.rows.data(), scratch.ld, count, H, scratch.in, inputs, sums + r * kSums, kSums);
+    }
+  }
+
+  // into[s] += sum over r of a[s * lda + r] * row i + r
+  void axpys(const float* a, int64_t lda, const Matrix& m, int64_t e, int64_t i, int64_t rows, int64_t n,
+             int64_t outputs, Scratch& scratch) const {
+    if (!m.bits) return add_axpys<T>(a, lda, stored(m, e, i, n), n, rows, n, scratch.into, outputs);
+    with_codes(m, e, i, n, [&](const auto& codes) { axpy_codes(a, lda, codes, rows, scratch.into, outputs); });
+  }
+  void axpys(const float* a, int64_t lda, const Bitmap& part, int64_t e, int64_t i, int64_t rows, int64_t outputs,
+             Scratch& scratch) const {
+    with_kept(part, [&](auto kept) { axpys<decltype(kept)>(a, lda, part, e, i, rows, outputs, scratch); });
+  }
+  template <class V>
+  void axpys(const float* a, int64_t lda, const Bitmap& part, int64_t e, int64_t i, int64_t rows, int64_t outputs,
+             Scratch& scratch) const {
+    const int64_t H = layer.hidden, step = outputs <= kDirect ? 2 : 4;
+    for (int64_t r = 0; r < rows; r += step) {
+      const int64_t count = std::min(step, rows - r);
+      const auto multiply = [&](const BitmapRow<V>* at, const BitmapRow<V>& next) {
+        if (count == 2)
+          axpy_bitmap<V, 2>(a + r, lda, at, next, H, scratch.into, outputs);
+        else
+          axpy_bitmap<V, 1>(a + r, lda, at, next, H, scratch.into, outputs);
+      };
+      if (outputs <= kDirect && direct<V>(part, kDown, e, i + r, count, multiply)) continue;
+      decode<V>(part, kDown, e, i + r, count, scratch);
+      add_axpys<FP32>(a + r, lda, scratch.rows.data(), scratch.ld, count, H, scratch.into, outputs);
+    }
+  }
+
+  // Rows i.. of a bitmap, at most four, to scratch.rows.
+  template <class V>
+  void decode(const Bitmap& part, int p, int64_t e, int64_t i, int64_t rows, Scratch& scratch) const {
+    for (int64_t j = 0; j < rows; ++j)
+      decode_row(locate<V>(part, p, e, i + j), layer.hidden, scratch.rows.data() + j * scratch.ld);
+  }
+
+  static void clear(float* sums, int64_t rows, int64_t inputs) {
+    for (int64_t r = 0; r < rows; ++r) std::fill_n(sums + r * kSums, inputs, 0.0f);
+  }
+
+  void project_inputs(int thread, int threads, Scratch& scratch) {
+    const int64_t I = layer.intermediate, H = layer.hidden;
+    const Span rows = share(I, 4, thread, threads);
+    float* sums = scratch.sums.data();
+    for (int64_t t = 0; t < tokens; t += kInputs) {
+      const int64_t inputs = std::min(kInputs, tokens - t);
+      for (int64_t s = 0; s < inputs; ++s) scratch.in[s] = x + (t + s) * H;
+      for (int p = kGate; p <= kUp; ++p)
+        if (layer.center[p].data)
+          for (int64_t i = rows.begin; i < rows.end; i += kRows) {
+            const int64_t count = std::min(kRows, rows.end - i);
+            clear(sums, count, inputs);
+            dots(layer.center[p], 0, i, count, H, inputs, sums, scratch);
+            for (int64_t s = 0; s < inputs; ++s)
+              for (int64_t r = 0; r < count; ++r) center_products[p][(t + s) * I + i + r] = sums[r * kSums + s];
+          }
+    }
+    for (int64_t g = 0; g < layer.num_low_rank; ++g) {
+      const LowRank& part = layer.low_rank[g];
+      const Span ranks = share(part.rank, 4, thread, threads);
+      for_pair_blocks([&](int64_t e, int64_t q, int64_t inputs) {
+        for (int64_t s = 0; s < inputs; ++s) scratch.in[s] = x + routing.token[q + s] * H;
+        for (int p = kGate; p <= kUp; ++p)
+          if (part.v[p].data)
+            for (int64_t k = ranks.begin; k < ranks.end; k += kRows) {
+              const int64_t count = std::min(kRows, ranks.end - k);
+              clear(sums, count, inputs);
+              dots(part.v[p], e, k, count, H, inputs, sums, scratch);
+              for (int64_t s = 0; s < inputs; ++s)
+                for (int64_t r = 0; r < count; ++r)
+                  shrunk_inputs[p][g][(q + s) * part.rank + k + r] = sums[r * kSums + s];
+            }
+      });
+    }
+  }
+
+  // Some pairs of one expert, and some rows of its weights.
+  struct Block {
+    int64_t expert, first_pair, pairs, first_row, rows;
+  };
+
+  void run_experts(int thread, int threads, Scratch& scratch) {
+    const Span rows = share(layer.intermediate, 4, thread, threads);
+    for_pair_blocks([&](int64_t e, int64_t q, int64_t pairs) {
+      for (int64_t i = rows.begin; i < rows.end; i += kRows) {
+        const Block block{e, q, pairs, i, std::min(kRows, rows.end - i)};
+        float* sums[2] = {scratch.sums.data(), scratch.sums.data() + pairs};
+        add_gate_up(block, sums, scratch);
+        activate_rows(block, sums, scratch);
+        add_down(block, thread, scratch);
+      }
+    });
+  }
+
+  // sums[p][r * kSums + s]: the center's product, and what the residual's parts add to it.
+  void add_gate_up(const Block& b, float* const (&sums)[2], Scratch& scratch) const {
+    const int64_t H = layer.hidden, e = b.expert, i = b.first_row;
+    const int32_t* token = routing.token.data() + b.first_pair;
+    for (int p = kGate; p <= kUp; ++p)
+      for (int64_t s = 0; s < b.pairs; ++s)
+        for (int64_t r = 0; r < b.rows; ++r)
+          sums[p][r * kSums + s] = center_products[p][token[s] * layer.intermediate + i + r];
+    for (int64_t g = 0; g < layer.num_low_rank; ++g) {
+      const LowRank& part = layer.low_rank[g];
+      // Gate and up where U serves both: its rows are read once.
+      const int first = part.v[kGate].data ? kGate : kUp, last = part.v[kUp].data ? kUp : kGate;
+      if (first > last) continue;
+      for (int p = first; p <= last; ++p)
+        for (int64_t s = 0; s < b.pairs; ++s)
+          scratch.in[(p - first) * b.pairs + s] = shrunk_inputs[p][g].data() + (b.first_pair + s) * part.rank;
+      dots(part.u, e, i, b.rows, part.rank, (last - first + 1) * b.pairs, sums[first], scratch);
+    }
+    for (int64_t s = 0; s < b.pairs; ++s) scratch.in[s] = x + token[s] * H;
+    for (int p = kGate; p <= kUp; ++p) {
+      for (int64_t g = 0; g < layer.num_bitmap; ++g)
+        if (layer.bitmap[g].mask[p]) dots(layer.bitmap[g], p, e, i, b.rows, b.pairs, sums[p], scratch);
+      for (int64_t g = 0; g < layer.num_quantized; ++g)
+        if (layer.quantized[g].rows[p].data)
+          dots(layer.quantized[g].rows[p], e, i, b.rows, H, b.pairs, sums[p], scratch);
+    }
+  }
+
+  // scratch.hidden[s * kRows + r], and the tokens' sums of it.
+  void activate_rows(const Block& b, float* const (&sums)[2], Scratch& scratch) {
+    const int32_t* token = routing.token.data() + b.first_pair;
+    for (int64_t s = 0; s < b.pairs; ++s)
+      for (int64_t r = 0; r < b.rows; ++r) {
+        const float a = activate(layer.activation, sums[kGate][r * kSums + s]) * sums[kUp][r * kSums + s] *
+                        routing.weight[b.first_pair + s];
+        scratch.hidden[s * kRows + r] = a;
+        mixed_hidden[token[s] * layer.intermediate + b.first_row + r] += a;
+      }
+  }
+
+  // What the residual's parts of down make of scratch.hidden.
+  void add_down(const Block& b, int thread, Scratch& scratch) {
+    const int64_t H = layer.hidden, e = b.expert, i = b.first_row;
+    const int32_t* token = routing.token.data() + b.first_pair;
+    const float* hidden = scratch.hidden.data();
+    for (int64_t g = 0; g < layer.num_low_rank; ++g)
+      if (layer.low_rank[g].v[kDown].data) {
+        const int64_t rank = layer.low_rank[g].rank;
+        for (int64_t s = 0; s < b.pairs; ++s)
+          scratch.into[s] = shrunk_hidden[g].data() + (thread * routing.pairs() + b.first_pair + s) * rank;
+        axpys(hidden, kRows, layer.low_rank[g].u, e, i, b.rows, rank, b.pairs, scratch);
+      }
+    for (int64_t s = 0; s < b.pairs; ++s) scratch.into[s] = partial.data() + (thread * tokens + token[s]) * H;
+    for (int64_t g = 0; g < layer.num_bitmap; ++g)
+      if (layer.bitmap[g].mask[kDown]) axpys(hidden, kRows, layer.bitmap[g], e, i, b.rows, b.pairs, scratch);
+    for (int64_t g = 0; g < layer.num_quantized; ++g)
+      if (layer.quantized[g].rows[kDown].data)
+        axpys(hidden, kRows, layer.quantized[g].rows[kDown], e, i, b.rows, H, b.pairs, scratch);
+  }
+
+  void project_outputs(int thread, int threads, Scratch& scratch) {
+    const int64_t I = layer.intermediate, H = layer.hidden;
+    float* own_out = partial.data() + thread * tokens * H;
+    const Span rows = share(I, 4, thread, threads);
+    if (layer.center[kDown].data)
+      for (int64_t t = 0; t < tokens; t += kInputs) {
+        const int64_t outputs = std::min(kInputs, tokens - t);
+        for (int64_t s = 0; s < outputs; ++s) scratch.into[s] = own_out + (t + s) * H;
+        for (int64_t i = rows.begin; i < rows.end; i += kRows)
+          axpys(mixed_hidden.data() + t * I + i, I, layer.center[kDown], 0, i, std::min(kRows, rows.end - i), H,
+                outputs, scratch);
+      }
+    float* sums = scratch.hidden.data();
+    for (int64_t g = 0; g < layer.num_low_rank; ++g) {
+      const LowRank& part = layer.low_rank[g];
+      if (!part.v[kDown].data) continue;
+      const Span ranks = share(part.rank, 4, thread, threads);
+      for_pair_blocks([&](int64_t e, int64_t q, int64_t outputs) {
+        for (int64_t s = 0; s < outputs; ++s) scratch.into[s] = own_out + routing.token[q + s] * H;
+        for (int64_t k = ranks.begin; k < ranks.end; k += kRows) {
+          const int64_t count = std::min(kRows, ranks.end - k);
+          for (int64_t s = 0; s < outputs; ++s)
+            for (int64_t r = 0; r < count; ++r) {
+              float total = 0;
+              for (int t = 0; t < threads; ++t)
+                total += shrunk_hidden[g][(t * routing.pairs() + q + s) * part.rank + k + r];
+              sums[s * kRows + r] = total;
+            }
+          axpys(sums, kRows, part.v[kDown], e, k, count, H, outputs, scratch);
+        }
+      });
+    }
+  }
+
+  void add_partial_outputs(int thread, int threads) {
+    const int64_t numbers = tokens * layer.hidden;
+    const Span own = share(numbers, 64, thread, threads);
+    for (int64_t c = own.begin; c < own.end; ++c) {
+      float total = 0;
+      for (int t = 0; t < threads; ++t) total += partial[t * numbers + c];
+      store(out, out_dtype, c, total);
+    }
+  }
+};
+
+template <class T>
+void run(const Layer& layer, const float* x, int64_t tokens, const Routing& routing, void* out, int32_t out_dtype,
+         int threads) {
+  Run<T> work{layer, x, tokens, routing, out, out_dtype, {}, {}, {}, {}, {}};
+  work.run(threads);
+}
+
+}  // namespace resmoe

@@ -1,0 +1,127 @@
+"""The C++ kernel: threads, its instruction sets, rounding, and not a byte beyond what it was given."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from compress_tools.errors import KernelUnsupportedError
+from compress_tools.format.dtypes import DTYPES
+from resmoe_vllm.kernels.cpu import build, native, plain_torch, self_test, structs
+from resmoe_vllm.kernels.reference import fused_moe_ref
+from resmoe_vllm.weights.bound import ResMoEWeights
+from tests.resmoe_vllm.kernels.bounds import Precision, assert_within, layer_bound
+from tests.resmoe_vllm.kernels.test_vllm_kernels import hidden_states, make_routing
+from tests.resmoe_vllm.layers import bound_weights, layer_kinds, load_all, new_loader, store_layer
+
+LIBRARY = native.load()
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no C++ kernel here")
+
+REPO = Path(__file__).resolve().parents[3]
+# every coder, in every phase
+SUMS = ("both", "low_rank-8bit-center-8bit", "bitmap-4bit", "bitmap_rows", "quantized-8bit+low_rank+bitmap")
+
+
+def bound(kind: str, dtype: str, size_i: int = 33, size_h: int = 67) -> ResMoEWeights:
+    """A loaded layer of four experts."""
+    layer = store_layer(layer_kinds(size_i, size_h)[kind], 4, size_i, size_h, dtype)
+    module, loader = new_loader(layer)
+    load_all(module, loader, layer)
+    return bound_weights(module, loader)
+
+
+def check(found: Tensor, x: Tensor, weights: Tensor, ids: Tensor, layer: ResMoEWeights) -> None:
+    """Within the bound of the reference."""
+    limit = layer_bound(x, weights, ids, layer, "silu", Precision(torch.float32, x.dtype))
+    assert_within(found, fused_moe_ref(x, weights, ids, layer, "silu"), limit)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """As many threads as before, afterwards."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("count", [2, 3, 5, 16])
+@pytest.mark.parametrize("kind", SUMS)
+def test_any_number_of_threads_gives_the_reference(kind: str, count: int) -> None:
+    """16 are more than there are blocks of rows."""
+    layer = bound(kind, "float32")
+    weights, ids = make_routing(4, "T13-K2")
+    x = hidden_states(13, 67, "float32")
+    torch.set_num_threads(count)
+    check(native.NativeKernel(LIBRARY, layer, "silu")(x, weights, ids), x, weights, ids, layer)
+
+
+@pytest.mark.parametrize("kind", SUMS)
+def test_an_expert_that_a_token_chose_twice_counts_twice(kind: str) -> None:
+    layer = bound(kind, "float32")
+    weights, ids = make_routing(4, "T13-K2")
+    ids[1::2, 1] = ids[1::2, 0]
+    x = hidden_states(13, 67, "float32")
+    check(native.NativeKernel(LIBRARY, layer, "silu")(x, weights, ids), x, weights, ids, layer)
+    check(plain_torch.fused_moe(x, weights, ids, layer, "silu"), x, weights, ids, layer)
+
+
+@pytest.mark.parametrize("kind", SUMS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_result_is_rounded_to_nearest(kind: str, dtype: str) -> None:
+    kernel = native.NativeKernel(LIBRARY, bound(kind, dtype), "silu")
+    weights, ids = make_routing(4, "T13-K2")
+    x = hidden_states(13, 67, dtype)
+    exact = kernel(x.float(), weights, ids)
+    assert exact.dtype == torch.float32
+    assert torch.equal(kernel(x, weights, ids), exact.to(DTYPES[dtype]))
+
+
+def test_a_processor_without_avx512_gives_the_same() -> None:
+    """What this one would not run by itself; bit for bit, for both expand values and multiply them in one order."""
+    smaller = native.open_library(str(build.build("-mno-avx512f")))
+    for kind in SUMS:
+        for dtype in ("float32", "bfloat16", "float16"):
+            layer = bound(kind, dtype, 9, 192)
+            for routing in ("T1-KE", "T13-K2"):
+                weights, ids = make_routing(4, routing)
+                x = hidden_states(len(ids), 192, dtype)
+                found = native.NativeKernel(smaller, layer, "silu")(x, weights, ids)
+                check(found, x, weights, ids, layer)
+
+
+def test_no_byte_beyond_a_tensor_is_read() -> None:
+    """Each of the layer's tensors ends where a page begins that may not be read."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.resmoe_vllm.kernels.guarded"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == f"{3 * len(layer_kinds(33, 67))} layers read nothing else"
+
+
+def test_a_struct_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two fields that change places leave the structs' sizes as they were."""
+    self_test.check_structs(LIBRARY)
+    fields = structs.struct_fields()
+    assert len(fields) > 30
+    for wrong in ([fields[1], fields[0], *fields[2:]], fields[:-1], [*fields, "Layer.more 200 8"]):
+        monkeypatch.setattr(self_test, "struct_fields", lambda wrong=wrong: wrong)
+        with pytest.raises(KernelUnsupportedError, match="where structs.py has"):
+            self_test.check_structs(LIBRARY)
+
+
+def test_a_library_that_fails_its_self_test_does_not_enter_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(library: object) -> None:
+        raise KernelUnsupportedError("wrong")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build.self_test, "check_library", fail)
+    monkeypatch.setattr(build, "FLAGS", tuple(flag for flag in build.FLAGS if flag != "-O3"))
+    with pytest.raises(KernelUnsupportedError, match="wrong"):
+        build.build("-O0")
+    assert list((tmp_path / "resmoe").iterdir()) == []
