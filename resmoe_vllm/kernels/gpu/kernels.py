@@ -224,7 +224,7 @@ def _expand(
     RANK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     DOT: tl.constexpr
 ):  # fmt: skip
-    """Acc + shrunk U^T."""
+    """Add shrunk U^T to acc."""
     before = tl.zeros((BLOCK_N,), tl.int32)
     for r in range(0, RANK, BLOCK_R):
         columns = r + tl.arange(0, BLOCK_R)

@@ -109,7 +109,7 @@ def test_a_struct_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(fields) > 30
     for wrong in ([fields[1], fields[0], *fields[2:]], fields[:-1], [*fields, "Layer.more 200 8"]):
         monkeypatch.setattr(self_test, "struct_fields", lambda wrong=wrong: wrong)
-        with pytest.raises(KernelUnsupportedError, match="where structs.py has"):
+        with pytest.raises(KernelUnsupportedError, match=r"where structs\.py has"):
             self_test.check_structs(LIBRARY)
 
 
