@@ -256,7 +256,7 @@ def test_the_language_model_of_a_larger_one_counts(trained, tmp_path) -> None:
     nested = copied(trained[0], tmp_path / "nested", vocab_size=None, text_config={"vocab_size": 77, "n_positions": 9})
     assert read_model_config(str(nested))["vocab_size"] == 77
     assert choose_window(None, None, {"n_positions": 9}) == (8, 4)
-    with pytest.raises(CheckpointError, match="names no vocab_size"):
+    with pytest.raises(CheckpointError, match="vocab_size is None, expected a positive whole number"):
         read_model_config(str(copied(trained[0], tmp_path / "none", vocab_size=None)))
 
 
