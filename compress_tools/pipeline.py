@@ -25,7 +25,7 @@ from compress_tools.report import CompressionReport, LayerReport
 from compress_tools.slices.slices import Slice, files_of, finish_slice, read_slice, shards_of, slice_path
 from compress_tools.source.layer_weights import read_layer
 from compress_tools.source.moe_source import open_source
-from compress_tools.source.reader import CheckpointReader
+from compress_tools.source.source_reader import SourceReader
 
 
 def compress(
@@ -118,7 +118,7 @@ class _Job:
 
 def _prepare(src: Path, dst: Path, config: CompressionConfig, spelled: str | Path, planned: PlanFile | None) -> _Job:
     check_device(config.device)
-    reader = CheckpointReader(src)
+    reader = SourceReader(src)
     Staging(dst).check_apart(src)
     if planned is None:
         target = make_target(reader, config)
@@ -143,6 +143,8 @@ def _write_shards(
     records = {shard.filename: record for shard in shards if (record := writer.record(shard.filename)) is not None}
     check_space(writer, sum(_file_bytes(job, shard) for shard in shards if shard.filename not in records), files)
     begun, here = writer.identity[MACHINE], job.identity[MACHINE]
+    for remark in job.target.source.remarks():
+        progress.say(remark)
     progress.start(len(shards))
     if records:
         progress.say(f"resuming: {len(records)} of {len(shards)} shards are written")

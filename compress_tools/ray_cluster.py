@@ -27,7 +27,7 @@ from compress_tools.progress.log import logged
 from compress_tools.report import CompressionReport
 from compress_tools.slices.merge import merge
 from compress_tools.slices.slices import Slice, shards_of, slice_path
-from compress_tools.source.reader import CheckpointReader
+from compress_tools.source.source_reader import SourceReader
 
 # A lost worker or node is tried again this often; what it wrote is kept.
 MAX_RETRIES = 5
@@ -95,7 +95,7 @@ def compress_on_cluster(
     source, output = Path(src).absolute(), Staging(dst)
     parts = [Slice(number, shards) for number in range(1, shards + 1)]
     # What can be refused is refused before a cluster is asked for anything.
-    shards_of(make_target(CheckpointReader(source), config), parts[0])
+    shards_of(make_target(SourceReader(source), config), parts[0])
     output.check_free(resume=True, overwrite=False)
     if output.is_finished:
         with logged(output.log_path, to_stderr=True) as progress:

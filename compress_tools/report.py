@@ -1,6 +1,6 @@
 """What a compression did: per-layer error and size, written beside the weights."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 RECIPE_NAME = "resmoe_recipe.json"
@@ -43,7 +43,8 @@ class LayerReport:
 class CompressionReport:
     """The whole run. ``seconds`` (by layer and stage) goes to a file of its own: it differs from run to run.
 
-    ``shards`` are the SHA-256 checksums of the weight files, by name.
+    ``shards`` are the SHA-256 checksums of the weight files, by name; ``decoded`` counts the source's quantised tensors
+    by their form, ``left_out`` says why tensors and files of the source are not in the output.
     """
 
     layers: list[LayerReport]
@@ -52,6 +53,8 @@ class CompressionReport:
     other_bytes: int
     seconds: dict[str, dict[str, float]]
     shards: dict[str, str]
+    decoded: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def relative_error(self) -> float:
@@ -70,4 +73,6 @@ class CompressionReport:
             "mean_relative_error": self.relative_error,
             "layers": [asdict(layer) for layer in self.layers],
             "shards": self.shards,
+            **({"decoded": self.decoded} if self.decoded else {}),
+            **({"left_out": self.left_out} if self.left_out else {}),
         }

@@ -29,7 +29,7 @@ from compress_tools.output.writer import CheckpointWriter
 from compress_tools.progress.listener import Silent
 from compress_tools.residuals.svd import left_singular_vectors, tail_energy
 from compress_tools.source.layer_weights import read_layer
-from compress_tools.source.reader import CheckpointReader
+from compress_tools.source.source_reader import SourceReader
 
 TIMED_METHODS = ("prune", "low-rank")
 STAGES = ("read", "cost matrix", "assignment", "center", "residual prune", "residual low-rank", "write")
@@ -110,7 +110,7 @@ def peak_memory() -> int:
 def run_layer(source: Path, work: Path, shape: MoEShape, kind: Kind, workers: int, *, check_svd: bool) -> LayerRun:
     """Read, align, code and write the checkpoint at ``source`` into ``work``."""
     rates = product_rate(), copy_rate(), disk_rate(work)
-    reader, silent, clock = CheckpointReader(source), Silent(), StageClock()
+    reader, silent, clock = SourceReader(source), Silent(), StageClock()
     targets = {method: make_target(reader, make_config(method=method, workers=workers)) for method in TIMED_METHODS}
     config = make_config(workers=workers)
     weights = read_layer(targets["prune"].source, 0, DTYPES[targets["prune"].fmt.dtype], "cpu", silent, clock)

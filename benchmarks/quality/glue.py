@@ -33,7 +33,7 @@ from benchmarks.models.reference_models.corpus import read_corpus
 from benchmarks.models.reference_models.tokenizer import save_tokenizer, train_tokenizer
 from benchmarks.quality.merging import merge_all
 from compress_tools import register_with_transformers
-from compress_tools.architectures.base import ExpertWeights
+from compress_tools.architectures.experts import ExpertWeights
 from compress_tools.config import make_config
 from compress_tools.errors import CheckpointError
 from compress_tools.pipeline import compress

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.models.reference_models.build import HELDOUT_FILE
 from benchmarks.models.reference_models.model import residual_energy_shares
 from benchmarks.quality.merging import RouterUse
-from compress_tools.architectures.base import ExpertWeights
+from compress_tools.architectures.experts import ExpertWeights
 from compress_tools.errors import CheckpointError
 from compress_tools.evaluation.predictions import Scores
 from compress_tools.evaluation.source import read_tokens
@@ -19,7 +19,7 @@ from compress_tools.evaluation.windows import cut_windows
 from compress_tools.hf.dense_experts import fill_experts
 from compress_tools.source.design_matrix import expert_to_rows, rows_to_design
 from compress_tools.source.moe_source import open_source
-from compress_tools.source.reader import CheckpointReader
+from compress_tools.source.source_reader import SourceReader
 
 CALIBRATION_TOKENS = 8192
 Experts = Mapping[int, list[ExpertWeights]]  # by layer
@@ -30,7 +30,7 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.source = open_source(CheckpointReader(path))
+        self.source = open_source(SourceReader(path))
 
     @property
     def expert_bytes(self) -> int:

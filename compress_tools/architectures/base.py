@@ -1,117 +1,106 @@
 """What the tool must know of a model family: where its experts are and how they are laid out on disk."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
+from compress_tools.architectures.experts import GATED, MoESizes
+from compress_tools.architectures.layouts import ExpertLayout, OneByOne, Stacked
 from compress_tools.errors import UnsupportedArchitectureError
 from compress_tools.format.schema import ExpertNames, Projection
 
-GATED: dict[Projection, str] = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
+# What decoders' names begin with: text models, then the language part of multimodal ones.
+ROOTS = (
+    "model.",
+    "model.language_model.",
+    "language_model.model.",
+    "thinker.model.",
+    "backbone.",
+    "language_model.backbone.",
+    "model.llm.",
+    "language_model.",
+    "",
+)
 # Far beyond any model; counting up to a damaged config's number must not take for ever.
 LARGEST_SIZE = 2**20
-MIXTRAL_STYLE: dict[Projection, str] = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-
-
-@dataclass(frozen=True)
-class ExpertWeights:
-    """One expert's matrices as transformers' Linear layers hold them.
-
-    Attributes:
-        gate: ``gate_proj`` ``[I, H]``; None for two-matrix experts.
-        up: ``up_proj`` ``[I, H]``.
-        down: ``down_proj`` ``[H, I]``.
-        biases: by projection, ``[I]`` for gate and up, ``[H]`` for down; empty without biases.
-    """
-
-    gate: Tensor | None
-    up: Tensor
-    down: Tensor
-    biases: Mapping[Projection, Tensor] = field(default_factory=dict)
-
-    def matrix(self, projection: Projection) -> Tensor:
-        """The matrix of a projection.
-
-        Raises:
-            KeyError: a two-matrix expert has no ``gate_proj``.
-        """
-        if projection == "gate_proj":
-            if self.gate is None:
-                raise KeyError(projection)
-            return self.gate
-        return self.up if projection == "up_proj" else self.down
-
-
-@dataclass(frozen=True)
-class MoESizes:
-    """E ``num_experts``, H ``hidden_size``, I ``intermediate_size`` of the routed experts."""
-
-    num_experts: int
-    hidden_size: int
-    intermediate_size: int
-
-
-@dataclass(frozen=True)
-class FusedNames:
-    """Experts stored as one 3-D tensor for each of gate+up and down, as transformers 5 holds them in memory.
-
-    Attributes:
-        experts: the module's name, with ``{layer}``.
-        interleaved: GPT-OSS form: ``gate_up_proj`` ``[E, H, 2I]`` with gate and up in alternating columns,
-            ``down_proj`` ``[E, I, H]``, both with biases. Otherwise ``[E, 2I, H]`` (gate first), ``[E, H, I]``.
-    """
-
-    experts: str
-    interleaved: bool = False
+# Where config.json keeps the language part of a multimodal model.
+NESTED = ("text_config", "thinker_config", "llm_config", "language_config")
 
 
 @dataclass(frozen=True)
 class MoEArchitecture:
-    """One model family. What differs between families is data; see docs/adding-a-family.md.
+    """One model family. What differs between families is data; docs/adding-a-family.md has a worked example.
 
     Attributes:
         model_type: ``model_type`` of config.json.
         title: the family's name for people.
-        expert: name of an expert in the checkpoint, with ``{layer}`` and ``{expert}``.
-        projections: projection -> last name component on disk; two-matrix experts have no ``gate_proj``.
-        num_experts_keys: config.json's keys of E, first present counts (transformers has renamed some).
+        aliases: further values of ``model_type``, the language part's own among them.
+        models: published models that it stands for.
+        expert: name that a ResMoE checkpoint gives an expert, behind the root, with ``{layer}`` and ``{expert}``: one
+            that vLLM's loader of the family knows.
+        projections: projection -> last name component there; two-matrix experts have no ``gate_proj``.
+        layouts: the ways in which its checkpoints lay experts out, the usual one first: restored checkpoints have it.
+        num_experts_keys: config.json's keys of E, the first that has a value counts (transformers has renamed some).
         intermediate_size_keys: likewise of I.
         hidden_size_keys: likewise of H.
-        fused: where fused experts are when the checkpoint holds those instead.
-        per_expert_source: the family's checkpoints may store experts one by one.
-        renames: (pattern, replacement) for other tensors of a fused checkpoint, to the family's usual names.
-        biased: experts have biases.
+        num_layers_keys: likewise of the number of decoder layers.
+        renames: (pattern, replacement) for other tensors of a stacked checkpoint, to the family's usual names.
+        tied: the output layer is the embedding's unless config.json says otherwise.
+        activation: the experts' activation where config.json does not name it.
         vllm: the family serves in vLLM; otherwise ``runs_in`` says where and why.
-        runs_in: a sentence for families that vLLM can't serve.
+        vllm_cpu: vLLM's CPU build serves it; otherwise ``runs_in`` says why not.
+        runs_in: a sentence for families that vLLM, or its CPU build, can't serve.
+        known: a row of the registry; otherwise made up from a checkpoint's names, and untested.
     """
 
     model_type: str
     title: str
-    expert: str = "model.layers.{layer}.mlp.experts.{expert}"
+    aliases: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    expert: str = "layers.{layer}.mlp.experts.{expert}"
     projections: tuple[tuple[Projection, str], ...] = tuple(GATED.items())
-    num_experts_keys: tuple[str, ...] = ("num_experts", "num_local_experts", "n_routed_experts")
+    layouts: tuple[ExpertLayout, ...] = (OneByOne(), Stacked())
+    num_experts_keys: tuple[str, ...] = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     intermediate_size_keys: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
     hidden_size_keys: tuple[str, ...] = ("hidden_size",)
-    fused: FusedNames | None = FusedNames("model.layers.{layer}.mlp.experts")
-    per_expert_source: bool = True
+    num_layers_keys: tuple[str, ...] = ("num_hidden_layers", "num_layers")
     renames: tuple[tuple[str, str], ...] = ()
-    biased: bool = False
+    tied: bool = False
     vllm: bool = True
+    vllm_cpu: bool = True
     runs_in: str = ""
+    known: bool = True
 
-    def sizes(self, config: dict[str, Any]) -> MoESizes:
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """Every ``model_type`` that is this family."""
+        return (self.model_type, *self.aliases)
+
+    @property
+    def biased(self) -> bool:
+        """Experts have biases."""
+        return any(isinstance(layout, Stacked) and layout.bias for layout in self.layouts)
+
+    def decoder_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The part of config.json that describes the decoder: the first that counts experts, else the whole."""
+        return next((part for part in config_parts(config) if _first(part, self.num_experts_keys) is not None), config)
+
+    def sizes(self, config: Mapping[str, Any]) -> MoESizes:
         """Read E, H and I from config.json.
 
         Raises:
             UnsupportedArchitectureError: a key is missing or not a positive whole number.
         """
+        own = self.decoder_config(config)
         values = []
         for keys in (self.num_experts_keys, self.hidden_size_keys, self.intermediate_size_keys):
-            key = next((key for key in keys if key in config), " or ".join(keys))
-            values.append(self.whole_number(key, config.get(key)))
+            key = next((key for key in keys if own.get(key) is not None), " or ".join(keys))
+            value = own.get(key)
+            if isinstance(value, list) and value == value[:1] * (self.num_layers(config) or 0):
+                # One for each layer, and all alike.
+                value = value[0]
+            values.append(self.whole_number(key, value))
         return MoESizes(*values)
 
     def whole_number(self, key: str, value: object) -> int:
@@ -127,62 +116,117 @@ class MoEArchitecture:
             )
         return value
 
-    def layer_texts(self, config: dict[str, Any]) -> dict[int, str]:  # noqa: ARG002  for families that need it
+    def layer_texts(self, config: Mapping[str, Any]) -> dict[int, str]:  # noqa: ARG002  for families that need it
         """What stands for ``{layer}``, by layer index; empty where it is the index itself."""
         return {}
 
-    def num_layers(self, config: dict[str, Any]) -> int | None:
+    def num_layers(self, config: Mapping[str, Any]) -> int | None:
         """Decoder layers of the model proper; layers beyond (multi-token prediction) are left alone.
 
         Raises:
             UnsupportedArchitectureError: not a positive whole number.
         """
-        count = config.get("num_hidden_layers")
-        return None if count is None else self.whole_number("num_hidden_layers", count)
+        own = self.decoder_config(config)
+        key = next((key for key in self.num_layers_keys if own.get(key) is not None), None)
+        return None if key is None else self.whole_number(key, own[key])
 
-    def expert_names(self, config: dict[str, Any]) -> ExpertNames:
-        """The names that a ResMoE checkpoint of this model uses."""
-        return ExpertNames(expert=self.expert, projections=dict(self.projections), layers=self.layer_texts(config))
+    def expert_names(self, config: Mapping[str, Any], root: str) -> ExpertNames:
+        """The names that a ResMoE checkpoint of this model uses.
 
-    def absent(self, names: Iterable[str], config: dict[str, Any], moe_layers: Collection[int]) -> list[str]:
-        """What the decoder's own names say is missing: whole layers, and tensors that other MoE layers have.
+        Args:
+            config: config.json.
+            root: what the decoder's names begin with.
+        """
+        texts = self.layer_texts(config)
+        return ExpertNames(expert=root + self.expert, projections=dict(self.projections), layers=texts)
+
+    def locate(self, names: Collection[str], config: Mapping[str, Any]) -> Iterator["Located"]:
+        """Find the experts by their names.
 
         Args:
             names: of all tensors.
             config: config.json.
-            moe_layers: layers with experts; what is under their experts is not looked at.
-        Returns:
-            names, or ``layer N``, sorted; empty for families whose layers are not simply numbered.
-        """
-        count = self.num_layers(config)
-        if self.layer_texts(config) or not isinstance(count, int):
-            return []
-        before = self.expert.partition("{layer}")[0]
-        stems = [self.expert] if self.fused is None else [self.expert, f"{self.fused.experts}."]
-        experts = tuple(stem.partition("{layer}")[2].partition("{expert}")[0] for stem in stems)
-        found: dict[int, set[str]] = {}
-        for name in names:
-            if match := re.match(re.escape(before) + r"(\d+)(\..*)", name):
-                own = found.setdefault(int(match[1]), set())
-                if not match[2].startswith(experts):
-                    own.add(match[2])
-        usual = set().union(*(found.get(layer, ()) for layer in moe_layers))
-        lacking = [f"{before}{layer}{rest}" for layer in moe_layers for rest in usual - found.get(layer, set())]
-        return [f"layer {layer}" for layer in range(count) if layer not in found] + sorted(lacking)
-
-    def find_layers(self, template: str, names: Iterable[str], config: dict[str, Any]) -> list[int]:
-        """Layer indices of the tensors whose names begin with ``template``, ascending.
-
-        Args:
-            template: with ``{layer}``, perhaps with ``{expert}``.
-            names: tensor names.
-            config: config.json.
+        Yields:
+            root, layout and layers, wherever the names fit, the likeliest first; shapes decide between layouts of the
+            same names. A family's own layouts come before those of others, which converters sometimes use.
         """
         texts = self.layer_texts(config)
         by_text = {text: index for index, text in texts.items()}
-        layer = "|".join(re.escape(text) for text in by_text) if texts else r"\d+"
-        pattern = re.escape(template).replace(r"\{layer\}", f"({layer})").replace(r"\{expert\}", r"\d+")
-        found = {match.group(1) for match in (re.match(pattern + r"(?:\.|$)", name) for name in names) if match}
+        layer = "|".join(map(re.escape, by_text)) if texts else r"\d+"
         last = self.num_layers(config)
-        indices = (by_text[text] if texts else int(text) for text in found)
-        return sorted(index for index in indices if texts or last is None or index < last)
+        for layout in (*self.layouts, *self._foreign_layouts()):
+            for root in ROOTS:
+                pattern = re.compile(re.escape(root) + layout.pattern().replace("{layer}", layer))
+                found = {match["layer"] for name in names if (match := pattern.fullmatch(name))}
+                indices = sorted(by_text[text] if texts else int(text) for text in found)
+                own = tuple(index for index in indices if texts or last is None or index < last)
+                if own:
+                    yield Located(root, layout, own)
+
+    def _foreign_layouts(self) -> tuple[ExpertLayout, ...]:
+        """Layouts of other families with the same number of matrices."""
+        gated = "gate_proj" in dict(self.projections)
+        return tuple(layout for layout in KNOWN_LAYOUTS if is_gated(layout) is gated and layout not in self.layouts)
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a checkpoint has its experts.
+
+    Attributes:
+        root: what the decoder's names begin with.
+        layout: how the experts lie.
+        layers: indices of layers that hold experts, ascending.
+    """
+
+    root: str
+    layout: ExpertLayout
+    layers: tuple[int, ...]
+
+
+def config_parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """config.json and the language parts nested in it, the outer ones first."""
+    parts = [config]
+    for key in NESTED:
+        if isinstance(inner := config.get(key), dict):
+            parts += config_parts(inner)
+    return parts
+
+
+def is_gated(layout: ExpertLayout) -> bool:
+    """Whether a layout's experts have a gate."""
+    return layout.gated if isinstance(layout, Stacked) else "gate_proj" in getattr(layout, "projections", ())
+
+
+def target_names(layout: ExpertLayout) -> tuple[str, dict[Projection, str]]:
+    """What a ResMoE checkpoint calls an expert and its projections where nothing says what vLLM's loader expects."""
+    if isinstance(layout, OneByOne):
+        return layout.expert, dict(layout.projections)
+    return f"{layout.stem}{{expert}}", GATED if is_gated(layout) else dict(TWO_MATRICES)
+
+
+def _first(config: Mapping[str, Any], keys: Iterable[str]) -> Any:
+    return next((config[key] for key in keys if config.get(key) is not None), None)
+
+
+MIXTRAL_PROJECTIONS: tuple[tuple[Projection, str], ...] = (
+    ("gate_proj", "w1"),
+    ("up_proj", "w3"),
+    ("down_proj", "w2"),
+)
+TWO_MATRICES: tuple[tuple[Projection, str], ...] = (("up_proj", "up_proj"), ("down_proj", "down_proj"))
+# Every layout that published checkpoints use, for families that are not known and files that a converter renamed.
+KNOWN_LAYOUTS: tuple[ExpertLayout, ...] = (
+    OneByOne(),
+    Stacked(),
+    *(
+        OneByOne(f"layers.{{layer}}.{module}.experts.{{expert}}", names)
+        for module in ("block_sparse_moe", "feed_forward", "mlp", "mixer", "ffn", "moe")
+        for names in (dict(MIXTRAL_PROJECTIONS), GATED, dict(TWO_MATRICES))
+        if (module, names) != ("mlp", GATED)
+    ),
+    Stacked("layers.{layer}.experts"),
+    Stacked("layers.{layer}.feed_forward.experts"),
+    Stacked("layers.{layer}.moe", ("gate_proj.weight", "up_proj.weight"), "down_proj.weight"),
+    Stacked("layers.{layer}.block_sparse_moe", ("input_linear.weight",), "output_linear.weight"),
+)

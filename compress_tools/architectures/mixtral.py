@@ -1,14 +1,17 @@
 """Mixtral and what copied its layout: ``block_sparse_moe.experts.k.w1|w3|w2``."""
 
-from compress_tools.architectures.base import MIXTRAL_STYLE, MoEArchitecture
+from compress_tools.architectures.base import MIXTRAL_PROJECTIONS, MoEArchitecture
+from compress_tools.architectures.layouts import OneByOne, Stacked
 
-EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}"
+EXPERT = "layers.{layer}.block_sparse_moe.experts.{expert}"
+LAYOUTS = (OneByOne(EXPERT, dict(MIXTRAL_PROJECTIONS)), Stacked())
 
 MIXTRAL = MoEArchitecture(
     model_type="mixtral",
     title="Mixtral",
     expert=EXPERT,
-    projections=tuple(MIXTRAL_STYLE.items()),
+    projections=MIXTRAL_PROJECTIONS,
+    layouts=LAYOUTS,
     intermediate_size_keys=("intermediate_size",),
     renames=((r"\.mlp\.gate\.", ".block_sparse_moe.gate."),),
 )
@@ -17,7 +20,8 @@ PHIMOE = MoEArchitecture(
     model_type="phimoe",
     title="Phi-3.5-MoE",
     expert=EXPERT,
-    projections=tuple(MIXTRAL_STYLE.items()),
+    projections=MIXTRAL_PROJECTIONS,
+    layouts=LAYOUTS,
     intermediate_size_keys=("intermediate_size",),
     renames=((r"\.mlp\.router\.", ".block_sparse_moe.gate."),),
 )
@@ -26,7 +30,8 @@ MINIMAX_M2 = MoEArchitecture(
     model_type="minimax_m2",
     title="MiniMax-M2",
     expert=EXPERT,
-    projections=tuple(MIXTRAL_STYLE.items()),
+    projections=MIXTRAL_PROJECTIONS,
+    layouts=LAYOUTS,
     intermediate_size_keys=("intermediate_size",),
     renames=((r"\.mlp\.(gate\.|e_score)", r".block_sparse_moe.\1"),),
     vllm=False,

@@ -1,17 +1,21 @@
 """The families this version knows, by ``model_type``. A new family is one file and one line here."""
 
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from compress_tools.architectures.base import MoEArchitecture
+from compress_tools.architectures.base import KNOWN_LAYOUTS, ROOTS, MoEArchitecture, config_parts, target_names
 from compress_tools.architectures.deepseek import DEEPSEEK_MOE, DEEPSEEK_V2, DEEPSEEK_V3, DOTS1
 from compress_tools.architectures.ernie import ERNIE4_5_MOE
 from compress_tools.architectures.glm import GLM4_MOE
 from compress_tools.architectures.gpt_oss import GPT_OSS
+from compress_tools.architectures.layouts import ExpertLayout, OneByOne
 from compress_tools.architectures.mixtral import MINIMAX_M2, MIXTRAL, PHIMOE
 from compress_tools.architectures.olmoe import OLMOE
 from compress_tools.architectures.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from compress_tools.architectures.switch import SWITCH
 from compress_tools.errors import UnsupportedArchitectureError
+from compress_tools.format.schema import Projection
 
 ARCHITECTURES: tuple[MoEArchitecture, ...] = (
     MIXTRAL,
@@ -31,17 +35,59 @@ ARCHITECTURES: tuple[MoEArchitecture, ...] = (
 )
 
 
-def find_architecture(config: dict[str, Any]) -> MoEArchitecture:
-    """Look a family up by config.json's ``model_type``.
+def find_architecture(config: Mapping[str, Any], names: Collection[str] = ()) -> MoEArchitecture:
+    """Look a family up by config.json's ``model_type``, its own or that of its language part.
 
+    Args:
+        config: config.json.
+        names: of the checkpoint's tensors. An unknown family whose experts lie in a known way gets a row made up
+            from them.
     Raises:
         UnsupportedArchitectureError: unknown; lists the known ones.
     """
     model_type = config.get("model_type")
-    for architecture in ARCHITECTURES:
-        if architecture.model_type == model_type:
-            return architecture
+    for part in config_parts(config):
+        for architecture in ARCHITECTURES:
+            if part.get("model_type") in architecture.model_types:
+                return architecture
+    if made := _made_up(str(model_type), config, names):
+        return made
     known = ", ".join(sorted(architecture.model_type for architecture in ARCHITECTURES))
     raise UnsupportedArchitectureError(
-        f"config.json: model_type {model_type!r} is not a known MoE family; known: {known}"
+        f"config.json: model_type {model_type!r} is not a known MoE family, and its experts lie in no known way"
+        f"{expert_like(names)}; known families: {known}"
     )
+
+
+def _made_up(model_type: str, config: Mapping[str, Any], names: Collection[str]) -> MoEArchitecture | None:
+    """A row for a family that is not known, from the names of its experts; None where they are of no known kind."""
+    block = config.get("quantization_config")
+    if isinstance(block, dict) and isinstance(stored := block.get("names"), dict):
+        # Our own checkpoint: its config says how experts were called.
+        expert, projections = str(stored.get("expert")), stored.get("projections") or {}
+        stem = next(expert.removeprefix(root) for root in ROOTS if expert.startswith(root))
+        return _row(model_type, stem, projections, OneByOne(stem, projections))
+    for layout in KNOWN_LAYOUTS:
+        row = _row(model_type, *target_names(layout), layout)
+        if next(row.locate(names, config), None) is not None:
+            return row
+    return None
+
+
+def _row(model_type: str, expert: str, projections: Mapping[Projection, str], layout: ExpertLayout) -> MoEArchitecture:
+    return MoEArchitecture(
+        model_type=model_type,
+        title=f"{model_type}, a family that is not known",
+        expert=expert,
+        projections=tuple(projections.items()),
+        layouts=(layout,),
+        known=False,
+    )
+
+
+def expert_like(names: Collection[str]) -> str:
+    """A clause that shows what names have ``expert`` in them; empty where none has."""
+    alike = sorted({re.sub(r"\.\d+(?=\.|$)", ".N", name) for name in names if "expert" in name.lower()})
+    if not alike:
+        return ""
+    return f" (found: {', '.join(alike[:4])}{f' and {len(alike) - 4} more' if len(alike) > 4 else ''})"

@@ -16,7 +16,7 @@ from compress_tools.planner.plan_file import PlanFile, parse_plan, read_plan
 from compress_tools.progress.listener import ProgressListener
 from compress_tools.report import PLAN_NAME
 from compress_tools.source.moe_source import open_source
-from compress_tools.source.reader import CheckpointReader
+from compress_tools.source.source_reader import SourceReader
 from compress_tools.text_file import in_words, read_text
 
 
@@ -90,7 +90,7 @@ def plan_for_output(
     finished = resume and output.is_finished
     if finished:
         kept = output.dst / PLAN_NAME
-    digest = request_digest(CheckpointReader(src), config, budget)
+    digest = request_digest(SourceReader(src), config, budget)
     if resume and kept.is_file() and (plan := parse_plan(read_text(kept), str(kept))).request == digest:
         return plan
     if finished:
@@ -144,7 +144,7 @@ def planned_sizes(
         planned = plan_for_budget(src, request.config, request.budget, progress)
     if out is not None and planned is not None:
         write_output_file("--out", out, planned.text)
-    reader = CheckpointReader(src)
+    reader = SourceReader(src)
     if planned is None:
         return make_target(reader, request.config), None
     config = planned.config(request.config.device, request.config.workers)

@@ -1,23 +1,39 @@
 """transformers' own experts modules: where they are in a model, their activation, and how to fill them."""
 
+import re
 from collections.abc import Sequence
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compress_tools.architectures.base import ExpertWeights, MoEArchitecture
+from compress_tools.architectures.experts import ExpertWeights
+from compress_tools.errors import CheckpointError
 from compress_tools.format.schema import ResMoEFormat
 from compress_tools.hf.factored_experts import GateFunction
-from compress_tools.source.moe_source import interleave
 
 
-def experts_module(model: PreTrainedModel, architecture: MoEArchitecture, fmt: ResMoEFormat, layer: int) -> str:
-    """Name of a layer's experts in the live model; a bare base model has no ``model.`` in front."""
-    template = architecture.fused.experts if architecture.fused else architecture.expert.rsplit(".", 1)[0]
-    name = template.replace("{layer}", fmt.names.layers.get(layer, str(layer)))
-    return name if hasattr(model, name.split(".")[0]) else name.removeprefix(f"{model.base_model_prefix}.")
+def experts_module(model: PreTrainedModel, fmt: ResMoEFormat, layer: int) -> str:
+    """Name of a layer's experts in the live model, whose modules are not always called as its checkpoint's tensors.
+
+    Raises:
+        CheckpointError: transformers' class of this family has no one module of experts.
+    """
+    text = fmt.names.layers.get(layer, f"layers.{layer}")
+    within = re.compile(rf"(?:.*\.)?{re.escape(text)}\.(?:.*\.)?experts")
+    found: list[str] = [name for name, _ in model.named_modules() if within.fullmatch(name)]
+    if not found:
+        raise CheckpointError(
+            f"{type(model).__name__} of this transformers has no module `experts` in layer {layer}; serve the "
+            "checkpoint with vLLM, or `resmoe restore` it"
+        )
+    return min(found, key=len)
+
+
+def interleave(gate: Tensor, up: Tensor) -> Tensor:
+    """GPT-OSS's order: gate and up alternate in the last dimension, ``[..., I]`` twice to ``[..., 2I]``."""
+    return torch.stack([gate, up], dim=-1).flatten(-2)
 
 
 def gate_function(dense: nn.Module) -> GateFunction:

@@ -19,7 +19,6 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compress_tools.architectures.registry import find_architecture
 from compress_tools.errors import CheckpointError
 from compress_tools.format.dtypes import DTYPES
 from compress_tools.format.loading_guard import GUARD_KEY
@@ -72,10 +71,9 @@ class ResMoEQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise CheckpointError("a ResMoE model is loaded from its directory; found no checkpoint files")
         self._checkpoint = ResMoECheckpoint(Path(checkpoint_files[0]).parent)
-        self._architecture = find_architecture(self._checkpoint.reader.config)
         self._dense: dict[str, nn.Module] = {}
         for layer in self._checkpoint.fmt.layers:
-            name = experts_module(model, self._architecture, self._checkpoint.fmt, layer)
+            name = experts_module(model, self._checkpoint.fmt, layer)
             self._dense[name] = dense = model.get_submodule(name)
             if isinstance(dense, nn.ModuleDict):
                 # Switch initialises its experts by name while loading: they stay until the factored ones come.

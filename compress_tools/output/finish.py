@@ -37,6 +37,8 @@ def make_report(outline: Outline, records: dict[str, dict[str, Any]]) -> Compres
         outline.other_bytes,
         {str(layer): records[filename]["seconds"] for filename, layer in layers.items()},
         {filename: records[filename]["sha256"] for filename in outline.shards},
+        outline.decoded,
+        outline.left_out,
     )
 
 
@@ -57,6 +59,8 @@ def read_report(directory: Path) -> CompressionReport:
             content["other_bytes"],
             json.loads(timings.read_text(encoding="utf-8")) if timings.is_file() else {},
             content["shards"],
+            content.get("decoded", {}),
+            content.get("left_out", {}),
         )
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise CheckpointError(f"{file}: not readable: {err}; make the checkpoint again with --overwrite") from err

@@ -43,6 +43,9 @@ def model_card(outline: Outline, dst_name: str, report: CompressionReport) -> st
         if family.vllm
         else f"# {family.title} runs in {family.runs_in}"
     )
+    decoded = "".join(f"{number} tensors were decoded from {form}.\n" for form, number in report.decoded.items())
+    if decoded:
+        decoded += "Bytes before and errors are those of the decoded source, in bf16.\n\n"
     return f"""---
 library_name: {"vllm" if family.vllm else "transformers"}
 tags: [resmoe, moe, compressed]
@@ -64,8 +67,8 @@ expert for each MoE layer, and for each expert a compressed residual. One-shot, 
 | everything else | {other} | {other} | 1 |
 | whole checkpoint | {before + other} | {after + other} | {content["total_bytes_ratio"]:.4f} |
 
-{len(report.layers)} of {outline.moe_layers} MoE layers are compressed. Error: `||T_k W_k - restored_k||_F^2 / I`,
-mean over experts, and relative to `||W_k||_F^2`.
+{decoded}{len(report.layers)} of {outline.moe_layers} MoE layers are compressed.
+Error: `||T_k W_k - restored_k||_F^2 / I`, mean over experts, and relative to `||W_k||_F^2`.
 
 | layer | error | relative | bytes before | bytes after |
 |---|---|---|---|---|

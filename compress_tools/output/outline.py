@@ -1,6 +1,6 @@
 """The finished checkpoint in plain data: all that finishing needs to know of source and target. A slice carries it."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ class Outline:
         expert_bytes_before: bytes of all routed experts in the source.
         expert_bytes_after: bytes of the same in the output.
         other_bytes: bytes of all other tensors.
+        decoded: how many of the source's tensors were decoded, by the form that they were quantised in.
+        left_out: tensors and files of the source that the output has no place for, and why.
     """
 
     source: str
@@ -39,6 +41,8 @@ class Outline:
     expert_bytes_before: int
     expert_bytes_after: int
     other_bytes: int
+    decoded: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def content(self) -> dict[str, Any]:
         """As JSON values."""
@@ -67,4 +71,6 @@ def make_outline(
         expert_bytes_before=target.expert_bytes_before,
         expert_bytes_after=target.expert_bytes_after,
         other_bytes=target.other_bytes,
+        decoded=source.decoded(),
+        left_out=source.left_out(),
     )

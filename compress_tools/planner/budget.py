@@ -15,6 +15,7 @@ from compress_tools.planner.plan_text import plan_text
 from compress_tools.planner.planner import find_plan
 from compress_tools.progress.listener import ProgressListener
 from compress_tools.source.reader import CheckpointReader
+from compress_tools.source.source_reader import SourceReader
 from compress_tools.text_file import in_words
 
 
@@ -31,7 +32,7 @@ def plan_for_budget(
     Raises:
         ConfigError, UnsupportedArchitectureError, CheckpointError, NumericalError: see errors.py.
     """
-    reader = CheckpointReader(src)
+    reader = SourceReader(src)
     planned = find_plan(reader, config, budget, progress)
     text = plan_text(planned, config, budget, Path(src).name, request_digest(reader, config, budget))
     return replace(parse_plan(text, "the plan found"), found=planned)

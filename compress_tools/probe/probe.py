@@ -42,7 +42,7 @@ from compress_tools.probe.sample import (
 )
 from compress_tools.progress.listener import ProgressListener, Silent
 from compress_tools.source.design_matrix import expert_to_rows, rows_to_design
-from compress_tools.source.reader import CheckpointReader
+from compress_tools.source.source_reader import SourceReader
 
 # A few are enough to judge; the random control is stopped at the same one.
 CENTER = CenterOptions(max_iterations=3, tolerance=1e-3)
@@ -68,7 +68,7 @@ def probe(src: str, config: ProbeConfig, progress: ProgressListener | None = Non
     """
     start = time.perf_counter()
     progress = progress or Silent()
-    target = make_target(CheckpointReader(src), make_config(layers=config.layers))
+    target = make_target(SourceReader(src), make_config(layers=config.layers))
     source, layers = target.source, spaced(list(target.fmt.layers), config.max_layers)
     sampler = _Sampler(target, config)
     progress.start(len(layers) + 1, "sample")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from compress_tools.architectures.base import ExpertWeights
+from compress_tools.architectures.experts import ExpertWeights
 from compress_tools.format.parts.base import Projection, Rows
 
 

@@ -1,50 +1,56 @@
-"""The ways that checkpoints lay experts out, and one source object that reads any of them."""
+"""A checkpoint to compress, seen as MoE layers of experts, wherever and however it keeps them."""
 
 import re
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from compress_tools.architectures.base import ExpertWeights, FusedNames, MoEArchitecture, MoESizes
-from compress_tools.architectures.registry import find_architecture
+from compress_tools.architectures.base import Located, MoEArchitecture
+from compress_tools.architectures.experts import ExpertWeights, MoESizes
+from compress_tools.architectures.layouts import ExpertLayout, Stacked
+from compress_tools.architectures.registry import expert_like, find_architecture
 from compress_tools.errors import CheckpointError, NumericalError, UnsupportedArchitectureError
 from compress_tools.format.schema import ExpertNames, Projection
+from compress_tools.source.completeness import check_whole
 from compress_tools.source.reader import CheckpointReader
-
-FUSED_GATE_UP, FUSED_DOWN, FUSED_BIAS = "gate_up_proj", "down_proj", "_bias"
-
-
-def expert_name(names: ExpertNames, layer: int, expert: int, projection: Projection) -> str:
-    """Name of one expert matrix in a checkpoint that stores experts one by one, with ``.weight``."""
-    return f"{names.expert_stem(layer, expert)}.{names.projections[projection]}.weight"
+from compress_tools.source.source_reader import SourceReader
 
 
 @dataclass(frozen=True)
 class MoESource:
-    """A source checkpoint seen as MoE layers of experts.
+    """A source checkpoint's experts.
 
     Attributes:
         reader: the checkpoint.
         architecture: its family.
         sizes: E, H, I.
         names: names that the ResMoE checkpoint will use.
-        layers: layer indices that hold experts, ascending.
-        fused_names: where experts stored as 3-D tensors are; None where they are stored one by one.
+        located: where the experts are and how they lie.
     """
 
     reader: CheckpointReader
     architecture: MoEArchitecture
     sizes: MoESizes
     names: ExpertNames
-    layers: tuple[int, ...]
-    fused_names: FusedNames | None
+    located: Located
 
     @property
-    def fused(self) -> bool:
-        """Experts are stored as 3-D tensors."""
-        return self.fused_names is not None
+    def layers(self) -> tuple[int, ...]:
+        """Indices of layers that hold experts, ascending."""
+        return self.located.layers
+
+    @property
+    def layout(self) -> ExpertLayout:
+        """How the experts lie."""
+        return self.located.layout
+
+    @property
+    def stacked(self) -> bool:
+        """The experts of a layer lie in 3-D tensors."""
+        return isinstance(self.layout, Stacked)
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -53,26 +59,7 @@ class MoESource:
 
     def expected(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all tensors of a layer that compression replaces."""
-        size_e, size_h, size_i = self.sizes.num_experts, self.sizes.hidden_size, self.sizes.intermediate_size
-        if self.fused_names is None:
-            shapes: dict[Projection, tuple[int, ...]] = {"down_proj": (size_h, size_i)}
-            return {
-                expert_name(self.names, layer, expert, p): shapes.get(p, (size_i, size_h))
-                for expert in range(size_e)
-                for p in self.projections
-            }
-        stem = fused_stem(self.fused_names, layer)
-        if not self.fused_names.interleaved:
-            return {
-                f"{stem}.{FUSED_GATE_UP}": (size_e, 2 * size_i, size_h),
-                f"{stem}.{FUSED_DOWN}": (size_e, size_h, size_i),
-            }
-        return {
-            f"{stem}.{FUSED_GATE_UP}": (size_e, size_h, 2 * size_i),
-            f"{stem}.{FUSED_GATE_UP}{FUSED_BIAS}": (size_e, 2 * size_i),
-            f"{stem}.{FUSED_DOWN}": (size_e, size_i, size_h),
-            f"{stem}.{FUSED_DOWN}{FUSED_BIAS}": (size_e, size_h),
-        }
+        return self.layout.tensors(self._stem(layer), self.sizes)
 
     def check(self, layer: int) -> None:
         """Every expert is there, in the expected shape. Reads no weight.
@@ -99,26 +86,40 @@ class MoESource:
             CheckpointError: unreadable.
             NumericalError: a weight is NaN or infinite; names the tensor.
         """
-        if self.fused_names is None:
-            matrices = {p: self._read(expert_name(self.names, layer, expert, p)) for p in self.projections}
-            return ExpertWeights(matrices.get("gate_proj"), matrices["up_proj"], matrices["down_proj"])
-        stem = fused_stem(self.fused_names, layer)
-        gate_up = self._read(f"{stem}.{FUSED_GATE_UP}", expert)
-        down = self._read(f"{stem}.{FUSED_DOWN}", expert)
-        if not self.fused_names.interleaved:
-            gate, up = gate_up.chunk(2)
-            return ExpertWeights(gate, up, down)
-        bias = self._read(f"{stem}.{FUSED_GATE_UP}{FUSED_BIAS}", expert)
-        down_bias = self._read(f"{stem}.{FUSED_DOWN}{FUSED_BIAS}", expert)
-        biases: dict[Projection, Tensor] = {"gate_proj": bias[::2], "up_proj": bias[1::2], "down_proj": down_bias}
-        return ExpertWeights(gate_up[:, ::2].T, gate_up[:, 1::2].T, down.T, biases)
+        return self.layout.read(self._stem(layer), expert, self._read)
 
     def output_name(self, name: str) -> str:
-        """Name that a copied tensor gets: as it is, or the family's usual name for a fused checkpoint's."""
-        if self.fused:
+        """Name that a copied tensor gets: as it is, or the family's usual name in an unusual layout."""
+        if self.layout != self.architecture.layouts[0]:
             for pattern, replacement in self.architecture.renames:
                 name = re.sub(pattern, replacement, name)
         return name
+
+    def decoded(self) -> dict[str, int]:
+        """How many tensors are decoded while they are read, by the form that they are quantised in."""
+        return self.reader.decoded() if isinstance(self.reader, SourceReader) else {}
+
+    def left_out(self) -> dict[str, str]:
+        """Tensors and files that an output has no place for, and why."""
+        return dict(self.reader.left_out) if isinstance(self.reader, SourceReader) else {}
+
+    def remarks(self) -> list[str]:
+        """What a user should know of this source before the work."""
+        sizes, found = self.sizes, []
+        if not self.architecture.known:
+            found.append(
+                f"model_type {self.architecture.model_type!r} is no family that this version was tested with; found "
+                f"{sizes.num_experts} experts of {sizes.intermediate_size} x {sizes.hidden_size} in "
+                f"{len(self.layers)} layers, named {self.names.expert}"
+            )
+        found += [f"{number} tensors are decoded from {form}" for form, number in self.decoded().items()]
+        for why, number in Counter(self.left_out().values()).items():
+            first = next(name for name, own in self.left_out().items() if own == why)
+            found.append(f"left out: {first}{f' and {number - 1} more' if number > 1 else ''}: {why}")
+        return found
+
+    def _stem(self, layer: int) -> str:
+        return layer_stem(self.layout, self.located.root, self.names, layer)
 
     def _read(self, name: str, expert: int | None = None) -> Tensor:
         tensor = self.reader.get(name) if expert is None else self.reader.get_row(name, expert)
@@ -132,67 +133,63 @@ def open_source(reader: CheckpointReader) -> MoESource:
     """Find the family and the layout of a checkpoint; check that all experts are there. Reads no weight.
 
     Raises:
-        UnsupportedArchitectureError: unknown family, or no experts.
-        CheckpointError: an expert is missing or misshapen.
+        UnsupportedArchitectureError: unknown family whose experts lie in no known way, or no experts.
+        CheckpointError: an expert is missing or misshapen, or something else that every model has.
     """
-    architecture = find_architecture(reader.config)
-    sizes = architecture.sizes(reader.config)
-    names = architecture.expert_names(reader.config)
-    layers: list[int] = []
-    fused = None
-    if architecture.per_expert_source:
-        layers = architecture.find_layers(architecture.expert, reader.names, reader.config)
-    if not layers and architecture.fused is not None:
-        gate_up = f"{architecture.fused.experts}.{FUSED_GATE_UP}"
-        layers = architecture.find_layers(gate_up, reader.names, reader.config)
-        fused = architecture.fused if layers else None
-    if not layers:
+    architecture = find_architecture(reader.config, reader.names)
+    names = set(reader.names)
+    candidates = []
+    for located in architecture.locate(names, reader.config):
+        sizes = _sizes(reader, architecture, located)
+        own = architecture.expert_names(reader.config, located.root)
+        candidates.append(MoESource(reader, architecture, sizes, own, located))
+    if not candidates:
         raise UnsupportedArchitectureError(
-            f"{reader.path}: no experts found under {architecture.expert!r}; not an MoE checkpoint"
+            f"{reader.path}: no experts found in a layout that is known{expert_like(names)}; not an MoE checkpoint"
         )
-    check_whole(architecture, reader, layers)
-    source = MoESource(reader, architecture, sizes, names, tuple(layers), fused)
-    for layer in layers:
+    source = next((found for found in candidates if _fits(found)), candidates[0])
+    stems = [layout.stem for layout in architecture.layouts]
+    check_whole(reader, architecture, source.located.root, [*stems, source.layout.stem], source.layers)
+    for layer in source.layers:
         source.check(layer)
     return source
 
 
-def check_whole(architecture: MoEArchitecture, reader: CheckpointReader, moe_layers: Collection[int]) -> None:
-    """Raises CheckpointError where a layer that config.json counts, or a tensor of other MoE layers, is missing."""
-    if absent := architecture.absent(reader.names, reader.config, moe_layers):
-        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
-        raise CheckpointError(
-            f"{reader.path}: incomplete: there is no {', '.join(absent[:3])}{more}; config.json counts "
-            f"{architecture.num_layers(reader.config)} layers"
+def _fits(source: MoESource) -> bool:
+    """Whether the first layer's tensors have the shapes that a layout says."""
+    expected = source.expected(source.layers[0])
+    return all(name in source.reader and source.reader.shape(name) == shape for name, shape in expected.items())
+
+
+def _sizes(reader: CheckpointReader, architecture: MoEArchitecture, located: Located) -> MoESizes:
+    """E, H and I: config.json's, or of a family that is not known those of the tensors."""
+    if architecture.known:
+        return architecture.sizes(reader.config)
+    stem = located.root + located.layout.stem.replace("{layer}", str(located.layers[0]))
+    shapes = {name.removeprefix(stem): reader.shape(name) for name in reader.names if name.startswith(stem)}
+    found = located.layout.sizes(shapes)
+    if found is None:
+        raise UnsupportedArchitectureError(
+            f"{reader.path}: the experts' tensors don't say how large an expert is{expert_like(reader.names)}"
         )
+    return found
 
 
-def fused_stem(fused: FusedNames, layer: int) -> str:
-    """Name of a layer's fused experts, without the tensor's own name."""
-    return fused.experts.replace("{layer}", str(layer))
+def layer_stem(layout: ExpertLayout, root: str, names: ExpertNames, layer: int) -> str:
+    """What the names of a layer's experts begin with.
 
-
-def interleave(gate: Tensor, up: Tensor) -> Tensor:
-    """GPT-OSS's order: gate and up alternate in the last dimension, ``[..., I]`` twice to ``[..., 2I]``."""
-    return torch.stack([gate, up], dim=-1).flatten(-2)
+    Args:
+        layout: how the experts lie.
+        root: what the decoder's names begin with.
+        names: of the ResMoE checkpoint; they say what stands for the layer.
+        layer: index.
+    """
+    return root + layout.stem.replace("{layer}", names.layers.get(layer, str(layer)))
 
 
 def dense_tensors(
-    architecture: MoEArchitecture, names: ExpertNames, layer: int, experts: list[ExpertWeights]
+    architecture: MoEArchitecture, names: ExpertNames, layer: int, experts: Sequence[ExpertWeights]
 ) -> dict[str, Tensor]:
     """All experts of a layer as the family's usual checkpoint tensors; the inverse of reading them."""
-    if architecture.per_expert_source or architecture.fused is None:
-        return {
-            expert_name(names, layer, number, projection): weights.matrix(projection).contiguous()
-            for number, weights in enumerate(experts)
-            for projection in names.projections
-        }
-    stem = fused_stem(architecture.fused, layer)
-    return {
-        f"{stem}.{FUSED_GATE_UP}": torch.stack([interleave(w.matrix("gate_proj").T, w.up.T) for w in experts]),
-        f"{stem}.{FUSED_GATE_UP}{FUSED_BIAS}": torch.stack(
-            [interleave(w.biases["gate_proj"], w.biases["up_proj"]) for w in experts]
-        ),
-        f"{stem}.{FUSED_DOWN}": torch.stack([w.down.T for w in experts]).contiguous(),
-        f"{stem}.{FUSED_DOWN}{FUSED_BIAS}": torch.stack([w.biases["down_proj"] for w in experts]),
-    }
+    root, layout = names.expert.removesuffix(architecture.expert), architecture.layouts[0]
+    return layout.stored(layer_stem(layout, root, names, layer), experts)

@@ -21,9 +21,11 @@ from compress_tools.numerics.products import squared_distance, squared_norm
 from compress_tools.numerics.work import Work
 from compress_tools.progress.listener import ProgressListener, Silent
 from compress_tools.report import REPORT_NAME
+from compress_tools.source.completeness import check_whole
 from compress_tools.source.design_matrix import expert_to_rows, rows_to_design
-from compress_tools.source.moe_source import MoESource, check_whole, open_source
+from compress_tools.source.moe_source import MoESource, open_source
 from compress_tools.source.reader import CheckpointReader
+from compress_tools.source.source_reader import SourceReader
 from compress_tools.stored.checkpoint import ResMoECheckpoint
 from compress_tools.text_file import read_json_object
 
@@ -67,7 +69,7 @@ def verify(
     """
     checkpoint = ResMoECheckpoint(path)
     source = None if against is None else _open_original(against)
-    check_whole(find_architecture(checkpoint.reader.config), checkpoint.reader, checkpoint.fmt.layers)
+    _check_rest(checkpoint)
     return _Verification(checkpoint, source, workers, progress or Silent()).run()
 
 
@@ -169,11 +171,20 @@ class _Verification:
         return error / energy if energy else inf if error else 0.0
 
 
+def _check_rest(checkpoint: ResMoECheckpoint) -> None:
+    """Everything that is not experts is there."""
+    reader, expert = checkpoint.reader, checkpoint.fmt.names.expert
+    architecture = find_architecture(reader.config)
+    root = expert.removesuffix(architecture.expert)
+    stems = [layout.stem for layout in architecture.layouts] + [expert.removeprefix(root).partition("{expert}")[0]]
+    check_whole(reader, architecture, root, stems, checkpoint.fmt.layers)
+
+
 def _open_original(path: str | Path) -> MoESource:
     reader = CheckpointReader(path)
     if (reader.config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:
         raise ConfigError(f"--against {path}: is a ResMoE checkpoint; give the original that it was made from")
-    return open_source(reader)
+    return open_source(SourceReader(path))
 
 
 def _read_report(path: Path) -> tuple[dict[int, float], dict[str, str]]:

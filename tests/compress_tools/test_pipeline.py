@@ -21,6 +21,7 @@ from compress_tools.errors import (
 from compress_tools.format.loading_guard import GUARD_KEY, GUARD_TEXT
 from compress_tools.output.staging import Staging
 from compress_tools.pipeline import compress
+from compress_tools.progress.listener import Silent
 from compress_tools.report import TIMINGS_NAME
 from compress_tools.source.layer_selection import select_layers
 from compress_tools.source.reader import INDEX_NAME, CheckpointReader
@@ -187,24 +188,66 @@ def edited_config(source: Path, target: Path, **changes: object) -> Path:
 
 
 def test_models_it_does_not_know(tiny_olmoe: Path, tmp_path: Path) -> None:
-    llama = edited_config(tiny_olmoe, tmp_path / "a", model_type="llama")
-    with pytest.raises(UnsupportedArchitectureError, match=r"'llama'.*mixtral, olmoe"):
-        compress(llama, tmp_path / "small", make_config())
-    disguised = edited_config(tiny_olmoe, tmp_path / "b", model_type="mixtral", num_local_experts=8)
+    tensors = load_file(tiny_olmoe / "model.safetensors")
+    renamed = {name.replace(".mlp.experts.", ".mlp.expert_list."): tensor for name, tensor in tensors.items()}
+    strange = edited_config(tiny_olmoe, tmp_path / "a", model_type="llama")
+    save_file(renamed, strange / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedArchitectureError, match=r"'llama'.*expert_list\.N\.down_proj.*mixtral, olmoe"):
+        compress(strange, tmp_path / "small", make_config())
+    dense = edited_config(tiny_olmoe, tmp_path / "b", model_type="mixtral", num_local_experts=8)
+    save_file({name: tensors[name] for name in tensors if "expert" not in name}, dense / "model.safetensors")
     with pytest.raises(UnsupportedArchitectureError, match="not an MoE checkpoint"):
-        compress(disguised, tmp_path / "small", make_config())
+        compress(dense, tmp_path / "small", make_config())
     without = edited_config(tiny_olmoe, tmp_path / "c", num_experts=None)
     with pytest.raises(UnsupportedArchitectureError, match="num_experts"):
         compress(without, tmp_path / "small", make_config())
-    quantised = edited_config(tiny_olmoe, tmp_path / "d", quantization_config={"quant_method": "gptq"})
-    with pytest.raises(CheckpointError, match="gptq"):
-        compress(quantised, tmp_path / "small", make_config())
     not_json = tmp_path / "e"
     not_json.mkdir()
     (not_json / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="JSON"):
         compress(not_json, tmp_path / "small", make_config())
     assert not Staging(tmp_path / "small").path.exists()
+
+
+class Heard(Silent):
+    """Keeps the lines of the log."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_a_family_that_is_not_known_is_compressed_by_its_names(tiny_olmoe: Path, tmp_path: Path) -> None:
+    unknown = edited_config(tiny_olmoe, tmp_path / "source", model_type="brand_new_moe", num_experts=None)
+    heard = Heard()
+    found = compress(unknown, tmp_path / "a", make_config(workers=1), progress=heard)
+    assert found.shards == compress(tiny_olmoe, tmp_path / "b", make_config(workers=1)).shards
+    (line,) = [line for line in heard.lines if "brand_new_moe" in line]
+    assert "no family that this version was tested with" in line
+    assert "8 experts of 24 x 64 in 2 layers, named model.layers.{layer}.mlp.experts.{expert}" in line
+    verify(tmp_path / "a", unknown)
+    restore(tmp_path / "a", tmp_path / "dense")
+    assert CheckpointReader(tmp_path / "dense").names == CheckpointReader(unknown).names
+
+
+def test_another_familys_names_become_the_familys_own(tiny_mixtral: Path, tmp_path: Path) -> None:
+    """As some converters write Mixtral: ``mlp.experts.N.gate_proj``, router ``mlp.gate``."""
+    own = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+    source = shutil.copytree(tiny_mixtral, tmp_path / "source", ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors = {}
+    for name in (reader := CheckpointReader(tiny_mixtral)).names:
+        new = name.replace("block_sparse_moe", "mlp")
+        for old, projection in own.items():
+            new = new.replace(f".{old}.", f".{projection}.")
+        tensors[new] = reader.get(name)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    compress(source, tmp_path / "a", make_config(workers=1))
+    compress(tiny_mixtral, tmp_path / "b", make_config(workers=1))
+    found, expected = CheckpointReader(tmp_path / "a"), CheckpointReader(tmp_path / "b")
+    assert found.names == expected.names
+    assert all(torch.equal(found.get(name), expected.get(name)) for name in found.names)
 
 
 @pytest.mark.parametrize(

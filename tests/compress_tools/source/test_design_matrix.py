@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import silu
 
-from compress_tools.architectures.base import ExpertWeights
+from compress_tools.architectures.experts import ExpertWeights
 from compress_tools.source.design_matrix import design_to_rows, expert_to_rows, rows_to_design, rows_to_expert
 
 

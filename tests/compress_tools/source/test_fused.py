@@ -26,7 +26,7 @@ def test_fused_and_single_experts_are_the_same_experts(family: str, tmp_path: Pa
     single = open_source(CheckpointReader(save_tiny_model(family, tmp_path / "single", torch.float32)))
     path = save_tiny_model(family, tmp_path / "fused", torch.float32, save_original_format=False)
     fused = open_source(CheckpointReader(path))
-    assert (single.fused, fused.fused) == (False, True)
+    assert (single.stacked, fused.stacked) == (False, True)
     assert single.layers == fused.layers
     for layer in single.layers:
         for expert in range(single.sizes.num_experts):

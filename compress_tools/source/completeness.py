@@ -1,0 +1,148 @@
+"""Is everything there that a model needs besides its experts? Told by names alone; nothing is read.
+
+A shard that is missing, or a tensor that a converter dropped, leaves a checkpoint that loads and answers nonsense. So
+each layer must have what the other layers of its kind have, and around the layers there must be embeddings, a final
+norm and, unless it is tied, an output layer.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+from compress_tools.architectures.base import MoEArchitecture, config_parts
+from compress_tools.errors import CheckpointError
+from compress_tools.source.reader import CheckpointReader
+
+EMBEDDING = r"(?:embed_tokens|word_embeddings|tok_embeddings|embeddings|embedding|embed|wte)\.weight"
+FINAL_NORM = r"(?:norm|final_layernorm|final_norm|final_layer_norm|norm_f|ln_f|embedding_norm)\.weight"
+OUTPUT = r"(?:.*\.)?(?:lm_head|output|head|embed_out|unembed)\.weight"
+
+
+class _Kind(NamedTuple):
+    """What makes layers alike."""
+
+    label: tuple[str, ...]
+    has_experts: bool
+    modules: frozenset[str]
+
+
+def check_whole(
+    reader: CheckpointReader,
+    architecture: MoEArchitecture,
+    root: str,
+    stems: Collection[str],
+    moe_layers: Collection[int],
+) -> None:
+    """Refuse a checkpoint that lacks a layer, a tensor of a layer, or what stands around the layers.
+
+    Args:
+        reader: the checkpoint.
+        architecture: its family.
+        root: what the decoder's names begin with.
+        stems: what experts' names begin with behind the root; what is under them is not looked at.
+        moe_layers: layers with experts.
+    Raises:
+        CheckpointError: names what is missing.
+    """
+    count = architecture.num_layers(reader.config)
+    if architecture.layer_texts(reader.config) or count is None:
+        return
+    absent = absent_from_layers(reader.names, reader.config, count, root, stems, moe_layers)
+    absent += absent_around(reader.names, reader.config, root, tied=architecture.tied)
+    if absent:
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise CheckpointError(
+            f"{reader.path}: incomplete: there is no {', '.join(absent[:3])}{more}; config.json counts {count} layers"
+        )
+
+
+def absent_from_layers(
+    names: Collection[str],
+    config: Mapping[str, Any],
+    count: int,
+    root: str,
+    stems: Collection[str],
+    moe_layers: Collection[int],
+) -> list[str]:
+    """Whole layers that are missing, and tensors that other layers of the same kind have.
+
+    Layers are of one kind where config.json's lists by layer say the same of them (attention, linear attention,
+    convolution, with or without an indexer) and they have the same modules. The module that holds the experts is
+    looked at by itself, in layers that have experts and in layers that have none. A layer that has but a part of
+    another kind's modules has lost the others. A layer that is the only one of its kind is compared with none.
+
+    Args:
+        names: of all tensors.
+        config: config.json.
+        count: decoder layers.
+        root: what the decoder's names begin with.
+        stems: what experts' names begin with behind the root, with ``{layer}``.
+        moe_layers: layers with experts.
+    Returns:
+        names, or ``layer N``.
+    """
+    experts = tuple(stem.partition("{layer}")[2] for stem in stems)
+    found: dict[int, set[str]] = {layer: set() for layer in range(count)}
+    pattern = re.compile(re.escape(f"{root}layers.") + r"(\d+)(\..*)")
+    for name in names:
+        match = pattern.fullmatch(name)
+        if match is not None and int(match[1]) < count and not match[2].startswith(experts):
+            found[int(match[1])].add(match[2])
+    missing = [f"layer {layer}" for layer, own in found.items() if not own and layer not in moe_layers]
+    labels = layer_labels(config, count)
+    holders = {stem.split(".")[1] for stem in experts}
+    for holds in (False, True):
+        kinds: dict[_Kind, dict[int, set[str]]] = defaultdict(dict)
+        for layer, own in found.items():
+            part = {rest for rest in own if (rest.split(".")[1] in holders) is holds}
+            modules = frozenset(rest.split(".")[1 + holds] for rest in part)
+            if own:
+                kinds[_Kind(labels[layer], holds and layer in moe_layers, modules)][layer] = part
+        missing += _lacking(kinds, f"{root}layers.")
+    return missing
+
+
+def _lacking(kinds: Mapping[_Kind, Mapping[int, set[str]]], before: str) -> list[str]:
+    missing = []
+    for kind, layers in kinds.items():
+        usual = set().union(*layers.values())
+        for other, kin in kinds.items():
+            if kind[:2] == other[:2] and kind.modules < other.modules:
+                usual |= set().union(*kin.values())
+        missing += sorted(f"{before}{layer}{rest}" for layer, own in layers.items() for rest in usual - own)
+    return missing
+
+
+def layer_labels(config: Mapping[str, Any], count: int) -> list[tuple[str, ...]]:
+    """What config.json's lists by layer say of each layer; a string of one letter a layer counts as a list."""
+    lists = [
+        value
+        for part in config_parts(config)
+        for key, value in sorted(part.items())
+        if isinstance(value, list | str) and len(value) == count and (isinstance(value, list) or "pattern" in key)
+    ]
+    return [tuple(str(own[layer]) for own in lists) for layer in range(count)]
+
+
+def absent_around(names: Collection[str], config: Mapping[str, Any], root: str, *, tied: bool = False) -> list[str]:
+    """What every decoder has before and behind its layers, and this one has not.
+
+    Args:
+        names: of all tensors.
+        config: config.json; ``tie_word_embeddings`` says whether there is an output layer.
+        root: what the decoder's names begin with.
+        tied: what holds where config.json does not say it.
+    Returns:
+        descriptions of what is missing.
+    """
+    outside = [name.removeprefix(root) for name in names if name.startswith(root)]
+    missing = []
+    if not any(re.fullmatch(EMBEDDING, name) for name in outside):
+        missing.append(f"embedding ({root}embed_tokens.weight)")
+    if not any(re.fullmatch(FINAL_NORM, name) for name in outside):
+        missing.append(f"final norm ({root}norm.weight)")
+    said = [part["tie_word_embeddings"] for part in config_parts(config) if "tie_word_embeddings" in part]
+    if not (said[0] if said else tied) and not any(re.fullmatch(OUTPUT, name) for name in names):
+        missing.append("output layer (lm_head.weight)")
+    return missing

@@ -1,0 +1,179 @@
+"""A checkpoint to compress, as published: quantised tensors are decoded while they are read."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compress_tools.architectures.base import NESTED
+from compress_tools.errors import CheckpointError
+from compress_tools.source.reader import CONFIG_NAME, INDEX_NAME, CheckpointReader
+from compress_tools.source.stored_forms import StoredForm, find_forms, is_activation_scale
+
+# What ModelOpt writes beside config.json; it describes tensors that a decoded checkpoint does not have.
+QUANTIZATION_FILES = ("hf_quant_config.json",)
+DECODED_DTYPE, DECODED_BYTES = "BF16", 2
+
+
+class SourceReader(CheckpointReader):
+    """A checkpoint whose quantised matrices appear under their own names, in bf16, and whose config has no block of it.
+
+    Dtypes and names decide what is quantised: a block in config.json that is null, or says what the tensors are not,
+    changes nothing.
+
+    Args:
+        path: the directory.
+    Attributes:
+        forms: the quantised matrices by name.
+        left_out: tensors that a decoded checkpoint has no place for, and why.
+    Raises:
+        CheckpointError: see ``CheckpointReader``; a ResMoE checkpoint; a quantised form that is not read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self.forms: dict[str, StoredForm] = {}
+        self.left_out: dict[str, str] = {}
+        blocks = list(_quantization_blocks(self.config))
+        if any(block.get("quant_method") == "resmoe" for block in blocks):
+            raise CheckpointError(
+                f"{self.path}: is a ResMoE checkpoint already; compress the original, or `resmoe restore` it first"
+            )
+        stored = super().names
+        try:
+            self.forms = find_forms(stored, _Stored(self), _block_size(blocks))
+        except CheckpointError as err:
+            raise CheckpointError(f"{self.path}: {err}") from err
+        parts = {name for form in self.forms.values() for name in form.parts.values()}
+        if self.forms or blocks:
+            self.left_out = {
+                name: "a scale of the source's quantised activations"
+                for name in stored
+                if is_activation_scale(name) and name not in parts
+            }
+        shapes = {name for name in stored if name.endswith("_shape") and name.removesuffix("_shape") in self.forms}
+        self.left_out |= self._files_left_out()
+        self._names = sorted((set(stored) - parts - shapes - set(self.left_out)) | set(self.forms))
+        self.config = _without_blocks(self.config)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors, decoded ones under their own, sorted."""
+        return list(self._names)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.forms or (name not in self.left_out and super().__contains__(name))
+
+    def get(self, name: str) -> Tensor:
+        """One tensor, on the CPU; quantised ones in bf16."""
+        form = self.forms.get(name)
+        if form is None:
+            return super().get(name)
+        return form.decode({role: super(SourceReader, self).get(part) for role, part in form.parts.items()})
+
+    def get_row(self, name: str, index: int) -> Tensor:
+        """``tensor[index]`` without the rest; quantised ones in bf16."""
+        form = self.forms.get(name)
+        if form is None:
+            return super().get_row(name, index)
+        parts = {}
+        for role, part in form.parts.items():
+            own = super().shape(part)
+            if own and own[0] == form.shape[0]:
+                parts[role] = super().get_row(part, index)[None]
+            else:
+                parts[role] = super().get(part)
+        return form.decode(parts)[0]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, decoded, without reading it."""
+        form = self.forms.get(name)
+        return super().shape(name) if form is None else form.shape
+
+    def dtype(self, name: str) -> str:
+        """Dtype of a tensor, decoded, as safetensors spells it."""
+        return super().dtype(name) if name not in self.forms else DECODED_DTYPE
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor, decoded."""
+        form = self.forms.get(name)
+        if form is None:
+            return super().nbytes(name)
+        count = DECODED_BYTES
+        for size in form.shape:
+            count *= size
+        return count
+
+    def shard_of(self, name: str) -> str:
+        """The weight file that holds a tensor, or a quantised one's values."""
+        form = self.forms.get(name)
+        return super().shard_of(name if form is None else form.parts["values"])
+
+    def other_files(self) -> list[Path]:
+        """Files to copy through: those that are neither weights nor about their quantisation."""
+        return [file for file in super().other_files() if file.name not in QUANTIZATION_FILES]
+
+    def _files_left_out(self) -> dict[str, str]:
+        """Files that are not copied, and why; hidden ones are nobody's part of a model."""
+        copied = {CONFIG_NAME, INDEX_NAME, *self.shards, *(str(self._inside(file)) for file in self.other_files())}
+        found = {}
+        for file in sorted(self.path.rglob("*")):
+            inside = self._inside(file)
+            if not file.is_file() or str(inside) in copied or any(part.startswith(".") for part in inside.parts):
+                continue
+            if file.name in QUANTIZATION_FILES:
+                found[str(inside)] = "describes the source's quantisation"
+            elif "__pycache__" not in inside.parts:
+                found[str(inside)] = "weights that the checkpoint's index does not name, or in another format"
+        return found
+
+    def _inside(self, file: Path) -> Path:
+        return file.relative_to(self.path)
+
+    def decoded(self) -> dict[str, int]:
+        """How many tensors of each quantised form are decoded."""
+        return dict(sorted(Counter(form.title for form in self.forms.values()).items()))
+
+
+class _Stored:
+    """The tensors as they are stored: what ``find_forms`` asks for."""
+
+    def __init__(self, reader: SourceReader) -> None:
+        self._reader = reader
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return CheckpointReader.shape(self._reader, name)
+
+    def dtype(self, name: str) -> str:
+        return CheckpointReader.dtype(self._reader, name)
+
+    def get(self, name: str) -> Tensor:
+        return CheckpointReader.get(self._reader, name)
+
+
+def _quantization_blocks(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The quantisation blocks of config.json and of its parts."""
+    own = config.get("quantization_config")
+    blocks: list[Mapping[str, Any]] = [own] if isinstance(own, dict) else []
+    for key in NESTED:
+        if isinstance(inner := config.get(key), dict):
+            blocks += _quantization_blocks(inner)
+    return blocks
+
+
+def _block_size(blocks: list[Mapping[str, Any]]) -> list[int] | None:
+    """Rows and columns of an fp8 block, where config.json says it."""
+    given = next((block["weight_block_size"] for block in blocks if block.get("weight_block_size")), None)
+    if isinstance(given, list) and len(given) == 2 and all(isinstance(size, int) and size > 0 for size in given):
+        return given
+    return None
+
+
+def _without_blocks(config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key != "quantization_config"}
+    for key in NESTED:
+        if isinstance(inner := kept.get(key), dict):
+            kept[key] = _without_blocks(inner)
+    return kept

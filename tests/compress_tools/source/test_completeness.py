@@ -1,0 +1,142 @@
+"""What a checkpoint lacks is found by its names, in models of one kind of layer and of many."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress_tools.source.completeness import absent_around, absent_from_layers, layer_labels
+
+NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+ATTENTION = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.o_proj.weight")
+LINEAR = ("linear_attn.in_proj.weight", "linear_attn.conv1d.weight", "linear_attn.A_log")
+INDEXER = ("self_attn.indexer.wq.weight", "self_attn.indexer.wk.weight")
+MIXER_ATTENTION = ("mixer.q_proj.weight", "mixer.k_proj.weight", "mixer.o_proj.weight")
+MIXER_MAMBA = ("mixer.in_proj.weight", "mixer.conv1d.weight", "mixer.A_log")
+SPARSE = ("mlp.gate.weight", "mlp.shared_expert.up_proj.weight")
+DENSE = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
+STEMS = ("layers.{layer}.mlp.experts.", "layers.{layer}.mixer.experts.")
+
+# name -> (tensors of each layer, MoE layers, config.json)
+MODELS: dict[str, tuple[list[tuple[str, ...]], list[int], dict[str, object]]] = {
+    "alike": ([(*NORMS, *ATTENTION, *SPARSE)] * 4, [0, 1, 2, 3], {}),
+    "dense first": ([(*NORMS, *ATTENTION, *DENSE)] * 2 + [(*NORMS, *ATTENTION, *SPARSE)] * 3, [2, 3, 4], {}),
+    "linear attention, without a list": (
+        [(*NORMS, *LINEAR, *SPARSE), (*NORMS, *ATTENTION, *SPARSE)] * 2,
+        [0, 1, 2, 3],
+        {},
+    ),
+    "one mixer each": (
+        [("norm.weight", *MIXER_MAMBA), ("norm.weight", "mixer.gate.weight"), ("norm.weight", *MIXER_ATTENTION)] * 2,
+        [1, 4],
+        {"hybrid_override_pattern": "ME*ME*"},
+    ),
+    "an indexer in some layers": (
+        [(*NORMS, *ATTENTION, *INDEXER, *SPARSE), (*NORMS, *ATTENTION, *SPARSE)] * 2,
+        [0, 1, 2, 3],
+        {"text_config": {"indexer_types": ["full", "shared"] * 2}},
+    ),
+    "keys that are values too": (
+        [(*NORMS, *ATTENTION, *SPARSE), (*NORMS, *ATTENTION[:2], ATTENTION[3], *SPARSE)] * 2,
+        [0, 1, 2, 3],
+        {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+}
+
+
+def names_of(layers: list[tuple[str, ...]], moe_layers: list[int]) -> list[str]:
+    names = [f"model.layers.{index}.{rest}" for index, own in enumerate(layers) for rest in own]
+    names += [f"model.layers.{layer}.mlp.experts.0.up_proj.weight" for layer in moe_layers]
+    # A draft layer behind the model proper may look like anything.
+    return [*names, f"model.layers.{len(layers)}.eh_proj.weight"]
+
+
+def absent(layers: list[tuple[str, ...]], moe: list[int], config: dict[str, object], names: list[str]) -> list[str]:
+    return absent_from_layers(names, config, len(layers), "model.", STEMS, moe)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_nothing_lacks_where_all_is_there(model: str):
+    layers, moe, config = MODELS[model]
+    assert absent(layers, moe, config, names_of(layers, moe)) == []
+
+
+@pytest.mark.parametrize("model", MODELS)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_tensor_that_is_dropped_is_found(model: str, data: st.DataObject):
+    layers, moe, config = MODELS[model]
+    names = [name for name in names_of(layers, moe) if "experts" not in name and "eh_proj" not in name]
+    dropped = data.draw(st.sampled_from(names))
+    left = [name for name in names_of(layers, moe) if name != dropped]
+    assert absent(layers, moe, config, left) == [dropped]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_whole_module_that_is_dropped_is_found(model: str):
+    layers, moe, config = MODELS[model]
+    for layer, own in enumerate(layers):
+        for module in {rest.split(".")[0] for rest in own}:
+            gone = f"model.layers.{layer}.{module}."
+            left = [name for name in names_of(layers, moe) if not name.startswith(gone) or "experts" in name]
+            assert absent(layers, moe, config, left), gone
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_whole_layer_that_is_dropped_is_found(model: str):
+    layers, moe, config = MODELS[model]
+    for layer in range(len(layers)):
+        left = [name for name in names_of(layers, moe) if not name.startswith(f"model.layers.{layer}.")]
+        others = [own for own in moe if own != layer]
+        assert f"layer {layer}" in absent(layers, others, config, left)
+
+
+def test_lists_and_patterns_label_layers():
+    config = {
+        "layer_types": ["a", "b"],
+        "sizes": [1, 2, 3],
+        "text_config": {"hybrid_override_pattern": "M*", "name": "xy"},
+    }
+    assert layer_labels(config, 2) == [("a", "M"), ("b", "*")]
+
+
+WHOLE = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    ("dropped", "words"),
+    [(WHOLE[0], "embedding"), (WHOLE[1], "final norm"), (WHOLE[2], "output layer")],
+)
+def test_what_stands_around_the_layers(dropped: str, words: str):
+    assert absent_around(WHOLE, {}, "model.") == []
+    (found,) = absent_around([name for name in WHOLE if name != dropped], {}, "model.")
+    assert words in found
+    assert dropped in found
+
+
+@pytest.mark.parametrize(
+    ("config", "tied", "lacks"),
+    [
+        ({"tie_word_embeddings": True}, False, False),
+        ({"tie_word_embeddings": False}, True, True),
+        ({"text_config": {"tie_word_embeddings": True}}, False, False),
+        ({}, True, False),
+        ({}, False, True),
+    ],
+)
+def test_a_tied_output_layer_is_no_loss(config: dict[str, object], tied: bool, lacks: bool):
+    assert bool(absent_around(WHOLE[:2], config, "model.", tied=tied)) is lacks
+
+
+@pytest.mark.parametrize(
+    ("root", "names"),
+    [
+        ("model.", ["model.word_embeddings.weight", "model.norm.weight", "lm_head.weight"]),
+        ("backbone.", ["backbone.embeddings.weight", "backbone.norm_f.weight", "lm_head.weight"]),
+        ("", ["embed.weight", "norm.weight", "head.weight"]),
+        ("language_model.model.", [f"language_model.{name}" for name in WHOLE]),
+        ("model.language_model.", [name.replace("model.", "model.language_model.") for name in WHOLE[:2]] + WHOLE[2:]),
+        ("model.", ["model.embed_tokens.weight", "model.embedding_norm.weight", "lm_head.weight"]),
+    ],
+)
+def test_families_call_them_differently(root: str, names: list[str]):
+    assert absent_around(names, {}, root) == []
