@@ -315,12 +315,42 @@ def demo(*, out_dir: str) -> None:
     run_demo(out_dir)
 
 
+# Packages that are imported where they are needed, and the extra that brings each.
+EXTRAS = {
+    **dict.fromkeys(("click", "lap", "ot", "yaml", "rich", "threadpoolctl", "transformers"), "compress"),
+    "matplotlib": "plot",
+    **dict.fromkeys(("openai", "psutil", "tokenizers"), "demo"),
+    "ray": "ray",
+    "lm_eval": "eval",
+}
+
+
 def main(command: click.Command = cli) -> None:
     """Run a command and end the process with one of ``EXIT_CODES``."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A file's name may hold bytes that are no text.
             stream.reconfigure(errors="backslashreplace")
+    try:
+        _run(command)
+    except ResMoEError as err:
+        print(f"resmoe: {err}", file=sys.stderr)
+        sys.exit(err.exit_code)
+    except ModuleNotFoundError as err:
+        if (extra := EXTRAS.get((err.name or "").split(".")[0])) is None:
+            _end_as_fault(err)
+        print(f"resmoe: the package {err.name} is missing: pip install 'resmoe[{extra}]'", file=sys.stderr)
+        sys.exit(ConfigError.exit_code)
+    except OSError as err:
+        if err.filename is None:
+            _end_as_fault(err)
+        print(f"resmoe: {err.filename}: {in_words(err)}; make it accessible, or choose another", file=sys.stderr)
+        sys.exit(CheckpointError.exit_code)
+    except Exception as err:
+        _end_as_fault(err)
+
+
+def _run(command: click.Command) -> None:
     try:
         command.main(standalone_mode=False)
         sys.stdout.flush()
@@ -333,20 +363,10 @@ def main(command: click.Command = cli) -> None:
     except click.ClickException as err:
         err.show()
         sys.exit(err.exit_code)
-    except ResMoEError as err:
-        print(f"resmoe: {err}", file=sys.stderr)
-        sys.exit(err.exit_code)
     except BrokenPipeError:
         # Whoever read the result has what they wanted, as in `resmoe inspect DST | head`; nothing more is flushed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as err:
-        if err.filename is None:
-            _end_as_fault(err)
-        print(f"resmoe: {err.filename}: {in_words(err)}; make it accessible, or choose another", file=sys.stderr)
-        sys.exit(CheckpointError.exit_code)
-    except Exception as err:
-        _end_as_fault(err)
 
 
 def _end_as_fault(err: Exception) -> NoReturn:

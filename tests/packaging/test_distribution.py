@@ -1,5 +1,7 @@
 """What is installed: names, entry points, dependencies, and the files of a built wheel."""
 
+import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from compress_tools.cli.commands import EXTRAS
 from compress_tools.version import __version__
 
 REPO = Path(__file__).resolve().parents[2]
@@ -28,6 +31,70 @@ def pins(name: str) -> dict[str, str]:
 def normal(name: str) -> str:
     """A distribution's name as PyPI compares it."""
     return name.lower().replace("_", "-").replace(".", "-")
+
+
+def own(lines: list[str]) -> list[Requirement]:
+    """Requirements, without those that name another extra of this project."""
+    return [requirement for requirement in map(Requirement, lines) if requirement.name != "resmoe"]
+
+
+def imported(*packages: str) -> set[str]:
+    """Top-level modules that packages import, at their start or later."""
+    found = set()
+    for package in packages:
+        for file in (REPO / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Import):
+                    found |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module:
+                    found.add(node.module.split(".")[0])
+    return found - set(sys.stdlib_module_names)
+
+
+MODULES = {"pyyaml": "yaml", "pot": "ot", "lapx": "lap", "lm-eval": "lm_eval"}
+
+
+def modules_of(*extras: str) -> set[str]:
+    lines = [*PROJECT["dependencies"], *(line for extra in extras for line in PROJECT["optional-dependencies"][extra])]
+    return {MODULES.get(normal(requirement.name), normal(requirement.name)) for requirement in own(lines)}
+
+
+def test_what_serves_needs_nothing_else():
+    theirs = {"vllm", "typing_extensions"}  # vLLM is there when the plugin runs, pydantic brings the other
+    needed = imported("resmoe_vllm", "compress_tools/format") - {"resmoe_vllm", "compress_tools"}
+    assert needed <= modules_of() | theirs | {"triton"}
+
+
+def test_every_import_has_its_extra():
+    needed = imported("compress_tools") - {"compress_tools", "benchmarks", "pydantic_core"}
+    assert needed == modules_of("compress", "plot", "ray", "eval") - {"triton"}
+    assert set(EXTRAS) == modules_of("compress", "plot", "ray", "eval", "bench") - modules_of()
+
+
+@pytest.mark.parametrize(
+    ("absent", "command", "extra"),
+    [
+        ("click", ["--help"], "compress"),
+        ("rich", ["probe", "nowhere"], "compress"),
+        ("ot", ["probe", "SRC"], "compress"),
+        ("matplotlib", ["probe", "SRC", "--picture", "x.png"], "plot"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(
+    tmp_path: Path, tiny_olmoe: Path, absent: str, command: list[str], extra: str
+):
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{absent!r}] = None\n")
+    words = [str(tiny_olmoe) if word == "SRC" else word for word in command]
+    done = subprocess.run(
+        [sys.executable, "-m", "compress_tools", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{REPO}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert f"pip install 'resmoe[{extra}]'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_plugin_entry_point_loads():
@@ -51,15 +118,16 @@ def test_vllm_comes_only_by_an_extra():
 @pytest.mark.parametrize("flavor", ["cpu", "cuda"])
 def test_pins_fulfil_every_requirement(flavor: str):
     pinned = pins(f"constraints-{flavor}.txt")
-    extra = PROJECT["optional-dependencies"][flavor]
-    for requirement in map(Requirement, [*PROJECT["dependencies"], *extra]):
+    extras = PROJECT["optional-dependencies"]
+    wanted = [*PROJECT["dependencies"], *extras[flavor], *extras["compress"], *extras["plot"], *extras["bench"]]
+    for requirement in own(wanted):
         version = pinned[normal(requirement.name)]
         assert requirement.specifier.contains(version), f"{requirement} against the pin {version}"
 
 
 def test_dev_pins_fulfil_the_dev_extra():
     pinned = pins("constraints-dev.txt")
-    for requirement in map(Requirement, PROJECT["optional-dependencies"]["dev"]):
+    for requirement in own(PROJECT["optional-dependencies"]["dev"]):
         assert requirement.specifier.contains(pinned[normal(requirement.name)])
 
 
