@@ -60,13 +60,13 @@ def check_family(
     compress(source, small, make_config(method=method))
     verify(small, source)
     restore(small, dense)
-    logprobs = vllm_logprobs if architecture.vllm else transformers_logprobs
+    logprobs = vllm_logprobs if architecture.served_here else transformers_logprobs
     found, twin = logprobs(small), logprobs(dense)
     changed = (twin - logprobs(source)).abs().max().item() if measure_change else None
     return FamilyResult(
         family,
         method,
-        "vLLM" if architecture.vllm else "transformers",
+        "vLLM" if architecture.served_here else "transformers",
         (found - twin).abs().max().item(),
         changed,
     )
@@ -121,10 +121,10 @@ def family_table(architectures: tuple[MoEArchitecture, ...] = ARCHITECTURES) -> 
     """The table of docs/models.md; tested means that the test suite takes the family the whole way."""
     lines = ["| family | `model_type` | served by vLLM | in transformers | tested |", "|---|---|---|---|---|"]
     for known in architectures:
-        where = "yes" if known.vllm else known.runs_in.removeprefix("transformers only: ")
         in_transformers = "no class for it" if known.model_type == "deepseek" else "yes"
         tested = "yes" if known.model_type in TINY_CONFIGS else "no"
-        served = where if known.vllm else f"no: {where}"
+        reason = known.runs_in.removeprefix("transformers only: ")
+        served = "yes" if known.served_here else f"not by its CPU build: {reason}" if known.vllm else f"no: {reason}"
         lines.append(f"| {known.title} | `{known.model_type}` | {served} | {in_transformers} | {tested} |")
     return "\n".join(lines)
 

@@ -45,6 +45,14 @@ def write_source(path: Path, shape: MoEShape, kind: Kind, seed: int = 0) -> None
         shard = f"expert-{expert}.safetensors"
         save_file(tensors, path / shard, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, shard))
+    # What stands around the layers, as small as it may be: no stage measures it.
+    around = {
+        "model.embed_tokens.weight": torch.zeros(1, shape.hidden).bfloat16(),
+        "model.norm.weight": torch.ones(shape.hidden).bfloat16(),
+        "lm_head.weight": torch.zeros(1, shape.hidden).bfloat16(),
+    }
+    save_file(around, path / "around.safetensors", metadata={"format": "pt"})
+    weight_map.update(dict.fromkeys(around, "around.safetensors"))
     config = {
         "model_type": "mixtral",
         "architectures": ["MixtralForCausalLM"],

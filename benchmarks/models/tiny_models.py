@@ -41,6 +41,27 @@ MLA: dict[str, Any] = {
     "v_head_dim": 32,
 }
 
+SMALL_EXPERTS: dict[str, Any] = {
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+}
+SHARED_STYLE: dict[str, Any] = {**SMALL_EXPERTS, "head_dim": 32, "num_shared_experts": 1, "first_k_dense_replace": 1}
+# Linear attention in three layers of four.
+HYBRID: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "head_dim": 32,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+
 # model_type -> (prefix of the transformers classes, config fields)
 TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": (
@@ -112,6 +133,80 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 32,
         },
     ),
+    "qwen3_next": ("Qwen3Next", {**HYBRID, "intermediate_size": 48}),
+    "qwen3_5_moe": ("Qwen3_5Moe", HYBRID),
+    "gemma4": (
+        "Gemma4",
+        {
+            **SMALL_EXPERTS,
+            "num_hidden_layers": 4,
+            "top_k_experts": 2,
+            "enable_moe_block": True,
+            "head_dim": 32,
+            "global_head_dim": 32,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 128,
+        },
+    ),
+    "glm4_moe_lite": ("Glm4MoeLite", {**DEEPSEEK_STYLE, **MLA, "q_lora_rank": 48}),
+    "exaone_moe": ("ExaoneMoe", {**SHARED_STYLE, "num_hidden_layers": 4, "n_group": 1, "topk_group": 1}),
+    "lfm2_moe": (
+        "Lfm2Moe",
+        {
+            **SMALL_EXPERTS,
+            "num_hidden_layers": 4,
+            "num_dense_layers": 1,
+            "layer_types": ["conv", "conv", "full_attention", "full_attention"],
+        },
+    ),
+    "cohere2_moe": (
+        "Cohere2Moe",
+        {"intermediate_size": 24, "num_hidden_layers": 4, "num_experts": 6, "num_experts_per_tok": 2, "head_dim": 32},
+    ),
+    "mellum": ("Mellum", {**SMALL_EXPERTS, "num_hidden_layers": 4, "head_dim": 32}),
+    "solar_open": ("SolarOpen", {**DEEPSEEK_STYLE, "head_dim": 32}),
+    "flex_olmo": (
+        "FlexOlmo",
+        {"intermediate_size": 24, "num_hidden_layers": 2, "num_experts": 6, "num_experts_per_tok": 2},
+    ),
+    "hunyuan_v1_moe": (
+        "HunYuanMoEV1",
+        {"intermediate_size": 24, "num_hidden_layers": 2, "num_experts": 6, "moe_topk": 2, "head_dim": 32},
+    ),
+    # The last three are fields of published checkpoints that vLLM reads and transformers does not write.
+    "hy_v3": (
+        "HYV3",
+        {**SHARED_STYLE, "num_hidden_layers": 3, "expert_hidden_dim": 24, "route_norm": True, "qk_norm": True},
+    ),
+    "jamba": (
+        "Jamba",
+        {
+            "intermediate_size": 48,
+            "num_hidden_layers": 4,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+        },
+    ),
+    "laguna": (
+        "Laguna",
+        {**SMALL_EXPERTS, "num_hidden_layers": 3, "head_dim": 32, "shared_expert_intermediate_size": 24},
+    ),
+    "minimax": (
+        "MiniMax",
+        {
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "head_dim": 32,
+        },
+    ),
     "gpt_oss": (
         "GptOss",
         {
@@ -165,7 +260,9 @@ def save_tiny_model(
         ``path``.
     """
     prefix, sizes = TINY_CONFIGS[family]
-    config = getattr(transformers, f"{prefix}Config")(**{**COMMON, **sizes, **changes})
+    # Of a multimodal family the language model alone.
+    kind = next(name for name in (f"{prefix}TextConfig", f"{prefix}Config") if hasattr(transformers, name))
+    config = getattr(transformers, kind)(**{**COMMON, **sizes, **changes})
     head = "ForConditionalGeneration" if config.is_encoder_decoder else "ForCausalLM"
     torch.manual_seed(seed)
     model = getattr(transformers, f"{prefix}{head}")(config)
@@ -187,7 +284,7 @@ def _vary_constants(model: nn.Module, generator: torch.Generator) -> None:
     """
     with torch.no_grad():
         for tensor in model.state_dict().values():
-            if tensor.is_floating_point() and tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all()):
+            if tensor.is_floating_point() and tensor.numel() and bool((tensor == tensor.flatten()[0]).all()):
                 tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
 
 

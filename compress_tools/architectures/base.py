@@ -78,6 +78,11 @@ class MoEArchitecture:
         return (self.model_type, *self.aliases)
 
     @property
+    def served_here(self) -> bool:
+        """VLLM's CPU build, which the tests have, serves the family."""
+        return self.vllm and self.vllm_cpu
+
+    @property
     def biased(self) -> bool:
         """Experts have biases."""
         return any(isinstance(layout, Stacked) and layout.bias for layout in self.layouts)
@@ -225,8 +230,12 @@ KNOWN_LAYOUTS: tuple[ExpertLayout, ...] = (
         for names in (dict(MIXTRAL_PROJECTIONS), GATED, dict(TWO_MATRICES))
         if (module, names) != ("mlp", GATED)
     ),
-    Stacked("layers.{layer}.experts"),
-    Stacked("layers.{layer}.feed_forward.experts"),
+    *(
+        Stacked(f"layers.{{layer}}{module}.experts", transposed=transposed)
+        for module in ("", ".feed_forward", ".mlp")
+        for transposed in (False, True)
+        if (module, transposed) != (".mlp", False)
+    ),
     Stacked("layers.{layer}.moe", ("gate_proj.weight", "up_proj.weight"), "down_proj.weight"),
     Stacked("layers.{layer}.block_sparse_moe", ("input_linear.weight",), "output_linear.weight"),
 )

@@ -9,12 +9,14 @@ DEEPSEEK_V2 = MoEArchitecture(
     model_type="deepseek_v2", title="DeepSeek-V2", intermediate_size_keys=("moe_intermediate_size",)
 )
 DEEPSEEK_V3 = MoEArchitecture(
-    model_type="deepseek_v3", title="DeepSeek-V3", intermediate_size_keys=("moe_intermediate_size",)
+    model_type="deepseek_v3",
+    title="DeepSeek-V3",
+    aliases=("kimi_k2",),
+    models=("DeepSeek-V3", "DeepSeek-R1", "DeepSeek-V3.1", "Kimi-K2", "Moonlight-16B-A3B"),
+    intermediate_size_keys=("moe_intermediate_size",),
 )
 DOTS1 = MoEArchitecture(
     model_type="dots1",
     title="dots.llm1",
     intermediate_size_keys=("moe_intermediate_size",),
-    vllm=False,
-    runs_in="transformers only: vLLM dropped the family in 0.23",
 )

@@ -3,3 +3,9 @@
 from compress_tools.architectures.base import MoEArchitecture
 
 GLM4_MOE = MoEArchitecture(model_type="glm4_moe", title="GLM-4-MoE", intermediate_size_keys=("moe_intermediate_size",))
+GLM4_MOE_LITE = MoEArchitecture(
+    model_type="glm4_moe_lite",
+    title="GLM-4.7-Flash",
+    models=("GLM-4.7-Flash",),
+    intermediate_size_keys=("moe_intermediate_size",),
+)

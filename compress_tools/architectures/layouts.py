@@ -72,9 +72,10 @@ class OneByOne:
 
     def pattern(self) -> str:
         """See ``ExpertLayout``."""
-        names = "|".join(map(re.escape, self.projections.values()))
+        # The first projection tells experts with a gate from those without.
+        first = re.escape(next(iter(self.projections.values())))
         expert = _pattern(self.expert).replace(r"\{expert\}", r"\d+")
-        return rf"{expert}\.(?:{names})\.weight"
+        return rf"{expert}\.{first}\.weight"
 
     def tensors(self, stem: str, sizes: MoESizes) -> dict[str, tuple[int, ...]]:
         """See ``ExpertLayout``."""

@@ -34,6 +34,18 @@ MINIMAX_M2 = MoEArchitecture(
     layouts=LAYOUTS,
     intermediate_size_keys=("intermediate_size",),
     renames=((r"\.mlp\.(gate\.|e_score)", r".block_sparse_moe.\1"),),
+    vllm_cpu=False,
+    runs_in="it can't route sigmoid scores without groups, plain checkpoints included; run in transformers",
+)
+
+MINIMAX = MoEArchitecture(
+    model_type="minimax",
+    title="MiniMax-Text-01",
+    expert=EXPERT,
+    projections=MIXTRAL_PROJECTIONS,
+    layouts=LAYOUTS,
+    intermediate_size_keys=("intermediate_size",),
+    renames=((r"\.mlp\.gate\.", ".block_sparse_moe.gate."),),
     vllm=False,
-    runs_in="transformers only: vLLM's CPU build can't route its sigmoid scores, plain checkpoints included",
+    runs_in="transformers only: vLLM dropped the family in 0.23",
 )

@@ -3,3 +3,4 @@
 from compress_tools.architectures.base import MoEArchitecture
 
 OLMOE = MoEArchitecture(model_type="olmoe", title="OLMoE", intermediate_size_keys=("intermediate_size",))
+FLEX_OLMO = MoEArchitecture(model_type="flex_olmo", title="FlexOlmo", intermediate_size_keys=("intermediate_size",))

@@ -1,4 +1,4 @@
-"""Qwen2-MoE (with a shared expert) and Qwen3-MoE; dense layers may stand between."""
+"""Qwen's families: with and without a shared expert, dense layers between, hybrid attention, vision beside them."""
 
 from compress_tools.architectures.base import MoEArchitecture
 
@@ -7,4 +7,22 @@ QWEN2_MOE = MoEArchitecture(
 )
 QWEN3_MOE = MoEArchitecture(
     model_type="qwen3_moe", title="Qwen3-MoE", intermediate_size_keys=("moe_intermediate_size",)
+)
+
+QWEN3_NEXT = MoEArchitecture(
+    model_type="qwen3_next",
+    title="Qwen3-Next",
+    models=("Qwen3-Next-80B-A3B", "Qwen3-Coder-Next"),
+    intermediate_size_keys=("moe_intermediate_size",),
+    vllm_cpu=False,
+    runs_in="its linear attention takes bfloat16 alone there, in which no test could compare it; run in transformers",
+)
+QWEN3_5_MOE = MoEArchitecture(
+    model_type="qwen3_5_moe",
+    title="Qwen3.5-MoE",
+    aliases=("qwen3_5_moe_text",),
+    models=("Qwen3.5-35B-A3B", "Qwen3.6-35B-A3B"),
+    intermediate_size_keys=("moe_intermediate_size",),
+    vllm_cpu=False,
+    runs_in="its module imports torchvision, of which there is no build beside that torch; run in transformers",
 )

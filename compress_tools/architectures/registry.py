@@ -5,14 +5,22 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from compress_tools.architectures.base import KNOWN_LAYOUTS, ROOTS, MoEArchitecture, config_parts, target_names
+from compress_tools.architectures.cohere import COHERE2_MOE
 from compress_tools.architectures.deepseek import DEEPSEEK_MOE, DEEPSEEK_V2, DEEPSEEK_V3, DOTS1
 from compress_tools.architectures.ernie import ERNIE4_5_MOE
-from compress_tools.architectures.glm import GLM4_MOE
+from compress_tools.architectures.exaone import EXAONE_MOE
+from compress_tools.architectures.gemma import GEMMA4
+from compress_tools.architectures.glm import GLM4_MOE, GLM4_MOE_LITE
 from compress_tools.architectures.gpt_oss import GPT_OSS
+from compress_tools.architectures.hunyuan import HUNYUAN_V1_MOE, HY_V3
+from compress_tools.architectures.jamba import JAMBA
+from compress_tools.architectures.laguna import LAGUNA
 from compress_tools.architectures.layouts import ExpertLayout, OneByOne
-from compress_tools.architectures.mixtral import MINIMAX_M2, MIXTRAL, PHIMOE
-from compress_tools.architectures.olmoe import OLMOE
-from compress_tools.architectures.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from compress_tools.architectures.lfm2 import LFM2_MOE
+from compress_tools.architectures.mixtral import MINIMAX, MINIMAX_M2, MIXTRAL, PHIMOE
+from compress_tools.architectures.olmoe import FLEX_OLMO, OLMOE
+from compress_tools.architectures.qwen_moe import QWEN2_MOE, QWEN3_5_MOE, QWEN3_MOE, QWEN3_NEXT
+from compress_tools.architectures.small_families import MELLUM, SOLAR_OPEN
 from compress_tools.architectures.switch import SWITCH
 from compress_tools.errors import UnsupportedArchitectureError
 from compress_tools.format.schema import Projection
@@ -32,6 +40,21 @@ ARCHITECTURES: tuple[MoEArchitecture, ...] = (
     MINIMAX_M2,
     GPT_OSS,
     SWITCH,
+    QWEN3_NEXT,
+    QWEN3_5_MOE,
+    GEMMA4,
+    GLM4_MOE_LITE,
+    EXAONE_MOE,
+    LFM2_MOE,
+    COHERE2_MOE,
+    MELLUM,
+    SOLAR_OPEN,
+    FLEX_OLMO,
+    HUNYUAN_V1_MOE,
+    HY_V3,
+    JAMBA,
+    LAGUNA,
+    MINIMAX,
 )
 
 
@@ -68,19 +91,22 @@ def _made_up(model_type: str, config: Mapping[str, Any], names: Collection[str])
         stem = next(expert.removeprefix(root) for root in ROOTS if expert.startswith(root))
         return _row(model_type, stem, projections, OneByOne(stem, projections))
     for layout in KNOWN_LAYOUTS:
-        row = _row(model_type, *target_names(layout), layout)
+        alike = [other for other in KNOWN_LAYOUTS if other.pattern() == layout.pattern()]
+        row = _row(model_type, *target_names(layout), *alike)
         if next(row.locate(names, config), None) is not None:
             return row
     return None
 
 
-def _row(model_type: str, expert: str, projections: Mapping[Projection, str], layout: ExpertLayout) -> MoEArchitecture:
+def _row(
+    model_type: str, expert: str, projections: Mapping[Projection, str], *layouts: ExpertLayout
+) -> MoEArchitecture:
     return MoEArchitecture(
         model_type=model_type,
         title=f"{model_type}, a family that is not known",
         expert=expert,
         projections=tuple(projections.items()),
-        layouts=(layout,),
+        layouts=layouts,
         known=False,
     )
 

@@ -1,7 +1,7 @@
 """transformers' own experts modules: where they are in a model, their activation, and how to fill them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -45,8 +45,9 @@ def gate_function(dense: nn.Module) -> GateFunction:
         # A method, which nn.Module's own type does not know.
         apply_gate = cast("nn.Module", dense._apply_gate)
         return lambda before: apply_gate(interleave(before["gate_proj"], before["up_proj"]))
-    act = dense.get_submodule("act_fn")
-    return lambda before: act(before["gate_proj"]) * before["up_proj"]
+    # A module in most families, a function in some.
+    act_fn = cast("Callable[[Tensor], Tensor]", dense.act_fn)
+    return lambda before: act_fn(before["gate_proj"]) * before["up_proj"]
 
 
 def fill_experts(dense: nn.Module, experts: Sequence[ExpertWeights]) -> nn.Module:

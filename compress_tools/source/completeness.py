@@ -68,8 +68,8 @@ def absent_from_layers(
     """Whole layers that are missing, and tensors that other layers of the same kind have.
 
     Layers are of one kind where config.json's lists by layer say the same of them (attention, linear attention,
-    convolution, with or without an indexer) and they have the same modules. The module that holds the experts is
-    looked at by itself, in layers that have experts and in layers that have none. A layer that has but a part of
+    convolution, with or without an indexer), they have the same modules, and both have experts or both have none. The
+    module that holds the experts is looked at by itself. A layer that has but a part of
     another kind's modules has lost the others. A layer that is the only one of its kind is compared with none.
 
     Args:
@@ -98,7 +98,7 @@ def absent_from_layers(
             part = {rest for rest in own if (rest.split(".")[1] in holders) is holds}
             modules = frozenset(rest.split(".")[1 + holds] for rest in part)
             if own:
-                kinds[_Kind(labels[layer], holds and layer in moe_layers, modules)][layer] = part
+                kinds[_Kind(labels[layer], layer in moe_layers, modules)][layer] = part
         missing += _lacking(kinds, f"{root}layers.")
     return missing
 

@@ -24,7 +24,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
             id=f"{known.model_type}-{CHECKED_METHODS[number % len(CHECKED_METHODS)]}",
         )
         for number, known in enumerate(ARCHITECTURES)
-        if known.vllm
+        if known.served_here
     ],
 )
 def test_family_equals_its_restored_twin(architecture: MoEArchitecture, method: str, tmp_path: Path) -> None:
