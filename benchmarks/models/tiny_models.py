@@ -41,6 +41,8 @@ MLA: dict[str, Any] = {
     "v_head_dim": 32,
 }
 
+# Sparse attention: an indexer picks the keys.
+INDEXER: dict[str, Any] = {"q_lora_rank": 48, "index_n_heads": 2, "index_head_dim": 128, "index_topk": 64}
 SMALL_EXPERTS: dict[str, Any] = {
     "intermediate_size": 48,
     "moe_intermediate_size": 24,
@@ -149,6 +151,23 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "glm4_moe_lite": ("Glm4MoeLite", {**DEEPSEEK_STYLE, **MLA, "q_lora_rank": 48}),
+    "glm_moe_dsa": ("GlmMoeDsa", {**DEEPSEEK_STYLE, **MLA, **INDEXER}),
+    "deepseek_v32": ("DeepseekV32", {**DEEPSEEK_STYLE, **MLA, **INDEXER}),
+    # The last two are fields of published checkpoints that vLLM reads and transformers does not write.
+    "afmoe": (
+        "Afmoe",
+        {
+            **SMALL_EXPERTS,
+            "num_hidden_layers": 4,
+            "head_dim": 32,
+            "num_dense_layers": 1,
+            "num_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "score_func": "sigmoid",
+            "route_norm": True,
+        },
+    ),
     "exaone_moe": ("ExaoneMoe", {**SHARED_STYLE, "num_hidden_layers": 4, "n_group": 1, "topk_group": 1}),
     "lfm2_moe": (
         "Lfm2Moe",
@@ -162,6 +181,28 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2_moe": (
         "Cohere2Moe",
         {"intermediate_size": 24, "num_hidden_layers": 4, "num_experts": 6, "num_experts_per_tok": 2, "head_dim": 32},
+    ),
+    # From `hybrid_layer_pattern` on: fields of published checkpoints that vLLM reads and transformers does not write.
+    "mimo_v2_flash": (
+        "MiMoV2Flash",
+        {
+            **DEEPSEEK_STYLE,
+            "head_dim": 32,
+            "v_head_dim": 32,
+            "hybrid_layer_pattern": [0, 1, 1],
+            "moe_layer_freq": [0, 1, 1],
+            "layernorm_epsilon": 1e-5,
+            "swa_head_dim": 32,
+            "swa_v_head_dim": 32,
+            "swa_num_attention_heads": 2,
+            "swa_num_key_value_heads": 1,
+            "sliding_window_size": 128,
+            "rope_theta": 1e4,
+            "swa_rope_theta": 1e4,
+            "partial_rotary_factor": 1.0,
+            "add_swa_attention_sink_bias": True,
+            "add_full_attention_sink_bias": False,
+        },
     ),
     "mellum": ("Mellum", {**SMALL_EXPERTS, "num_hidden_layers": 4, "head_dim": 32}),
     "solar_open": ("SolarOpen", {**DEEPSEEK_STYLE, "head_dim": 32}),

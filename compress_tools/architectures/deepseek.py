@@ -15,6 +15,14 @@ DEEPSEEK_V3 = MoEArchitecture(
     models=("DeepSeek-V3", "DeepSeek-R1", "DeepSeek-V3.1", "Kimi-K2", "Moonlight-16B-A3B"),
     intermediate_size_keys=("moe_intermediate_size",),
 )
+DEEPSEEK_V32 = MoEArchitecture(
+    model_type="deepseek_v32",
+    title="DeepSeek-V3.2",
+    models=("DeepSeek-V3.2",),
+    intermediate_size_keys=("moe_intermediate_size",),
+    vllm_cpu=False,
+    runs_in="it has no sparse attention; run in transformers",
+)
 DOTS1 = MoEArchitecture(
     model_type="dots1",
     title="dots.llm1",

@@ -9,3 +9,11 @@ GLM4_MOE_LITE = MoEArchitecture(
     models=("GLM-4.7-Flash",),
     intermediate_size_keys=("moe_intermediate_size",),
 )
+GLM_MOE_DSA = MoEArchitecture(
+    model_type="glm_moe_dsa",
+    title="GLM-5",
+    models=("GLM-5", "GLM-5.1", "GLM-5.2"),
+    intermediate_size_keys=("moe_intermediate_size",),
+    vllm_cpu=False,
+    runs_in="it has no sparse attention; run in transformers",
+)

@@ -4,13 +4,14 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from compress_tools.architectures.arcee import AFMOE
 from compress_tools.architectures.base import KNOWN_LAYOUTS, ROOTS, MoEArchitecture, config_parts, target_names
 from compress_tools.architectures.cohere import COHERE2_MOE
-from compress_tools.architectures.deepseek import DEEPSEEK_MOE, DEEPSEEK_V2, DEEPSEEK_V3, DOTS1
+from compress_tools.architectures.deepseek import DEEPSEEK_MOE, DEEPSEEK_V2, DEEPSEEK_V3, DEEPSEEK_V32, DOTS1
 from compress_tools.architectures.ernie import ERNIE4_5_MOE
 from compress_tools.architectures.exaone import EXAONE_MOE
 from compress_tools.architectures.gemma import GEMMA4
-from compress_tools.architectures.glm import GLM4_MOE, GLM4_MOE_LITE
+from compress_tools.architectures.glm import GLM4_MOE, GLM4_MOE_LITE, GLM_MOE_DSA
 from compress_tools.architectures.gpt_oss import GPT_OSS
 from compress_tools.architectures.hunyuan import HUNYUAN_V1_MOE, HY_V3
 from compress_tools.architectures.jamba import JAMBA
@@ -20,7 +21,7 @@ from compress_tools.architectures.lfm2 import LFM2_MOE
 from compress_tools.architectures.mixtral import MINIMAX, MINIMAX_M2, MIXTRAL, PHIMOE
 from compress_tools.architectures.olmoe import FLEX_OLMO, OLMOE
 from compress_tools.architectures.qwen_moe import QWEN2_MOE, QWEN3_5_MOE, QWEN3_MOE, QWEN3_NEXT
-from compress_tools.architectures.small_families import MELLUM, SOLAR_OPEN
+from compress_tools.architectures.small_families import MELLUM, MIMO_V2, SOLAR_OPEN
 from compress_tools.architectures.switch import SWITCH
 from compress_tools.errors import UnsupportedArchitectureError
 from compress_tools.format.schema import Projection
@@ -44,10 +45,14 @@ ARCHITECTURES: tuple[MoEArchitecture, ...] = (
     QWEN3_5_MOE,
     GEMMA4,
     GLM4_MOE_LITE,
+    GLM_MOE_DSA,
+    DEEPSEEK_V32,
+    AFMOE,
     EXAONE_MOE,
     LFM2_MOE,
     COHERE2_MOE,
     MELLUM,
+    MIMO_V2,
     SOLAR_OPEN,
     FLEX_OLMO,
     HUNYUAN_V1_MOE,

@@ -11,3 +11,11 @@ SOLAR_OPEN = MoEArchitecture(
     models=("Solar-Open-100B",),
     intermediate_size_keys=("moe_intermediate_size",),
 )
+MIMO_V2 = MoEArchitecture(
+    model_type="mimo_v2_flash",
+    title="MiMo-V2",
+    aliases=("mimo_v2",),
+    models=("MiMo-V2-Flash",),
+    intermediate_size_keys=("moe_intermediate_size",),
+    renames=((r"\.self_attn\.sinks$", ".self_attn.attention_sink_bias"),),
+)

@@ -1,0 +1,10 @@
+"""Arcee's Trinity (AFMoE): dense first layers, a shared expert, gated attention."""
+
+from compress_tools.architectures.base import MoEArchitecture
+
+AFMOE = MoEArchitecture(
+    model_type="afmoe",
+    title="Trinity (AFMoE)",
+    models=("Trinity-Nano", "Trinity-Mini", "Trinity-Large"),
+    intermediate_size_keys=("moe_intermediate_size",),
+)
