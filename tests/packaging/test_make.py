@@ -16,6 +16,10 @@ REPO = Path(__file__).resolve().parents[2]
         ("test", "OMP_NUM_THREADS=1 no-such-venv/bin/python -m pytest -n 2 --dist loadfile"),
         ("demo", "no-such-venv/bin/resmoe demo"),
         ("check", "no-such-venv/bin/ruff check ."),
+        (
+            "cover",
+            " ".join(f"tests/compress_tools/{name}" for name in ("format", "output", "slices", "test_pipeline.py")),
+        ),
     ],
 )
 def test_each_target_installs_first(target: str, command: str):
@@ -38,5 +42,5 @@ def test_ci_runs_the_commands_of_a_newcomer():
     script = REPO / ".ci" / "run"
     assert os.access(script, os.X_OK)
     lines = script.read_text().splitlines()
-    assert lines[-3:] == ["make venv", "make check", "make test"]
+    assert lines[-4:] == ["make venv", "make check", "make cover", "make test"]
     assert any(line.startswith("unset MAKEFLAGS MAKELEVEL ") for line in lines)
