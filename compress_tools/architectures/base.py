@@ -169,7 +169,9 @@ class MoEArchitecture:
                     yield Located(root, layout, own)
 
     def _foreign_layouts(self) -> tuple[ExpertLayout, ...]:
-        """Layouts of other families with the same number of matrices."""
+        """Layouts of other families with the same number of matrices; a row that is made up has its own alone."""
+        if not self.known:
+            return ()
         gated = "gate_proj" in dict(self.projections)
         return tuple(layout for layout in KNOWN_LAYOUTS if is_gated(layout) is gated and layout not in self.layouts)
 

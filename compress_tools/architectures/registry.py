@@ -91,10 +91,12 @@ def _made_up(model_type: str, config: Mapping[str, Any], names: Collection[str])
     """A row for a family that is not known, from the names of its experts; None where they are of no known kind."""
     block = config.get("quantization_config")
     if isinstance(block, dict) and isinstance(stored := block.get("names"), dict):
-        # Our own checkpoint: its config says how experts were called.
-        expert, projections = str(stored.get("expert")), stored.get("projections") or {}
-        stem = next(expert.removeprefix(root) for root in ROOTS if expert.startswith(root))
-        return _row(model_type, stem, projections, OneByOne(stem, projections))
+        # Our own checkpoint: its config says how experts were called, and so how they lay, but for the root.
+        expert, projections = str(stored.get("expert")), dict(stored.get("projections") or {})
+        root = max((root for root in ROOTS if expert.startswith(root)), key=len)
+        stem = expert.removeprefix(root)
+        known = [layout for layout in KNOWN_LAYOUTS if target_names(layout) == (stem, projections)]
+        return _row(model_type, stem, projections, *(known or [OneByOne(stem, projections)]))
     for layout in KNOWN_LAYOUTS:
         alike = [other for other in KNOWN_LAYOUTS if other.pattern() == layout.pattern()]
         row = _row(model_type, *target_names(layout), *alike)

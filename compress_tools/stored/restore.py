@@ -50,6 +50,11 @@ def restore(
     checkpoint = ResMoECheckpoint(src)
     reader, fmt = checkpoint.reader, checkpoint.fmt
     architecture = find_architecture(reader.config)
+    if not architecture.known:
+        progress.say(
+            f"model_type {architecture.model_type!r} is no family that this version was tested with: experts come back "
+            "as their names say they lay; see that your loader reports no missing weight"
+        )
     identity = {"source": reader.fingerprint(), "recipe": "restore", "version": versions()}
     kept = [name for name in reader.names if not is_resmoe_name(name)]
     total_bytes = sum(reader.nbytes(name) for name in kept) + len(fmt.layers) * dense_layer_bytes(fmt)

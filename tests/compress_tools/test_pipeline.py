@@ -232,6 +232,38 @@ def test_a_family_that_is_not_known_is_compressed_by_its_names(tiny_olmoe: Path,
     assert CheckpointReader(tmp_path / "dense").names == CheckpointReader(unknown).names
 
 
+@pytest.mark.parametrize(
+    ("root", "gate_up", "down"),
+    [
+        ("model.language_model.", "experts.gate_up_proj", "experts.down_proj"),
+        ("model.", "block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
+    ],
+    ids=["in a multimodal model", "as Granite's"],
+)
+def test_an_unknown_stacked_family_comes_back_as_it_was(
+    tiny_olmoe: Path, tmp_path: Path, root: str, gate_up: str, down: str
+) -> None:
+    reader = CheckpointReader(tiny_olmoe)
+    tensors = {name.replace("model.", root, 1): reader.get(name) for name in reader.names if "experts" not in name}
+    for layer in range(2):
+        stem = f"model.layers.{layer}.mlp.experts"
+        experts = [[reader.get(f"{stem}.{e}.{p}_proj.weight") for p in ("gate", "up", "down")] for e in range(8)]
+        tensors[f"{root}layers.{layer}.{gate_up}"] = torch.stack([torch.cat(own[:2]) for own in experts])
+        tensors[f"{root}layers.{layer}.{down}"] = torch.stack([own[2] for own in experts])
+    source = edited_config(tiny_olmoe, tmp_path / "source", model_type="brand_new_moe")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    compress(source, tmp_path / "small", make_config(workers=1, retain_ratio=1.0, center="none"))
+    verify(tmp_path / "small", source)
+    restore(tmp_path / "small", tmp_path / "dense", progress=(heard := Heard()))
+    assert any("see that your loader reports no missing weight" in line for line in heard.lines)
+    found = CheckpointReader(tmp_path / "dense")
+    assert found.names == sorted(tensors)
+    for name, tensor in tensors.items():
+        rows = found.get(name)
+        # Experts come back with their rows in the stored order, which is the source's without a center.
+        assert torch.equal(rows, tensor)
+
+
 def test_another_familys_names_become_the_familys_own(tiny_mixtral: Path, tmp_path: Path) -> None:
     """As some converters write Mixtral: ``mlp.experts.N.gate_proj``, router ``mlp.gate``."""
     own = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
