@@ -8,7 +8,6 @@ from torch import Tensor
 from compress_tools.format.schema import Projection
 
 GATED: dict[Projection, str] = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
-MIXTRAL_STYLE: dict[Projection, str] = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compress_tools.architectures.base import NESTED
+from compress_tools.architectures.base import NESTED, config_parts
 from compress_tools.errors import CheckpointError
 from compress_tools.source.reader import CONFIG_NAME, INDEX_NAME, CheckpointReader
 from compress_tools.source.stored_forms import StoredForm, find_forms, is_activation_scale
@@ -155,12 +155,8 @@ class _Stored:
 
 def _quantization_blocks(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The quantisation blocks of config.json and of its parts."""
-    own = config.get("quantization_config")
-    blocks: list[Mapping[str, Any]] = [own] if isinstance(own, dict) else []
-    for key in NESTED:
-        if isinstance(inner := config.get(key), dict):
-            blocks += _quantization_blocks(inner)
-    return blocks
+    blocks = (part.get("quantization_config") for part in config_parts(config))
+    return [block for block in blocks if isinstance(block, dict)]
 
 
 def _block_size(blocks: list[Mapping[str, Any]]) -> list[int] | None:
