@@ -112,6 +112,7 @@ class MoESource:
                 f"{sizes.num_experts} experts of {sizes.intermediate_size} x {sizes.hidden_size} in "
                 f"{len(self.layers)} layers, named {self.names.expert}"
             )
+        found += self.reader.remarks
         found += [f"{number} tensors are decoded from {form}" for form, number in self.decoded().items()]
         for why, number in Counter(self.left_out().values()).items():
             first = next(name for name, own in self.left_out().items() if own == why)

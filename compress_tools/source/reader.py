@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -20,16 +21,28 @@ SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 # Parts of config.json that are objects wherever they are given.
 _OBJECTS = ("quantization_config", "text_config")
+# Shards as transformers names them; without an index the names say how many there are.
+_NUMBERED = re.compile(r"model-(\d{1,9})-of-(\d{1,9})\.safetensors")
 
 
 class CheckpointReader:
     """A Hugging Face checkpoint directory: its config, its other files, and its tensors by name.
 
+    The shards' headers say what tensors there are, as they do for transformers and vLLM: both load every tensor of
+    every shard that the index names, and where shards share a name, the one in the last shard. What the index says
+    otherwise is a remark; where it can't be told which of two tensors is meant, a refusal.
+
     Args:
         path: the directory.
+    Attributes:
+        path: the directory.
+        config: content of config.json.
+        shards: the weight files that are read, ascending.
+        remarks: what is odd about the weight files, in sentences; empty for a checkpoint in order.
     Raises:
         CheckpointError: no directory, no config.json, no safetensors, a file that is not what its name says (a Git
-            LFS pointer, no JSON), a shard missing or damaged, an index that names tensors which the shards lack.
+            LFS pointer, no JSON), a shard missing or damaged, an index that names tensors which no shard has, two
+            shards with different tensors of one name, weight files of which loaders take different ones.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -44,13 +57,17 @@ class CheckpointReader:
                 f"{self.path}: no such directory; expected a Hugging Face checkpoint directory{advice}"
             )
         self.config = self._read_config()
+        self.remarks: list[str] = []
         self.shards = self._shard_names()
         self._handles: dict[str, Any] = {}
         self._shard_of: dict[str, str] = {}
         self._stored: dict[str, StoredTensor] = {}
+        # Other shards that hold a tensor of the same name.
+        self._copies: dict[str, list[tuple[str, StoredTensor]]] = {}
         for shard in self.shards:
             self._open(shard)
         self._check_index()
+        self._check_copies()
 
     @property
     def names(self) -> list[str]:
@@ -164,6 +181,7 @@ class CheckpointReader:
     def _shard_names(self) -> list[str]:
         index = self.path / INDEX_NAME
         self._weight_map: dict[str, str] | None = None
+        single, numbered = (self.path / SINGLE_NAME).exists(), self._numbered_shards()
         if index.exists():
             weight_map = read_json_object(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
@@ -172,16 +190,57 @@ class CheckpointReader:
                 if not is_file_name(shard):
                     raise CheckpointError(f"{index}: {name!r}: expected a weight file beside it, found {shard!r:.60}")
             self._weight_map = weight_map
-            return sorted(set(weight_map.values()))
-        if (self.path / SINGLE_NAME).exists():
+            shards = sorted(set(weight_map.values()))
+            if single and shards != [SINGLE_NAME]:
+                raise self._two_models(f"the files that {INDEX_NAME} names")
+            return shards
+        if single and numbered:
+            raise self._two_models(f"{numbered[0]} too")
+        if single:
             return [SINGLE_NAME]
-        raise CheckpointError(f"{self.path}: no {INDEX_NAME} and no {SINGLE_NAME}; only safetensors are read")
+        if numbered:
+            self._check_numbers(numbered)
+            self.remarks.append(f"there is no {INDEX_NAME}; the {len(numbered)} shards' headers say what is in them")
+            return numbered
+        others = sorted(file.name for file in self.path.glob("*.safetensors"))
+        found = f" (found: {', '.join(others[:3])}{', ...' if len(others) > 3 else ''})" if others else ""
+        raise CheckpointError(
+            f"{self.path}: no {INDEX_NAME} and no {SINGLE_NAME} or model-00001-of-N.safetensors{found}; only "
+            "safetensors of these names are read"
+        )
+
+    def _two_models(self, other: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: transformers would load {SINGLE_NAME}, vLLM {other}; move away what is not the model"
+        )
+
+    def _numbered_shards(self) -> list[str]:
+        return sorted(file.name for file in self.path.iterdir() if _NUMBERED.fullmatch(file.name))
+
+    def _check_numbers(self, shards: list[str]) -> None:
+        """Without an index, names must be those of one whole series."""
+        matches = [match for name in shards if (match := _NUMBERED.fullmatch(name)) is not None]
+        numbers, counts = {int(match[1]) for match in matches}, {int(match[2]) for match in matches}
+        if len(counts) > 1 or len(numbers) < len(shards):
+            raise CheckpointError(
+                f"{self.path}: shards of more than one series ({shards[0]}, {shards[-1]}) and no {INDEX_NAME} that "
+                "says which are the model; move the others away"
+            )
+        (count,) = counts
+        missing = next((number for number in range(1, len(shards) + 1) if number not in numbers), len(shards) + 1)
+        if len(shards) < count or missing <= len(shards):
+            raise CheckpointError(
+                f"{self.path}: {len(shards)} of {count} shards are there, and no {INDEX_NAME}: shard {missing} of "
+                f"{count} is missing; download it"
+            )
 
     def _open(self, shard: str) -> None:
         self._handles[shard] = self._map(shard)
         for name, stored in read_header(self.path / shard).items():
-            if self._weight_map is None or self._weight_map.get(name) == shard:
-                self._shard_of[name], self._stored[name] = shard, stored
+            if name in self._shard_of:
+                self._copies.setdefault(name, []).append((self._shard_of[name], self._stored[name]))
+            # The last counts.
+            self._shard_of[name], self._stored[name] = shard, stored
 
     def _map(self, shard: str) -> Any:
         file = self.path / shard
@@ -208,3 +267,45 @@ class CheckpointReader:
             raise CheckpointError(
                 f"{self.path}: {len(missing)} tensors of {INDEX_NAME} are not in their shards, first {missing[0]!r}"
             )
+        unnamed = sorted(set(self._shard_of) - set(self._weight_map))
+        if unnamed:
+            self.remarks.append(
+                f"{len(unnamed)} tensors of the shards are not in {INDEX_NAME}, first {unnamed[0]!r}; they count, as "
+                "every loader loads them"
+            )
+        moved = [name for name in sorted(self._weight_map) if not self._holds(self._weight_map[name], name)]
+        if moved:
+            self.remarks.append(
+                f"{len(moved)} tensors are in another shard than {INDEX_NAME} says, first {moved[0]!r} in "
+                f"{self._shard_of[moved[0]]}"
+            )
+
+    def _holds(self, shard: str, name: str) -> bool:
+        return self._shard_of[name] == shard or any(other == shard for other, _ in self._copies.get(name, ()))
+
+    def _check_copies(self) -> None:
+        """A tensor in several shards is one tensor, or the index means the one that loaders take."""
+        for name, copies in sorted(self._copies.items()):
+            last = self._shard_of[name]
+            different = [shard for shard, stored in copies if not self._is_copy(name, shard, stored)]
+            if different and (self._weight_map or {}).get(name) != last:
+                raise CheckpointError(
+                    f"{self.path}: {different[0]} and {last} hold different tensors named {name!r}; loaders take that "
+                    f"of {last}, which {INDEX_NAME} doesn't say; download the model again, or move one shard away"
+                )
+        if self._copies:
+            first = min(self._copies)
+            self.remarks.append(
+                f"{len(self._copies)} tensors are in more than one shard, first {first!r}; the one in "
+                f"{self._shard_of[first]} counts"
+            )
+
+    def _is_copy(self, name: str, shard: str, stored: StoredTensor) -> bool:
+        """Whether another shard's tensor is the very one that counts."""
+        own = self._stored[name]
+        if (own.dtype, own.shape) != (stored.dtype, stored.shape):
+            return False
+        with self._reading(name):
+            tensors = [self._handles[holder].get_tensor(name) for holder in (shard, self._shard_of[name])]
+            first, second = (tensor.reshape(-1).view(torch.uint8) for tensor in tensors)
+            return torch.equal(first, second)

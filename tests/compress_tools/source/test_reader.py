@@ -29,19 +29,104 @@ def checkpoint(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_the_index_decides_between_two_shards(number: int, tmp_path: Path) -> None:
-    path = checkpoint(tmp_path / "x")
+def edit_index(path: Path, **changes: str | None) -> None:
+    """Map tensors elsewhere, or (None) leave them out."""
     index = json.loads((path / INDEX_NAME).read_text())
-    index["weight_map"]["twice"] = f"{number}.safetensors"
+    found = index["weight_map"] | changes
+    index["weight_map"] = {name: shard for name, shard in found.items() if shard is not None}
     (path / INDEX_NAME).write_text(json.dumps(index))
-    reader = CheckpointReader(path)
+
+
+def test_the_last_of_two_shards_counts_as_for_every_loader(tmp_path: Path) -> None:
+    reader = CheckpointReader(checkpoint(tmp_path / "x"))
     assert reader.names == ["a", "b", "twice"]
-    assert reader.shard_of("twice") == f"{number}.safetensors"
-    assert reader.get("twice").unique().tolist() == [number]
-    assert reader.get_row("twice", 0).unique().tolist() == [number]
-    assert reader.shape("twice") == {1: (2, 3), 2: (4,)}[number]
-    assert reader.nbytes("twice") == {1: 24, 2: 16}[number]
+    assert reader.shard_of("twice") == "2.safetensors"
+    assert reader.get("twice").unique().tolist() == [2]
+    assert reader.get_row("twice", 0).unique().tolist() == [2]
+    assert (reader.shape("twice"), reader.nbytes("twice")) == ((4,), 16)
+    assert reader.remarks == ["1 tensors are in more than one shard, first 'twice'; the one in 2.safetensors counts"]
+
+
+@pytest.mark.parametrize("said", ["1.safetensors", None])
+def test_two_tensors_of_one_name_and_an_index_that_means_the_other(said: str | None, tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "x")
+    edit_index(path, twice=said)
+    with pytest.raises(CheckpointError, match=r"1.safetensors and 2.safetensors hold different tensors named 'twice'"):
+        CheckpointReader(path)
+    # The same bytes twice are one tensor, wherever the index says that it is.
+    save_file({"twice": torch.full((4,), 2.0), "a": torch.zeros(2)}, path / "1.safetensors")
+    assert CheckpointReader(path).get("twice").tolist() == [2.0] * 4
+    save_file({"twice": torch.tensor([2.0, 2.0, 2.0, -2.0]), "a": torch.zeros(2)}, path / "1.safetensors")
+    with pytest.raises(CheckpointError, match="hold different tensors named 'twice'"):
+        CheckpointReader(path)
+
+
+def test_tensors_that_the_index_leaves_out_count(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "x")
+    save_file({"a": torch.ones(2), "c": torch.zeros(1)}, path / "1.safetensors")
+    edit_index(path, a=None, c="1.safetensors")
+    reader = CheckpointReader(path)
+    assert reader.names == ["a", "b", "c", "twice"]
+    assert reader.get("a").tolist() == [1, 1]
+    (remark,) = reader.remarks
+    assert "1 tensors of the shards are not in model.safetensors.index.json, first 'a'" in remark
+
+
+def test_a_tensor_in_another_shard_than_the_index_says(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "x")
+    save_file({"a": torch.ones(2)}, path / "1.safetensors")
+    edit_index(path, b="1.safetensors")
+    reader = CheckpointReader(path)
+    assert reader.shard_of("b") == "2.safetensors"
+    assert reader.remarks == [
+        "1 tensors are in another shard than model.safetensors.index.json says, first 'b' in 2.safetensors"
+    ]
+
+
+def numbered(path: Path, *names: str) -> Path:
+    """A checkpoint without an index; each shard holds a tensor of its own."""
+    path.mkdir()
+    (path / "config.json").write_text('{"model_type": "x"}')
+    for position, name in enumerate(names):
+        save_file({f"t{position}": torch.full((2,), float(position))}, path / name)
+    return path
+
+
+def test_shards_without_an_index(tmp_path: Path) -> None:
+    names = [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
+    path = numbered(tmp_path / "x", *names, "adapter_model.safetensors")
+    reader = CheckpointReader(path)
+    assert reader.shards == names
+    assert [reader.get(name)[0].item() for name in reader.names] == [0, 1, 2]
+    assert "the 3 shards' headers say what is in them" in reader.remarks[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (["model-00001-of-00003", "model-00003-of-00003"], "2 of 3 shards are there, .* shard 2 of 3 is missing"),
+        (["model-00001-of-00003", "model-00002-of-00003"], "2 of 3 shards are there, .* shard 3 of 3 is missing"),
+        (["model-00000-of-00002", "model-00002-of-00002"], "shard 1 of 2 is missing"),
+        (["model-00001-of-999999999"], "1 of 999999999 shards are there"),
+        (["model-00001-of-00001", "model-00001-of-00002"], "shards of more than one series"),
+        (["model-00001-of-00002", "model-1-of-2"], "shards of more than one series"),
+        (["weights", "adapter"], r"no model.safetensors .*found: adapter.safetensors, weights.safetensors"),
+        (["model", "model-00001-of-00001"], "transformers would load model.safetensors, vLLM model-00001-of-00001"),
+    ],
+)
+def test_shards_that_are_no_whole_series(names: list[str], sentence: str, tmp_path: Path) -> None:
+    path = numbered(tmp_path / "x", *(f"{name}.safetensors" for name in names))
+    with pytest.raises(CheckpointError, match=sentence):
+        CheckpointReader(path)
+
+
+def test_a_model_beside_an_index_of_other_files(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "x")
+    save_file({"a": torch.ones(2)}, path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"transformers would load model.safetensors, vLLM the files that model"):
+        CheckpointReader(path)
+    (path / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    assert CheckpointReader(path).shards == ["model.safetensors"]
 
 
 def replace(name: str, content: str | bytes) -> Callable[[Path], object]:
