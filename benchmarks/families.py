@@ -119,13 +119,19 @@ def transformers_logprobs(path: Path) -> torch.Tensor:
 
 def family_table(architectures: tuple[MoEArchitecture, ...] = ARCHITECTURES) -> str:
     """The table of docs/models.md; tested means that the test suite takes the family the whole way."""
-    lines = ["| family | `model_type` | served by vLLM | in transformers | tested |", "|---|---|---|---|---|"]
+    lines = [
+        "| family | `model_type` | published as | served by vLLM | in transformers | tested |",
+        "|---|---|---|---|---|---|",
+    ]
     for known in architectures:
         in_transformers = "no class for it" if known.model_type == "deepseek" else "yes"
         tested = "yes" if known.model_type in TINY_CONFIGS else "no"
         reason = known.runs_in.removeprefix("transformers only: ")
         served = "yes" if known.served_here else f"not by its CPU build: {reason}" if known.vllm else f"no: {reason}"
-        lines.append(f"| {known.title} | `{known.model_type}` | {served} | {in_transformers} | {tested} |")
+        published = ", ".join(known.models)
+        lines.append(
+            f"| {known.title} | `{known.model_type}` | {published} | {served} | {in_transformers} | {tested} |"
+        )
     return "\n".join(lines)
 
 

@@ -17,5 +17,6 @@ def register() -> None:
     from resmoe_vllm.config import ResMoEConfig
 
     compat.allow_amx()
+    compat.complete_expert_names()
     ops.register_op()
     compat.register_quantization_config(QUANT_METHOD)(ResMoEConfig)

@@ -4,6 +4,8 @@ Three files import vLLM themselves, each inside a function: ``__init__.py`` its 
 to refuse a vLLM whose paths these are not, and evaluation.py its public interface (``LLM``, ``SamplingParams``).
 """
 
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.model_executor.model_loader import weight_utils
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
@@ -33,6 +36,7 @@ __all__ = [
     "UnquantizedLinearMethod",
     "VocabParallelEmbedding",
     "allow_amx",
+    "complete_expert_names",
     "direct_register_custom_op",
     "extract_layer_index",
     "is_dummy_load",
@@ -41,11 +45,37 @@ __all__ = [
     "register_quantization_config",
 ]
 
+REMAP = "maybe_remap_moe_expert_param_name"
+
 
 def allow_amx() -> None:
     """Ask the kernel for AMX tiles where the CPU has them; vLLM's bf16 attention needs them asked for."""
     if current_platform.is_cpu() and torch.cpu._is_amx_tile_supported():
         torch.cpu._init_amx()
+
+
+def complete_expert_names() -> None:
+    """Make loaders of single models find ResMoE's parameters as they find those of vLLM's own formats.
+
+    Granite-4's loader asks a helper of vLLM's to put ``routed_experts.`` into an expert tensor's name. The helper does
+    so for the suffixes that it lists, and ResMoE's are not among them. A model that was imported before the plugin
+    holds the helper by name, so it is replaced there as well.
+    """
+    known = getattr(weight_utils, REMAP, None)
+    if known is None or hasattr(known, "resmoe_wraps"):
+        return
+
+    def remap(name: str, params_dict: Mapping[str, torch.nn.Parameter]) -> str:
+        completed = name.replace(".experts.", ".experts.routed_experts.", 1)
+        if ".experts.routed_experts." not in name and "_resmoe_" in name and completed in params_dict:
+            return completed
+        return str(known(name, params_dict))
+
+    remap.resmoe_wraps = known  # type: ignore[attr-defined]  # marks it; functions take attributes
+    for module in [*sys.modules.values()]:
+        # Through __dict__: a lazy module would import what it is asked for.
+        if getattr(module, "__dict__", {}).get(REMAP) is known:
+            setattr(module, REMAP, remap)
 
 
 def platform_device() -> str:

@@ -63,6 +63,18 @@ HYBRID: dict[str, Any] = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+# The multipliers are factors that a tiny model has to feel; tied, as published.
+GRANITE: dict[str, Any] = {
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.125,
+    "logits_scaling": 0.5,
+    "tie_word_embeddings": True,
+}
 
 # model_type -> (prefix of the transformers classes, config fields)
 TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -246,6 +258,20 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_local_experts": 6,
             "num_experts_per_tok": 2,
             "head_dim": 32,
+        },
+    ),
+    "granitemoe": ("GraniteMoe", GRANITE),
+    "granitemoeshared": ("GraniteMoeShared", {**GRANITE, "shared_intermediate_size": 40}),
+    "granitemoehybrid": (
+        "GraniteMoeHybrid",
+        {
+            **GRANITE,
+            "shared_intermediate_size": 40,
+            "layer_types": ["mamba", "attention", "mamba"],
+            "mamba_n_heads": 4,
+            "mamba_d_head": 32,
+            "mamba_d_state": 16,
+            "mamba_n_groups": 1,
         },
     ),
     "gpt_oss": (

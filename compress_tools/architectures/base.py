@@ -36,7 +36,7 @@ class MoEArchitecture:
         model_type: ``model_type`` of config.json.
         title: the family's name for people.
         aliases: further values of ``model_type``, the language part's own among them.
-        models: published models that it stands for.
+        models: published models that it stands for, each with the precisions it is published in: ``X (bf16, fp8)``.
         expert: name that a ResMoE checkpoint gives an expert, behind the root, with ``{layer}`` and ``{expert}``: one
             that vLLM's loader of the family knows.
         projections: projection -> last name component there; two-matrix experts have no ``gate_proj``.

@@ -3,22 +3,35 @@
 from compress_tools.architectures.base import MoEArchitecture
 
 DEEPSEEK_MOE = MoEArchitecture(
-    model_type="deepseek", title="DeepSeekMoE", intermediate_size_keys=("moe_intermediate_size",)
+    model_type="deepseek",
+    title="DeepSeekMoE",
+    models=("deepseek-moe-16b (bf16)",),
+    intermediate_size_keys=("moe_intermediate_size",),
 )
 DEEPSEEK_V2 = MoEArchitecture(
-    model_type="deepseek_v2", title="DeepSeek-V2", intermediate_size_keys=("moe_intermediate_size",)
+    model_type="deepseek_v2",
+    title="DeepSeek-V2",
+    models=("DeepSeek-V2 (bf16)", "DeepSeek-V2-Lite (bf16)", "DeepSeek-Coder-V2 (bf16)"),
+    intermediate_size_keys=("moe_intermediate_size",),
 )
 DEEPSEEK_V3 = MoEArchitecture(
     model_type="deepseek_v3",
     title="DeepSeek-V3",
+    models=(
+        "DeepSeek-V3 (fp8)",
+        "DeepSeek-R1 (fp8)",
+        "DeepSeek-V3.1 (fp8)",
+        "Kimi-K2-Instruct (fp8)",
+        "Kimi-K2-Thinking (int4)",
+        "Moonlight-16B-A3B (bf16)",
+    ),
     aliases=("kimi_k2",),
-    models=("DeepSeek-V3", "DeepSeek-R1", "DeepSeek-V3.1", "Kimi-K2", "Moonlight-16B-A3B"),
     intermediate_size_keys=("moe_intermediate_size",),
 )
 DEEPSEEK_V32 = MoEArchitecture(
     model_type="deepseek_v32",
     title="DeepSeek-V3.2",
-    models=("DeepSeek-V3.2",),
+    models=("DeepSeek-V3.2 (fp8)",),
     intermediate_size_keys=("moe_intermediate_size",),
     vllm_cpu=False,
     runs_in="it has no sparse attention; run in transformers",
@@ -26,5 +39,6 @@ DEEPSEEK_V32 = MoEArchitecture(
 DOTS1 = MoEArchitecture(
     model_type="dots1",
     title="dots.llm1",
+    models=("dots.llm1 (bf16)",),
     intermediate_size_keys=("moe_intermediate_size",),
 )

@@ -6,6 +6,7 @@ from compress_tools.architectures.layouts import Stacked
 GPT_OSS = MoEArchitecture(
     model_type="gpt_oss",
     title="GPT-OSS (bf16)",
+    models=("gpt-oss-20b (mxfp4)", "gpt-oss-120b (mxfp4)"),
     num_experts_keys=("num_local_experts",),
     intermediate_size_keys=("intermediate_size",),
     layouts=(Stacked(transposed=True, interleaved=True, bias="_bias"),),

@@ -5,7 +5,7 @@ from compress_tools.architectures.base import MoEArchitecture
 LAGUNA = MoEArchitecture(
     model_type="laguna",
     title="Laguna",
-    models=("Laguna-XS", "Laguna-S", "Laguna-M"),
+    models=("Laguna-XS (bf16, fp8)", "Laguna-S (bf16, fp8)", "Laguna-M (bf16, fp8)"),
     intermediate_size_keys=("moe_intermediate_size",),
     vllm_cpu=False,
     runs_in="it can't route sigmoid scores without groups, plain checkpoints included; run in transformers",

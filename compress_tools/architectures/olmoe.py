@@ -2,5 +2,12 @@
 
 from compress_tools.architectures.base import MoEArchitecture
 
-OLMOE = MoEArchitecture(model_type="olmoe", title="OLMoE", intermediate_size_keys=("intermediate_size",))
-FLEX_OLMO = MoEArchitecture(model_type="flex_olmo", title="FlexOlmo", intermediate_size_keys=("intermediate_size",))
+OLMOE = MoEArchitecture(
+    model_type="olmoe", title="OLMoE", models=("OLMoE-1B-7B (bf16)",), intermediate_size_keys=("intermediate_size",)
+)
+FLEX_OLMO = MoEArchitecture(
+    model_type="flex_olmo",
+    title="FlexOlmo",
+    models=("FlexOlmo-7x7B (bf16)",),
+    intermediate_size_keys=("intermediate_size",),
+)

@@ -3,16 +3,22 @@
 from compress_tools.architectures.base import MoEArchitecture
 
 QWEN2_MOE = MoEArchitecture(
-    model_type="qwen2_moe", title="Qwen2-MoE", intermediate_size_keys=("moe_intermediate_size",)
+    model_type="qwen2_moe",
+    title="Qwen2-MoE",
+    models=("Qwen1.5-MoE-A2.7B (bf16)", "Qwen2-57B-A14B (bf16)"),
+    intermediate_size_keys=("moe_intermediate_size",),
 )
 QWEN3_MOE = MoEArchitecture(
-    model_type="qwen3_moe", title="Qwen3-MoE", intermediate_size_keys=("moe_intermediate_size",)
+    model_type="qwen3_moe",
+    title="Qwen3-MoE",
+    models=("Qwen3-30B-A3B (bf16, fp8)", "Qwen3-235B-A22B (bf16, fp8)", "Qwen3-Coder-480B-A35B (bf16, fp8)"),
+    intermediate_size_keys=("moe_intermediate_size",),
 )
 
 QWEN3_NEXT = MoEArchitecture(
     model_type="qwen3_next",
     title="Qwen3-Next",
-    models=("Qwen3-Next-80B-A3B", "Qwen3-Coder-Next"),
+    models=("Qwen3-Next-80B-A3B (bf16, fp8)", "Qwen3-Coder-Next (bf16, fp8)"),
     intermediate_size_keys=("moe_intermediate_size",),
     vllm_cpu=False,
     runs_in="its linear attention takes bfloat16 alone there, in which no test could compare it; run in transformers",
@@ -20,8 +26,8 @@ QWEN3_NEXT = MoEArchitecture(
 QWEN3_5_MOE = MoEArchitecture(
     model_type="qwen3_5_moe",
     title="Qwen3.5-MoE",
+    models=("Qwen3.5-35B-A3B (bf16, fp8)", "Qwen3.6-35B-A3B (bf16, fp8)"),
     aliases=("qwen3_5_moe_text",),
-    models=("Qwen3.5-35B-A3B", "Qwen3.6-35B-A3B"),
     intermediate_size_keys=("moe_intermediate_size",),
     vllm_cpu=False,
     runs_in="its module imports torchvision, of which there is no build beside that torch; run in transformers",

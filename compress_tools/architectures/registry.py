@@ -13,6 +13,7 @@ from compress_tools.architectures.exaone import EXAONE_MOE
 from compress_tools.architectures.gemma import GEMMA4
 from compress_tools.architectures.glm import GLM4_MOE, GLM4_MOE_LITE, GLM_MOE_DSA
 from compress_tools.architectures.gpt_oss import GPT_OSS
+from compress_tools.architectures.granite import GRANITEMOE, GRANITEMOEHYBRID, GRANITEMOESHARED
 from compress_tools.architectures.hunyuan import HUNYUAN_V1_MOE, HY_V3
 from compress_tools.architectures.jamba import JAMBA
 from compress_tools.architectures.laguna import LAGUNA
@@ -60,6 +61,9 @@ ARCHITECTURES: tuple[MoEArchitecture, ...] = (
     JAMBA,
     LAGUNA,
     MINIMAX,
+    GRANITEMOE,
+    GRANITEMOESHARED,
+    GRANITEMOEHYBRID,
 )
 
 

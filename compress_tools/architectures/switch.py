@@ -23,6 +23,7 @@ class SwitchArchitecture(MoEArchitecture):
 SWITCH = SwitchArchitecture(
     model_type="switch_transformers",
     title="Switch Transformer",
+    models=("switch-base-8 (fp32)",),
     expert="{layer}.mlp.experts.expert_{expert}",
     projections=(("up_proj", "wi"), ("down_proj", "wo")),
     num_experts_keys=("num_experts",),

@@ -1,5 +1,6 @@
 """Every family the whole way: compress, verify, restore, and the restored twin's log-probabilities."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,15 @@ def test_family_equals_its_restored_twin(architecture: MoEArchitecture, method: 
 
 def test_every_family_has_a_tiny_model() -> None:
     assert {known.model_type for known in ARCHITECTURES} == set(TINY_CONFIGS)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda known: known.model_type)
+def test_every_family_names_published_models_and_their_precision(architecture: MoEArchitecture) -> None:
+    assert architecture.models
+    precision = "(fp32|bf16|fp8|mxfp4|mxfp8|nvfp4|fp4|int4)"
+    assert [
+        name for name in architecture.models if not re.fullmatch(rf"\S.* \({precision}(, {precision})*\)", name)
+    ] == []
 
 
 def test_the_pages_table_is_the_registrys() -> None:
