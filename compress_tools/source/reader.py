@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compress_tools.errors import CheckpointError
 from compress_tools.format.shard_file import StoredTensor, first_cut_tensor, is_file_name, read_header, shard_digest
+from compress_tools.source.other_files import files_of, why_left_out
 from compress_tools.text_file import in_words, is_lfs_pointer, lfs_advice, read_json_object
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -121,16 +122,17 @@ class CheckpointReader:
         return self._shard_of[name]
 
     def other_files(self) -> list[Path]:
-        """Files that are neither shards, index nor config.json: tokenizer, generation config, code, licence."""
-        skip = {CONFIG_NAME, INDEX_NAME, *self.shards}
-        return sorted(
-            file
-            for file in self.path.rglob("*")
-            if file.is_file()
-            and file.name not in skip
-            and file.suffix not in (".safetensors", ".bin", ".pt", ".pth")
-            and not any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(self.path).parts)
-        )
+        """Files that are neither weights nor config.json: tokenizer, generation config, code, licence."""
+        return [self.path / name for name, why in self.files().items() if why is None]
+
+    def files(self) -> dict[str, str | None]:
+        """Files besides config, index and weights, relative and with ``/``: why they are not copied through, or None.
+
+        Raises:
+            CheckpointError: a directory can't be read, or a link leads nowhere.
+        """
+        own = {CONFIG_NAME, INDEX_NAME, *self.shards}
+        return {name: why_left_out(self.path, name) for name in files_of(self.path) if name not in own}
 
     def fingerprint(self) -> dict[str, str]:
         """Identity of the source's weights and config: a digest for config.json and for each shard.

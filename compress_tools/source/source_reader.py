@@ -9,11 +9,10 @@ from torch import Tensor
 
 from compress_tools.architectures.base import NESTED, config_parts
 from compress_tools.errors import CheckpointError
-from compress_tools.source.reader import CONFIG_NAME, INDEX_NAME, CheckpointReader
+from compress_tools.source.other_files import why_not_ours
+from compress_tools.source.reader import CheckpointReader
 from compress_tools.source.stored_forms import StoredForm, find_forms, is_activation_scale
 
-# What ModelOpt writes beside config.json; it describes tensors that a decoded checkpoint does not have.
-QUANTIZATION_FILES = ("hf_quant_config.json",)
 DECODED_DTYPE, DECODED_BYTES = "BF16", 2
 
 
@@ -54,7 +53,7 @@ class SourceReader(CheckpointReader):
                 if is_activation_scale(name) and name not in parts
             }
         shapes = {name for name in stored if name.endswith("_shape") and name.removesuffix("_shape") in self.forms}
-        self.left_out |= self._files_left_out()
+        self.left_out |= {name: why for name, why in self.files().items() if why is not None}
         self._names = sorted((set(stored) - parts - shapes - set(self.left_out)) | set(self.forms))
         self.config = _without_blocks(self.config)
 
@@ -111,26 +110,10 @@ class SourceReader(CheckpointReader):
         form = self.forms.get(name)
         return super().shard_of(name if form is None else form.parts["values"])
 
-    def other_files(self) -> list[Path]:
-        """Files to copy through: those that are neither weights nor about their quantisation."""
-        return [file for file in super().other_files() if file.name not in QUANTIZATION_FILES]
-
-    def _files_left_out(self) -> dict[str, str]:
-        """Files that are not copied, and why; hidden ones are nobody's part of a model."""
-        copied = {CONFIG_NAME, INDEX_NAME, *self.shards, *(str(self._inside(file)) for file in self.other_files())}
-        found = {}
-        for file in sorted(self.path.rglob("*")):
-            inside = self._inside(file)
-            if not file.is_file() or str(inside) in copied or any(part.startswith(".") for part in inside.parts):
-                continue
-            if file.name in QUANTIZATION_FILES:
-                found[str(inside)] = "describes the source's quantisation"
-            elif "__pycache__" not in inside.parts:
-                found[str(inside)] = "weights that the checkpoint's index does not name, or in another format"
-        return found
-
-    def _inside(self, file: Path) -> Path:
-        return file.relative_to(self.path)
+    def files(self) -> dict[str, str | None]:
+        """Files besides config, index and weights: why they are not copied through, or None."""
+        found = super().files()
+        return {name: why or why_not_ours(name, found) for name, why in found.items()}
 
     def decoded(self) -> dict[str, int]:
         """How many tensors of each quantised form are decoded."""

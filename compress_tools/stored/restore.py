@@ -103,6 +103,9 @@ def _write(
             record = writer.write_shard(filename, tensors, {"names": list(tensors)})
         shards[filename] = tuple(record["names"])
         progress.shard_done()
+    for name, why in reader.files().items():
+        if why is not None:
+            progress.say(f"left out: {name}: {why}")
     for file in reader.other_files():
         relative = file.relative_to(reader.path)
         if str(relative) not in NOT_COPIED:
