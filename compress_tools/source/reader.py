@@ -3,7 +3,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress_tools.errors import CheckpointError
-from compress_tools.format.shard_file import StoredTensor, first_cut_tensor, is_file_name, read_header, shard_digest
-from compress_tools.source.other_files import files_of, why_left_out
+from compress_tools.format.shard_file import StoredTensor, first_cut_tensor, is_file_name
+from compress_tools.source.files import CheckpointFiles
+from compress_tools.source.stored_bytes import as_tensor
 from compress_tools.text_file import in_words, is_lfs_pointer, lfs_advice, read_json_object
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -34,8 +36,9 @@ class CheckpointReader:
     otherwise is a remark; where it can't be told which of two tensors is meant, a refusal.
 
     Args:
-        path: the directory.
+        path: the directory, or what fetches the checkpoint's files into one.
     Attributes:
+        store: where the files come from.
         path: the directory.
         config: content of config.json.
         shards: the weight files that are read, ascending.
@@ -46,17 +49,9 @@ class CheckpointReader:
             shards with different tensors of one name, weight files of which loaders take different ones.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if self.path.is_file():
-            raise CheckpointError(f"{self.path}: is a file; expected the directory of a Hugging Face checkpoint")
-        if not self.path.is_dir():
-            # as the hub spells a model
-            named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None
-            advice = f"; a model of the hub must be downloaded: `hf download {path} --local-dir DIR`" if named else ""
-            raise CheckpointError(
-                f"{self.path}: no such directory; expected a Hugging Face checkpoint directory{advice}"
-            )
+    def __init__(self, path: str | Path | CheckpointFiles) -> None:
+        self.store = path if isinstance(path, CheckpointFiles) else CheckpointFiles(path)
+        self.path = self.store.path
         self.config = self._read_config()
         self.remarks: list[str] = []
         self.shards = self._shard_names()
@@ -84,10 +79,7 @@ class CheckpointReader:
         Raises:
             CheckpointError: not there, or not readable.
         """
-        handle = self._handle(name)
-        with self._reading(name):
-            tensor: Tensor = handle.get_tensor(name)
-        return tensor
+        return self._read(self.shard_of(name), name, self._stored[name])
 
     def get_row(self, name: str, index: int) -> Tensor:
         """Read ``tensor[index]`` without the rest.
@@ -95,10 +87,27 @@ class CheckpointReader:
         Raises:
             CheckpointError: not there, or not readable.
         """
-        handle = self._handle(name)
-        with self._reading(name, f"[{index}]"):
-            row: Tensor = handle.get_slice(name)[index]
-        return row
+        return self._read(self.shard_of(name), name, self._stored[name], index)
+
+    def need(self, names: Iterable[str], *, least_share: float = 0.0) -> None:
+        """The next reads are of these tensors, and of no others.
+
+        Args:
+            names: of tensors.
+            least_share: a weight file of which less is wanted need not be here as a whole.
+        Raises:
+            CheckpointError: their weight files can't be had.
+        """
+        wanted: Counter[str] = Counter()
+        for name in names:
+            wanted[self._shard_of[name]] += self._stored[name].nbytes
+        # A file that is mapped keeps its place on the disk after it is removed.
+        self.release()
+        self.store.need(wanted, least_share=least_share)
+
+    def shards_of(self, names: Iterable[str]) -> list[str]:
+        """The weight files that hold these tensors, ascending."""
+        return sorted({self._shard_of[name] for name in names})
 
     def release(self) -> None:
         """Unmap the shards, so that pages already read count for this process no more; the next read maps again."""
@@ -132,7 +141,7 @@ class CheckpointReader:
             CheckpointError: a directory can't be read, or a link leads nowhere.
         """
         own = {CONFIG_NAME, INDEX_NAME, *self.shards}
-        return {name: why_left_out(self.path, name) for name in files_of(self.path) if name not in own}
+        return {name: self.store.why_left_out(name) for name in self.store.names() if name not in own}
 
     def fingerprint(self) -> dict[str, str]:
         """Identity of the source's weights and config: a digest for config.json and for each shard.
@@ -144,20 +153,32 @@ class CheckpointReader:
             CheckpointError: a shard is not readable.
         """
         content = json.dumps(self.config, sort_keys=True).encode()
-        return {CONFIG_NAME: hashlib.sha256(content).hexdigest()} | {
-            shard: shard_digest(self.path / shard) for shard in self.shards
-        }
+        return {CONFIG_NAME: hashlib.sha256(content).hexdigest()} | self.store.identity(self.shards)
 
     def _header(self, name: str) -> StoredTensor:
         if name not in self._stored:
             raise CheckpointError(f"{self.path}: tensor {name!r} is missing")
         return self._stored[name]
 
-    def _handle(self, name: str) -> Any:
-        shard = self.shard_of(name)
-        if shard not in self._handles:
-            self._handles[shard] = self._map(shard)
-        return self._handles[shard]
+    def _read(self, shard: str, name: str, stored: StoredTensor, index: int | None = None) -> Tensor:
+        """A tensor of a shard, or one of its rows."""
+        with self._reading(name, "" if index is None else f"[{index}]"):
+            if self.store.local(shard) is None:
+                return self._read_part(shard, stored, index)
+            if shard not in self._handles:
+                self._handles[shard] = self._map(shard)
+            handle = self._handles[shard]
+            found: Tensor = handle.get_tensor(name) if index is None else handle.get_slice(name)[index]
+            return found
+
+    def _read_part(self, shard: str, stored: StoredTensor, index: int | None) -> Tensor:
+        """Of a shard that is not here."""
+        if index is None:
+            return as_tensor(self.store.read(shard, stored), stored.dtype, stored.shape)
+        row = range(stored.shape[0])[index]
+        size = stored.nbytes // stored.shape[0]
+        octets = self.store.read(shard, stored, row * size, (row + 1) * size)
+        return as_tensor(octets, stored.dtype, stored.shape[1:])
 
     @contextmanager
     def _reading(self, name: str, part: str = "") -> Iterator[None]:
@@ -183,7 +204,8 @@ class CheckpointReader:
     def _shard_names(self) -> list[str]:
         index = self.path / INDEX_NAME
         self._weight_map: dict[str, str] | None = None
-        single, numbered = (self.path / SINGLE_NAME).exists(), self._numbered_shards()
+        beside = self.store.beside_config()
+        single, numbered = SINGLE_NAME in beside, [name for name in beside if _NUMBERED.fullmatch(name)]
         if index.exists():
             weight_map = read_json_object(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
@@ -204,7 +226,7 @@ class CheckpointReader:
             self._check_numbers(numbered)
             self.remarks.append(f"there is no {INDEX_NAME}; the {len(numbered)} shards' headers say what is in them")
             return numbered
-        others = sorted(file.name for file in self.path.glob("*.safetensors"))
+        others = [name for name in beside if name.endswith(".safetensors")]
         found = f" (found: {', '.join(others[:3])}{', ...' if len(others) > 3 else ''})" if others else ""
         raise CheckpointError(
             f"{self.path}: no {INDEX_NAME} and no {SINGLE_NAME} or model-00001-of-N.safetensors{found}; only "
@@ -215,9 +237,6 @@ class CheckpointReader:
         return CheckpointError(
             f"{self.path}: transformers would load {SINGLE_NAME}, vLLM {other}; move away what is not the model"
         )
-
-    def _numbered_shards(self) -> list[str]:
-        return sorted(file.name for file in self.path.iterdir() if _NUMBERED.fullmatch(file.name))
 
     def _check_numbers(self, shards: list[str]) -> None:
         """Without an index, names must be those of one whole series."""
@@ -237,15 +256,16 @@ class CheckpointReader:
             )
 
     def _open(self, shard: str) -> None:
-        self._handles[shard] = self._map(shard)
-        for name, stored in read_header(self.path / shard).items():
+        if self.store.local(shard) is not None:
+            self._handles[shard] = self._map(shard)
+        for name, stored in self.store.header(shard).items():
             if name in self._shard_of:
                 self._copies.setdefault(name, []).append((self._shard_of[name], self._stored[name]))
             # The last counts.
             self._shard_of[name], self._stored[name] = shard, stored
 
     def _map(self, shard: str) -> Any:
-        file = self.path / shard
+        file = self.store.local(shard) or self.path / shard
         if not file.exists():
             raise CheckpointError(f"{file}: shard named by {INDEX_NAME} is missing")
         if not file.is_file():
@@ -308,6 +328,6 @@ class CheckpointReader:
         if (own.dtype, own.shape) != (stored.dtype, stored.shape):
             return False
         with self._reading(name):
-            tensors = [self._handles[holder].get_tensor(name) for holder in (shard, self._shard_of[name])]
+            tensors = [self._read(shard, name, stored), self._read(self._shard_of[name], name, own)]
             first, second = (tensor.reshape(-1).view(torch.uint8) for tensor in tensors)
             return torch.equal(first, second)

@@ -1,7 +1,7 @@
 """A checkpoint to compress, as published: quantised tensors are decoded while they are read."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from compress_tools.architectures.base import NESTED, config_parts
 from compress_tools.errors import CheckpointError
+from compress_tools.source.files import CheckpointFiles
 from compress_tools.source.other_files import why_not_ours
 from compress_tools.source.reader import CheckpointReader
 from compress_tools.source.stored_forms import StoredForm, find_forms, is_activation_scale
@@ -23,7 +24,7 @@ class SourceReader(CheckpointReader):
     changes nothing.
 
     Args:
-        path: the directory.
+        path: the directory, or what fetches the checkpoint's files into one.
     Attributes:
         forms: the quantised matrices by name.
         left_out: tensors that a decoded checkpoint has no place for, and why.
@@ -31,7 +32,7 @@ class SourceReader(CheckpointReader):
         CheckpointError: see ``CheckpointReader``; a ResMoE checkpoint; a quantised form that is not read.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path | CheckpointFiles) -> None:
         super().__init__(path)
         self.forms: dict[str, StoredForm] = {}
         self.left_out: dict[str, str] = {}
@@ -109,6 +110,18 @@ class SourceReader(CheckpointReader):
         """The weight file that holds a tensor, or a quantised one's values."""
         form = self.forms.get(name)
         return super().shard_of(name if form is None else form.parts["values"])
+
+    def need(self, names: Iterable[str], *, least_share: float = 0.0) -> None:
+        """The next reads are of these tensors, and of no others; of a quantised one, of all its parts."""
+        super().need(self._stored_names(names), least_share=least_share)
+
+    def shards_of(self, names: Iterable[str]) -> list[str]:
+        """The weight files that hold these tensors, or parts of quantised ones, ascending."""
+        return super().shards_of(self._stored_names(names))
+
+    def _stored_names(self, names: Iterable[str]) -> list[str]:
+        forms = self.forms
+        return [part for name in names for part in (forms[name].parts.values() if name in forms else (name,))]
 
     def files(self) -> dict[str, str | None]:
         """Files besides config, index and weights: why they are not copied through, or None."""

@@ -1,0 +1,118 @@
+"""Where the files of a checkpoint come from: a directory, or what fetches them into one."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from compress_tools.errors import CheckpointError
+from compress_tools.format.shard_file import StoredTensor, read_header, shard_digest
+from compress_tools.source.other_files import files_of, why_left_out
+
+
+class CheckpointFiles:
+    """The files of a checkpoint that lies in a directory. What fetches them derives from this.
+
+    Args:
+        path: the directory.
+    Attributes:
+        path: where every file but the weights lies.
+        spelled: how the user named the checkpoint.
+        origin: repository, revision and commit of a checkpoint that is fetched; empty for a directory.
+        streams: weight files are removed again after their last use.
+    Raises:
+        CheckpointError: no directory.
+    """
+
+    origin: Mapping[str, str] = {}
+    streams = False
+
+    def __init__(self, path: str | Path) -> None:
+        self.path, self.spelled = Path(path), str(path)
+        if self.path.is_file():
+            raise CheckpointError(f"{self.path}: is a file; expected the directory of a Hugging Face checkpoint")
+        if not self.path.is_dir():
+            raise CheckpointError(f"{self.path}: no such directory; {expected(self.spelled)}")
+
+    def __str__(self) -> str:
+        return self.spelled
+
+    def names(self) -> list[str]:
+        """All files, see ``other_files.files_of``."""
+        return files_of(self.path)
+
+    def why_left_out(self, name: str) -> str | None:
+        """Why a file that is not config, index or weights of the checkpoint is not copied through; None for others."""
+        return why_left_out(self.path, name)
+
+    def beside_config(self) -> list[str]:
+        """Everything that lies beside config.json, weights among it, ascending."""
+        return sorted(entry.name for entry in self.path.iterdir())
+
+    def local(self, shard: str) -> Path | None:
+        """A weight file that lies here as a whole; None: read parts of it."""
+        return self.path / shard
+
+    def header(self, shard: str) -> dict[str, StoredTensor]:
+        """A weight file's tensors.
+
+        Raises:
+            CheckpointError: not readable.
+        """
+        return read_header(self.path / shard)
+
+    def read(self, shard: str, tensor: StoredTensor, begin: int = 0, end: int | None = None) -> bytearray:
+        """Bytes of a tensor of a weight file that is not here.
+
+        Args:
+            shard: its file.
+            tensor: what the header says of it.
+            begin: first byte, counted from the tensor's.
+            end: the byte after the last; None: all.
+        Raises:
+            CheckpointError: they can't be had.
+        """
+        raise NotImplementedError(f"{shard} lies in {self.path}; nothing is read of it in parts")
+
+    def identity(self, shards: Iterable[str]) -> dict[str, str]:
+        """What tells this checkpoint's weights from another's.
+
+        Raises:
+            CheckpointError: a shard is not readable.
+        """
+        return {shard: shard_digest(self.path / shard) for shard in shards}
+
+    def prepare(self, shards: Iterable[str]) -> None:
+        """A run will read these weight files: get them now, unless they are to be removed again.
+
+        Raises:
+            CheckpointError: they can't be had.
+        """
+
+    def need(self, wanted: Mapping[str, int], *, least_share: float = 0.0) -> None:
+        """The next reads are of these weight files, and of no others.
+
+        Args:
+            wanted: by weight file, how many bytes of it.
+            least_share: a file of which less is wanted is read in parts.
+        Raises:
+            CheckpointError: they can't be had.
+        """
+
+    def disk_bytes(self, steps: Iterable[Iterable[str]]) -> int:
+        """Bytes that weight files will take on the disk at one time, when each step needs some of them."""
+        del steps
+        return 0
+
+    def close(self, *, finished: bool) -> None:
+        """Nothing more will be read.
+
+        Args:
+            finished: the run is done, and nothing is kept for another try.
+        """
+
+
+def expected(spelled: str) -> str:
+    """What a source may be, for a message that says that it is none."""
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", spelled) is not None
+    advice = f", or `hf download {spelled} --local-dir DIR` for a model of the hub" if named else ""
+    return f"expected a Hugging Face checkpoint directory{advice}"
