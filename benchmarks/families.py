@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.harness.rows import Row, print_rows, write_rows
-from benchmarks.models.tiny_models import TINY_CONFIGS, save_tiny_model
+from benchmarks.models.tiny_models import NOT_IN_TRANSFORMERS, TINY_CONFIGS, load_model, save_tiny_model, token_logits
 from compress_tools import register_with_transformers
 from compress_tools.architectures.base import MoEArchitecture
 from compress_tools.architectures.registry import ARCHITECTURES
@@ -101,18 +101,12 @@ def vllm_logprobs(path: Path, **options: Any) -> torch.Tensor:
 
 def transformers_logprobs(path: Path) -> torch.Tensor:
     """The same from transformers; for an encoder-decoder the prompt is both input and target."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
     register_with_transformers()
-    encoder_decoder = AutoConfig.from_pretrained(path).is_encoder_decoder
-    auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
-    model = auto.from_pretrained(path, dtype=torch.float32)
+    model = load_model(path)
     values = []
     for prompt in PROMPTS:
         tokens = torch.tensor([prompt])
-        inputs = {"decoder_input_ids": tokens} if encoder_decoder else {}
-        with torch.no_grad():
-            logits = model(input_ids=tokens, **inputs).logits[0, :-1]
+        logits = token_logits(model, tokens)[0, :-1]
         values.append(logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0])
     return torch.cat(values)
 
@@ -124,7 +118,7 @@ def family_table(architectures: tuple[MoEArchitecture, ...] = ARCHITECTURES) -> 
         "|---|---|---|---|---|---|",
     ]
     for known in architectures:
-        in_transformers = "no class for it" if known.model_type == "deepseek" else "yes"
+        in_transformers = "no class for it" if known.model_type in NOT_IN_TRANSFORMERS else "yes"
         tested = "yes" if known.model_type in TINY_CONFIGS else "no"
         reason = known.runs_in.removeprefix("transformers only: ")
         served = "yes" if known.served_here else f"not by its CPU build: {reason}" if known.vllm else f"no: {reason}"

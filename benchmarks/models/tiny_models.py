@@ -1,6 +1,7 @@
 """Tiny models of each family from their transformers configs: the real classes, random weights, seeded."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from compress_tools.architectures.base import NESTED
 
 COMMON: dict[str, Any] = {
     "vocab_size": 128,
@@ -75,6 +78,15 @@ GRANITE: dict[str, Any] = {
     "logits_scaling": 0.5,
     "tie_word_embeddings": True,
 }
+
+VISION: dict[str, Any] = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+TOKENS: dict[str, Any] = {"image_token_id": 120, "video_token_id": 121}
+# Positions in time, height and width share a head's 16 frequencies.
+SECTIONS: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}
+# Families that transformers has no class for.
+NOT_IN_TRANSFORMERS = frozenset({"deepseek"})
+# Families that are published with stacked experts, though transformers would write them one by one.
+PUBLISHED_STACKED = frozenset({"qwen3_5_moe"})
 
 # model_type -> (prefix of the transformers classes, config fields)
 TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -148,7 +160,14 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3_next": ("Qwen3Next", {**HYBRID, "intermediate_size": 48}),
-    "qwen3_5_moe": ("Qwen3_5Moe", HYBRID),
+    "qwen3_5_moe": (
+        "Qwen3_5Moe",
+        {
+            "text_config": {**COMMON, **HYBRID},
+            "vision_config": {**VISION, "num_position_embeddings": 16},
+            **TOKENS,
+        },
+    ),
     "gemma4": (
         "Gemma4",
         {
@@ -274,6 +293,61 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_n_groups": 1,
         },
     ),
+    "qwen3_vl_moe": (
+        "Qwen3VLMoe",
+        {
+            "text_config": {
+                **COMMON,
+                **SMALL_EXPERTS,
+                "num_hidden_layers": 2,
+                "head_dim": 32,
+                "rope_parameters": SECTIONS,
+            },
+            "vision_config": {**VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+            **TOKENS,
+        },
+    ),
+    "qwen3_omni_moe": (
+        "Qwen3OmniMoe",
+        {
+            "thinker_config": {
+                "text_config": {
+                    **COMMON,
+                    **SMALL_EXPERTS,
+                    "num_hidden_layers": 2,
+                    "head_dim": 32,
+                    "rope_parameters": SECTIONS,
+                },
+                "vision_config": {**VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+                "audio_config": {
+                    "d_model": 32,
+                    "encoder_layers": 1,
+                    "encoder_attention_heads": 2,
+                    "encoder_ffn_dim": 32,
+                    "num_mel_bins": 16,
+                    "downsample_hidden_size": 8,
+                    "output_dim": 64,
+                    "max_source_positions": 64,
+                },
+                **TOKENS,
+                "audio_token_id": 122,
+            },
+            "enable_audio_output": False,
+        },
+    ),
+    "glm4v_moe": (
+        "Glm4vMoe",
+        {
+            "text_config": {
+                **COMMON,
+                **DEEPSEEK_STYLE,
+                "head_dim": 32,
+                "rope_parameters": {**SECTIONS, "mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5},
+            },
+            "vision_config": {**VISION, "image_size": 28},
+            **TOKENS,
+        },
+    ),
     "gpt_oss": (
         "GptOss",
         {
@@ -321,27 +395,58 @@ def save_tiny_model(
         dtype: stored dtype.
         seed: of the random weights.
         max_shard_size: as transformers takes it.
-        save_original_format: False keeps transformers' fused 3-D expert tensors.
+        save_original_format: the layout in which the family is published; False: transformers' 3-D expert tensors.
         changes: config fields to override.
     Returns:
         ``path``.
     """
     prefix, sizes = TINY_CONFIGS[family]
-    # Of a multimodal family the language model alone.
-    kind = next(name for name in (f"{prefix}TextConfig", f"{prefix}Config") if hasattr(transformers, name))
-    config = getattr(transformers, kind)(**{**COMMON, **sizes, **changes})
-    head = "ForConditionalGeneration" if config.is_encoder_decoder else "ForCausalLM"
+    whole = any(key in sizes for key in NESTED)
+    # Without a nested config a multimodal family's language model alone.
+    kinds = (f"{prefix}Config",) if whole else (f"{prefix}TextConfig", f"{prefix}Config")
+    kind = next(name for name in kinds if hasattr(transformers, name))
+    config = getattr(transformers, kind)(**{**({} if whole else COMMON), **sizes, **changes})
+    head = "ForConditionalGeneration" if whole or config.is_encoder_decoder else "ForCausalLM"
     torch.manual_seed(seed)
     model = getattr(transformers, f"{prefix}{head}")(config)
     _vary_constants(model, torch.Generator().manual_seed(seed))
     model.to(dtype)
-    model.save_pretrained(path, max_shard_size=max_shard_size, save_original_format=save_original_format)
+    one_by_one = save_original_format and family not in PUBLISHED_STACKED
+    model.save_pretrained(path, max_shard_size=max_shard_size, save_original_format=one_by_one)
     if family == "deepseek":
         _as_deepseek_moe(path, config)
+    elif family == "qwen3_vl_moe" and save_original_format:
+        _edit_tensors(path, lambda name, tensor: tensor.mT if ".mlp.experts." in name else tensor)
     elif family == "phimoe":
         # The name that published Phi-3.5-MoE checkpoints, and vLLM, use.
         _edit_config(path, architectures=["PhiMoEForCausalLM"])
     return path
+
+
+def load_model(path: Path, **options: Any) -> nn.Module:
+    """The model of a checkpoint in transformers, by the class that config.json names, in fp32 unless asked otherwise.
+
+    Args:
+        path: checkpoint directory.
+        options: of ``from_pretrained``.
+    """
+    named = json.loads((path / "config.json").read_text())["architectures"][0]
+    known = getattr(transformers, named, transformers.AutoModelForCausalLM)
+    return known.from_pretrained(path, **{"dtype": torch.float32, **options})
+
+
+def token_logits(model: nn.Module, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits of tokens ``[B, T]``, ``[B, T, V]``.
+
+    Args:
+        model: of ``load_model``.
+        tokens: token ids.
+        targets: an encoder-decoder's decoder reads these, ``tokens`` if there are none.
+    """
+    inputs = {"decoder_input_ids": tokens if targets is None else targets} if model.config.is_encoder_decoder else {}
+    # Qwen3-Omni: the part that reads and writes text; the rest speaks.
+    with torch.no_grad():
+        return getattr(model, "thinker", model)(input_ids=tokens, **inputs).logits
 
 
 def _vary_constants(model: nn.Module, generator: torch.Generator) -> None:
@@ -384,6 +489,12 @@ def _as_deepseek_moe(path: Path, config: transformers.PreTrainedConfig) -> None:
         "tie_word_embeddings": False,
     }
     (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def _edit_tensors(path: Path, edit: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    file = path / "model.safetensors"
+    tensors = {name: edit(name, tensor).contiguous() for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _edit_config(path: Path, **changes: Any) -> None:

@@ -22,3 +22,12 @@ GLM_MOE_DSA = MoEArchitecture(
     vllm_cpu=False,
     runs_in="it has no sparse attention; run in transformers",
 )
+GLM4V_MOE = MoEArchitecture(
+    model_type="glm4v_moe",
+    title="GLM-4.5V",
+    aliases=("glm4v_moe_text",),
+    models=("GLM-4.5V (bf16, fp8)", "GLM-4.6V (bf16, fp8)"),
+    intermediate_size_keys=("moe_intermediate_size",),
+    vllm_cpu=False,
+    runs_in="its module imports torchvision, of which there is no build beside that torch; run in transformers",
+)

@@ -11,7 +11,7 @@ from compress_tools.architectures.deepseek import DEEPSEEK_MOE, DEEPSEEK_V2, DEE
 from compress_tools.architectures.ernie import ERNIE4_5_MOE
 from compress_tools.architectures.exaone import EXAONE_MOE
 from compress_tools.architectures.gemma import GEMMA4
-from compress_tools.architectures.glm import GLM4_MOE, GLM4_MOE_LITE, GLM_MOE_DSA
+from compress_tools.architectures.glm import GLM4_MOE, GLM4_MOE_LITE, GLM4V_MOE, GLM_MOE_DSA
 from compress_tools.architectures.gpt_oss import GPT_OSS
 from compress_tools.architectures.granite import GRANITEMOE, GRANITEMOEHYBRID, GRANITEMOESHARED
 from compress_tools.architectures.hunyuan import HUNYUAN_V1_MOE, HY_V3
@@ -21,7 +21,14 @@ from compress_tools.architectures.layouts import ExpertLayout, OneByOne
 from compress_tools.architectures.lfm2 import LFM2_MOE
 from compress_tools.architectures.mixtral import MINIMAX, MINIMAX_M2, MIXTRAL, PHIMOE
 from compress_tools.architectures.olmoe import FLEX_OLMO, OLMOE
-from compress_tools.architectures.qwen_moe import QWEN2_MOE, QWEN3_5_MOE, QWEN3_MOE, QWEN3_NEXT
+from compress_tools.architectures.qwen_moe import (
+    QWEN2_MOE,
+    QWEN3_5_MOE,
+    QWEN3_MOE,
+    QWEN3_NEXT,
+    QWEN3_OMNI_MOE,
+    QWEN3_VL_MOE,
+)
 from compress_tools.architectures.small_families import MELLUM, MIMO_V2, SOLAR_OPEN
 from compress_tools.architectures.switch import SWITCH
 from compress_tools.errors import UnsupportedArchitectureError
@@ -61,6 +68,9 @@ ARCHITECTURES: tuple[MoEArchitecture, ...] = (
     JAMBA,
     LAGUNA,
     MINIMAX,
+    QWEN3_VL_MOE,
+    QWEN3_OMNI_MOE,
+    GLM4V_MOE,
     GRANITEMOE,
     GRANITEMOESHARED,
     GRANITEMOEHYBRID,

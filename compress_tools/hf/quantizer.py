@@ -82,7 +82,7 @@ class ResMoEQuantizer(HfQuantizer):
                     r"\.experts\.",
                 }
             else:
-                model.set_submodule(name, nn.Identity())
+                model.set_submodule(name, _placeholder(dense))
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
             r"\.resmoe_\w+$",
@@ -135,6 +135,14 @@ class ResMoEQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Inference only."""
         return False
+
+
+def _placeholder(dense: nn.Module) -> nn.Module:
+    """A module without weights: empty tensors stand for those that a family's class initialises by name."""
+    empty = nn.Identity()
+    for name, _ in dense.named_parameters(recurse=False):
+        setattr(empty, name, torch.empty(0))
+    return empty
 
 
 class _OneHotRouting(nn.Module):

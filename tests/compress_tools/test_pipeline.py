@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
-from benchmarks.models.tiny_models import TINY_CONFIGS, save_tiny_model
+from benchmarks.models.tiny_models import NOT_IN_TRANSFORMERS, TINY_CONFIGS, load_model, save_tiny_model, token_logits
 from compress_tools.config import CompressionConfig, make_config
 from compress_tools.errors import (
     CheckpointError,
@@ -29,15 +28,13 @@ from compress_tools.stored.checkpoint import ResMoECheckpoint
 from compress_tools.stored.restore import restore
 from compress_tools.stored.verify import verify
 
-# Switch is an encoder-decoder: test_transformers_loader.py. transformers has no class for the original DeepSeekMoE.
-FAMILIES = sorted(set(TINY_CONFIGS) - {"switch_transformers", "deepseek"})
+# Switch is an encoder-decoder: test_transformers_loader.py.
+FAMILIES = sorted(set(TINY_CONFIGS) - {"switch_transformers"} - NOT_IN_TRANSFORMERS)
 
 
 def logits(path: Path) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokens = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return model(tokens).logits
+    return token_logits(load_model(path), tokens)
 
 
 def contents(path: Path) -> dict[str, bytes]:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModel, AutoModelForCausalLM
 
-from benchmarks.models.tiny_models import TINY_CONFIGS, save_tiny_model
+from benchmarks.models.tiny_models import NOT_IN_TRANSFORMERS, TINY_CONFIGS, load_model, save_tiny_model, token_logits
 from compress_tools import pipeline, register_with_transformers
 from compress_tools.config import make_config
 from compress_tools.errors import ConfigError, FormatError
@@ -35,27 +35,19 @@ register_with_transformers()
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     tokens = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        if model.config.is_encoder_decoder:
-            return model(input_ids=tokens, decoder_input_ids=tokens[:, :9]).logits
-        return model(tokens).logits
+    return token_logits(model, tokens, targets=tokens[:, :9])
 
 
-def load(path: Path, family: str) -> torch.nn.Module:
-    auto = AutoModelForSeq2SeqLM if family == "switch_transformers" else AutoModelForCausalLM
-    return auto.from_pretrained(path, dtype=torch.float32)
-
-
-@pytest.mark.parametrize("family", sorted(set(TINY_CONFIGS) - {"deepseek"}))
+@pytest.mark.parametrize("family", sorted(set(TINY_CONFIGS) - NOT_IN_TRANSFORMERS))
 @pytest.mark.parametrize("options", [{"method": "prune"}, {"method": "low-rank"}], ids=lambda o: o["method"])
 def test_both_modes_equal_the_restored_checkpoint(family: str, options: dict[str, str], tmp_path: Path) -> None:
     source = save_tiny_model(family, tmp_path / "source", torch.float32)
     compress(source, tmp_path / "small", make_config(**options))
     verify(tmp_path / "small", source)
     restore(tmp_path / "small", tmp_path / "dense")
-    expected = logits(load(tmp_path / "dense", family))
-    assert (expected - logits(load(source, family))).abs().max() > 1e-3, "compression changed nothing to compare"
-    factored = load(tmp_path / "small", family)
+    expected = logits(load_model(tmp_path / "dense"))
+    assert (expected - logits(load_model(source))).abs().max() > 1e-3, "compression changed nothing to compare"
+    factored = load_model(tmp_path / "small")
     assert any(isinstance(module, FactoredExperts) for module in factored.modules())
     torch.testing.assert_close(logits(factored), expected, rtol=1e-4, atol=1e-5)
     restored = factored.dequantize()
@@ -63,13 +55,13 @@ def test_both_modes_equal_the_restored_checkpoint(family: str, options: dict[str
     torch.testing.assert_close(logits(restored), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", sorted(set(TINY_CONFIGS) - {"deepseek"}))
+@pytest.mark.parametrize("family", sorted(set(TINY_CONFIGS) - NOT_IN_TRANSFORMERS))
 def test_keeping_everything_keeps_the_sources_logits(family: str, tmp_path: Path) -> None:
     """Not the restored twin's: biases, routing weights and activation are the source's own."""
     source = save_tiny_model(family, tmp_path / "source", torch.float32)
     compress(source, tmp_path / "small", make_config(retain_ratio=1.0))
-    expected = logits(load(source, family))
-    torch.testing.assert_close(logits(load(tmp_path / "small", family)), expected, rtol=1e-4, atol=1e-4)
+    expected = logits(load_model(source))
+    torch.testing.assert_close(logits(load_model(tmp_path / "small")), expected, rtol=1e-4, atol=1e-4)
 
 
 VERSION_2 = {
@@ -108,8 +100,8 @@ def test_layers_of_different_coding_and_groups_of_experts(
     for verdict, layer in zip(verify(small, tiny_mixtral), report.layers, strict=True):
         assert verdict.relative_error == pytest.approx(layer.relative_error, rel=1e-3)
     restore(small, dense)
-    expected = logits(load(dense, "mixtral"))
-    factored = load(small, "mixtral")
+    expected = logits(load_model(dense))
+    factored = load_model(small)
     torch.testing.assert_close(logits(factored), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logits(factored.dequantize()), expected, rtol=1e-5, atol=1e-6)
     # without a center rows keep their order: plain quantisation of the source's own rows
@@ -152,9 +144,9 @@ def test_residuals_stay_compressed_in_memory(coding: str, tiny_olmoe: Path, tmp_
 
 def test_dequantize_takes_a_dtype(tiny_mixtral: Path, tmp_path: Path) -> None:
     compress(tiny_mixtral, tmp_path / "small", make_config())
-    restored = load(tmp_path / "small", "mixtral").dequantize(dtype=torch.bfloat16)
+    restored = load_model(tmp_path / "small").dequantize(dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in restored.parameters()} == {torch.bfloat16}
-    expected = logits(load(tmp_path / "small", "mixtral"))
+    expected = logits(load_model(tmp_path / "small"))
     torch.testing.assert_close(logits(restored).float(), expected, rtol=0.1, atol=0.1)
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from benchmarks.models.tiny_models import TINY_CONFIGS, save_tiny_model
+from benchmarks.models.tiny_models import NOT_IN_TRANSFORMERS, TINY_CONFIGS, save_tiny_model
 from compress_tools.architectures.layouts import OneByOne
 from compress_tools.architectures.registry import ARCHITECTURES
 from compress_tools.config import make_config
@@ -21,7 +21,7 @@ from compress_tools.stored.verify import verify
 from tests.compress_tools.test_pipeline import logits
 
 PUBLISHED_ONE_BY_ONE = {known.model_type for known in ARCHITECTURES if isinstance(known.layouts[0], OneByOne)}
-FUSED = sorted(PUBLISHED_ONE_BY_ONE & set(TINY_CONFIGS) - {"switch_transformers", "deepseek"})
+FUSED = sorted(PUBLISHED_ONE_BY_ONE & set(TINY_CONFIGS) - {"switch_transformers"} - NOT_IN_TRANSFORMERS)
 
 
 @pytest.mark.parametrize("family", FUSED)
@@ -40,6 +40,34 @@ def test_fused_and_single_experts_are_the_same_experts(family: str, tmp_path: Pa
     copied = set(single.reader.names) - experts
     renamed = {fused.output_name(name) for name in fused.reader.names}
     assert copied <= renamed
+
+
+@pytest.mark.parametrize("hidden,inner", [(64, 24), (64, 32), (64, 64)], ids=["usual", "H = 2I", "H = I"])
+def test_published_and_transformers_layout_of_qwen3_vl_are_told_apart(hidden: int, inner: int, tmp_path: Path) -> None:
+    """One of the two tensors has the same shape in both layouts where H = 2I or H = I; never both."""
+    sizes = {**TINY_CONFIGS["qwen3_vl_moe"][1]["text_config"], "hidden_size": hidden, "moe_intermediate_size": inner}
+    published, own = (
+        open_source(
+            CheckpointReader(
+                save_tiny_model(
+                    "qwen3_vl_moe",
+                    tmp_path / str(original),
+                    torch.float32,
+                    save_original_format=original,
+                    text_config=sizes,
+                )
+            )
+        )
+        for original in (True, False)
+    )
+    name = "model.language_model.layers.1.mlp.experts.{}"
+    assert published.reader.shape(name.format("gate_up_proj")) == (6, hidden, 2 * inner)
+    assert own.reader.shape(name.format("gate_up_proj")) == (6, 2 * inner, hidden)
+    module = own.reader.get(name.format("gate_up_proj"))[3]
+    for source in (published, own):
+        expert = source.read_expert(1, 3)
+        assert torch.equal(torch.cat([expert.matrix("gate_proj"), expert.up]), module)
+        assert torch.equal(expert.down, own.reader.get(name.format("down_proj"))[3])
 
 
 def test_gpt_oss_keeps_its_biases_and_interleaving(tmp_path: Path) -> None:
