@@ -59,7 +59,8 @@ class CompressionConfig(BaseModel):
     )
     layers: str = Field(
         "all",
-        description="Which MoE layers: all; top:N, bottom:N (N layers nearest the output, the input); or 0-3,7.",
+        description="Which MoE layers: all; decoder (no drafts, MTP); top:N, bottom:N (N layers nearest the output, "
+        "the input); or 0-3,7.",
     )
     center: Center = Field(
         "barycenter",

@@ -10,6 +10,7 @@ from resmoe_vllm.compat import (
     QuantizationConfig,
     QuantizeMethodBase,
     RoutedExperts,
+    UnquantizedEmbeddingMethod,
     UnquantizedFusedMoEMethod,
     VocabParallelEmbedding,
     extract_layer_index,
@@ -57,14 +58,44 @@ class ResMoEConfig(QuantizationConfig):
         return cls(parse_format(config))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Method of one layer. MoE layers are found by decoder layer index: the rest of the prefix varies."""
+        """Method of one layer; see ``layer_index`` for how a MoE layer is told."""
         if isinstance(layer, RoutedExperts):
-            index = extract_layer_index(prefix)
-            if index not in self.fmt.layers:
+            index = layer_index(prefix, self.fmt)
+            if index is None:
                 return UnquantizedFusedMoEMethod(layer.moe_config)
             return ResMoEFusedMoEMethod(layer.moe_config, self.fmt, index)
         if isinstance(layer, LinearBase):
             return PlainLinearMethod(prefix)
         if isinstance(layer, VocabParallelEmbedding):
-            return PlainEmbeddingMethod(prefix)
+            # vLLM puts the model's embedding and output layer in place of a draft's, which need not be stored.
+            return UnquantizedEmbeddingMethod() if _is_a_drafts(prefix) else PlainEmbeddingMethod(prefix)
         return None
+
+
+def layer_index(prefix: str, fmt: ResMoEFormat) -> int | None:
+    """Which compressed layer a MoE layer of vLLM's is; None where it is not compressed.
+
+    The decoder's are told by their number, as the rest of the prefix varies. Under ``mtp.`` numbers are a draft's own:
+    ``mtp.layers.0`` is not the decoder's layer 0. Drafts that count on with the decoder are told by their number.
+
+    Args:
+        prefix: the layer's name in vLLM's model.
+        fmt: the checkpoint's format block.
+    """
+    number = extract_layer_index(prefix)
+    if not _below_mtp(prefix):
+        return number if number in fmt.layers else None
+    drafts = fmt.names.drafts or {}
+    stems = {index: name.partition("{expert}")[0] for index, name in drafts.items()}
+    return next(
+        (index for index, stem in stems.items() if _below_mtp(stem) and extract_layer_index(stem) == number), None
+    )
+
+
+def _is_a_drafts(prefix: str) -> bool:
+    """Whether an embedding or output layer is a draft's: the model's own has neither a number nor ``mtp`` before it."""
+    return not prefix or _below_mtp(prefix) or any(part.isdecimal() for part in prefix.split("."))
+
+
+def _below_mtp(name: str) -> bool:
+    return "mtp" in name.split(".")

@@ -22,6 +22,8 @@ ROOTS = (
     "language_model.",
     "",
 )
+# Under it families keep multi-token-prediction layers that they don't count on with the decoder's.
+DRAFT = "mtp."
 # Far beyond any model; counting up to a damaged config's number must not take for ever.
 LARGEST_SIZE = 2**20
 # Where config.json keeps the language part of a multimodal model.
@@ -126,7 +128,7 @@ class MoEArchitecture:
         return {}
 
     def num_layers(self, config: Mapping[str, Any]) -> int | None:
-        """Decoder layers of the model proper; layers beyond (multi-token prediction) are left alone.
+        """Decoder layers of the model proper, without those beyond (multi-token prediction).
 
         Raises:
             UnsupportedArchitectureError: not a positive whole number.
@@ -168,6 +170,42 @@ class MoEArchitecture:
                 if own:
                     yield Located(root, layout, own)
 
+    def locate_drafts(
+        self, names: Collection[str], config: Mapping[str, Any], located: "Located"
+    ) -> dict[int, list["DraftLayer"]]:
+        """Find the experts of multi-token-prediction layers: behind the decoder's layers, or under ``mtp.``.
+
+        Args:
+            names: of all tensors.
+            config: config.json.
+            located: where the decoder has its experts.
+        Returns:
+            what the names fit, by layer index, the likeliest first; shapes decide.
+        """
+        last = self.num_layers(config)
+        if last is None or self.layer_texts(config):
+            return {}
+        number = re.compile(re.escape(f"{located.root}layers.") + r"(\d+)\.")
+        outside = [
+            name
+            for name in names
+            if DRAFT in name or ((match := number.match(name)) is not None and int(match[1]) >= last)
+        ]
+        found: dict[int, list[DraftLayer]] = {}
+        if not outside:
+            return found
+        for layout in (located.layout, *self.layouts, *self._foreign_layouts()):
+            root = rf"(?P<root>{re.escape(located.root)}|(?:.*\.)?{re.escape(DRAFT)})"
+            pattern = re.compile(root + layout.pattern().replace("{layer}", r"\d+"))
+            places = {match.group("root", "layer") for name in outside if (match := pattern.fullmatch(name))}
+            for before, text in sorted(places):
+                # `mtp.layers.0` counts from the decoder's end, `model.layers.46` counts on with it.
+                index = int(text) + (last if before.endswith(DRAFT) else 0)
+                expert = before + self.expert.replace("{layer}", text)
+                own = DraftLayer(layout, before + layout.stem.replace("{layer}", text), expert)
+                found.setdefault(index, []).append(own)
+        return dict(sorted(found.items()))
+
     def _foreign_layouts(self) -> tuple[ExpertLayout, ...]:
         """Layouts of other families with the same number of matrices; a row that is made up has its own alone."""
         if not self.known:
@@ -189,6 +227,21 @@ class Located:
     root: str
     layout: ExpertLayout
     layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DraftLayer:
+    """The experts of a multi-token-prediction layer.
+
+    Attributes:
+        layout: how they lie, often not as the decoder's.
+        stem: what their names begin with, the layer filled in.
+        expert: name that a ResMoE checkpoint gives one, with ``{expert}``.
+    """
+
+    layout: ExpertLayout
+    stem: str
+    expert: str
 
 
 def config_parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -1,5 +1,6 @@
 """The ``quantization_config`` block of a ResMoE checkpoint: frozen, versioned, unknown keys refused (SPEC.md, 2)."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Final, Literal, Self, get_args
 
@@ -15,6 +16,7 @@ from compress_tools.format.parts.quantized import QuantizedCenter, QuantizedResi
 
 # The block and everything that it is made of.
 __all__ = [
+    "DRAFTS_VERSION",
     "FORMAT_VERSION",
     "PROJECTIONS",
     "QUANT_METHOD",
@@ -42,9 +44,11 @@ __all__ = [
     "part_classes",
 ]
 
-FormatVersion = Literal[1, 2]
+FormatVersion = Literal[1, 2, 3]
 READABLE_VERSIONS: tuple[FormatVersion, ...] = get_args(FormatVersion)
-FORMAT_VERSION = READABLE_VERSIONS[-1]
+# What is written; ``DRAFTS_VERSION`` where drafts are compressed, so that what could be written before stays as it was.
+FORMAT_VERSION: Final = 2
+DRAFTS_VERSION: Final = 3
 QUANT_METHOD: Final = "resmoe"
 
 # Every way of storing rows: a new one is a class in parts/ and a row here.
@@ -148,22 +152,32 @@ class ExpertNames(Frozen):
     """Where the experts' tensors are: ``<expert>.<projection>.<suffix>``.
 
     ``expert`` holds ``{layer}`` and ``{expert}``; ``projections`` maps each projection to its on-disk name;
-    ``layers`` gives the text that stands for ``{layer}`` where it is not the layer's index.
+    ``layers`` gives the text that stands for ``{layer}`` where it is not the layer's index. ``drafts`` names experts of
+    multi-token-prediction layers, which stand beside the decoder: by layer index, with ``{expert}``.
     """
 
     expert: str
     projections: dict[Projection, str] = Field(min_length=1)
     layers: dict[int, str] = Field(default_factory=dict)
+    drafts: dict[int, str] | None = Field(default=None, min_length=1)
 
     @model_validator(mode="after")
     def _placeholders(self) -> "ExpertNames":
         for placeholder in ("{layer}", "{expert}"):
             if self.expert.count(placeholder) != 1:
                 raise ValueError(f"names.expert must hold {placeholder} once, found {self.expert!r}")
+        for layer, name in (self.drafts or {}).items():
+            if name.count("{expert}") != 1 or re.search(r"\.\d+\.", name.partition("{expert}")[0]) is None:
+                raise ValueError(
+                    f"names.drafts: {layer}: expected a name with the layer's number and once {{expert}}, "
+                    f"found {name!r}"
+                )
         return self
 
     def expert_stem(self, layer: int, expert: int) -> str:
         """Name of one expert."""
+        if self.drafts and layer in self.drafts:
+            return self.drafts[layer].replace("{expert}", str(expert))
         text = self.layers.get(layer, str(layer))
         return self.expert.replace("{layer}", text).replace("{expert}", str(expert))
 
@@ -186,9 +200,23 @@ class ResMoEFormat(Frozen):
     layers: dict[int, LayerSpec]
 
     @property
+    def decoder_layers(self) -> tuple[int, ...]:
+        """Compressed layers of the decoder: all but those that ``names.drafts`` names."""
+        return tuple(layer for layer in self.layers if layer not in (self.names.drafts or {}))
+
+    @property
     def sizes(self) -> PartSizes:
         """What the tensors of a part depend on."""
         return PartSizes(self.intermediate_size, self.hidden_size, self.dtype)
+
+    @model_validator(mode="after")
+    def _drafts_fit(self) -> Self:
+        drafts = self.names.drafts or {}
+        if drafts and self.format_version < DRAFTS_VERSION:
+            raise ValueError(f"names.drafts needs format_version {DRAFTS_VERSION}, this is {self.format_version}")
+        if unknown := sorted(set(drafts) - set(self.layers)):
+            raise ValueError(f"names.drafts: {unknown} are not in layers")
+        return self
 
     @model_validator(mode="after")
     def _layers_fit(self) -> Self:
@@ -235,7 +263,8 @@ def parse_format(block: Mapping[str, Any], where: str = "config.json") -> ResMoE
     if block.get("format_version") not in READABLE_VERSIONS:
         raise FormatError(
             f"{where}: ResMoE format_version {block.get('format_version')!r} is not readable by this version, "
-            f"which reads {' and '.join(map(str, READABLE_VERSIONS))}; install the version that wrote it, "
+            f"which reads {', '.join(map(str, READABLE_VERSIONS[:-1]))} and {READABLE_VERSIONS[-1]}; "
+            "install the version that wrote it, "
             f"or compress again"
         )
     try:

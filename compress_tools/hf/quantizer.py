@@ -72,7 +72,8 @@ class ResMoEQuantizer(HfQuantizer):
             raise CheckpointError("a ResMoE model is loaded from its directory; found no checkpoint files")
         self._checkpoint = ResMoECheckpoint(Path(checkpoint_files[0]).parent)
         self._dense: dict[str, nn.Module] = {}
-        for layer in self._checkpoint.fmt.layers:
+        # transformers' classes have no multi-token prediction.
+        for layer in self._checkpoint.fmt.decoder_layers:
             name = experts_module(model, self._checkpoint.fmt, layer)
             self._dense[name] = dense = model.get_submodule(name)
             if isinstance(dense, nn.ModuleDict):
@@ -96,7 +97,7 @@ class ResMoEQuantizer(HfQuantizer):
         for parameter in model.parameters():
             if parameter.dtype == DTYPES[fmt.dtype] != self._asked_dtype:
                 parameter.data = parameter.data.to(self._asked_dtype)
-        for layer, name in zip(fmt.layers, self._dense, strict=True):
+        for layer, name in zip(fmt.decoder_layers, self._dense, strict=True):
             experts = FactoredExperts(
                 fmt.layers[layer],
                 fmt.hidden_size,

@@ -7,7 +7,7 @@ from typing import Any
 from compress_tools.config import CompressionConfig
 from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.format.dtypes import DTYPES, WEIGHT_DTYPES
-from compress_tools.format.schema import LayerSpec, ResMoEFormat
+from compress_tools.format.schema import DRAFTS_VERSION, FORMAT_VERSION, LayerSpec, ResMoEFormat
 from compress_tools.format.tensors import dense_layer_bytes, layer_bytes, layer_params, layer_tensors
 from compress_tools.output.shard_names import group_by_bytes, shard_names
 from compress_tools.residuals.recipes import uniform_spec
@@ -127,7 +127,7 @@ def make_target(
 def _uniform_specs(source: MoESource, config: CompressionConfig) -> dict[int, LayerSpec]:
     sizes = source.sizes
     spec = uniform_spec(config, source.projections, sizes.intermediate_size, sizes.hidden_size)
-    return dict.fromkeys(select_layers(config.layers, list(source.layers)), spec)
+    return dict.fromkeys(select_layers(config.layers, list(source.layers), source.drafts), spec)
 
 
 def _format(source: MoESource, specs: Mapping[int, LayerSpec]) -> ResMoEFormat:
@@ -137,14 +137,16 @@ def _format(source: MoESource, specs: Mapping[int, LayerSpec]) -> ResMoEFormat:
         raise CheckpointError(
             f"{reader.path}: experts are stored as {sorted(dtypes)}; expected one of {sorted(WEIGHT_DTYPES)}"
         )
+    drafts = {layer: name for layer, name in (source.names.drafts or {}).items() if layer in specs}
     return ResMoEFormat(
+        format_version=DRAFTS_VERSION if drafts else FORMAT_VERSION,
         written_by=f"resmoe {__version__}",
         dtype=WEIGHT_DTYPES[dtypes.pop()],
         num_experts=sizes.num_experts,
         hidden_size=sizes.hidden_size,
         intermediate_size=sizes.intermediate_size,
         biases=source.architecture.biased,
-        names=source.names,
+        names=source.names.model_copy(update={"drafts": drafts or None}),
         layers=dict(sorted(specs.items())),
     )
 

@@ -54,6 +54,7 @@ class LayerInputs:
         num_experts: E.
         seed: of random inputs.
         calibration: file of inputs; None for standard gaussians, which is what a layer sees after RMS norm.
+        drafts: layers for multi-token prediction, which a calibration need not have: it comes from a model without.
     """
 
     activation: Activation
@@ -61,6 +62,7 @@ class LayerInputs:
     num_experts: int
     seed: int
     calibration: Path | None
+    drafts: frozenset[int] = frozenset()
 
     def of(self, layer: int) -> tuple[Tensor, Tensor]:
         """Inputs fp32 ``[N, H]``, and the router weight of each expert fp32 ``[N, E]``, 0 where it is not chosen.
@@ -68,11 +70,11 @@ class LayerInputs:
         Raises:
             CheckpointError: not in the file, or not of that shape, or not finite.
         """
-        if self.calibration is None:
+        name = f"layer.{layer}"
+        if self.calibration is None or (layer in self.drafts and not _holds(self.calibration, name)):
             generator = torch.Generator().manual_seed(self.seed)
             inputs = torch.randn(RANDOM_INPUTS, self.hidden_size, generator=generator)
             return inputs, torch.ones(RANDOM_INPUTS, self.num_experts)
-        name = f"layer.{layer}"
         inputs = _read(self.calibration, name, self.hidden_size)
         if not _holds(self.calibration, f"{name}.routing"):
             return inputs, torch.ones(len(inputs), self.num_experts)
@@ -121,7 +123,7 @@ def open_inputs(request: PlannerConfig, source: MoESource, seed: int) -> LayerIn
     if path is not None and not path.is_file():
         raise CheckpointError(f"{path}: no such file; --calibration takes a safetensors file")
     sizes = source.sizes
-    return LayerInputs(_ACTIVATIONS[name], sizes.hidden_size, sizes.num_experts, seed, path)
+    return LayerInputs(_ACTIVATIONS[name], sizes.hidden_size, sizes.num_experts, seed, path, frozenset(source.drafts))
 
 
 class OutputWeights(NamedTuple):

@@ -18,7 +18,7 @@ class ProbeConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    layers: str = Field("all", description="MoE layers to sample from: all; top:N, bottom:N; or 0-3,7.")
+    layers: str = Field("all", description="MoE layers to sample from: all; decoder; top:N, bottom:N; or 0-3,7.")
     max_layers: int = Field(3, ge=1, description="Sample at most so many of them, evenly spaced, both ends included.")
     experts: int | None = Field(
         None, ge=2, description="Experts sampled in each layer, chosen by --seed. [default: 8, or all where fewer]"

@@ -1,14 +1,17 @@
 """``--layers``: which of a model's MoE layers."""
 
+from collections.abc import Collection
+
 from compress_tools.errors import ConfigError
 
 
-def select_layers(selection: str, moe_layers: list[int]) -> list[int]:
+def select_layers(selection: str, moe_layers: list[int], drafts: Collection[int] = ()) -> list[int]:
     """Resolve ``--layers`` against a model's MoE layers.
 
     Args:
-        selection: ``all``, ``top:N``, ``bottom:N``, or comma-separated indices and ranges (``0-3,7``).
-        moe_layers: decoder layer indices that hold experts, ascending.
+        selection: ``all``, ``decoder``, ``top:N``, ``bottom:N``, or comma-separated indices and ranges (``0-3,7``).
+        moe_layers: indices of layers that hold experts, ascending.
+        drafts: those of them that are for multi-token prediction; only ``all`` and their indices select them.
     Returns:
         the selected decoder layer indices, ascending.
     Raises:
@@ -17,18 +20,21 @@ def select_layers(selection: str, moe_layers: list[int]) -> list[int]:
     text = selection.strip().lower()
     if text == "all":
         return list(moe_layers)
+    decoder = [layer for layer in moe_layers if layer not in drafts]
+    if text == "decoder":
+        return decoder
     end, colon, number = text.partition(":")
     if colon and end in ("top", "bottom") and number.isdecimal():
         count = int(number)
-        if not 1 <= count <= len(moe_layers):
-            raise ConfigError(f"--layers {selection}: the model has {len(moe_layers)} MoE layers")
-        return moe_layers[-count:] if end == "top" else moe_layers[:count]
+        if not 1 <= count <= len(decoder):
+            raise ConfigError(f"--layers {selection}: the model has {len(decoder)} MoE layers")
+        return decoder[-count:] if end == "top" else decoder[:count]
     chosen: set[int] = set()
     for item in text.split(","):
         first, dash, last = item.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
             raise ConfigError(
-                f"--layers {selection}: expected all, top:N, bottom:N, or indices and ranges such as 0-3,7"
+                f"--layers {selection}: expected all, decoder, top:N, bottom:N, or indices and ranges such as 0-3,7"
             )
         chosen.update(range(int(first), int(last or first) + 1))
     if unknown := chosen - set(moe_layers):

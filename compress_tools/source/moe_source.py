@@ -2,17 +2,17 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from compress_tools.architectures.base import Located, MoEArchitecture
+from compress_tools.architectures.base import DraftLayer, Located, MoEArchitecture
 from compress_tools.architectures.experts import ExpertWeights, MoESizes
 from compress_tools.architectures.layouts import ExpertLayout, Stacked
 from compress_tools.architectures.registry import expert_like, find_architecture
-from compress_tools.errors import CheckpointError, NumericalError, UnsupportedArchitectureError
+from compress_tools.errors import CheckpointError, FormatError, NumericalError, UnsupportedArchitectureError
 from compress_tools.format.schema import ExpertNames, Projection
 from compress_tools.source.completeness import check_whole
 from compress_tools.source.reader import CheckpointReader
@@ -29,6 +29,8 @@ class MoESource:
         sizes: E, H, I.
         names: names that the ResMoE checkpoint will use.
         located: where the experts are and how they lie.
+        drafts: multi-token-prediction layers, by layer index; their experts have the same sizes.
+        other_drafts: layers whose experts have other sizes, and so stay as they are, and how they are called.
     """
 
     reader: CheckpointReader
@@ -36,11 +38,13 @@ class MoESource:
     sizes: MoESizes
     names: ExpertNames
     located: Located
+    drafts: Mapping[int, DraftLayer] = field(default_factory=dict)
+    other_drafts: tuple[str, ...] = ()
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Indices of layers that hold experts, ascending."""
-        return self.located.layers
+        """Indices of layers that hold experts, ascending: the decoder's, then drafts'."""
+        return (*self.located.layers, *self.drafts)
 
     @property
     def layout(self) -> ExpertLayout:
@@ -59,7 +63,8 @@ class MoESource:
 
     def expected(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all tensors of a layer that compression replaces."""
-        return self.layout.tensors(self._stem(layer), self.sizes)
+        layout, stem = self._place(layer)
+        return layout.tensors(stem, self.sizes)
 
     def check(self, layer: int) -> None:
         """Every expert is there, in the expected shape. Reads no weight.
@@ -86,7 +91,8 @@ class MoESource:
             CheckpointError: unreadable.
             NumericalError: a weight is NaN or infinite; names the tensor.
         """
-        return self.layout.read(self._stem(layer), expert, self._read)
+        layout, stem = self._place(layer)
+        return layout.read(stem, expert, self._read)
 
     def output_name(self, name: str) -> str:
         """Name that a copied tensor gets: as it is, or the family's usual name in an unusual layout."""
@@ -113,14 +119,28 @@ class MoESource:
                 f"{len(self.layers)} layers, named {self.names.expert}"
             )
         found += self.reader.remarks
+        if self.drafts:
+            indices = ", ".join(map(str, self.drafts))
+            found.append(
+                f"for multi-token prediction: layer {indices}; its experts are compressed like the others, unless "
+                "--layers leaves it out (--layers decoder)"
+            )
+        if self.other_drafts:
+            found.append(
+                f"{', '.join(self.other_drafts)}: experts for multi-token prediction, of other sizes than the "
+                "decoder's; they stay as they are"
+            )
         found += [f"{number} tensors are decoded from {form}" for form, number in self.decoded().items()]
         for why, number in Counter(self.left_out().values()).items():
             first = next(name for name, own in self.left_out().items() if own == why)
             found.append(f"left out: {first}{f' and {number - 1} more' if number > 1 else ''}: {why}")
         return found
 
-    def _stem(self, layer: int) -> str:
-        return layer_stem(self.layout, self.located.root, self.names, layer)
+    def _place(self, layer: int) -> tuple[ExpertLayout, str]:
+        """How a layer's experts lie, and what their names begin with."""
+        if layer in self.drafts:
+            return self.drafts[layer].layout, self.drafts[layer].stem
+        return self.layout, layer_stem(self.layout, self.located.root, self.names, layer)
 
     def _read(self, name: str, expert: int | None = None) -> Tensor:
         tensor = self.reader.get(name) if expert is None else self.reader.get_row(name, expert)
@@ -151,9 +171,33 @@ def open_source(reader: CheckpointReader) -> MoESource:
     source = next((found for found in candidates if _fits(found)), candidates[0])
     stems = [layout.stem for layout in architecture.layouts]
     check_whole(reader, architecture, source.located.root, [*stems, source.layout.stem], source.layers)
+    source = _with_drafts(source)
     for layer in source.layers:
         source.check(layer)
     return source
+
+
+def _with_drafts(source: MoESource) -> MoESource:
+    """The same with its multi-token-prediction layers."""
+    reader = source.reader
+    fitting: dict[int, DraftLayer] = {}
+    others = []
+    for layer, places in source.architecture.locate_drafts(reader.names, reader.config, source.located).items():
+        sizes = [_sizes_at(reader, place) for place in places]
+        # Layouts of the same names differ in what their shapes mean.
+        fits = [place for place, own in zip(places, sizes, strict=True) if own == source.sizes]
+        if fits:
+            fitting[layer] = fits[0]
+        else:
+            others.append(places[0].stem.rstrip("."))
+    drafts = {layer: place.expert for layer, place in fitting.items()}
+    names = source.names.model_copy(update={"drafts": drafts or None})
+    return replace(source, names=names, drafts=fitting, other_drafts=tuple(others))
+
+
+def _sizes_at(reader: CheckpointReader, place: DraftLayer) -> MoESizes | None:
+    shapes = {name.removeprefix(place.stem): reader.shape(name) for name in reader.names if name.startswith(place.stem)}
+    return place.layout.sizes(shapes)
 
 
 def _fits(source: MoESource) -> bool:
@@ -192,5 +236,17 @@ def dense_tensors(
     architecture: MoEArchitecture, names: ExpertNames, layer: int, experts: Sequence[ExpertWeights]
 ) -> dict[str, Tensor]:
     """All experts of a layer as the family's usual checkpoint tensors; the inverse of reading them."""
-    root, layout = names.expert.removesuffix(architecture.expert), architecture.layouts[0]
-    return layout.stored(layer_stem(layout, root, names, layer), experts)
+    layout = architecture.layouts[0]
+    draft = (names.drafts or {}).get(layer)
+    if draft is None:
+        stem = layer_stem(layout, names.expert.removesuffix(architecture.expert), names, layer)
+    else:
+        usual = re.escape(architecture.expert).replace(r"\{layer\}", r"(?P<layer>\d+)")
+        match = re.fullmatch(rf"(?P<root>.*?){usual}", draft)
+        if match is None:
+            raise FormatError(
+                f"names.drafts: layer {layer} is called {draft!r}, which does not end in {architecture.expert!r}, as a "
+                f"{architecture.title} layer does"
+            )
+        stem = match["root"] + layout.stem.replace("{layer}", match["layer"])
+    return layout.stored(stem, experts)

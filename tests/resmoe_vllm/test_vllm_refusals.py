@@ -139,7 +139,7 @@ def test_no_kernel_is_an_error_when_weights_are_created(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"format_version": 3}, "format_version 3 is not readable by this version, which reads 1 and 2"),
+        ({"format_version": 4}, "format_version 4 is not readable by this version, which reads 1, 2 and 3"),
         ({"format_version": None}, "format_version None is not readable"),
         ({"bits": 4}, "quantization_config: bits: Extra inputs are not permitted"),
         ({"dtype": "int8"}, "quantization_config: dtype"),

@@ -186,9 +186,9 @@ def test_another_format_version_stops_vllm(small, tmp_path: Path) -> None:
     shutil.copytree(small[0], tmp_path / "version")
     path = tmp_path / "version" / "config.json"
     config = json.loads(path.read_text())
-    config["quantization_config"]["format_version"] = 3
+    config["quantization_config"]["format_version"] = 4
     path.write_text(json.dumps(config))
-    with pytest.raises(FormatError, match="format_version 3 is not readable by this version, which reads 1 and 2"):
+    with pytest.raises(FormatError, match="format_version 4 is not readable by this version, which reads 1, 2 and 3"):
         start(tmp_path / "version", dtype="float32")
 
 

@@ -201,7 +201,7 @@ def edit(*keys: Any, value: Any) -> Callable[[dict[str, Any]], None]:
 
 
 REFUSED_BLOCKS = {
-    "unknown version": (edit("format_version", value=3), "format_version 3"),
+    "unknown version": (edit("format_version", value=4), "format_version 4"),
     "no version": (edit("format_version", value=None), "format_version"),
     "other method": (edit("quant_method", value="gptq"), "quant_method"),
     "unknown key": (edit("colour", value=1), "colour"),
