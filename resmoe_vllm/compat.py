@@ -40,6 +40,8 @@ __all__ = [
     "direct_register_custom_op",
     "extract_layer_index",
     "is_dummy_load",
+    "lora_managers",
+    "lora_target_modules",
     "platform_device",
     "quant_method_of",
     "register_quantization_config",
@@ -87,6 +89,20 @@ def is_dummy_load() -> bool:
     """Whether vLLM loads random weights (``--load-format dummy``) and so calls no weight loader."""
     config = get_current_vllm_config_or_none()
     return config is not None and config.load_config.load_format == "dummy"
+
+
+def lora_target_modules() -> list[str] | None:
+    """What ``--lora-target-modules`` says; None without it."""
+    config = get_current_vllm_config_or_none()
+    return None if config is None or config.lora_config is None else config.lora_config.target_modules
+
+
+def lora_managers() -> tuple[Any, type[Any]]:
+    """The module that picks a model's modules for LoRA, and the class that loads adapters; imported where needed."""
+    from vllm.lora import model_manager
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    return model_manager, WorkerLoRAManager
 
 
 def quant_method_of(layer_name: str) -> Any:

@@ -16,6 +16,7 @@ from resmoe_vllm.compat import (
     extract_layer_index,
 )
 from resmoe_vllm.fused_moe import ResMoEFusedMoEMethod
+from resmoe_vllm.lora import keep_lora_off
 from resmoe_vllm.plain_layers import PlainEmbeddingMethod, PlainLinearMethod
 
 
@@ -60,6 +61,7 @@ class ResMoEConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Method of one layer; see ``layer_index`` for how a MoE layer is told."""
         if isinstance(layer, RoutedExperts):
+            keep_lora_off(layer, prefix)
             index = layer_index(prefix, self.fmt)
             if index is None:
                 return UnquantizedFusedMoEMethod(layer.moe_config)
