@@ -118,7 +118,7 @@ def family_table(architectures: tuple[MoEArchitecture, ...] = ARCHITECTURES) -> 
         "|---|---|---|---|---|---|",
     ]
     for known in architectures:
-        in_transformers = "no class for it" if known.model_type in NOT_IN_TRANSFORMERS else "yes"
+        in_transformers = NOT_IN_TRANSFORMERS.get(known.model_type, "yes")
         tested = "yes" if known.model_type in TINY_CONFIGS else "no"
         reason = known.runs_in.removeprefix("transformers only: ")
         served = "yes" if known.served_here else f"not by its CPU build: {reason}" if known.vllm else f"no: {reason}"
@@ -142,6 +142,10 @@ def main(*, families: tuple[str, ...], json_file: Path | None, table: bool) -> N
     rows = []
     for architecture in ARCHITECTURES:
         if families and architecture.model_type not in families:
+            continue
+        if not architecture.served_here and architecture.model_type in NOT_IN_TRANSFORMERS:
+            why = f"{architecture.runs_in}; transformers: {NOT_IN_TRANSFORMERS[architecture.model_type]}"
+            console.print(f"{architecture.title}: nothing here runs it: {why}", highlight=False)
             continue
         for method in CHECKED_METHODS:
             console.print(f"{architecture.title}, {method}", highlight=False)

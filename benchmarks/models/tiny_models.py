@@ -1,6 +1,7 @@
 """Tiny models of each family from their transformers configs: the real classes, random weights, seeded."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,20 @@ GRANITE: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 
+LING: dict[str, Any] = {**DEEPSEEK_STYLE, "n_group": 2, "head_dim": 32, "use_qk_norm": True}
 VISION: dict[str, Any] = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
 TOKENS: dict[str, Any] = {"image_token_id": 120, "video_token_id": 121}
 # Positions in time, height and width share a head's 16 frequencies.
 SECTIONS: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}
-# Families that transformers has no class for.
-NOT_IN_TRANSFORMERS = frozenset({"deepseek"})
+# Why transformers can't run a family as it is published.
+NO_CLASS = "no class for it"
+NOT_IN_TRANSFORMERS = {
+    "deepseek": NO_CLASS,
+    "bailing_moe": NO_CLASS,
+    "sarvam_moe": NO_CLASS,
+    "param2moe": NO_CLASS,
+    "longcat_flash": "no: its class wants gates of the experts that compute nothing, too",
+}
 # Families that are published with stacked experts, though transformers would write them one by one.
 PUBLISHED_STACKED = frozenset({"qwen3_5_moe"})
 
@@ -335,6 +344,45 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "enable_audio_output": False,
         },
     ),
+    # `linear_attn_config` counts layers from 1.
+    "kimi_linear": (
+        "KimiLinear",
+        {
+            **SMALL_EXPERTS,
+            **MLA,
+            "num_hidden_layers": 4,
+            "n_shared_experts": 1,
+            "linear_attn_config": {
+                "head_dim": 32,
+                "num_heads": 2,
+                "short_conv_kernel_size": 4,
+                "kda_layers": [1, 2, 4],
+                "full_attn_layers": [3],
+            },
+        },
+    ),
+    # The last three are fields of published checkpoints that vLLM reads and transformers does not write.
+    "longcat_flash": (
+        "LongcatFlash",
+        {
+            **MLA,
+            "q_lora_rank": 48,
+            "num_layers": 2,
+            "ffn_hidden_size": 48,
+            "expert_ffn_hidden_size": 24,
+            "n_routed_experts": 6,
+            "zero_expert_num": 2,
+            "moe_topk": 2,
+            "zero_expert_type": "identity",
+            "mla_scale_q_lora": True,
+            "mla_scale_kv_lora": True,
+        },
+    ),
+    "axk1": ("AXK1", {**DEEPSEEK_STYLE, **MLA, "q_lora_rank": 48}),
+    # Ling's layers compute what GLM's do: same tensors under other names, query, key and value in one.
+    "bailing_moe": ("Glm4Moe", LING),
+    "sarvam_moe": ("Glm4Moe", LING),
+    "param2moe": ("Glm4Moe", LING),
     "glm4v_moe": (
         "Glm4vMoe",
         {
@@ -415,8 +463,25 @@ def save_tiny_model(
     model.save_pretrained(path, max_shard_size=max_shard_size, save_original_format=one_by_one)
     if family == "deepseek":
         _as_deepseek_moe(path, config)
+    elif family in LING_ARCHITECTURES:
+        _as_ling(path, family, config)
     elif family == "qwen3_vl_moe" and save_original_format:
-        _edit_tensors(path, lambda name, tensor: tensor.mT if ".mlp.experts." in name else tensor)
+        _edit_tensors(path, lambda name, tensor: {name: tensor.mT if ".mlp.experts." in name else tensor})
+    elif family == "kimi_linear":
+        # transformers writes dense layers as if they had experts
+        dense = re.compile(r"\.block_sparse_moe\.(gate|up|down)_proj\.")
+        _edit_tensors(path, lambda name, tensor: {dense.sub(r".mlp.\1_proj.", name): tensor})
+    elif family == "axk1":
+        # Its dense layers have a norm that nothing reads.
+        norm = f"model.layers.{{}}.{'' if one_by_one else 'mlp.'}post_mlp_layernorm.weight"
+        _edit_tensors(
+            path,
+            lambda name, tensor: {name: tensor, **({norm.format(0): tensor + 1} if name == norm.format(1) else {})},
+        )
+    elif family == "longcat_flash":
+        # transformers writes gates of experts that compute nothing
+        idle = tuple(f".experts.{config.n_routed_experts + number}." for number in range(config.zero_expert_num))
+        _edit_tensors(path, lambda name, tensor: {} if any(part in name for part in idle) else {name: tensor})
     elif family == "phimoe":
         # The name that published Phi-3.5-MoE checkpoints, and vLLM, use.
         _edit_config(path, architectures=["PhiMoEForCausalLM"])
@@ -491,10 +556,61 @@ def _as_deepseek_moe(path: Path, config: transformers.PreTrainedConfig) -> None:
     (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
 
 
-def _edit_tensors(path: Path, edit: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
-    file = path / "model.safetensors"
-    tensors = {name: edit(name, tensor).contiguous() for name, tensor in load_file(file).items()}
-    save_file(tensors, file, metadata={"format": "pt"})
+LING_ARCHITECTURES = {
+    "bailing_moe": "BailingMoeV2ForCausalLM",
+    "sarvam_moe": "SarvamMoEForCausalLM",
+    "param2moe": "Param2MoEForCausalLM",
+}
+LING_NAMES = (
+    ("self_attn.o_proj", "attention.dense"),
+    ("self_attn.q_norm", "attention.query_layernorm"),
+    ("self_attn.k_norm", "attention.key_layernorm"),
+    ("model.embed_tokens", "model.word_embeddings"),
+    ("mlp.gate.e_score_correction_bias", "mlp.gate.expert_bias"),
+)
+
+
+def _as_ling(path: Path, family: str, config: transformers.PreTrainedConfig) -> None:
+    """Turn a GLM-4-MoE checkpoint into Ling's layout, with the family's own config code."""
+    tensors = load_file(path / "model.safetensors")
+    for layer in range(config.num_hidden_layers):
+        attention = f"model.layers.{layer}.self_attn"
+        joined = torch.cat([tensors.pop(f"{attention}.{part}_proj.weight") for part in "qkv"])
+        tensors[f"model.layers.{layer}.attention.query_key_value.weight"] = joined
+    for old, new in LING_NAMES:
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    code = DEEPSEEK_CONFIG_CODE.replace("DeepSeekMoE", LING_ARCHITECTURES[family].removesuffix("ForCausalLM"))
+    (path / "configuration.py").write_text(code.replace("deepseek", family).replace("Deepseek", "Ling"))
+    fields = {
+        **{key: getattr(config, key) for key in (*COMMON, *LING, "hidden_act", "rms_norm_eps", "norm_topk_prob")},
+        "model_type": family,
+        "architectures": [LING_ARCHITECTURES[family]],
+        "auto_map": {"AutoConfig": "configuration.LingConfig"},
+        "dtype": str(joined.dtype).removeprefix("torch."),
+        "num_experts": config.n_routed_experts,
+        "num_shared_experts": config.n_shared_experts,
+        "routed_scaling_factor": 2.5,
+        "score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "router_dtype": "fp32",
+        "use_bias": False,
+        "use_qkv_bias": False,
+        "use_rmsnorm": True,
+        "embedding_dropout": 0.0,
+        "partial_rotary_factor": 0.5,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+    }
+    (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def _edit_tensors(path: Path, edit: Callable[[str, torch.Tensor], dict[str, torch.Tensor]]) -> None:
+    file, found = path / "model.safetensors", {}
+    for name, tensor in load_file(file).items():
+        found |= edit(name, tensor)
+    save_file({name: tensor.contiguous() for name, tensor in found.items()}, file, metadata={"format": "pt"})
 
 
 def _edit_config(path: Path, **changes: Any) -> None:

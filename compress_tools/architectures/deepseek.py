@@ -42,3 +42,10 @@ DOTS1 = MoEArchitecture(
     models=("dots.llm1 (bf16)",),
     intermediate_size_keys=("moe_intermediate_size",),
 )
+AXK1 = MoEArchitecture(
+    model_type="axk1",
+    title="A.X-K1",
+    models=("A.X-K1 (bf16)",),
+    intermediate_size_keys=("moe_intermediate_size",),
+    renames=((r"\.mlp\.post_mlp_layernorm\.", ".post_mlp_layernorm."),),
+)

@@ -5,9 +5,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from compress_tools.architectures.arcee import AFMOE
+from compress_tools.architectures.bailing import BAILING_MOE, PARAM2MOE, SARVAM_MOE
 from compress_tools.architectures.base import KNOWN_LAYOUTS, ROOTS, MoEArchitecture, config_parts, target_names
 from compress_tools.architectures.cohere import COHERE2_MOE
-from compress_tools.architectures.deepseek import DEEPSEEK_MOE, DEEPSEEK_V2, DEEPSEEK_V3, DEEPSEEK_V32, DOTS1
+from compress_tools.architectures.deepseek import AXK1, DEEPSEEK_MOE, DEEPSEEK_V2, DEEPSEEK_V3, DEEPSEEK_V32, DOTS1
 from compress_tools.architectures.ernie import ERNIE4_5_MOE
 from compress_tools.architectures.exaone import EXAONE_MOE
 from compress_tools.architectures.gemma import GEMMA4
@@ -16,9 +17,11 @@ from compress_tools.architectures.gpt_oss import GPT_OSS
 from compress_tools.architectures.granite import GRANITEMOE, GRANITEMOEHYBRID, GRANITEMOESHARED
 from compress_tools.architectures.hunyuan import HUNYUAN_V1_MOE, HY_V3
 from compress_tools.architectures.jamba import JAMBA
+from compress_tools.architectures.kimi import KIMI_LINEAR
 from compress_tools.architectures.laguna import LAGUNA
 from compress_tools.architectures.layouts import ExpertLayout, OneByOne
 from compress_tools.architectures.lfm2 import LFM2_MOE
+from compress_tools.architectures.longcat import LONGCAT_FLASH
 from compress_tools.architectures.mixtral import MINIMAX, MINIMAX_M2, MIXTRAL, PHIMOE
 from compress_tools.architectures.olmoe import FLEX_OLMO, OLMOE
 from compress_tools.architectures.qwen_moe import (
@@ -71,6 +74,12 @@ ARCHITECTURES: tuple[MoEArchitecture, ...] = (
     QWEN3_VL_MOE,
     QWEN3_OMNI_MOE,
     GLM4V_MOE,
+    KIMI_LINEAR,
+    BAILING_MOE,
+    LONGCAT_FLASH,
+    AXK1,
+    SARVAM_MOE,
+    PARAM2MOE,
     GRANITEMOE,
     GRANITEMOESHARED,
     GRANITEMOEHYBRID,

@@ -23,13 +23,14 @@ from compress_tools.pipeline import compress
 from compress_tools.progress.listener import Silent
 from compress_tools.report import TIMINGS_NAME
 from compress_tools.source.layer_selection import select_layers
+from compress_tools.source.moe_source import open_source
 from compress_tools.source.reader import INDEX_NAME, CheckpointReader
 from compress_tools.stored.checkpoint import ResMoECheckpoint
 from compress_tools.stored.restore import restore
 from compress_tools.stored.verify import verify
 
 # Switch is an encoder-decoder: test_transformers_loader.py.
-FAMILIES = sorted(set(TINY_CONFIGS) - {"switch_transformers"} - NOT_IN_TRANSFORMERS)
+FAMILIES = sorted(set(TINY_CONFIGS) - {"switch_transformers"} - set(NOT_IN_TRANSFORMERS))
 
 
 def logits(path: Path) -> torch.Tensor:
@@ -51,6 +52,32 @@ def test_keeping_everything_keeps_the_model(family: str, method: str, tmp_path: 
     verify(tmp_path / "small", source)
     restore(tmp_path / "small", tmp_path / "dense")
     torch.testing.assert_close(logits(tmp_path / "dense"), logits(source), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", sorted(NOT_IN_TRANSFORMERS))
+@pytest.mark.parametrize("method", ["prune", "low-rank"])
+def test_keeping_everything_keeps_each_expert(family: str, method: str, tmp_path: Path) -> None:
+    """Of families that no class here can run as they are published."""
+    source = save_tiny_model(family, tmp_path / "source", torch.float32)
+    compress(source, tmp_path / "small", make_config(method=method, retain_ratio=1.0))
+    verify(tmp_path / "small", source)
+    restore(tmp_path / "small", tmp_path / "dense")
+    before, after = (open_source(CheckpointReader(path)) for path in (source, tmp_path / "dense"))
+    assert after.reader.names == before.reader.names
+    x = torch.randn(5, before.sizes.hidden_size, generator=torch.Generator().manual_seed(0))
+    experts: set[str] = set()
+    for layer in before.layers:
+        experts |= set(before.expected(layer))
+        for number in range(before.sizes.num_experts):
+            outputs = [
+                torch.nn.functional.silu(x @ own.matrix("gate_proj").T) * (x @ own.up.T) @ own.down.T
+                for own in (before.read_expert(layer, number), after.read_expert(layer, number))
+            ]
+            torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+    others = set(before.reader.names) - experts
+    assert experts
+    assert others
+    assert all(torch.equal(before.reader.get(name), after.reader.get(name)) for name in others)
 
 
 @pytest.mark.parametrize("method", ["prune", "low-rank", "quantize", "low-rank+quantize"])

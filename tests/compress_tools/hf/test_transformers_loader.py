@@ -38,7 +38,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return token_logits(model, tokens, targets=tokens[:, :9])
 
 
-@pytest.mark.parametrize("family", sorted(set(TINY_CONFIGS) - NOT_IN_TRANSFORMERS))
+@pytest.mark.parametrize("family", sorted(set(TINY_CONFIGS) - set(NOT_IN_TRANSFORMERS)))
 @pytest.mark.parametrize("options", [{"method": "prune"}, {"method": "low-rank"}], ids=lambda o: o["method"])
 def test_both_modes_equal_the_restored_checkpoint(family: str, options: dict[str, str], tmp_path: Path) -> None:
     source = save_tiny_model(family, tmp_path / "source", torch.float32)
@@ -55,7 +55,7 @@ def test_both_modes_equal_the_restored_checkpoint(family: str, options: dict[str
     torch.testing.assert_close(logits(restored), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", sorted(set(TINY_CONFIGS) - NOT_IN_TRANSFORMERS))
+@pytest.mark.parametrize("family", sorted(set(TINY_CONFIGS) - set(NOT_IN_TRANSFORMERS)))
 def test_keeping_everything_keeps_the_sources_logits(family: str, tmp_path: Path) -> None:
     """Not the restored twin's: biases, routing weights and activation are the source's own."""
     source = save_tiny_model(family, tmp_path / "source", torch.float32)

@@ -1,0 +1,22 @@
+"""Moonshot's Kimi-Linear: linear attention (KDA) beside MLA, ``block_sparse_moe.experts.k.w1|w3|w2``."""
+
+from compress_tools.architectures.base import MIXTRAL_PROJECTIONS, MoEArchitecture
+from compress_tools.architectures.layouts import OneByOne, Stacked
+
+EXPERT = "layers.{layer}.block_sparse_moe.experts.{expert}"
+
+KIMI_LINEAR = MoEArchitecture(
+    model_type="kimi_linear",
+    title="Kimi-Linear",
+    models=("Kimi-Linear-48B-A3B (bf16)",),
+    expert=EXPERT,
+    projections=MIXTRAL_PROJECTIONS,
+    layouts=(OneByOne(EXPERT, dict(MIXTRAL_PROJECTIONS)), Stacked()),
+    intermediate_size_keys=("moe_intermediate_size",),
+    renames=(
+        (r"\.self_attn\.forget_gate\.", ".self_attn."),
+        (r"\.mlp\.(gate\.|shared_experts\.)", r".block_sparse_moe.\1"),
+    ),
+    vllm_cpu=False,
+    runs_in="its linear attention has kernels for GPUs alone; run in transformers",
+)
