@@ -10,7 +10,7 @@ from compress_tools.config import CompressionConfig
 from compress_tools.format.codec import decode_residual, restore_center
 from compress_tools.format.dtypes import DTYPES
 from compress_tools.format.parts.base import StoredTensors
-from compress_tools.format.tensors import BIAS, dense_layer_bytes, layer_bytes, layer_tensors, tensor_name
+from compress_tools.format.tensors import BIAS, layer_bytes, layer_tensors, tensor_name
 from compress_tools.numerics.parallel import in_parallel
 from compress_tools.numerics.products import squared_distance, squared_norm
 from compress_tools.numerics.work import Work
@@ -75,7 +75,7 @@ def compress_layer(
         approximation_error=sum(coded.errors) / len(coded.errors) / fmt.intermediate_size,
         relative_error=sum(coded.errors) / energy if energy else 0.0,
         residual_energy=sum(coded.residual_energies) / energy if energy else 0.0,
-        bytes_before=dense_layer_bytes(fmt),
+        bytes_before=sum(map(target.source.reader.nbytes, target.source.expected(layer))),
         bytes_after=layer_bytes(fmt, layer),
         center_start=found.start,
         center_objective=found.objective,

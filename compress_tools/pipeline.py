@@ -1,5 +1,6 @@
 """The whole way in order, one MoE layer at a time: read, find the center, code the residuals, write."""
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ def _write_shards(
     records = {shard.filename: record for shard in shards if (record := writer.record(shard.filename)) is not None}
     check_space(writer, sum(_file_bytes(job, shard) for shard in shards if shard.filename not in records), files)
     begun, here = writer.identity[MACHINE], job.identity[MACHINE]
-    for remark in job.target.source.remarks():
+    for remark in job.target.remarks():
         progress.say(remark)
     progress.start(len(shards))
     if records:
@@ -171,9 +172,11 @@ def _write(job: _Job, shard: Shard, writer: CheckpointWriter, progress: Progress
 
 def _copied(job: _Job, shard: Shard, progress: ProgressListener) -> dict[str, Tensor]:
     progress.stage("copying other tensors", len(shard.tensors))
-    tensors = {}
+    tensors, uses = {}, Counter(shard.copied)
     for name, copied in zip(shard.tensors, shard.copied, strict=True):
-        tensors[name] = job.target.source.reader.get(copied)
+        tensor = job.target.source.reader.get(copied)
+        # One tensor under two names shares its memory, which safetensors refuses.
+        tensors[name] = tensor.clone() if uses[copied] > 1 else tensor
         progress.step()
     progress.stage("writing other tensors", None)
     return tensors

@@ -7,4 +7,5 @@ AFMOE = MoEArchitecture(
     title="Trinity (AFMoE)",
     models=("Trinity-Nano (bf16)", "Trinity-Mini (bf16)", "Trinity-Large (bf16)"),
     intermediate_size_keys=("moe_intermediate_size",),
+    own_output=True,
 )

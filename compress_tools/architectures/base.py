@@ -49,6 +49,7 @@ class MoEArchitecture:
         num_layers_keys: likewise of the number of decoder layers.
         renames: (pattern, replacement) for other tensors of a stacked checkpoint, to the family's usual names.
         tied: the output layer is the embedding's unless config.json says otherwise.
+        own_output: vLLM's class has an output layer of its own even where it is tied: a tied one is written out.
         activation: the experts' activation where config.json does not name it.
         vllm: the family serves in vLLM; otherwise ``runs_in`` says where and why.
         vllm_cpu: vLLM's CPU build serves it; otherwise ``runs_in`` says why not.
@@ -69,6 +70,7 @@ class MoEArchitecture:
     num_layers_keys: tuple[str, ...] = ("num_hidden_layers", "num_layers")
     renames: tuple[tuple[str, str], ...] = ()
     tied: bool = False
+    own_output: bool = False
     vllm: bool = True
     vllm_cpu: bool = True
     runs_in: str = ""

@@ -7,12 +7,14 @@ DEEPSEEK_MOE = MoEArchitecture(
     title="DeepSeekMoE",
     models=("deepseek-moe-16b (bf16)",),
     intermediate_size_keys=("moe_intermediate_size",),
+    own_output=True,
 )
 DEEPSEEK_V2 = MoEArchitecture(
     model_type="deepseek_v2",
     title="DeepSeek-V2",
     models=("DeepSeek-V2 (bf16)", "DeepSeek-V2-Lite (bf16)", "DeepSeek-Coder-V2 (bf16)"),
     intermediate_size_keys=("moe_intermediate_size",),
+    own_output=True,
 )
 DEEPSEEK_V3 = MoEArchitecture(
     model_type="deepseek_v3",
@@ -27,12 +29,14 @@ DEEPSEEK_V3 = MoEArchitecture(
     ),
     aliases=("kimi_k2",),
     intermediate_size_keys=("moe_intermediate_size",),
+    own_output=True,
 )
 DEEPSEEK_V32 = MoEArchitecture(
     model_type="deepseek_v32",
     title="DeepSeek-V3.2",
     models=("DeepSeek-V3.2 (fp8)",),
     intermediate_size_keys=("moe_intermediate_size",),
+    own_output=True,
     vllm_cpu=False,
     runs_in="it has no sparse attention; run in transformers",
 )

@@ -7,18 +7,21 @@ GLM4_MOE = MoEArchitecture(
     title="GLM-4-MoE",
     models=("GLM-4.5 (bf16, fp8)", "GLM-4.5-Air (bf16, fp8)", "GLM-4.6 (bf16, fp8)", "GLM-4.7 (bf16, fp8)"),
     intermediate_size_keys=("moe_intermediate_size",),
+    own_output=True,
 )
 GLM4_MOE_LITE = MoEArchitecture(
     model_type="glm4_moe_lite",
     title="GLM-4.7-Flash",
     models=("GLM-4.7-Flash (bf16)",),
     intermediate_size_keys=("moe_intermediate_size",),
+    own_output=True,
 )
 GLM_MOE_DSA = MoEArchitecture(
     model_type="glm_moe_dsa",
     title="GLM-5",
     models=("GLM-5 (bf16, fp8)", "GLM-5.1 (bf16, fp8)", "GLM-5.2 (bf16, fp8)"),
     intermediate_size_keys=("moe_intermediate_size",),
+    own_output=True,
     vllm_cpu=False,
     runs_in="it has no sparse attention; run in transformers",
 )

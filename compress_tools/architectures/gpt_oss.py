@@ -10,6 +10,7 @@ GPT_OSS = MoEArchitecture(
     num_experts_keys=("num_local_experts",),
     intermediate_size_keys=("intermediate_size",),
     layouts=(Stacked(transposed=True, interleaved=True, bias="_bias"),),
+    own_output=True,
     vllm=False,
     runs_in="transformers only: vLLM's GPT-OSS loader skips expert tensors that are not fused, and its experts "
     "have biases, which the fused layer does not implement",

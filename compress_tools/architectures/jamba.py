@@ -12,6 +12,7 @@ JAMBA = MoEArchitecture(
     expert=EXPERT,
     layouts=(OneByOne(EXPERT), Stacked("layers.{layer}.feed_forward.experts")),
     intermediate_size_keys=("intermediate_size",),
+    own_output=True,
     vllm_cpu=False,
     runs_in="it has no kernel for Mamba's selective scan; run in transformers",
 )

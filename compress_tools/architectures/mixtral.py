@@ -25,6 +25,7 @@ PHIMOE = MoEArchitecture(
     projections=MIXTRAL_PROJECTIONS,
     layouts=LAYOUTS,
     intermediate_size_keys=("intermediate_size",),
+    own_output=True,
     renames=((r"\.mlp\.router\.", ".block_sparse_moe.gate."),),
 )
 
@@ -36,6 +37,7 @@ MINIMAX_M2 = MoEArchitecture(
     projections=MIXTRAL_PROJECTIONS,
     layouts=LAYOUTS,
     intermediate_size_keys=("intermediate_size",),
+    own_output=True,
     renames=((r"\.mlp\.(gate\.|e_score)", r".block_sparse_moe.\1"),),
     vllm_cpu=False,
     runs_in="it can't route sigmoid scores without groups, plain checkpoints included; run in transformers",

@@ -3,7 +3,11 @@
 from compress_tools.architectures.base import MoEArchitecture
 
 OLMOE = MoEArchitecture(
-    model_type="olmoe", title="OLMoE", models=("OLMoE-1B-7B (bf16)",), intermediate_size_keys=("intermediate_size",)
+    model_type="olmoe",
+    title="OLMoE",
+    models=("OLMoE-1B-7B (bf16)",),
+    intermediate_size_keys=("intermediate_size",),
+    own_output=True,
 )
 FLEX_OLMO = MoEArchitecture(
     model_type="flex_olmo",

@@ -21,6 +21,7 @@ QWEN3_NEXT = MoEArchitecture(
     title="Qwen3-Next",
     models=("Qwen3-Next-80B-A3B (bf16, fp8)", "Qwen3-Coder-Next (bf16, fp8)"),
     intermediate_size_keys=("moe_intermediate_size",),
+    own_output=True,
     vllm_cpu=False,
     runs_in="its linear attention takes bfloat16 alone there, in which no test could compare it; run in transformers",
 )

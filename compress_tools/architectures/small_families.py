@@ -17,5 +17,6 @@ MIMO_V2 = MoEArchitecture(
     models=("MiMo-V2-Flash (fp8)",),
     aliases=("mimo_v2",),
     intermediate_size_keys=("moe_intermediate_size",),
+    own_output=True,
     renames=((r"\.self_attn\.sinks$", ".self_attn.attention_sink_bias"),),
 )

@@ -234,22 +234,18 @@ def inspect(*, path: str, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("path")
-@click.option("--against", metavar="SRC", help="The source: recompute the error, compare copied tensors.")
+@click.option("--against", metavar="SRC", help="The source: recompute the error, account for each tensor and file.")
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Assignments in parallel.")
 @json_option
 def verify(*, path: str, against: str | None, workers: int, as_json: bool) -> None:
     """Check the ResMoE checkpoint PATH: every expert there, shapes, finiteness, masks, error."""
     from compress_tools.cli.printing import print_result, progress_on_stderr
     from compress_tools.cli.tables import verdict_table
-    from compress_tools.stored.verify import verify as run
+    from compress_tools.stored.verify import verification
 
     with progress_on_stderr(quiet=as_json) as progress:
-        verdicts = run(path, against, workers, progress)
-    print_result(
-        {"ok": True, "layers": [asdict(verdict) for verdict in verdicts]},
-        lambda: verdict_table(verdicts),
-        as_json=as_json,
-    )
+        found = verification(path, against, workers, progress)
+    print_result({"ok": True, **asdict(found)}, lambda: verdict_table(found), as_json=as_json)
 
 
 @cli.command("eval", cls=ConfigCommand, configs=_evaluation_configs)

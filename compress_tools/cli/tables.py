@@ -10,7 +10,7 @@ from compress_tools.planner.planned import Planned
 from compress_tools.progress.text import human_bytes, layer_table, titled_table
 from compress_tools.report import CompressionReport
 from compress_tools.stored.inspection import Inspection, describe_coding
-from compress_tools.stored.verify import LayerVerdict
+from compress_tools.stored.verify import Verification
 
 
 def report_table(report: CompressionReport) -> Table:
@@ -96,16 +96,23 @@ def inspection_table(found: Inspection) -> Table:
     return table
 
 
-def verdict_table(verdicts: list[LayerVerdict]) -> Table:
+def verdict_table(found: Verification) -> Table:
     """A verification's findings."""
     table = titled_table("verified", "layer", "experts", "relative error", "reported")
-    for verdict in verdicts:
+    for verdict in found.layers:
         table.add_row(
             str(verdict.layer),
             str(verdict.experts),
             "-" if verdict.relative_error is None else f"{verdict.relative_error:.6f}",
             "-" if verdict.reported_relative_error is None else f"{verdict.reported_relative_error:.6f}",
         )
+    if (census := found.census) is not None:
+        written_out = f" ({census.written_out} of them twice)" if census.written_out else ""
+        table.caption = (
+            f"all of the source is accounted for: {census.replaced} tensors replaced, {census.copied} copied"
+            f"{written_out}, {census.files} files copied, {census.left_out} tensors and files left out"
+        )
+        table.caption_justify = "left"
     return table
 
 

@@ -1,12 +1,15 @@
 """The target of a compression, known before any weight is read: format block, shards, sizes, peak memory."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
+
+import torch
 
 from compress_tools.config import CompressionConfig
 from compress_tools.errors import CheckpointError, ConfigError
-from compress_tools.format.dtypes import DTYPES, WEIGHT_DTYPES
+from compress_tools.format.dtypes import DTYPES, WEIGHT_DTYPES, WeightDtype
 from compress_tools.format.schema import DRAFTS_VERSION, FORMAT_VERSION, LayerSpec, ResMoEFormat
 from compress_tools.format.tensors import dense_layer_bytes, layer_bytes, layer_params, layer_tensors
 from compress_tools.output.shard_names import group_by_bytes, shard_names
@@ -44,7 +47,8 @@ class CompressionTarget:
         shards: output shards, in order.
         expert_bytes_before: bytes of all routed experts in the source.
         expert_bytes_after: bytes of the same in the output: centers, residuals, masks and uncompressed layers.
-        other_bytes: bytes of all other tensors, the same before and after.
+        other_bytes: bytes of all other tensors, the same before and after; an output layer that is written out counts
+            for both.
         peak_memory_bytes: estimate for one layer: design matrices, cost matrices, coded tensors.
     """
 
@@ -55,6 +59,15 @@ class CompressionTarget:
     expert_bytes_after: int
     other_bytes: int
     peak_memory_bytes: int
+
+    def remarks(self) -> list[str]:
+        """What a user should know of source and target before the work."""
+        dtypes = self.source.dtypes(self.fmt.layers)
+        found = self.source.remarks()
+        if len(dtypes) > 1:
+            mixed = ", ".join(f"{dtype} (first {name})" for dtype, name in dtypes.items())
+            found.append(f"experts are stored in {mixed}; what is made of them is stored in {self.fmt.dtype}")
+        return found
 
     def summary(self) -> dict[str, Any]:
         """Sizes in parameters and bytes, and the peak memory, as plain data. Masks count as bytes, not as params."""
@@ -108,20 +121,26 @@ def make_target(
         raise ConfigError(f"layers {sorted(centered)} are to have a center, which --center none does not make")
     selected = sorted(specs)
     fmt = _format(source, specs)
-    replaced = {name for layer in selected for name in source.expected(layer)}
-    kept = [name for name in reader.names if name not in replaced]
+    copied = source.copied(selected)
     before = sum(reader.nbytes(name) for layer in source.layers for name in source.expected(layer))
-    after = before - sum(reader.nbytes(name) for name in replaced) + sum(layer_bytes(fmt, layer) for layer in selected)
-    other = sum(reader.nbytes(name) for name in reader.names) - before
+    dense = sum(reader.nbytes(name) for layer in source.layers if layer not in specs for name in source.expected(layer))
+    after = dense + sum(layer_bytes(fmt, layer) for layer in selected)
+    other = sum(map(reader.nbytes, copied.values())) - dense
     return CompressionTarget(
         source,
         fmt,
-        _shards(source, fmt, kept, selected),
+        _shards(source, fmt, copied, selected),
         before,
         after,
         other,
         _peak_memory(fmt, selected, config.workers),
     )
+
+
+def widest(dtypes: Collection[str]) -> WeightDtype:
+    """The dtype that holds all values of some dtypes exactly; they are named as safetensors spells them."""
+    found = reduce(torch.promote_types, (DTYPES[WEIGHT_DTYPES[dtype]] for dtype in dtypes))
+    return next(name for name in WEIGHT_DTYPES.values() if DTYPES[name] == found)
 
 
 def _uniform_specs(source: MoESource, config: CompressionConfig) -> dict[int, LayerSpec]:
@@ -132,16 +151,17 @@ def _uniform_specs(source: MoESource, config: CompressionConfig) -> dict[int, La
 
 def _format(source: MoESource, specs: Mapping[int, LayerSpec]) -> ResMoEFormat:
     reader, sizes = source.reader, source.sizes
-    dtypes = {reader.dtype(name) for layer in specs for name in source.expected(layer)}
-    if len(dtypes) != 1 or not dtypes <= set(WEIGHT_DTYPES):
+    dtypes = source.dtypes(specs)
+    if unknown := sorted(set(dtypes) - set(WEIGHT_DTYPES)):
         raise CheckpointError(
-            f"{reader.path}: experts are stored as {sorted(dtypes)}; expected one of {sorted(WEIGHT_DTYPES)}"
+            f"{reader.path}: experts are stored as {', '.join(unknown)}, first {dtypes[unknown[0]]!r}; expected "
+            f"{' or '.join(WEIGHT_DTYPES)}: convert them, or leave their layers out with --layers"
         )
     drafts = {layer: name for layer, name in (source.names.drafts or {}).items() if layer in specs}
     return ResMoEFormat(
         format_version=DRAFTS_VERSION if drafts else FORMAT_VERSION,
         written_by=f"resmoe {__version__}",
-        dtype=WEIGHT_DTYPES[dtypes.pop()],
+        dtype=widest(dtypes),
         num_experts=sizes.num_experts,
         hidden_size=sizes.hidden_size,
         intermediate_size=sizes.intermediate_size,
@@ -151,12 +171,12 @@ def _format(source: MoESource, specs: Mapping[int, LayerSpec]) -> ResMoEFormat:
     )
 
 
-def _shards(source: MoESource, fmt: ResMoEFormat, kept: list[str], selected: list[int]) -> tuple[Shard, ...]:
-    groups = group_by_bytes(kept, source.reader.nbytes)
+def _shards(source: MoESource, fmt: ResMoEFormat, copied: Mapping[str, str], selected: list[int]) -> tuple[Shard, ...]:
+    groups = group_by_bytes(copied, lambda name: source.reader.nbytes(copied[name]))
     names = iter(shard_names(len(groups) + len(selected)))
-    copied = [Shard(next(names), None, tuple(map(source.output_name, group)), tuple(group)) for group in groups]
+    others = [Shard(next(names), None, tuple(group), tuple(copied[name] for name in group)) for group in groups]
     made = [Shard(next(names), layer, tuple(layer_tensors(fmt, layer))) for layer in selected]
-    return (*copied, *made)
+    return (*others, *made)
 
 
 def _peak_memory(fmt: ResMoEFormat, selected: list[int], workers: int) -> int:

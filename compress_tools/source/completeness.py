@@ -16,6 +16,7 @@ from compress_tools.source.reader import CheckpointReader
 
 EMBEDDING = r"(?:embed_tokens|word_embeddings|tok_embeddings|embeddings|embedding|embed|wte)\.weight"
 FINAL_NORM = r"(?:norm|final_layernorm|final_norm|final_layer_norm|norm_f|ln_f|embedding_norm)\.weight"
+OUTPUT_NAME = "lm_head.weight"
 OUTPUT = r"(?:.*\.)?(?:lm_head|output|head|embed_out|unembed)\.weight"
 
 
@@ -49,6 +50,8 @@ def check_whole(
     if architecture.layer_texts(reader.config) or count is None:
         return
     absent = absent_from_layers(reader.names, reader.config, count, root, stems, moe_layers)
+    if architecture.known:
+        absent += absent_experts(reader.names, reader.config, count, root, stems, moe_layers)
     absent += absent_around(reader.names, reader.config, root, tied=architecture.tied)
     if absent:
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
@@ -82,13 +85,8 @@ def absent_from_layers(
     Returns:
         names, or ``layer N``.
     """
-    experts = tuple(stem.partition("{layer}")[2] for stem in stems)
-    found: dict[int, set[str]] = {layer: set() for layer in range(count)}
-    pattern = re.compile(re.escape(f"{root}layers.") + r"(\d+)(\..*)")
-    for name in names:
-        match = pattern.fullmatch(name)
-        if match is not None and int(match[1]) < count and not match[2].startswith(experts):
-            found[int(match[1])].add(match[2])
+    experts = _behind_layer(stems)
+    found = _by_layer(names, count, root, experts)
     missing = [f"layer {layer}" for layer, own in found.items() if not own and layer not in moe_layers]
     labels = layer_labels(config, count)
     holders = {stem.split(".")[1] for stem in experts}
@@ -101,6 +99,57 @@ def absent_from_layers(
                 kinds[_Kind(labels[layer], layer in moe_layers, modules)][layer] = part
         missing += _lacking(kinds, f"{root}layers.")
     return missing
+
+
+def absent_experts(
+    names: Collection[str],
+    config: Mapping[str, Any],
+    count: int,
+    root: str,
+    stems: Collection[str],
+    moe_layers: Collection[int],
+) -> list[str]:
+    """Layers that have a router and no experts, or nothing at all where other layers have experts.
+
+    A dense layer has an MLP in that place, or one of another name. Arguments are those of ``absent_from_layers``.
+
+    Returns:
+        ``experts of layer N``.
+    """
+    experts = _behind_layer(stems)
+    holders = {stem.split(".")[1] for stem in experts}
+    labels = layer_labels(config, count)
+    # By layer: its modules, and those beside the experts.
+    modules = {
+        layer: (
+            frozenset(rest.split(".")[1] for rest in own),
+            frozenset(rest.split(".")[2] for rest in own if rest.split(".")[1] in holders),
+        )
+        for layer, own in _by_layer(names, count, root, experts).items()
+        if own
+    }
+    with_experts = {(labels[layer], *modules[layer]) for layer in moe_layers if layer in modules}
+    return [
+        f"experts of layer {layer}"
+        for layer, (own, beside) in modules.items()
+        if layer not in moe_layers
+        and any(label == labels[layer] and own <= others and beside <= more for label, others, more in with_experts)
+    ]
+
+
+def _behind_layer(stems: Collection[str]) -> tuple[str, ...]:
+    return tuple(stem.partition("{layer}")[2] for stem in stems)
+
+
+def _by_layer(names: Collection[str], count: int, root: str, experts: tuple[str, ...]) -> dict[int, set[str]]:
+    """What stands behind the number in the names of each layer, experts left out."""
+    found: dict[int, set[str]] = {layer: set() for layer in range(count)}
+    pattern = re.compile(re.escape(f"{root}layers.") + r"(\d+)(\..*)")
+    for name in names:
+        match = pattern.fullmatch(name)
+        if match is not None and int(match[1]) < count and not match[2].startswith(experts):
+            found[int(match[1])].add(match[2])
+    return found
 
 
 def _lacking(kinds: Mapping[_Kind, Mapping[int, set[str]]], before: str) -> list[str]:
@@ -138,11 +187,31 @@ def absent_around(names: Collection[str], config: Mapping[str, Any], root: str, 
     """
     outside = [name.removeprefix(root) for name in names if name.startswith(root)]
     missing = []
-    if not any(re.fullmatch(EMBEDDING, name) for name in outside):
+    if not any(is_embedding(name, root) for name in names):
         missing.append(f"embedding ({root}embed_tokens.weight)")
     if not any(re.fullmatch(FINAL_NORM, name) for name in outside):
         missing.append(f"final norm ({root}norm.weight)")
-    said = [part["tie_word_embeddings"] for part in config_parts(config) if "tie_word_embeddings" in part]
-    if not (said[0] if said else tied) and not any(re.fullmatch(OUTPUT, name) for name in names):
-        missing.append("output layer (lm_head.weight)")
+    if not is_tied(config, tied=tied) and not has_output(names):
+        missing.append(f"output layer ({OUTPUT_NAME})")
     return missing
+
+
+def is_embedding(name: str, root: str) -> bool:
+    """Whether a tensor is the decoder's embedding."""
+    return name.startswith(root) and re.fullmatch(EMBEDDING, name.removeprefix(root)) is not None
+
+
+def has_output(names: Collection[str]) -> bool:
+    """Whether there is an output layer of its own; a draft's is not the model's."""
+    return any(re.fullmatch(OUTPUT, name) for name in names if "layers." not in name and not name.startswith("mtp."))
+
+
+def is_tied(config: Mapping[str, Any], *, tied: bool) -> bool:
+    """Whether the output layer is the embedding's.
+
+    Args:
+        config: config.json.
+        tied: what holds where it does not say so.
+    """
+    said = [part["tie_word_embeddings"] for part in config_parts(config) if "tie_word_embeddings" in part]
+    return bool(said[0] if said else tied)

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,7 +14,8 @@ from compress_tools.architectures.layouts import ExpertLayout, Stacked
 from compress_tools.architectures.registry import expert_like, find_architecture
 from compress_tools.errors import CheckpointError, FormatError, NumericalError, UnsupportedArchitectureError
 from compress_tools.format.schema import ExpertNames, Projection
-from compress_tools.source.completeness import check_whole
+from compress_tools.format.tensors import is_resmoe_name
+from compress_tools.source.completeness import OUTPUT_NAME, check_whole, has_output, is_embedding, is_tied
 from compress_tools.source.reader import CheckpointReader
 from compress_tools.source.source_reader import SourceReader
 
@@ -101,6 +102,49 @@ class MoESource:
                 name = re.sub(pattern, replacement, name)
         return name
 
+    def dtypes(self, layers: Collection[int]) -> dict[str, str]:
+        """Every dtype that experts of some layers have, as safetensors spells it, and the first tensor of it."""
+        found: dict[str, str] = {}
+        for layer in sorted(layers):
+            for name in self.expected(layer):
+                found.setdefault(self.reader.dtype(name), name)
+        return dict(sorted(found.items()))
+
+    def copied(self, layers: Collection[int]) -> dict[str, str]:
+        """Every tensor that an output has besides its compressed layers: name there, and name here.
+
+        Args:
+            layers: to be compressed.
+        Raises:
+            CheckpointError: a name can't stand in the output.
+        """
+        replaced = {name for layer in layers for name in self.expected(layer)}
+        found: dict[str, str] = {}
+        for name in self.reader.names:
+            if name in replaced:
+                continue
+            output = self.output_name(name)
+            if output in found:
+                raise CheckpointError(
+                    f"{self.reader.path}: {found[output]!r} and {name!r} are both {output!r} in the "
+                    "names of the family; remove one"
+                )
+            if is_resmoe_name(output):
+                raise CheckpointError(
+                    f"{self.reader.path}: {name!r} is named as compressed tensors are; restore or rename it"
+                )
+            found[output] = name
+        return found | self.written_out()
+
+    def written_out(self) -> dict[str, str]:
+        """A tied output layer, where vLLM's class never ties: its name, and that of the embedding, which it equals."""
+        names = self.reader.names
+        tied = is_tied(self.reader.config, tied=self.architecture.tied) and not has_output(names)
+        if not (tied and self.architecture.vllm and self.architecture.own_output):
+            return {}
+        embedding = next((name for name in names if is_embedding(name, self.located.root)), None)
+        return {} if embedding is None else {OUTPUT_NAME: embedding}
+
     def decoded(self) -> dict[str, int]:
         """How many tensors are decoded while they are read, by the form that they are quantised in."""
         return self.reader.decoded() if isinstance(self.reader, SourceReader) else {}
@@ -131,6 +175,11 @@ class MoESource:
                 "decoder's; they stay as they are"
             )
         found += [f"{number} tensors are decoded from {form}" for form, number in self.decoded().items()]
+        found += [
+            f"{name} is written out, equal to {embedding}: config.json ties them, which vLLM's class of "
+            f"{self.architecture.title} never does"
+            for name, embedding in self.written_out().items()
+        ]
         for why, number in Counter(self.left_out().values()).items():
             first = next(name for name, own in self.left_out().items() if own == why)
             found.append(f"left out: {first}{f' and {number - 1} more' if number > 1 else ''}: {why}")

@@ -217,6 +217,7 @@ class CheckpointReader:
             shards = sorted(set(weight_map.values()))
             if single and shards != [SINGLE_NAME]:
                 raise self._two_models(f"the files that {INDEX_NAME} names")
+            self._check_series(shards, numbered)
             return shards
         if single and numbered:
             raise self._two_models(f"{numbered[0]} too")
@@ -237,6 +238,17 @@ class CheckpointReader:
         return CheckpointError(
             f"{self.path}: transformers would load {SINGLE_NAME}, vLLM {other}; move away what is not the model"
         )
+
+    def _check_series(self, shards: list[str], numbered: list[str]) -> None:
+        """A shard that the index leaves out whole would be lost."""
+        totals = {match[2] for name in shards if (match := _NUMBERED.fullmatch(name)) is not None}
+        for name in numbered:
+            match = _NUMBERED.fullmatch(name)
+            if match is not None and match[2] in totals and name not in shards:
+                raise CheckpointError(
+                    f"{self.path}: {INDEX_NAME} does not name {name}, but others of {match[2]} shards; move the index "
+                    "away, as the shards say what is in them, or the shard, if it is no part of the model"
+                )
 
     def _check_numbers(self, shards: list[str]) -> None:
         """Without an index, names must be those of one whole series."""

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from compress_tools.architectures.base import NESTED, config_parts
 from compress_tools.errors import CheckpointError
+from compress_tools.format.loading_guard import GUARD_KEY
 from compress_tools.source.files import CheckpointFiles
 from compress_tools.source.other_files import why_not_ours
-from compress_tools.source.reader import CheckpointReader
+from compress_tools.source.reader import INDEX_NAME, SINGLE_NAME, CheckpointReader
 from compress_tools.source.stored_forms import StoredForm, find_forms, is_activation_scale
 
 DECODED_DTYPE, DECODED_BYTES = "BF16", 2
@@ -40,6 +41,12 @@ class SourceReader(CheckpointReader):
         if any(block.get("quant_method") == "resmoe" for block in blocks):
             raise CheckpointError(
                 f"{self.path}: is a ResMoE checkpoint already; compress the original, or `resmoe restore` it first"
+            )
+        named = self.config.get(GUARD_KEY)
+        if named not in (None, SINGLE_NAME, INDEX_NAME):
+            raise CheckpointError(
+                f"{self.path}: config.json: {GUARD_KEY} is {named!r:.60}: transformers would load that, vLLM "
+                f"{self.shards[0]}; remove the key, or move the weights to where both look"
             )
         stored = super().names
         try:

@@ -26,6 +26,7 @@ from compress_tools.source.design_matrix import expert_to_rows, rows_to_design
 from compress_tools.source.moe_source import MoESource, open_source
 from compress_tools.source.reader import CheckpointReader
 from compress_tools.source.source_reader import SourceReader
+from compress_tools.stored.census import Census, take_census
 from compress_tools.stored.checkpoint import ResMoECheckpoint
 from compress_tools.text_file import read_json_object
 
@@ -50,13 +51,35 @@ class LayerVerdict:
     reported_relative_error: float | None
 
 
+@dataclass(frozen=True)
+class Verification:
+    """A checkpoint in order.
+
+    Attributes:
+        layers: its compressed layers.
+        census: where the tensors and files of the source went; None without a source.
+    """
+
+    layers: list[LayerVerdict]
+    census: Census | None
+
+
 def verify(
     path: str | Path, against: str | Path | None = None, workers: int = 1, progress: ProgressListener | None = None
 ) -> list[LayerVerdict]:
+    """``verification`` for callers that ask for the layers alone."""
+    return verification(path, against, workers, progress).layers
+
+
+def verification(
+    path: str | Path, against: str | Path | None = None, workers: int = 1, progress: ProgressListener | None = None
+) -> Verification:
     """Check layers, names, shapes, finiteness, masks, and each weight file's bytes by the checksum in the report.
 
-    With a source, copied tensors and the reported error too. Each weight file is read once, from its first byte to its
-    last: hashed, and its tensors checked from the same bytes. A layer's tensors are kept until the layer is whole.
+    With a source, the reported error too, and that all of its tensors and files are accounted for: replaced, copied
+    bit for bit, or named in the report as left out, and nothing else is there. Each weight file is read once, from its
+    first byte to its last: hashed, and its tensors checked from the same bytes. A layer's tensors are kept until the
+    layer is whole.
 
     Args:
         path: the ResMoE checkpoint.
@@ -68,9 +91,29 @@ def verify(
         ConfigError: ``against`` is a ResMoE checkpoint itself.
     """
     checkpoint = ResMoECheckpoint(path)
+    if checkpoint.reader.remarks:
+        raise FormatError(f"{checkpoint.reader.path}: {'; '.join(checkpoint.reader.remarks)}; not as it was written")
     source = None if against is None else _open_original(against)
     _check_rest(checkpoint)
-    return _Verification(checkpoint, source, workers, progress or Silent()).run()
+    report = _read_report(checkpoint.reader.path)
+    census = None if source is None else take_census(checkpoint, source, report.left_out)
+    layers = _Verification(checkpoint, source, report, workers, progress or Silent()).run()
+    return Verification(layers, census)
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What the report beside the weights says; all empty without one.
+
+    Attributes:
+        errors: relative errors by layer.
+        checksums: by weight file.
+        left_out: why tensors and files of the source are not there.
+    """
+
+    errors: dict[int, float]
+    checksums: dict[str, str]
+    left_out: dict[str, str]
 
 
 class _Verification:
@@ -79,21 +122,27 @@ class _Verification:
     Args:
         checkpoint: what is verified.
         source: what it was made from, or None.
+        report: what the report says.
         workers: assignments solved in parallel.
         progress: told of files, tensors, and experts that are compared.
     """
 
     def __init__(
-        self, checkpoint: ResMoECheckpoint, source: MoESource | None, workers: int, progress: ProgressListener
+        self,
+        checkpoint: ResMoECheckpoint,
+        source: MoESource | None,
+        report: _Report,
+        workers: int,
+        progress: ProgressListener,
     ) -> None:
         self._checkpoint, self._source, self._workers, self._progress = checkpoint, source, workers, progress
         self._path = checkpoint.reader.path
-        self._reported, self._checksums = _read_report(self._path)
+        self._reported, self._checksums = report.errors, report.checksums
         # By layer the tensors that are still to come, and those that have been read.
         self._awaited = {layer: dict(layer_tensors(checkpoint.fmt, layer)) for layer in sorted(checkpoint.fmt.layers)}
         self._layer_of = {name: layer for layer, specs in self._awaited.items() for name in specs}
         self._held: dict[int, dict[str, Tensor]] = {layer: {} for layer in self._awaited}
-        self._copied = {} if source is None else _copied_names(checkpoint, source)
+        self._copied = {} if source is None else source.copied(checkpoint.fmt.layers)
         self._verdicts: dict[int, LayerVerdict] = {}
 
     def run(self) -> list[LayerVerdict]:
@@ -177,7 +226,8 @@ def _check_rest(checkpoint: ResMoECheckpoint) -> None:
     architecture = find_architecture(reader.config)
     root = expert.removesuffix(architecture.expert)
     stems = [layout.stem for layout in architecture.layouts] + [expert.removeprefix(root).partition("{expert}")[0]]
-    check_whole(reader, architecture, root, stems, checkpoint.fmt.layers)
+    dense = (found.layers for found in architecture.locate(reader.names, reader.config) if found.root == root)
+    check_whole(reader, architecture, root, stems, set(checkpoint.fmt.layers).union(*dense))
 
 
 def _open_original(path: str | Path) -> MoESource:
@@ -187,15 +237,14 @@ def _open_original(path: str | Path) -> MoESource:
     return open_source(SourceReader(path))
 
 
-def _read_report(path: Path) -> tuple[dict[int, float], dict[str, str]]:
-    """Relative errors by layer and checksums by weight file; both empty without a report."""
+def _read_report(path: Path) -> _Report:
     file = path / REPORT_NAME
     if not file.exists():
-        return {}, {}
+        return _Report({}, {}, {})
     content = read_json_object(file)
     try:
         errors = {layer["layer"]: layer["relative_error"] for layer in content["layers"]}
-        checksums = dict(content.get("shards", {}))
+        checksums, left_out = dict(content.get("shards", {})), dict(content.get("left_out", {}))
     except (ValueError, KeyError, TypeError) as err:
         raise FormatError(f"{file}: not a report of this version: {err!r}") from err
     for name, error in errors.items():
@@ -204,24 +253,11 @@ def _read_report(path: Path) -> tuple[dict[int, float], dict[str, str]]:
     for name, checksum in checksums.items():
         if not isinstance(checksum, str) or not is_file_name(name):
             raise FormatError(f"{file}: shards: {name!r}: expected a weight file beside it and its SHA-256")
-    return errors, checksums
+    return _Report(errors, checksums, left_out)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-
-
-def _copied_names(checkpoint: ResMoECheckpoint, source: MoESource) -> dict[str, str]:
-    """Name in the source of each tensor that was copied from it.
-
-    Raises:
-        FormatError: one is missing.
-    """
-    replaced = {name for layer in checkpoint.fmt.layers for name in source.expected(layer)}
-    copied = {source.output_name(name): name for name in source.reader.names if name not in replaced}
-    if missing := next((name for name in copied if name not in checkpoint.reader), None):
-        raise FormatError(f"{checkpoint.reader.path}: {missing!r} of {source.reader.path} is missing")
-    return copied
 
 
 def _as_tensor(spec: TensorSpec, octets: bytearray) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress_tools.source.completeness import absent_around, absent_from_layers, layer_labels
+from compress_tools.source.completeness import absent_around, absent_experts, absent_from_layers, layer_labels
 
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 ATTENTION = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.o_proj.weight")
@@ -81,6 +81,21 @@ def test_a_whole_module_that_is_dropped_is_found(model: str):
             assert absent(layers, moe, config, left), gone
 
 
+@pytest.mark.parametrize("model", sorted(set(MODELS) - {"one mixer each"}))
+@pytest.mark.parametrize("router", [True, False], ids=["router left", "router gone"])
+def test_experts_that_are_dropped_are_found(model: str, router: bool):
+    layers, moe, config = MODELS[model]
+    names = names_of(layers, moe)
+    assert absent_experts(names, config, len(layers), "model.", STEMS, moe) == []
+    for layer in moe:
+        gone = f"model.layers.{layer}.mlp{'.experts' if router else ''}."
+        left = [name for name in names if not name.startswith(gone)]
+        others = [own for own in moe if own != layer]
+        found = absent_experts(left, config, len(layers), "model.", STEMS, others)
+        # A layer of a kind of its own is compared with none.
+        assert found == [f"experts of layer {layer}"]
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_a_whole_layer_that_is_dropped_is_found(model: str):
     layers, moe, config = MODELS[model]
@@ -111,6 +126,12 @@ def test_what_stands_around_the_layers(dropped: str, words: str):
     (found,) = absent_around([name for name in WHOLE if name != dropped], {}, "model.")
     assert words in found
     assert dropped in found
+
+
+@pytest.mark.parametrize("draft", ["model.layers.4.shared_head.head.weight", "mtp.layers.0.head.weight"])
+def test_a_draft_has_no_output_layer_for_the_model(draft: str):
+    (found,) = absent_around([*(name for name in WHOLE if name != WHOLE[2]), draft], {}, "model.")
+    assert "output layer" in found
 
 
 @pytest.mark.parametrize(
