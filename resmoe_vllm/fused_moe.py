@@ -14,6 +14,7 @@ from resmoe_vllm.compat import (
     is_dummy_load,
     platform_device,
 )
+from resmoe_vllm.kernels.activation import make_activation
 from resmoe_vllm.weights.layer_loader import LayerLoader
 
 
@@ -28,8 +29,7 @@ class ResMoEFusedMoEMethod(FusedMoEMethodBase):
         index: decoder layer index.
     Raises:
         ConfigError: vLLM is asked for something that compressed experts can't do.
-        FormatError: the model's sizes are not the checkpoint's.
-        KernelUnsupportedError: no kernel for the activation.
+        FormatError: the model's experts are not the checkpoint's.
     """
 
     def __init__(self, moe: FusedMoEConfig, fmt: ResMoEFormat, index: int) -> None:
@@ -37,7 +37,6 @@ class ResMoEFusedMoEMethod(FusedMoEMethodBase):
         self.fmt = fmt
         self.index = index
         refuse_unsupported(moe, fmt, index)
-        self.activation = ops.check_activation(moe.activation.value)
 
     @override
     def create_weights(
@@ -59,14 +58,15 @@ class ResMoEFusedMoEMethod(FusedMoEMethodBase):
             params_dtype: the model's dtype; weights are held in it.
             extra_weight_attrs: vLLM's weight loader and others, not used.
         Raises:
-            ConfigError: router weights on the input, or a clamped activation.
-            KernelUnsupportedError: no kernel for coders, dtype and device.
+            ConfigError: router weights on the input.
+            KernelUnsupportedError: no kernel for coders, dtype and device, or for the activation.
         """
         where = f"layer {self.index}"
         if layer.apply_router_weight_on_input:
             raise ConfigError(f"{where}: resmoe doesn't support models that apply router weights on the input")
-        if (layer.swiglu_limit, layer.swiglu_alpha, layer.swiglu_beta) != (None, None, None):
-            raise ConfigError(f"{where}: resmoe doesn't support clamped or scaled SwiGLU (swiglu_limit, alpha, beta)")
+        self.activation = make_activation(
+            self.moe.activation.value, layer.swiglu_limit, layer.swiglu_alpha, layer.swiglu_beta
+        )
         loader = LayerLoader(
             self.fmt,
             self.index,
@@ -129,8 +129,8 @@ def refuse_unsupported(moe: FusedMoEConfig, fmt: ResMoEFormat, index: int) -> No
     """Refuse, by name, what compressed experts can't do and sizes that aren't the checkpoint's.
 
     Raises:
-        ConfigError: a vLLM option or kind of expert.
-        FormatError: sizes.
+        ConfigError: a vLLM option.
+        FormatError: sizes, biases or gate.
     """
     where = f"layer {index}"
     parallel = moe.moe_parallel_config
@@ -143,10 +143,16 @@ def refuse_unsupported(moe: FusedMoEConfig, fmt: ResMoEFormat, index: int) -> No
             f"{where}: resmoe doesn't support all2all backend {parallel.all2all_backend!r}; "
             f"start vLLM with --all2all-backend allgather_reducescatter"
         )
-    if moe.has_bias or fmt.biases:
-        raise ConfigError(f"{where}: resmoe doesn't support experts with biases")
-    if not moe.is_act_and_mul or "gate_proj" not in fmt.names.projections:
-        raise ConfigError(f"{where}: resmoe in vLLM supports gated experts only (gate_proj, up_proj, down_proj)")
+    kinds = {
+        ("biases", "no biases"): (fmt.biases, moe.has_bias),
+        ("a gate", "no gate"): (fmt.gated, moe.is_act_and_mul),
+    }
+    for (some, none), (stored, wanted) in kinds.items():
+        if stored != wanted:
+            raise FormatError(
+                f"{where}: experts have {some if stored else none} in quantization_config and "
+                f"{some if wanted else none} in the model"
+            )
     sizes = {
         "num_experts": (fmt.num_experts, moe.num_experts),
         "hidden_size": (fmt.hidden_size, moe.hidden_dim),

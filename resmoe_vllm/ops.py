@@ -22,7 +22,7 @@ from compress_tools.format.schema import (
     RowBitmapResidual,
 )
 from resmoe_vllm.compat import direct_register_custom_op, quant_method_of
-from resmoe_vllm.kernels.activation import ACTIVATIONS
+from resmoe_vllm.kernels.activation import Activation
 from resmoe_vllm.kernels.cpu.dispatch import CpuKernel
 from resmoe_vllm.kernels.gpu import dispatch as gpu
 from resmoe_vllm.weights.bound import ResMoEWeights
@@ -43,7 +43,7 @@ CODERS = frozenset(
     for coder in part.kernel_coders
 )
 # By device type; each reads all of ``CODERS`` and every activation.
-KERNELS: dict[str, Callable[[ResMoEWeights, str], Kernel]] = {"cpu": CpuKernel, "cuda": gpu.bind}
+KERNELS: dict[str, Callable[[ResMoEWeights, Activation], Kernel]] = {"cpu": CpuKernel, "cuda": gpu.bind}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # the library's life is the op's
@@ -71,29 +71,16 @@ def check_kernel(coders: frozenset[str], dtype: torch.dtype, device: str) -> Non
         )
 
 
-def check_activation(activation: str) -> str:
-    """The activation, if kernels have it.
-
-    Raises:
-        KernelUnsupportedError: they don't.
-    """
-    if activation not in ACTIVATIONS:
-        raise KernelUnsupportedError(
-            f"resmoe has no activation {activation!r}; it has: {', '.join(sorted(ACTIVATIONS))}"
-        )
-    return activation
-
-
 class BoundLayer:
     """One layer on one rank, each group of its experts bound to a kernel.
 
     Args:
         groups: those with experts on this rank.
-        activation: see ``check_activation``.
+        activation: the experts'.
         device: device type of the weights.
     """
 
-    def __init__(self, groups: Sequence[BoundGroup], activation: str, device: str) -> None:
+    def __init__(self, groups: Sequence[BoundGroup], activation: Activation, device: str) -> None:
         self._groups = [(KERNELS[device](group.weights, activation), group.expert_map) for group in groups]
 
     def __call__(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None = None) -> Tensor:

@@ -44,6 +44,7 @@ CALLS, RUNS = 8, 15
 def check(device: str, dtype: torch.dtype) -> list[str]:
     """Names of wrong cases, of: every method, both strategies, few and many tokens, odd sizes, skipped pairs, a map."""
     from benchmarks.kernels.layers import LAYER_MAKERS, layer_ref, make_layer
+    from resmoe_vllm.kernels.activation import SILU
     from resmoe_vllm.kernels.gpu.block_sizes import default_config
     from resmoe_vllm.kernels.gpu.launches import run_plan
 
@@ -62,7 +63,7 @@ def check(device: str, dtype: torch.dtype) -> list[str]:
             if expert_map is not None:
                 expert_map[:5] = -1
             given = torch.where(ids < 0, -1, 9 - ids).int() if mapped else ids
-            found = run_plan(x, weights, given, layer.plan(restore=config.restore), "silu", expert_map, config).float()
+            found = run_plan(x, weights, given, layer.plan(restore=config.restore), SILU, expert_map, config).float()
             expected = layer_ref(x, weights, ids, layer.truth)
             error = ((found - expected).abs().max() / expected.abs().max()).item()
             what = f"{method}, T={tokens}, blocks for {sizes_for}{', expert map' if mapped else ''}"
@@ -94,6 +95,7 @@ def layer_calls(
     shape: MoEShape, method: str, layers: list, inputs: list, config: "Config | None" = None
 ) -> list[Callable[[], object]]:
     """One call for each input, layers in turn; tuned block sizes where there are any, if none are given."""
+    from resmoe_vllm.kernels.activation import SILU
     from resmoe_vllm.kernels.gpu.block_sizes import pick_config
     from resmoe_vllm.kernels.gpu.launches import run_plan
 
@@ -103,7 +105,7 @@ def layer_calls(
         config = pick_config(len(inputs[0][0]), shape.top_k, *sizes, device, torch.bfloat16, frozenset({method}))
     plans = [layer.plan(restore=config.restore) for layer in layers]
     return [
-        partial(run_plan, *own, plan, "silu", None, config)
+        partial(run_plan, *own, plan, SILU, None, config)
         for own, plan in zip(inputs, itertools.cycle(plans), strict=False)
     ]
 

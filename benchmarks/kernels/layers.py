@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.harness.shapes import MoEShape
 from compress_tools.residuals.budget import affordable_rank
-from resmoe_vllm.kernels.activation import ACTIVATIONS
+from resmoe_vllm.kernels.activation import SILU
 from resmoe_vllm.kernels.gpu.launches import Factors, LayerPlan, Plan, Weight
 from resmoe_vllm.kernels.gpu.tiles import PLAIN, Tile, TileSpec, octets_view
 
@@ -196,7 +196,7 @@ def layer_ref(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, truth: dict[str
     out = torch.zeros(x.shape, device=x.device)
     for expert in range(len(truth["gate"])):
         gate, up, down = (truth[name][expert] for name in PROJECTIONS)
-        hidden = ACTIVATIONS["silu"](x.float() @ gate.T) * (x.float() @ up.T)
+        hidden = SILU(x.float() @ gate.T, x.float() @ up.T)
         share = (topk_weights * (topk_ids == expert)).sum(1, keepdim=True)
         out += share * (hidden @ down)
     return out

@@ -205,6 +205,11 @@ class ResMoEFormat(Frozen):
         return tuple(layer for layer in self.layers if layer not in (self.names.drafts or {}))
 
     @property
+    def gated(self) -> bool:
+        """Experts have a gate."""
+        return "gate_proj" in self.names.projections
+
+    @property
     def sizes(self) -> PartSizes:
         """What the tensors of a part depend on."""
         return PartSizes(self.intermediate_size, self.hidden_size, self.dtype)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from compress_tools.format.packing import unpack_mask
 from compress_tools.format.schema import Projection
-from resmoe_vllm.kernels.activation import ACTIVATIONS
+from resmoe_vllm.kernels.activation import Activation
 from resmoe_vllm.kernels.routing import local_ids
 from resmoe_vllm.weights.bound import (
     BitmapWeights,
@@ -49,6 +49,16 @@ def restore_ref(weights: ResMoEWeights, projection: Projection, expert: int) -> 
         else:
             terms.append(decode_bitmap_ref(part, projection, expert, weights.hidden_size))
     return torch.stack(terms).sum(0)
+
+
+def gate_up_ref(x: Tensor, weights: ResMoEWeights, expert: int, activation: Activation) -> Tensor:
+    """One expert's gate and up, with biases, and the activation: fp32 ``[T, H]`` to ``[T, I]``."""
+
+    def product(projection: Projection) -> Tensor:
+        out = x @ restore_ref(weights, projection, expert).T
+        return out + weights.biases[projection][expert].float() if projection in weights.biases else out
+
+    return activation(product("gate_proj") if activation.gated else None, product("up_proj"))
 
 
 def align_ref(topk_ids: Tensor, block: int, num_experts: int, expert_map: Tensor | None) -> tuple[Tensor, Tensor, int]:
@@ -97,17 +107,16 @@ def hidden_ref(
     topk_weights: Tensor,
     topk_ids: Tensor,
     weights: ResMoEWeights,
-    activation: str,
+    activation: Activation,
     expert_map: Tensor | None = None,
 ) -> Tensor:
-    """``weight * act(gate) * up`` of each routed pair, fp32 ``[T*K, I]``; NaN for pairs that are skipped."""
+    """``weight * activation`` of each routed pair, fp32 ``[T*K, I]``; NaN for pairs that are skipped."""
     ids = local_ids(topk_ids, expert_map).flatten()
     tokens = x.float().repeat_interleave(topk_ids.shape[1], 0)
     hidden = torch.full((len(ids), weights.intermediate_size), float("nan"))
     for expert in sorted(set(ids.tolist()) - {-1}):
         own = ids == expert
-        gate, up = (tokens[own] @ restore_ref(weights, name, expert).T for name in ("gate_proj", "up_proj"))
-        hidden[own] = ACTIVATIONS[activation](gate) * up * topk_weights.float().flatten()[own, None]
+        hidden[own] = gate_up_ref(tokens[own], weights, expert, activation) * topk_weights.float().flatten()[own, None]
     return hidden
 
 
@@ -125,7 +134,7 @@ def fused_moe_ref(
     topk_weights: Tensor,
     topk_ids: Tensor,
     weights: ResMoEWeights,
-    activation: str,
+    activation: Activation,
     expert_map: Tensor | None = None,
 ) -> Tensor:
     """Routed experts of one layer on one rank; all arithmetic in fp32, the result rounded once to x's dtype.
@@ -135,7 +144,7 @@ def fused_moe_ref(
         topk_weights: router weights ``[T, K]``.
         topk_ids: global expert ids ``[T, K]``; negative ones are skipped.
         weights: the layer.
-        activation: one of ``ACTIVATIONS``.
+        activation: the experts'.
         expert_map: ``[E]`` global -> local expert, -1 elsewhere; None when all experts are here.
     Returns:
         ``[T, H]``, x's dtype, fresh.
@@ -143,10 +152,10 @@ def fused_moe_ref(
     ids = local_ids(topk_ids, expert_map)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in sorted(set(ids.flatten().tolist()) - {-1}):
-        gate, up, down = (
-            restore_ref(weights, projection, expert) for projection in ("gate_proj", "up_proj", "down_proj")
-        )
-        hidden = ACTIVATIONS[activation](x.float() @ gate.T) * (x.float() @ up.T)  # [T, I]
+        hidden = gate_up_ref(x.float(), weights, expert, activation)  # [T, I]
         share = (topk_weights.float() * (ids == expert)).sum(1, keepdim=True)  # [T, 1]
-        out += share * (hidden @ down)
+        down = hidden @ restore_ref(weights, "down_proj", expert)
+        if "down_proj" in weights.biases:
+            down += weights.biases["down_proj"][expert].float()
+        out += share * down
     return out.to(x.dtype)

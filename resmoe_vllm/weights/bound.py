@@ -4,7 +4,7 @@ E is the number of experts in the tensors, I the rows of this rank. Codes stay c
 when it needs it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -194,6 +194,8 @@ class ResMoEWeights:
         center: ``[I, H]`` for each projection that has a center; ``down_proj`` transposed, as everywhere.
         residual: parts, to be added up.
         coders: what a kernel reads, by the names of the format's parts (``kernel_coder``).
+        biases: ``[E, I]`` of gate and up, ``[E, H]`` of down, which the first rank of those that share an expert
+            holds and the others have as zeros; empty without biases.
     """
 
     hidden_size: int
@@ -201,6 +203,7 @@ class ResMoEWeights:
     center: dict[Projection, Matrix]
     residual: tuple[ResidualWeights, ...]
     coders: frozenset[str]
+    biases: dict[Projection, Tensor] = field(default_factory=dict)
 
     @property
     def num_experts(self) -> int:

@@ -11,7 +11,7 @@ from compress_tools.format.packing import mask_row_counts, pack_codes, unpack_co
 from compress_tools.format.parts.base import TensorSpec
 from compress_tools.format.parts.bitmap import MASK
 from compress_tools.format.schema import BitmapResidual, LayerSpec, Projection, ResMoEFormat, RowBitmapResidual
-from compress_tools.format.tensors import CENTER_EXPERT, expert_tensors, shared_tensors, tensor_name
+from compress_tools.format.tensors import BIAS, CENTER_EXPERT, expert_tensors, shared_tensors, tensor_name
 from resmoe_vllm.weights.layout import ROW_PTR, STARTS, STREAMS, Key, make_layout
 
 Place = tuple[Projection, str, int]
@@ -45,6 +45,7 @@ class GroupLoader:
     ) -> None:
         self.fmt, self.index, self.spec, self.experts, self.rows = fmt, index, spec, experts, rows
         self.owns_shared = owns_shared
+        self.tp_rank = tp_rank
         self.rows_from = fmt.intermediate_size // tp_size * tp_rank
         self.layout = make_layout(fmt, spec, tp_size)
         self.stored: dict[Key, TensorSpec] = {
@@ -98,6 +99,9 @@ class GroupLoader:
             slot = self.layout.slots[projection, suffix]
             if slot.shape != spec.shape:
                 tensor = tensor.narrow(0, self.rows_from, slot.shape[0])
+            elif suffix == BIAS and self.tp_rank > 0:
+                # down's, whose rows no rank slices: the sum over ranks has it once
+                tensor = torch.zeros_like(tensor)
             slot.view(self.params[slot.param].data)[row].copy_(tensor)
         self.loaded.add((projection, suffix, row))
         if suffix in STREAMS or (suffix == MASK and projection in self.bitmaps):

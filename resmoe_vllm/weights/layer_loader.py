@@ -19,7 +19,7 @@ from compress_tools.format.tensors import CENTER_EXPERT, follows_model_dtype, te
 from resmoe_vllm.weights.bound import ResMoEWeights
 from resmoe_vllm.weights.dummy import dummy_tensors
 from resmoe_vllm.weights.group_loader import GroupLoader
-from resmoe_vllm.weights.layout import PROJECTION_OF_SHARD
+from resmoe_vllm.weights.layout import projection_of_shard
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class LayerLoader:
         tp_rank: int = 0,
     ) -> None:
         self.fmt, self.index = fmt, index
+        self.projection_of_shard = projection_of_shard(fmt)
         # Kernels are bound to the loaded tensors: set once nothing may come any more.
         self.finished = False
         layer = fmt.layers[index]
@@ -134,7 +135,7 @@ class LayerLoader:
             param: the parameter that vLLM found; the tensor's own may be another group's.
             loaded_weight: the stored tensor.
             weight_name: vLLM's name of it; only for messages.
-            shard_id: "w1" gate, "w3" up, "w2" down.
+            shard_id: "w1" gate, or up of experts without one, "w3" up, "w2" down.
             expert_id: global expert index.
             return_success: vLLM asks whether the tensor was this rank's.
         Returns:
@@ -147,9 +148,9 @@ class LayerLoader:
             raise ConfigError(
                 f"layer {self.index}: resmoe doesn't support reloading weights in a running engine; start vLLM again"
             )
-        if shard_id not in PROJECTION_OF_SHARD:
+        if shard_id not in self.projection_of_shard:
             raise FormatError(f"{weight_name or name}: this model's loader doesn't say which expert tensor it loads")
-        projection, suffix = PROJECTION_OF_SHARD[shard_id], name.split("_", 1)[1]
+        projection, suffix = self.projection_of_shard[shard_id], name.split("_", 1)[1]
         group = self.group_of[expert_id]
         spec = group.stored.get((projection, suffix))
         if spec is None or (spec.expert is None and expert_id != CENTER_EXPERT):

@@ -38,7 +38,7 @@ from compress_tools.format.schema import (
     ResMoEFormat,
     RowBitmapResidual,
 )
-from compress_tools.format.tensors import expert_tensors, shared_tensors
+from compress_tools.format.tensors import BIAS, expert_tensors, shared_tensors
 from resmoe_vllm.weights.bound import (
     BitmapWeights,
     Coded,
@@ -56,9 +56,16 @@ STARTS = "resmoe_value_starts"
 STREAMS = (VALUES, VALUE_CODES)
 
 PARAM_PREFIX: dict[Projection, str] = {"gate_proj": "w13", "up_proj": "w13", "down_proj": "w2"}
+# What vLLM's loaders call an expert's tensors; of experts without a gate, up is the first.
 PROJECTION_OF_SHARD: dict[str, Projection] = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+UNGATED_PROJECTION_OF_SHARD: dict[str, Projection] = {"w1": "up_proj", "w2": "down_proj"}
 
 Key = tuple[Projection, str]
+
+
+def projection_of_shard(fmt: ResMoEFormat) -> dict[str, Projection]:
+    """Projection by vLLM's ``shard_id``."""
+    return PROJECTION_OF_SHARD if fmt.gated else UNGATED_PROJECTION_OF_SHARD
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,7 @@ class LayerLayout:
             },
             residual=tuple(map(binder.part, self.spec.residual)),
             coders=self.coders,
+            biases={projection: binder.view(projection, suffix) for projection, suffix in self.slots if suffix == BIAS},
         )
 
 
@@ -222,6 +230,8 @@ def make_layout(fmt: ResMoEFormat, spec: LayerSpec, tp_size: int) -> LayerLayout
         dtype=fmt.dtype,
         hidden_size=fmt.hidden_size,
         intermediate_size=fmt.intermediate_size // tp_size,
+        biases=fmt.biases,
+        names=fmt.names,
     )
     slots: dict[Key, Slot] = {}
     ends: dict[str, int] = {}

@@ -9,6 +9,8 @@ from compress_tools.format.codec import restore_expert
 from compress_tools.format.dtypes import DTYPES
 from compress_tools.format.parts.base import Rows
 from compress_tools.format.schema import LayerSpec, Projection, ResMoEFormat
+from compress_tools.format.tensors import BIAS
+from resmoe_vllm.kernels.activation import SILU, Activation
 from resmoe_vllm.ops import BoundLayer
 from resmoe_vllm.weights.bound import ResMoEWeights
 from resmoe_vllm.weights.layer_loader import LayerLoader
@@ -31,6 +33,7 @@ from tests.resmoe_vllm.twins import (
 # What vLLM's loaders say of each tensor: parameter's prefix and shard. Written down, not taken from the plugin's
 # table: the inverse of a wrong table would undo it.
 VLLM_PLACES = {"gate_proj": ("w13", "w1"), "up_proj": ("w13", "w3"), "down_proj": ("w2", "w2")}
+UNGATED_PLACES = {"up_proj": ("w13", "w1"), "down_proj": ("w2", "w2")}
 Stored = dict[tuple[Projection, str], Tensor]
 
 
@@ -82,6 +85,22 @@ def grouped_layer(size_i: int, size_h: int) -> LayerSpec:
     )
 
 
+def ungated_kinds(size_i: int, size_h: int) -> dict[str, LayerSpec]:
+    """Specs of experts without a gate, every coder among them."""
+    rank, count = max(1, min(size_i, size_h) // 3), max(1, size_i * size_h // 3)
+    few = max(1, size_h // 3)
+    return {
+        "low_rank": layer_spec(low_rank(rank, UP, DOWN), center=(UP, DOWN)),
+        "low_rank-8bit-no_center": layer_spec(low_rank(rank, UP, bits=8), low_rank(1, DOWN), center=()),
+        "bitmap": layer_spec(bitmap(2 * count, UP, DOWN), center=(UP, DOWN), bits=8),
+        "bitmap_rows-4bit": layer_spec(row_bitmap(few, UP, DOWN, bits=4, by=32), center=(DOWN,)),
+        "quantized": layer_spec(quantized(3, UP, by=32), quantized(8, DOWN), center=(UP,)),
+        "low_rank+bitmap+quantized": layer_spec(
+            low_rank(rank, DOWN, UP), bitmap(count, UP, bits=8), quantized(2, DOWN), center=(UP, DOWN), bits=4
+        ),
+    }
+
+
 @dataclass(frozen=True)
 class StoredLayer:
     """A layer as the format stores it."""
@@ -100,11 +119,13 @@ class StoredLayer:
         return restore_expert(self.spec.of_expert(expert), self.shared, self.experts[expert], self.fmt.hidden_size)
 
 
-def store_layer(spec: LayerSpec, num_experts: int, size_i: int, size_h: int, dtype: str, seed: int = 0) -> StoredLayer:
-    """Random experts around a common center, compressed."""
+def store_layer(
+    spec: LayerSpec, num_experts: int, size_i: int, size_h: int, dtype: str, seed: int = 0, *, biases: bool = False
+) -> StoredLayer:
+    """Random experts around a common center, compressed; with the spec's projections."""
     generator = torch.Generator().manual_seed(seed)
     scale = size_h**-0.5
-    center = {projection: torch.randn(size_i, size_h, generator=generator) for projection in PROJECTIONS}
+    center = {projection: torch.randn(size_i, size_h, generator=generator) for projection in spec.projections}
     experts = [
         {p: scale * (rows + torch.randn(rows.shape, generator=generator)) for p, rows in center.items()}
         for _ in range(num_experts)
@@ -115,16 +136,25 @@ def store_layer(spec: LayerSpec, num_experts: int, size_i: int, size_h: int, dty
         num_experts=num_experts,
         hidden_size=size_h,
         intermediate_size=size_i,
-        names=HF_NAMES,
+        biases=biases,
+        names=HF_NAMES.model_copy(update={"projections": {p: p for p in spec.projections}}),
         layers={0: spec},
     )
-    return StoredLayer(fmt, *compress_layer(experts, spec, DTYPES[dtype]))
+    stored = StoredLayer(fmt, *compress_layer(experts, spec, DTYPES[dtype]))
+    if biases:
+        for own in stored.experts:
+            for p in spec.projections:
+                size = size_h if p == DOWN else size_i
+                own[p, BIAS] = torch.randn(size, generator=generator).to(DTYPES[dtype])
+    return stored
 
 
-def hand_over(module: torch.nn.Module, key: tuple[Projection, str], expert: int, tensor: Tensor) -> bool:
+def hand_over(
+    module: torch.nn.Module, key: tuple[Projection, str], expert: int, tensor: Tensor, *, gated: bool = True
+) -> bool:
     """Give one stored tensor to the parameter that vLLM's loaders would pick, in a buffer that is used again."""
     projection, suffix = key
-    prefix, shard = VLLM_PLACES[projection]
+    prefix, shard = (VLLM_PLACES if gated else UNGATED_PLACES)[projection]
     param = getattr(module, f"{prefix}_{suffix}")
     buffer = tensor.clone()
     loaded = param.weight_loader(param, buffer, suffix, shard_id=shard, expert_id=expert, return_success=True)
@@ -158,7 +188,7 @@ def load_all(module: torch.nn.Module, loader: LayerLoader, layer: StoredLayer, r
     jobs = [(key, 0, tensor) for key, tensor in layer.shared.items()]
     jobs += [(key, e, tensor) for e, stored in enumerate(layer.experts) for key, tensor in stored.items()]
     for key, expert, tensor in reversed(jobs) if reverse else jobs:
-        hand_over(module, key, expert, tensor)
+        hand_over(module, key, expert, tensor, gated=layer.fmt.gated)
     loader.check_complete()
 
 
@@ -173,6 +203,6 @@ def bound_weights(module: torch.nn.Module, loader: LayerLoader) -> ResMoEWeights
     return group.weights
 
 
-def bind_layer(module: torch.nn.Module, loader: LayerLoader, activation: str = "silu") -> BoundLayer:
+def bind_layer(module: torch.nn.Module, loader: LayerLoader, activation: Activation = SILU) -> BoundLayer:
     """The layer as the plugin's method binds it after loading."""
     return BoundLayer(loader.bind(module), activation, next(module.parameters()).device.type)

@@ -14,6 +14,7 @@ from compress_tools.errors import ConfigError, FormatError, KernelUnsupportedErr
 from resmoe_vllm import ops
 from resmoe_vllm.config import ResMoEConfig
 from resmoe_vllm.fused_moe import ResMoEFusedMoEMethod
+from resmoe_vllm.kernels.activation import ACTIVATIONS, Activation
 from resmoe_vllm.version import version_complaint
 from tests.resmoe_vllm.layers import layer_kinds, store_layer
 from tests.resmoe_vllm.twins import GATE
@@ -77,34 +78,31 @@ def test_what_agrees_is_served() -> None:
     "moe, message",
     [
         (Moe(is_lora_enabled=True), "LoRA on MoE layers"),
-        (Moe(has_bias=True), "experts with biases"),
-        (Moe(is_act_and_mul=False), "gated experts only"),
         (Moe(moe_parallel_config=Parallel(enable_eplb=True)), "EPLB"),
         (
             Moe(moe_parallel_config=Parallel(use_all2all_kernels=True, all2all_backend="deepep_low_latency")),
             "all2all backend 'deepep_low_latency'",
         ),
     ],
-    ids=["lora", "bias", "non_gated", "eplb", "all2all"],
+    ids=["lora", "eplb", "all2all"],
 )
 def test_unsupported_options_are_refused(moe: Moe, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^layer 0: resmoe .*{message}"):
         create(moe)
 
 
-@pytest.mark.parametrize(
-    "layer_fields, message",
-    [
-        ({"apply_router_weight_on_input": True}, "router weights on the input"),
-        ({"swiglu_limit": 7.0}, "clamped or scaled"),
-        ({"swiglu_alpha": 1.702}, "clamped or scaled"),
-        ({"swiglu_beta": 1.0}, "clamped or scaled"),
-    ],
-    ids=["router_weight_on_input", "swiglu_limit", "swiglu_alpha", "swiglu_beta"],
-)
-def test_unsupported_layers_are_refused(layer_fields: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=f"^layer 0: resmoe doesn't support .*{message}"):
-        create(Moe(), **layer_fields)
+def test_router_weights_on_the_input_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^layer 0: resmoe doesn't support .*router weights on the input"):
+        create(Moe(), apply_router_weight_on_input=True)
+
+
+def test_a_clamped_activation_is_the_layers() -> None:
+    method = create(Moe(), swiglu_limit=10.0)
+    assert method.activation == Activation("silu", limit=10.0)
+    method = create(
+        Moe(activation=MoEActivation.SWIGLUOAI_UNINTERLEAVE), swiglu_limit=7.0, swiglu_alpha=1.702, swiglu_beta=1.0
+    )
+    assert method.activation == ACTIVATIONS["swigluoai"]
 
 
 @pytest.mark.parametrize(
@@ -122,8 +120,10 @@ def test_other_sizes_are_refused(moe: Moe, message: str) -> None:
 
 
 def test_unknown_activation_is_refused() -> None:
-    with pytest.raises(KernelUnsupportedError, match="no activation 'swigluoai'; it has: gelu, gelu_tanh, silu"):
-        create(Moe(activation=MoEActivation.SWIGLUOAI))
+    with pytest.raises(KernelUnsupportedError, match="no activation 'situ'; it has: gelu, gelu_no_mul, gelu_tanh"):
+        create(Moe(activation=MoEActivation.SITU))
+    with pytest.raises(KernelUnsupportedError, match=r"no swiglu_limit 7\.0 of activation 'gelu'"):
+        create(Moe(activation=MoEActivation.GELU), swiglu_limit=7.0)
 
 
 def test_no_kernel_is_an_error_when_weights_are_created(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,15 +154,19 @@ def test_a_block_that_is_not_version_1_is_refused(change: dict, message: str) ->
         config.from_config(FMT.model_dump(mode="json") | change)
 
 
-def test_a_block_with_biases_is_refused() -> None:
-    with pytest.raises(ConfigError, match="experts with biases"):
+def test_biases_that_one_side_alone_has_are_refused() -> None:
+    with pytest.raises(FormatError, match=r"^layer 0: experts have biases in quantization_config and no biases in"):
         ResMoEFusedMoEMethod(Moe(), FMT.model_copy(update={"biases": True}), 0)
+    with pytest.raises(FormatError, match=r"^layer 0: experts have no biases in quantization_config and biases in"):
+        create(Moe(has_bias=True))
 
 
-def test_a_block_without_gate_is_refused() -> None:
+def test_a_gate_that_one_side_alone_has_is_refused() -> None:
     names = FMT.names.model_copy(update={"projections": {p: n for p, n in FMT.names.projections.items() if p != GATE}})
-    with pytest.raises(ConfigError, match="gated experts only"):
+    with pytest.raises(FormatError, match=r"^layer 0: experts have no gate in quantization_config and a gate in"):
         ResMoEFusedMoEMethod(Moe(), FMT.model_copy(update={"names": names}), 0)
+    with pytest.raises(FormatError, match=r"^layer 0: experts have a gate in quantization_config and no gate in"):
+        create(Moe(is_act_and_mul=False))
 
 
 @pytest.mark.parametrize("version", ["0.30.0", "0.32.0", "0.33.1rc1", "0.32.0+cpu"])

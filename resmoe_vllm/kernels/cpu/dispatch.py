@@ -6,6 +6,7 @@ torch once an expert meets enough tokens.
 
 from torch import Tensor
 
+from resmoe_vllm.kernels.activation import Activation
 from resmoe_vllm.kernels.cpu import native, plain_torch
 from resmoe_vllm.weights.bound import ResMoEWeights
 
@@ -18,10 +19,10 @@ class CpuKernel:
 
     Args:
         weights: contiguous, on the CPU.
-        activation: one of ``ACTIVATIONS``.
+        activation: the experts'.
     """
 
-    def __init__(self, weights: ResMoEWeights, activation: str) -> None:
+    def __init__(self, weights: ResMoEWeights, activation: Activation) -> None:
         self._weights, self._activation = weights, activation
         library = native.load()
         self._native = None if library is None else native.NativeKernel(library, weights, activation)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compress_tools.errors import KernelUnsupportedError
+from resmoe_vllm.kernels.activation import Activation
 from resmoe_vllm.kernels.cpu.build import build, missing_cpu_flags
 from resmoe_vllm.kernels.cpu.structs import DTYPES, BoundStruct, pointer_to
 from resmoe_vllm.weights.bound import ResMoEWeights
@@ -66,10 +67,10 @@ class NativeKernel:
     Args:
         library: ``load``'s.
         weights: in one dtype or codes, contiguous, on the CPU.
-        activation: one of ``ACTIVATIONS``.
+        activation: the experts'.
     """
 
-    def __init__(self, library: ctypes.CDLL, weights: ResMoEWeights, activation: str) -> None:
+    def __init__(self, library: ctypes.CDLL, weights: ResMoEWeights, activation: Activation) -> None:
         self._library = library
         # Building the struct takes longer than a small layer's forward.
         self._bound = BoundStruct(weights, activation)

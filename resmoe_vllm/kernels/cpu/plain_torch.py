@@ -5,7 +5,7 @@ activation.
 down: ``sum_k g_k (down_c + D_k) a_k = down_c (sum_k g_k a_k) + sum_k g_k D_k a_k``; it is linear, so the
 center's product is taken once, of the weighted sum. Products are in the weights' dtype where the processor
 multiplies it, which torch accumulates in fp32, and in fp32 elsewhere: a processor without bf16 or fp16
-products takes ten times as long for them. Sums, activation and router weights are fp32. What is not low rank is
+products takes ten times as long for them. Sums, activation, biases and router weights are fp32. What is not low rank is
 decoded and added up for one expert and projection at a time, multiplied as a dense tile, and let go; a center in
 codes is decoded for each call.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compress_tools.format.packing import unpack_mask
 from compress_tools.format.schema import Projection
-from resmoe_vllm.kernels.activation import ACTIVATIONS
+from resmoe_vllm.kernels.activation import Activation
 from resmoe_vllm.kernels.routing import tokens_by_expert
 from resmoe_vllm.weights.bound import (
     BitmapWeights,
@@ -27,6 +27,9 @@ from resmoe_vllm.weights.bound import (
     RowBitmapWeights,
     expert_scales,
 )
+
+GATED: tuple[Projection, ...] = ("gate_proj", "up_proj")
+UNGATED: tuple[Projection, ...] = ("up_proj",)
 
 
 def decode_bitmap(
@@ -95,11 +98,10 @@ def fused_moe(
     topk_weights: Tensor,
     topk_ids: Tensor,
     weights: ResMoEWeights,
-    activation: str,
+    activation: Activation,
     expert_map: Tensor | None = None,
 ) -> Tensor:
     """See ``fused_moe_ref``; x on the CPU, of the weights' dtype."""
-    act = ACTIVATIONS[activation]
     dtype = product_dtype(x.dtype)
     out_dtype, x = x.dtype, x.to(dtype)
     center = {
@@ -109,14 +111,19 @@ def fused_moe(
     out = torch.zeros(x.shape, dtype=torch.float32)
     for expert, tokens, router_weights in tokens_by_expert(topk_ids, topk_weights, expert_map):
         chosen = x[tokens]  # [N, H]
-        gate, up = (residual_product(chosen, weights, name, expert) for name in ("gate_proj", "up_proj"))
-        if "gate_proj" in center:
-            gate += center["gate_proj"][tokens]
-        if "up_proj" in center:
-            up += center["up_proj"][tokens]
-        hidden = act(gate) * up * router_weights[:, None]  # [N, I]
+        inner: dict[Projection, Tensor] = {}
+        for projection in GATED if activation.gated else UNGATED:
+            inner[projection] = residual_product(chosen, weights, projection, expert)
+            if projection in center:
+                inner[projection] += center[projection][tokens]
+            if projection in weights.biases:
+                inner[projection] += weights.biases[projection][expert]
+        hidden = activation(inner.get("gate_proj"), inner["up_proj"]) * router_weights[:, None]  # [N, I]
         mixed.index_add_(0, tokens, hidden)
-        out.index_add_(0, tokens, residual_product(hidden.to(dtype), weights, "down_proj", expert))
+        down = residual_product(hidden.to(dtype), weights, "down_proj", expert)
+        if "down_proj" in weights.biases:
+            down += router_weights[:, None] * weights.biases["down_proj"][expert]
+        out.index_add_(0, tokens, down)
     if "down_proj" in weights.center:
         out += mixed.to(dtype) @ weights.center["down_proj"].to(dtype)
     return out.to(out_dtype)

@@ -1,12 +1,14 @@
 """A bound layer as the C++ kernel takes it: the structs of csrc/abi.h, field by field."""
 
 import ctypes
+import math
 
 import torch
 from torch import Tensor
 
 from compress_tools.format.row_sizes import mask_row_bytes
 from compress_tools.format.schema import Projection
+from resmoe_vllm.kernels.activation import Activation
 from resmoe_vllm.weights.bound import (
     BitmapWeights,
     LowRankWeights,
@@ -18,7 +20,7 @@ from resmoe_vllm.weights.bound import (
 
 PROJECTIONS: tuple[Projection, ...] = ("gate_proj", "up_proj", "down_proj")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+FUNCTIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3}
 
 Pointers = ctypes.c_void_p * 3
 Strides = ctypes.c_int64 * 3
@@ -73,6 +75,19 @@ class QuantizedStruct(ctypes.Structure):
     _fields_ = [("rows", Matrices)]
 
 
+class ActivationStruct(ctypes.Structure):
+    """Mirrors ``struct Activation``."""
+
+    _fields_ = [
+        ("function", ctypes.c_int32),
+        ("gated", ctypes.c_int32),
+        ("limit_after", ctypes.c_int32),
+        ("limit", ctypes.c_float),
+        ("alpha", ctypes.c_float),
+        ("beta", ctypes.c_float),
+    ]
+
+
 class LayerStruct(ctypes.Structure):
     """Mirrors ``struct Layer``."""
 
@@ -88,12 +103,14 @@ class LayerStruct(ctypes.Structure):
         ("num_bitmap", ctypes.c_int64),
         ("quantized", ctypes.c_void_p),
         ("num_quantized", ctypes.c_int64),
+        ("bias", Pointers),
+        ("bias_stride", Strides),
+        ("activation", ActivationStruct),
         ("dtype", ctypes.c_int32),
-        ("activation", ctypes.c_int32),
     ]
 
 
-STRUCTS = (MatrixStruct, BitmapStruct, LowRankStruct, QuantizedStruct, LayerStruct)
+STRUCTS = (MatrixStruct, BitmapStruct, LowRankStruct, QuantizedStruct, ActivationStruct, LayerStruct)
 
 
 class BoundStruct:
@@ -101,10 +118,10 @@ class BoundStruct:
 
     Args:
         weights: the layer; contiguous, on the CPU.
-        activation: one of ``ACTIVATIONS``.
+        activation: the experts'.
     """
 
-    def __init__(self, weights: ResMoEWeights, activation: str) -> None:
+    def __init__(self, weights: ResMoEWeights, activation: Activation) -> None:
         self._weights = weights  # keeps the tensors' memory
         low_rank: list[LowRankStruct] = []
         bitmap: list[BitmapStruct] = []
@@ -123,6 +140,7 @@ class BoundStruct:
             (BitmapStruct * len(bitmap))(*bitmap),
             (QuantizedStruct * len(quantized))(*quantized),
         )
+        biases = [weights.biases.get(p) for p in PROJECTIONS]
         self.struct = LayerStruct(
             weights.hidden_size,
             weights.intermediate_size,
@@ -135,9 +153,22 @@ class BoundStruct:
             len(bitmap),
             ctypes.addressof(self._arrays[2]),
             len(quantized),
+            Pointers(*(pointer_to(bias) for bias in biases)),
+            Strides(*(0 if bias is None else bias.stride(0) for bias in biases)),
+            _activation(activation),
             DTYPES[_dtype(weights)],
-            ACTIVATIONS[activation],
         )
+
+
+def _activation(activation: Activation) -> ActivationStruct:
+    return ActivationStruct(
+        FUNCTIONS[activation.function],
+        activation.gated,
+        activation.limit_after,
+        math.inf if activation.limit is None else activation.limit,
+        activation.alpha,
+        activation.beta,
+    )
 
 
 def matrix_struct(rows: Matrix | None, *, shared: bool = False) -> MatrixStruct:
@@ -209,7 +240,7 @@ def pointer_to(tensor: Tensor | None) -> int | None:
 
 def _dtype(weights: ResMoEWeights) -> torch.dtype:
     """What weights in the model's dtype are in; any where there are none."""
-    matrices: list[Matrix] = list(weights.center.values())
+    matrices: list[Matrix] = [*weights.center.values(), *weights.biases.values()]
     for part in weights.residual:
         if isinstance(part, LowRankWeights):
             matrices.append(part.u)

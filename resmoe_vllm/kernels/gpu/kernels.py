@@ -69,18 +69,53 @@ class Routing(NamedTuple):
     expert_map: Tensor | None
 
 
+class ActivationSpec(NamedTuple):
+    """``Activation`` at compile time; ``limited`` says whether ``limit`` counts."""
+
+    function: str
+    gated: bool
+    limited: bool
+    limit: float
+    alpha: float
+    beta: float
+    limit_after: bool
+
+
 @triton.jit
-def activate(gate, ACTIVATION: tl.constexpr):
-    """fp32 in and out; names as in ``ACTIVATIONS``."""
-    if ACTIVATION == "silu":
-        out = gate * tl.sigmoid(gate)
-    elif ACTIVATION == "gelu":
-        out = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+def apply_function(x, FUNCTION: tl.constexpr, ALPHA: tl.constexpr):
+    """fp32 in and out; names as in ``FUNCTIONS``."""
+    if FUNCTION == "silu":
+        if ALPHA == 1.0:
+            out = x * tl.sigmoid(x)
+        else:
+            out = x * tl.sigmoid(ALPHA * x)
+    elif FUNCTION == "gelu":
+        out = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif FUNCTION == "relu2":
+        positive = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        out = positive * positive
     else:
-        tl.static_assert(ACTIVATION == "gelu_tanh")
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        out = gate * tl.sigmoid(2.0 * inner)
+        tl.static_assert(FUNCTION == "gelu_tanh")
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        out = x * tl.sigmoid(2.0 * inner)
     return out
+
+
+@triton.jit
+def activate(gate, up, a: tl.constexpr):
+    """fp32 in and out: what ``Activation`` says."""
+    if not a.gated:
+        return apply_function(up, a.function, a.alpha)
+    if a.limited:
+        up = tl.clamp(up, -a.limit, a.limit, propagate_nan=tl.PropagateNan.ALL)
+        if not a.limit_after:
+            gate = tl.minimum(gate, a.limit, propagate_nan=tl.PropagateNan.ALL)
+    out = apply_function(gate, a.function, a.alpha)
+    if a.limited and a.limit_after:
+        out = tl.minimum(out, a.limit, propagate_nan=tl.PropagateNan.ALL)
+    if a.beta != 0.0:
+        up += a.beta
+    return out * up
 
 
 @triton.jit
@@ -145,7 +180,8 @@ def _product(
         for k in range(begin, end, BLOCK_K):
             k_offsets = k + tl.arange(0, BLOCK_K)
             a_ok = row_ok[:, None] & (k_offsets < end)[None, :]
-            if s.terms == 1:
+            # A token's one pair may be skipped, too, and nothing was written for it.
+            if s.terms == 1 and not s.by_token:
                 a = tl.load(a_rows[:, None] + k_offsets[None, :], mask=a_ok, other=0)
             else:
                 total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
@@ -235,16 +271,24 @@ def _expand(
     return acc
 
 
+@triton.jit
+def _bias(bias, expert, STRIDE: tl.constexpr, columns, N: tl.constexpr):
+    """One expert's, fp32 ``[1, BLOCK_N]``."""
+    return tl.load(bias + expert * STRIDE + columns, mask=columns < N, other=0).to(tl.float32)[None, :]
+
+
 class Side(NamedTuple):
     """What gate, or up, is made of; None for terms that are not there.
 
     Attributes:
         center: the center's product ``[splits, T, I]``.
         shrunk: ``x V^T``, ``[splits, P, R]``.
+        bias: ``[E, I]``.
     """
 
     center: Tensor | None
     shrunk: Tensor | None
+    bias: Tensor | None
 
 
 class SideSpec(NamedTuple):
@@ -253,6 +297,7 @@ class SideSpec(NamedTuple):
     center_splits: int
     rank: int
     shrunk_splits: int
+    bias_stride: int
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_tokens", "m_blocks"])
@@ -262,7 +307,7 @@ def _hidden_kernel(
     uus: tl.constexpr, SHARED_U: tl.constexpr, TOP_K: tl.constexpr, SIZE_H: tl.constexpr, SIZE_I: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr
 ):  # fmt: skip
-    """``weight * act(gate) * up`` of each pair, ``[P, I]``. One pass over H for tiles, one over the rank for U."""
+    """``weight * activation`` of each pair, ``[P, I]``. One pass over H for tiles, one over the rank for U."""
     N_BLOCKS: tl.constexpr = (SIZE_I + BLOCK_N - 1) // BLOCK_N
     m_block, n_block = _swizzle(tl.program_id(0), m_blocks, N_BLOCKS)
     if m_block * BLOCK_M >= tl.load(routing.num_padded):
@@ -319,18 +364,23 @@ def _hidden_kernel(
         gate_acc += _slabs(gate.center, tokens, i_offsets, ok, num_tokens, SIZE_I, gs.center_splits, BLOCK_M, BLOCK_N)
     if us.center_splits > 0:
         up_acc += _slabs(up.center, tokens, i_offsets, ok, num_tokens, SIZE_I, us.center_splits, BLOCK_M, BLOCK_N)
+    if gs.bias_stride > 0:
+        gate_acc += _bias(gate.bias, expert, gs.bias_stride, i_offsets, SIZE_I)
+    if us.bias_stride > 0:
+        up_acc += _bias(up.bias, expert, us.bias_stride, i_offsets, SIZE_I)
     weight = tl.load(topk_weights + rows, mask=row_ok, other=0).to(tl.float32)
-    hidden = activate(gate_acc, ACTIVATION) * up_acc * weight[:, None]
+    hidden = activate(gate_acc, up_acc, ACTIVATION) * weight[:, None]
     target = out + rows.to(tl.int64)[:, None] * SIZE_I + i_offsets[None, :]
     tl.store(target, hidden.to(out.dtype.element_ty), mask=ok)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_tokens"])
 def _combine_kernel(
-    out, pairs, whole, topk_ids, expert_map, num_pairs, num_tokens, N: tl.constexpr, PAIR_SLABS: tl.constexpr,
-    TOKEN_SLABS: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr, BLOCK_N: tl.constexpr
+    out, pairs, whole, bias, topk_weights, topk_ids, expert_map, num_pairs, num_tokens, N: tl.constexpr,
+    PAIR_SLABS: tl.constexpr, TOKEN_SLABS: tl.constexpr, BIAS_STRIDE: tl.constexpr, TOP_K: tl.constexpr,
+    CHOICES: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """One token's columns: its pairs' slabs, of experts that are here, and its own."""
+    """One token's columns: its pairs' slabs and weighted biases, of experts that are here, and its own slabs."""
     token = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     ok = columns < N
@@ -340,6 +390,14 @@ def _combine_kernel(
         own = token * TOP_K + choices
         found = (local_experts(topk_ids, expert_map, own, choices < TOP_K) >= 0)[:, None] & ok[None, :]
         total += tl.sum(_slabs(pairs, own, columns, found, num_pairs, N, PAIR_SLABS, CHOICES, BLOCK_N), 0)
+    if BIAS_STRIDE > 0:
+        choice = tl.arange(0, CHOICES)
+        pair = token * TOP_K + choice
+        expert = local_experts(topk_ids, expert_map, pair, choice < TOP_K)
+        here = (expert >= 0)[:, None] & ok[None, :]
+        own_bias = tl.load(bias + expert.to(tl.int64)[:, None] * BIAS_STRIDE + columns[None, :], mask=here, other=0)
+        weight = tl.load(topk_weights + pair, mask=expert >= 0, other=0).to(tl.float32)
+        total += tl.sum(weight[:, None] * own_bias.to(tl.float32), 0)
     for slab in tl.static_range(TOKEN_SLABS):
         row = (tl.full((), slab, tl.int64) * num_tokens + token) * N
         total += tl.load(whole + row + columns, mask=ok, other=0).to(tl.float32)

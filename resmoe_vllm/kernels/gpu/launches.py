@@ -3,11 +3,11 @@
 1. align: pairs sorted by expert.
 2. first: ``x C^T`` of the center's gate and up, once per token, beside ``x V^T`` of the low-rank residuals; only where
    there is either.
-3. hidden: ``a = weight * act(gate) * up`` of each pair; decodes bitmaps and codes, multiplies by U.
+3. hidden: ``a = weight * activation`` of each pair; decodes bitmaps and codes, multiplies by U, adds biases.
 4. shrink: ``a U``; only for a low-rank down projection.
 5. last: the residual's down product of each pair beside the center's, of the token's summed ``a``; for many tokens
    that sum is a launch of its own before.
-6. combine: each token's sum.
+6. combine: each token's sum, and its experts' biases of down.
 
 Two strategies for tiles that are decoded, same result (``Config.restore``): few tokens take the center's product
 once per token; many add the center to the decoded tile and take one product. Shapes depend on T, K and the layer
@@ -22,11 +22,12 @@ import triton.language as tl
 from torch import Tensor
 
 from compress_tools.errors import KernelUnsupportedError
-from resmoe_vllm.kernels.activation import ACTIVATIONS
+from resmoe_vllm.kernels.activation import FUNCTIONS, Activation
 from resmoe_vllm.kernels.gpu.align import align
 from resmoe_vllm.kernels.gpu.block_sizes import FEW_TOKENS, Blocks, Config
 from resmoe_vllm.kernels.gpu.kernels import (
     TRITON_DTYPES,
+    ActivationSpec,
     Product,
     ProductSpec,
     Routing,
@@ -66,11 +67,18 @@ class Plan:
         center: once per token; None where there is none or the tile holds it.
         tile: for each pair.
         factors: for each pair.
+        bias: ``[E, I]``, of down ``[E, H]``.
     """
 
     center: Weight | None
     tile: Weight | None
     factors: Factors | None
+    bias: Tensor | None = None
+
+    @property
+    def bias_stride(self) -> int:
+        """From one expert's bias to the next; 0 where there is none."""
+        return 0 if self.bias is None else self.bias.stride(0)
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ def run_plan(
     topk_weights: Tensor,
     topk_ids: Tensor,
     plan: LayerPlan,
-    activation: str,
+    activation: Activation,
     expert_map: Tensor | None,
     config: Config,
 ) -> Tensor:
@@ -101,7 +109,7 @@ def run_plan(
         topk_weights: ``[T, K]``.
         topk_ids: global expert ids ``[T, K]``, int; negative ones are skipped.
         plan: the layer.
-        activation: one of ``ACTIVATIONS``.
+        activation: the experts'.
         expert_map: int ``[E]`` global -> local, -1 elsewhere; None when all experts are here.
         config: block sizes.
     Returns:
@@ -115,12 +123,12 @@ def run_plan(
     x, topk_weights, topk_ids = x.contiguous(), topk_weights.contiguous(), topk_ids.contiguous()
     run = _Run(x, topk_ids, expert_map, plan, config)
     hidden = run.hidden(topk_weights, activation)
-    return run.down(hidden)
+    return run.down(hidden, topk_weights)
 
 
-def _check(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, plan: LayerPlan, activation: str) -> None:
-    if activation not in ACTIVATIONS or x.dtype not in TRITON_DTYPES:
-        raise KernelUnsupportedError(f"resmoe's GPU kernels have no {activation!r} in {x.dtype}")
+def _check(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, plan: LayerPlan, activation: Activation) -> None:
+    if activation.function not in FUNCTIONS or x.dtype not in TRITON_DTYPES:
+        raise KernelUnsupportedError(f"resmoe's GPU kernels have no {activation.function!r} in {x.dtype}")
     if x.dim() != 2 or x.shape[1] != plan.hidden or not len(x) == len(topk_ids) == len(topk_weights):
         raise KernelUnsupportedError(
             f"expected x [T, {plan.hidden}] and T rows of topk, found x {list(x.shape)}, topk_ids "
@@ -153,7 +161,7 @@ class _Run:
         # The interpreter's bf16 products are wrong, so there all are taken in fp32.
         self.dot = tl.float32 if triton.knobs.runtime.interpret else TRITON_DTYPES[x.dtype]
 
-    def hidden(self, topk_weights: Tensor, activation: str) -> Tensor:
+    def hidden(self, topk_weights: Tensor, activation: Activation) -> Tensor:
         """``[P, I]``: launches 2 and 3."""
         plan, blocks = self.plan, self.config.hidden
         size_i, size_h = plan.intermediate, plan.hidden
@@ -171,8 +179,8 @@ class _Run:
             center = None if side.center is None else next(slabs)
             shrunk = None if side.factors is None else next(slabs)
             rank = 0 if side.factors is None else side.factors.rank
-            side_spec = SideSpec(0 if center is None else len(center), rank, 0 if shrunk is None else len(shrunk))
-            sides.append((Side(center, shrunk), side_spec))
+            splits = (0 if center is None else len(center), rank, 0 if shrunk is None else len(shrunk))
+            sides.append((Side(center, shrunk, side.bias), SideSpec(*splits, side.bias_stride)))
         (gate, gate_spec), (up, up_spec) = sides
         factors = plan.gate.factors, plan.up.factors
         hidden = torch.empty(self.pairs, size_i, dtype=self.x.dtype, device=self.x.device)
@@ -195,12 +203,12 @@ class _Run:
             SHARED_U=factors[0] is not None and factors[1] is not None and factors[0].part == factors[1].part,
             SIZE_H=size_h,
             SIZE_I=size_i,
-            ACTIVATION=activation,
+            ACTIVATION=_spec(activation),
             **self.launch_options(blocks),
         )
         return hidden
 
-    def down(self, hidden: Tensor) -> Tensor:
+    def down(self, hidden: Tensor, topk_weights: Tensor) -> Tensor:
         """``[T, H]``: launches 4 to 6."""
         plan = self.plan.down
         size_i, size_h = self.plan.intermediate, self.plan.hidden
@@ -218,7 +226,7 @@ class _Run:
         slabs = self.products([*pair_jobs, *token_jobs], self.config.last, joined=len(pair_jobs))
         out = torch.empty_like(self.x)
         pair_slabs = slabs[0] if pair_jobs else None
-        self.combine(out, pair_slabs, slabs[-1] if token_jobs else None)
+        self.combine(out, pair_slabs, slabs[-1] if token_jobs else None, topk_weights)
         return out
 
     def _center_down(self, hidden: Tensor, center: Weight) -> _Job:
@@ -281,13 +289,25 @@ class _Run:
     def _blocks(self, job: _Job) -> int:
         return self.m_blocks if job.spec.routed else triton.cdiv(self.tokens, self.config.block_m)
 
-    def combine(self, out: Tensor, pair_slabs: Tensor | None, token_slabs: Tensor | None) -> None:
-        """Sum into ``out`` ``[T, N]``: slabs ``[S, P, N]`` over a token's pairs, ``[S, T, N]``."""
+    def combine(
+        self,
+        out: Tensor,
+        pair_slabs: Tensor | None,
+        token_slabs: Tensor | None,
+        topk_weights: Tensor | None = None,
+    ) -> None:
+        """Sum into ``out`` ``[T, N]``: slabs ``[S, P, N]`` over a token's pairs, ``[S, T, N]``.
+
+        With ``topk_weights`` ``[T, K]`` also the experts' biases of down, where they have some.
+        """
         size_n = out.shape[1]
+        down = self.plan.down
         _combine_kernel[(self.tokens, triton.cdiv(size_n, COMBINE_COLUMNS))](
             out,
             pair_slabs,
             token_slabs,
+            down.bias,
+            topk_weights,
             self.routing.topk_ids,
             self.routing.expert_map,
             self.pairs,
@@ -295,11 +315,24 @@ class _Run:
             N=size_n,
             PAIR_SLABS=0 if pair_slabs is None else len(pair_slabs),
             TOKEN_SLABS=0 if token_slabs is None else len(token_slabs),
+            BIAS_STRIDE=0 if topk_weights is None else down.bias_stride,
             TOP_K=self.top_k,
             CHOICES=triton.next_power_of_2(self.top_k),
             BLOCK_N=COMBINE_COLUMNS,
             num_warps=4,
         )
+
+
+def _spec(activation: Activation) -> ActivationSpec:
+    return ActivationSpec(
+        activation.function,
+        activation.gated,
+        activation.limit is not None,
+        0.0 if activation.limit is None else activation.limit,
+        activation.alpha,
+        activation.beta,
+        activation.limit_after,
+    )
 
 
 def _power_below(steps: int) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from compress_tools.errors import KernelUnsupportedError
 from compress_tools.format.schema import Projection
+from resmoe_vllm.kernels.activation import Activation
 from resmoe_vllm.kernels.gpu.block_sizes import pick_config
 from resmoe_vllm.kernels.gpu.launches import Factors, LayerPlan, Plan, Weight, run_plan
 from resmoe_vllm.kernels.gpu.tiles import PLAIN, Tile, TileSpec, octets_view
@@ -50,9 +51,10 @@ def _plan(weights: ResMoEWeights, projection: Projection, restore: bool) -> Plan
         if isinstance(part, LowRankWeights) and projection in part.projections:
             factors = Factors(rows_tile(part.u), rows_tile(part.v[projection]), part.rank, number)
     tile = sum_tile(None, parts, projection)
+    bias = weights.biases.get(projection)
     if tile is not None and restore:
-        return Plan(None, sum_tile(center, parts, projection), factors)
-    return Plan(sum_tile(center, [], projection), tile, factors)
+        return Plan(None, sum_tile(center, parts, projection), factors, bias)
+    return Plan(sum_tile(center, [], projection), tile, factors, bias)
 
 
 class GpuKernel:
@@ -60,10 +62,10 @@ class GpuKernel:
 
     Args:
         weights: in one dtype or codes, all on one GPU.
-        activation: one of ``ACTIVATIONS``.
+        activation: the experts'.
     """
 
-    def __init__(self, weights: ResMoEWeights, activation: str) -> None:
+    def __init__(self, weights: ResMoEWeights, activation: Activation) -> None:
         self._weights, self._activation = weights, activation
         self._plans = {restore: plan_layer(weights, restore) for restore in (False, True)}
 

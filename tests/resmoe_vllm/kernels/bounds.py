@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from compress_tools.format.schema import Projection
-from resmoe_vllm.kernels.activation import ACTIVATIONS
+from resmoe_vllm.kernels.activation import FUNCTIONS, Activation
 from resmoe_vllm.kernels.reference import decode_bitmap_ref
 from resmoe_vllm.kernels.routing import local_ids
 from resmoe_vllm.weights.bound import Coded, LowRankWeights, Matrix, QuantizedWeights, ResMoEWeights
 
-# Largest slopes: silu 1.0998 at 2.4, gelu 1.1290 at 1.41, gelu_tanh 1.1291.
+# Largest slopes: silu 1.0998 at 2.4 (with alpha at 2.4 / alpha), gelu 1.1290 at 1.41, gelu_tanh 1.1291; clamping 1.
 _SLOPE = 1.13
 # Independent errors exceed this many roots of their bounds' squares once in 1500 cases at most (Hoeffding), and that
 # only if each is as large as it can be; evenly spread they do it once in 10^11.
@@ -75,29 +75,50 @@ def sum_bound(sizes: Tensor, terms: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Hidden:
-    """``act(gate) * up`` of one expert for every token ``[T, I]``: value, fp32 error, squares of roundings."""
+    """What the activation gives of one expert for every token ``[T, I]``: value, fp32 error, squares of roundings."""
 
     value: Tensor
     error: Tensor
     squares: Tensor
 
 
-def _hidden(x: Tensor, weights: ResMoEWeights, expert: int, activation: str, unit: float) -> _Hidden:
-    gate, up = (_product(x.double(), weights, name, expert, unit) for name in ("gate_proj", "up_proj"))
-    act = ACTIVATIONS[activation](gate.value)
-    value = act * up.value
+def _hidden(x: Tensor, weights: ResMoEWeights, expert: int, activation: Activation, unit: float) -> _Hidden:
+    up = _product(x.double(), weights, "up_proj", expert, unit)
     error = sum_error(weights.hidden_size + _rank(weights))
-    slope = _SLOPE * (up.value.abs() + _DEVIATIONS * up.squares.sqrt())
+    if not activation.gated:
+        value = activation(None, up.value)
+        slope = _slope(activation, up)
+        return _Hidden(
+            value,
+            error * slope * up.size + 8 * _EPS32 * value.abs(),
+            slope**2 * up.squares + (unit * value) ** 2,
+        )
+    gate = _product(x.double(), weights, "gate_proj", expert, unit)
+    value = activation(gate.value, up.value)
+    # By the function itself, not clamped after: what is more is a wider bound.
+    limit = float("inf") if activation.limit is None else activation.limit
+    act = FUNCTIONS[activation.function](gate.value.clamp(max=limit), activation.alpha)
+    clamped = up.value.clamp(-limit, limit) + activation.beta
+    slope = _slope(activation, gate) * (clamped.abs() + _DEVIATIONS * up.squares.sqrt())
+    # and exp, erf or tanh, and three products; of alpha * gate the exponential sees the rounding
+    exponent = 0 if activation.alpha == 1 else (activation.alpha * gate.value).abs().clamp(max=100)
     return _Hidden(
         value,
-        # and exp, erf or tanh, and three products
-        error * (slope * gate.size + act.abs() * up.size) + 8 * _EPS32 * value.abs(),
+        error * (slope * gate.size + act.abs() * up.size)
+        + (8 + exponent) * _EPS32 * (value.abs() + act.abs() * abs(activation.beta)),
         slope**2 * gate.squares + act**2 * up.squares + (unit * value) ** 2,
     )
 
 
-def hidden_bound(x: Tensor, weights: ResMoEWeights, expert: int, activation: str) -> Tensor:
-    """Largest error of ``act(gate) * up`` in fp32, before router weights: fp64 ``[T, I]``."""
+def _slope(activation: Activation, x: "_Product") -> Tensor | float:
+    """Largest slope of the function between what two right kernels may give for ``x``."""
+    if activation.function != "relu2":
+        return _SLOPE
+    return 2 * (x.value.abs() + _DEVIATIONS * x.squares.sqrt() + x.size * _EPS32)
+
+
+def hidden_bound(x: Tensor, weights: ResMoEWeights, expert: int, activation: Activation) -> Tensor:
+    """Largest error of the activation in fp32, before router weights: fp64 ``[T, I]``."""
     return _hidden(x, weights, expert, activation, unit=0).error
 
 
@@ -106,7 +127,7 @@ def layer_bound(
     topk_weights: Tensor,
     topk_ids: Tensor,
     weights: ResMoEWeights,
-    activation: str,
+    activation: Activation,
     precision: Precision,
     expert_map: Tensor | None = None,
 ) -> Tensor:
@@ -117,7 +138,7 @@ def layer_bound(
         topk_weights: router weights ``[T, K]``.
         topk_ids: global expert ids ``[T, K]``; negative ones are skipped.
         weights: the layer.
-        activation: one of ``ACTIVATIONS``.
+        activation: the experts'.
         precision: what the kernel rounds to.
         expert_map: ``[E]`` global -> local expert, -1 elsewhere; None when all experts are here.
     Returns:
@@ -213,4 +234,8 @@ def _product(
         sizes.append(x.abs() @ first.abs() @ second.abs())
         # the first factor; what it gives and the second one; the result
         squares.append(x**2 @ first**2 @ second**2 + 2 * (shrunk**2 @ second**2) + values[-1] ** 2)
+    if projection in weights.biases:
+        bias = weights.biases[projection][expert].double()
+        values.append(bias.expand_as(values[0]))
+        sizes.append(bias.abs().expand_as(sizes[0]))
     return _Product(torch.stack(values).sum(0), torch.stack(sizes).sum(0), unit**2 * torch.stack(squares).sum(0))

@@ -9,6 +9,7 @@ import mmap
 import torch
 from torch import Tensor
 
+from resmoe_vllm.kernels.activation import SILU
 from resmoe_vllm.kernels.cpu import native
 from tests.resmoe_vllm.kernels.test_vllm_kernels import hidden_states, make_routing
 from tests.resmoe_vllm.layers import bound_weights, layer_kinds, load_all, new_loader, store_layer
@@ -44,7 +45,7 @@ def main() -> None:
             load_all(module, loader, layer)
             for param in module.parameters():
                 param.data = guarded(param.data)
-            kernel = native.NativeKernel(library, bound_weights(module, loader), "silu")
+            kernel = native.NativeKernel(library, bound_weights(module, loader), SILU)
             for routing in ("T1-KE", "T13-K2"):
                 weights, ids = make_routing(4, routing)
                 out = kernel(guarded(hidden_states(len(ids), 67, dtype)), guarded(weights), guarded(ids))

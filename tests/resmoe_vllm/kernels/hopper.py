@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.harness.shapes import MoEShape
 from benchmarks.kernels.layers import LAYER_MAKERS, make_layer
+from resmoe_vllm.kernels.activation import SILU
 from resmoe_vllm.kernels.gpu.block_sizes import default_config
 from resmoe_vllm.kernels.gpu.launches import LayerPlan, run_plan
 
@@ -60,7 +61,7 @@ def compile_plan(plan_of: Callable[[bool], LayerPlan], method: str, tokens: int)
         expert_map = torch.arange(SHAPE.experts, dtype=torch.int32)
         config = default_config(tokens, SHAPE.top_k, SHAPE.experts, frozenset({method}))
         weights = torch.ones(tokens, SHAPE.top_k)
-        run_plan(x, weights, ids, plan_of(config.restore), "silu", expert_map, config)
+        run_plan(x, weights, ids, plan_of(config.restore), SILU, expert_map, config)
     finally:
         JITFunction.run = plain
     return built

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from compress_tools.format.dtypes import DTYPES
-from resmoe_vllm.kernels.activation import ACTIVATIONS
+from resmoe_vllm.kernels.activation import SILU
 from resmoe_vllm.kernels.reference import fused_moe_ref, restore_ref
 from resmoe_vllm.weights.bound import ResMoEWeights
 from tests.resmoe_vllm.kernels.bounds import Precision, layer_bound, worst_share
@@ -35,7 +35,7 @@ def forgetful(
         seen = x.double().clone()
         if column is not None:
             seen[:, column] = 0
-        hidden = ACTIVATIONS["silu"](seen @ gate.T) * (x.double() @ up.T)
+        hidden = SILU(seen @ gate.T, x.double() @ up.T)
         if row is not None:
             hidden[:, row] = 0
         share = (weights.double() * (ids == expert)).sum(1, keepdim=True)
@@ -53,9 +53,9 @@ def test_a_wrong_sum_is_outside_of_the_bound(kind: str, dtype: str) -> None:
     weights, ids = make_routing(SIZE_E, "T13-K2")
     x = hidden_states(13, SIZE_H, dtype)
     experts = restore(layer)
-    expected = fused_moe_ref(x, weights, ids, layer, "silu")
+    expected = fused_moe_ref(x, weights, ids, layer, SILU)
     # The widest bound: of a kernel that rounds operands of products to the dtype.
-    limit = layer_bound(x, weights, ids, layer, "silu", Precision(DTYPES[dtype], x.dtype))
+    limit = layer_bound(x, weights, ids, layer, SILU, Precision(DTYPES[dtype], x.dtype))
 
     def share(wrong: Tensor) -> float:
         return worst_share(wrong, expected, limit)
@@ -65,5 +65,5 @@ def test_a_wrong_sum_is_outside_of_the_bound(kind: str, dtype: str) -> None:
     assert min(share(forgetful(x, weights, ids, experts, row=row)) for row in range(SIZE_I)) > 1
     for expert in range(SIZE_E):
         without = ids.masked_fill(ids == expert, -1)
-        assert share(fused_moe_ref(x, weights, without, layer, "silu")) > 1
+        assert share(fused_moe_ref(x, weights, without, layer, SILU)) > 1
     assert share(torch.zeros_like(expected)) > 1

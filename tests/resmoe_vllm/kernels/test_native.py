@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compress_tools.errors import KernelUnsupportedError
 from compress_tools.format.dtypes import DTYPES
+from resmoe_vllm.kernels.activation import SILU
 from resmoe_vllm.kernels.cpu import build, native, plain_torch, self_test, structs
 from resmoe_vllm.kernels.reference import fused_moe_ref
 from resmoe_vllm.weights.bound import ResMoEWeights
@@ -36,8 +37,8 @@ def bound(kind: str, dtype: str, size_i: int = 33, size_h: int = 67) -> ResMoEWe
 
 def check(found: Tensor, x: Tensor, weights: Tensor, ids: Tensor, layer: ResMoEWeights) -> None:
     """Within the bound of the reference."""
-    limit = layer_bound(x, weights, ids, layer, "silu", Precision(torch.float32, x.dtype))
-    assert_within(found, fused_moe_ref(x, weights, ids, layer, "silu"), limit)
+    limit = layer_bound(x, weights, ids, layer, SILU, Precision(torch.float32, x.dtype))
+    assert_within(found, fused_moe_ref(x, weights, ids, layer, SILU), limit)
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_any_number_of_threads_gives_the_reference(kind: str, count: int) -> Non
     weights, ids = make_routing(4, "T13-K2")
     x = hidden_states(13, 67, "float32")
     torch.set_num_threads(count)
-    check(native.NativeKernel(LIBRARY, layer, "silu")(x, weights, ids), x, weights, ids, layer)
+    check(native.NativeKernel(LIBRARY, layer, SILU)(x, weights, ids), x, weights, ids, layer)
 
 
 @pytest.mark.parametrize("kind", SUMS)
@@ -66,14 +67,14 @@ def test_an_expert_that_a_token_chose_twice_counts_twice(kind: str) -> None:
     weights, ids = make_routing(4, "T13-K2")
     ids[1::2, 1] = ids[1::2, 0]
     x = hidden_states(13, 67, "float32")
-    check(native.NativeKernel(LIBRARY, layer, "silu")(x, weights, ids), x, weights, ids, layer)
-    check(plain_torch.fused_moe(x, weights, ids, layer, "silu"), x, weights, ids, layer)
+    check(native.NativeKernel(LIBRARY, layer, SILU)(x, weights, ids), x, weights, ids, layer)
+    check(plain_torch.fused_moe(x, weights, ids, layer, SILU), x, weights, ids, layer)
 
 
 @pytest.mark.parametrize("kind", SUMS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_result_is_rounded_to_nearest(kind: str, dtype: str) -> None:
-    kernel = native.NativeKernel(LIBRARY, bound(kind, dtype), "silu")
+    kernel = native.NativeKernel(LIBRARY, bound(kind, dtype), SILU)
     weights, ids = make_routing(4, "T13-K2")
     x = hidden_states(13, 67, dtype)
     exact = kernel(x.float(), weights, ids)
@@ -90,7 +91,7 @@ def test_a_processor_without_avx512_gives_the_same() -> None:
             for routing in ("T1-KE", "T13-K2"):
                 weights, ids = make_routing(4, routing)
                 x = hidden_states(len(ids), 192, dtype)
-                found = native.NativeKernel(smaller, layer, "silu")(x, weights, ids)
+                found = native.NativeKernel(smaller, layer, SILU)(x, weights, ids)
                 check(found, x, weights, ids, layer)
 
 

@@ -9,7 +9,7 @@
 namespace resmoe {
 
 enum Dtype : int32_t { kFloat = 0, kBFloat16 = 1, kHalf = 2 };
-enum Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
+enum Function : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu2 = 3 };
 
 constexpr int kProjections = 3;
 enum Projection { kGate = 0, kUp = 1, kDown = 2 };
@@ -50,6 +50,15 @@ struct Quantized {            // one part of codes
   Matrix rows[kProjections];  // [E, I, H]
 };
 
+struct Activation {     // f(min(gate, limit)) * (clamp(up, -limit, limit) + beta); without a gate f(up)
+  int32_t function;     // f
+  int32_t gated;        // the fields below are for experts with a gate
+  int32_t limit_after;  // gate's limit is that of f(gate)
+  float limit;          // infinite: nothing is clamped
+  float alpha;          // of SiLU: x * sigmoid(alpha * x)
+  float beta;
+};
+
 struct Layer {
   int64_t hidden, intermediate, experts, mask_bytes;
   Matrix center[kProjections];  // [I, H], down transposed
@@ -59,7 +68,10 @@ struct Layer {
   int64_t num_bitmap;
   const Quantized* quantized;
   int64_t num_quantized;
-  int32_t dtype, activation;
+  const void* bias[kProjections];     // [E, I], of down [E, H], in the layer's dtype; null: there is none
+  int64_t bias_stride[kProjections];  // elements from one expert to the next
+  Activation activation;
+  int32_t dtype;
 };
 
 // One line for a field of a struct that crosses the ABI.
@@ -74,10 +86,12 @@ inline std::string struct_fields() {
          FIELD(Bitmap, row_ptr_stride) + FIELD(Bitmap, values_stride) + FIELD(Bitmap, scales_stride) +
          FIELD(Bitmap, starts_stride) + FIELD(Bitmap, readable) + FIELD(Bitmap, values_per_row) + FIELD(Bitmap, bits) +
          FIELD(Bitmap, group) + FIELD(LowRank, u) + FIELD(LowRank, v) + FIELD(LowRank, rank) + FIELD(Quantized, rows) +
-         FIELD(Layer, hidden) + FIELD(Layer, intermediate) + FIELD(Layer, experts) + FIELD(Layer, mask_bytes) +
-         FIELD(Layer, center) + FIELD(Layer, low_rank) + FIELD(Layer, num_low_rank) + FIELD(Layer, bitmap) +
-         FIELD(Layer, num_bitmap) + FIELD(Layer, quantized) + FIELD(Layer, num_quantized) + FIELD(Layer, dtype) +
-         FIELD(Layer, activation);
+         FIELD(Activation, function) + FIELD(Activation, gated) + FIELD(Activation, limit_after) +
+         FIELD(Activation, limit) + FIELD(Activation, alpha) + FIELD(Activation, beta) + FIELD(Layer, hidden) +
+         FIELD(Layer, intermediate) + FIELD(Layer, experts) + FIELD(Layer, mask_bytes) + FIELD(Layer, center) +
+         FIELD(Layer, low_rank) + FIELD(Layer, num_low_rank) + FIELD(Layer, bitmap) + FIELD(Layer, num_bitmap) +
+         FIELD(Layer, quantized) + FIELD(Layer, num_quantized) + FIELD(Layer, bias) + FIELD(Layer, bias_stride) +
+         FIELD(Layer, activation) + FIELD(Layer, dtype);
 }
 #undef FIELD
 

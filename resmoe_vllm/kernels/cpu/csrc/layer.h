@@ -4,10 +4,11 @@
 //
 //   1  project_inputs: rows of center gate/up . x, once per token; rows of low-rank V gate/up . x, once per pair
 //   2  run_experts: for each block of an expert's pairs and of rows
-//        add_gate_up:    gate, up = center + residual
-//        activate_rows:  a = act(gate) * up * weight; mixed_hidden[token] += a
+//        add_gate_up:    gate, up = center + bias + residual
+//        activate_rows:  a = activate(gate, up) * weight; mixed_hidden[token] += a
 //        add_down:       low rank: shrunk_hidden[pair] += a * U; others: out[token] += a * D_down
-//   3  project_outputs: out[token] += mixed_hidden[token] * center_down; out[token] += shrunk_hidden[pair] * V_down
+//   3  project_outputs: out[token] += mixed_hidden[token] * center_down; out[token] += shrunk_hidden[pair] * V_down;
+//                       out[token] += weight * bias_down
 //   4  add_partial_outputs: sum of the threads' outputs
 //
 // U is read once for gate, up and down. Each thread owns its rows, so nothing is shared but sums per thread, and the
@@ -30,10 +31,18 @@ namespace resmoe {
 
 constexpr int64_t kSums = 2 * kInputs;
 
-inline float activate(int32_t kind, float g) {
-  if (kind == kSilu) return g / (1.0f + expf(-g));
-  if (kind == kGelu) return 0.5f * g * (1.0f + erff(g * 0.70710678118654752f));
-  return 0.5f * g * (1.0f + tanhf(0.79788456080286536f * (g + 0.044715f * g * g * g)));
+inline float apply(const Activation& a, float x) {
+  if (a.function == kSilu) return x / (1.0f + expf(-a.alpha * x));
+  if (a.function == kGelu) return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+  if (a.function == kGeluTanh) return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+  const float positive = std::max(x, 0.0f);
+  return positive * positive;
+}
+// NaN stays NaN: std::min and std::max give their first argument then.
+inline float activate(const Activation& a, float gate, float up) {
+  if (!a.gated) return apply(a, up);
+  const float opened = a.limit_after ? std::min(apply(a, gate), a.limit) : apply(a, std::min(gate, a.limit));
+  return opened * (std::max(std::min(up, a.limit), -a.limit) + a.beta);
 }
 
 inline float load(const uint16_t* from, int32_t dtype, int64_t i) {
@@ -164,6 +173,10 @@ struct Run {
 
   const W* stored(const Matrix& m, int64_t e, int64_t i, int64_t columns) const {
     return (const W*)m.data + e * m.stride + i * columns;
+  }
+
+  const W* stored_bias(int p, int64_t e) const {
+    return layer.bias[p] ? (const W*)layer.bias[p] + e * layer.bias_stride[p] : nullptr;
   }
 
   // Row i, or the last one if there are fewer.
@@ -328,14 +341,18 @@ struct Run {
     });
   }
 
-  // sums[p][r * kSums + s]: the center's product, and what the residual's parts add to it.
+  // sums[p][r * kSums + s]: the center's product, the bias, and what the residual's parts add to it.
   void add_gate_up(const Block& b, float* const (&sums)[2], Scratch& scratch) const {
     const int64_t H = layer.hidden, e = b.expert, i = b.first_row;
     const int32_t* token = routing.token.data() + b.first_pair;
-    for (int p = kGate; p <= kUp; ++p)
+    for (int p = kGate; p <= kUp; ++p) {
       for (int64_t s = 0; s < b.pairs; ++s)
         for (int64_t r = 0; r < b.rows; ++r)
           sums[p][r * kSums + s] = center_products[p][token[s] * layer.intermediate + i + r];
+      if (const W* bias = stored_bias(p, e))
+        for (int64_t r = 0; r < b.rows; ++r)
+          for (int64_t s = 0; s < b.pairs; ++s) sums[p][r * kSums + s] += T::scalar(bias[i + r]);
+    }
     for (int64_t g = 0; g < layer.num_low_rank; ++g) {
       const LowRank& part = layer.low_rank[g];
       // Gate and up where U serves both: its rows are read once.
@@ -361,7 +378,7 @@ struct Run {
     const int32_t* token = routing.token.data() + b.first_pair;
     for (int64_t s = 0; s < b.pairs; ++s)
       for (int64_t r = 0; r < b.rows; ++r) {
-        const float a = activate(layer.activation, sums[kGate][r * kSums + s]) * sums[kUp][r * kSums + s] *
+        const float a = activate(layer.activation, sums[kGate][r * kSums + s], sums[kUp][r * kSums + s]) *
                         routing.weight[b.first_pair + s];
         scratch.hidden[s * kRows + r] = a;
         mixed_hidden[token[s] * layer.intermediate + b.first_row + r] += a;
@@ -420,6 +437,14 @@ struct Run {
         }
       });
     }
+    if (!layer.bias[kDown]) return;
+    const Span columns = share(H, 64, thread, threads);
+    for_pair_blocks([&](int64_t e, int64_t q, int64_t outputs) {
+      const W* bias = stored_bias(kDown, e);
+      for (int64_t s = q; s < q + outputs; ++s)
+        for (int64_t c = columns.begin; c < columns.end; ++c)
+          own_out[routing.token[s] * H + c] += routing.weight[s] * T::scalar(bias[c]);
+    });
   }
 
   void add_partial_outputs(int thread, int threads) {
