@@ -51,5 +51,6 @@ AXK1 = MoEArchitecture(
     title="A.X-K1",
     models=("A.X-K1 (bf16)",),
     intermediate_size_keys=("moe_intermediate_size",),
+    own_output=True,
     renames=((r"\.mlp\.post_mlp_layernorm\.", ".post_mlp_layernorm."),),
 )

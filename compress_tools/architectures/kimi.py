@@ -13,6 +13,7 @@ KIMI_LINEAR = MoEArchitecture(
     projections=MIXTRAL_PROJECTIONS,
     layouts=(OneByOne(EXPERT, dict(MIXTRAL_PROJECTIONS)), Stacked()),
     intermediate_size_keys=("moe_intermediate_size",),
+    own_output=True,
     renames=(
         (r"\.self_attn\.forget_gate\.", ".self_attn."),
         (r"\.mlp\.(gate\.|shared_experts\.)", r".block_sparse_moe.\1"),

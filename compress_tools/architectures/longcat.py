@@ -10,6 +10,7 @@ LONGCAT_FLASH = MoEArchitecture(
     num_experts_keys=("n_routed_experts",),
     intermediate_size_keys=("expert_ffn_hidden_size", "moe_intermediate_size"),
     num_layers_keys=("num_layers",),
+    own_output=True,
     vllm_cpu=False,
     runs_in="its router is a kernel for GPUs",
 )

@@ -21,7 +21,7 @@ COPIED = {
     "tokenizer.json": "tokenizer.json",
     "modeling_own.py": "modeling_own.py",
     "README.md": "SOURCE_README.md",
-    "docs/README.md": "docs/README.md",
+    "original/README.md": "original/README.md",
     "original/params.json": "original/params.json",
     # Only at the top are these names the checkpoint's own.
     "1_Pooling/config.json": "1_Pooling/config.json",
@@ -43,7 +43,7 @@ LEFT_OUT = {
     "linked": "a link to a directory",
     "pipe": "no regular file",
 }
-NOBODYS = [".gitattributes", ".git/config", ".cache/huggingface/x.json", "__pycache__/x.pyc", "docs/.hidden"]
+NOBODYS = [".gitattributes", ".git/config", ".cache/huggingface/x.json", "__pycache__/x.pyc", "original/.hidden"]
 
 
 @pytest.fixture
