@@ -1,6 +1,7 @@
 """The whole way in order, one MoE layer at a time: read, find the center, code the residuals, write."""
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ from compress_tools.planner.plan_file import PlanFile
 from compress_tools.progress.listener import ProgressListener, Silent
 from compress_tools.report import CompressionReport, LayerReport
 from compress_tools.slices.slices import Slice, files_of, finish_slice, read_slice, shards_of, slice_path
+from compress_tools.source.files import CheckpointFiles
 from compress_tools.source.layer_weights import read_layer
 from compress_tools.source.moe_source import open_source
 from compress_tools.source.source_reader import SourceReader
 
 
 def compress(
-    src: str | Path,
+    src: str | Path | CheckpointFiles,
     dst: str | Path,
     config: CompressionConfig,
     *,
@@ -42,7 +44,7 @@ def compress(
     """Compress a Hugging Face MoE checkpoint into a ResMoE checkpoint.
 
     Args:
-        src: source directory; only read.
+        src: source directory, or a model of the hub (``hub.files.source_files``); only read.
         dst: output directory; appears when it is whole.
         config: the recipe.
         planned: how each layer is stored, and how centers are found, in place of the recipe's; device and workers
@@ -56,7 +58,7 @@ def compress(
         ConfigError, UnsupportedArchitectureError, CheckpointError, NumericalError: see errors.py.
     """
     progress = progress or Silent()
-    job = _prepare(Path(src), Path(dst), config, src, planned)
+    job = _prepare(src, Path(dst), config, planned)
     with CheckpointWriter(dst, job.identity, resume=resume, overwrite=overwrite) as writer:
         if writer.is_finished:
             return finished_report(writer.dst, progress)
@@ -65,7 +67,7 @@ def compress(
 
 
 def compress_slice(  # noqa: PLR0913  what compress takes, and the slice
-    src: str | Path,
+    src: str | Path | CheckpointFiles,
     dst: str | Path,
     config: CompressionConfig,
     part: Slice,
@@ -78,7 +80,7 @@ def compress_slice(  # noqa: PLR0913  what compress takes, and the slice
     """Make one slice of what ``compress`` makes; ``merge`` joins all of them.
 
     Args:
-        src: source directory; only read.
+        src: source directory, or a model of the hub (``hub.files.source_files``); only read.
         dst: the whole checkpoint's directory to be; the slice goes beside it, and appears when it is whole.
         config: the recipe.
         part: which slice.
@@ -92,7 +94,7 @@ def compress_slice(  # noqa: PLR0913  what compress takes, and the slice
         ConfigError, UnsupportedArchitectureError, CheckpointError, NumericalError: see errors.py.
     """
     progress = progress or Silent()
-    job = _prepare(Path(src), Path(dst), config, src, planned)
+    job = _prepare(src, Path(dst), config, planned)
     shards = shards_of(job.target, part)
     target = slice_path(dst, part)
     with CheckpointWriter(target, job.identity, resume=resume, overwrite=overwrite) as writer:
@@ -117,17 +119,17 @@ class _Job:
     files: dict[Path, Path]
 
 
-def _prepare(src: Path, dst: Path, config: CompressionConfig, spelled: str | Path, planned: PlanFile | None) -> _Job:
+def _prepare(src: str | Path | CheckpointFiles, dst: Path, config: CompressionConfig, planned: PlanFile | None) -> _Job:
     check_device(config.device)
     reader = SourceReader(src)
-    Staging(dst).check_apart(src)
+    Staging(dst).check_apart(reader.path)
     if planned is None:
         target = make_target(reader, config)
     else:
         config = planned.config(config.device, config.workers)
         target = make_target(reader, config, planned.compressed(open_source(reader)))
     recipe = config.recipe() if planned is None else {"plan": planned.resolved()}
-    outline = make_outline(spelled, recipe, target, None if planned is None else planned.text)
+    outline = make_outline(src, recipe, target, None if planned is None else planned.text)
     identity = {
         "source": reader.fingerprint(),
         "recipe": outline.recipe,
@@ -142,7 +144,11 @@ def _write_shards(
     job: _Job, shards: list[Shard], files: dict[Path, Path], writer: CheckpointWriter, progress: ProgressListener
 ) -> dict[str, dict[str, Any]]:
     records = {shard.filename: record for shard in shards if (record := writer.record(shard.filename)) is not None}
-    check_space(writer, sum(_file_bytes(job, shard) for shard in shards if shard.filename not in records), files)
+    outstanding, store = [shard for shard in shards if shard.filename not in records], job.target.source.reader.store
+    read = {shard.filename: job.target.source.reader.shards_of(_names_read(job, shard)) for shard in outstanding}
+    needed = sum(_file_bytes(job, shard) for shard in outstanding)
+    of_layers = [read[shard.filename] for shard in outstanding if shard.layer is not None]
+    check_space(writer, needed + store.disk_bytes(of_layers), files)
     begun, here = writer.identity[MACHINE], job.identity[MACHINE]
     for remark in job.target.remarks():
         progress.say(remark)
@@ -151,8 +157,9 @@ def _write_shards(
         progress.say(f"resuming: {len(records)} of {len(shards)} shards are written")
     if begun != here:
         progress.say(f"begun on {begun}, goes on on {here}: the result is as good, but its last bits may differ")
+    store.prepare(sorted({name for names in read.values() for name in names}))
     with one_thread_each():
-        for shard in shards:
+        for shard in _as_they_lie(shards, read) if store.streams else shards:
             if shard.filename not in records:
                 records[shard.filename] = _write(job, shard, writer, progress)
             record = records[shard.filename]
@@ -170,7 +177,19 @@ def _write(job: _Job, shard: Shard, writer: CheckpointWriter, progress: Progress
     return writer.write_shard(shard.filename, made.tensors, {"layer": asdict(made.report), "seconds": seconds})
 
 
+def _as_they_lie(shards: list[Shard], read: dict[str, list[str]]) -> list[Shard]:
+    """Layers in the order of the weight files that they are in, so that each of these is fetched once."""
+    return sorted(shards, key=lambda shard: (shard.layer is not None, read.get(shard.filename, [])))
+
+
+def _names_read(job: _Job, shard: Shard) -> Collection[str]:
+    """Names of the source's tensors that an output file is made from."""
+    return shard.copied if shard.layer is None else job.target.source.expected(shard.layer)
+
+
 def _copied(job: _Job, shard: Shard, progress: ProgressListener) -> dict[str, Tensor]:
+    # A few tensors of a weight file are not worth having all of it.
+    job.target.source.reader.need(shard.copied, least_share=0.5)
     progress.stage("copying other tensors", len(shard.tensors))
     tensors, uses = {}, Counter(shard.copied)
     for name, copied in zip(shard.tensors, shard.copied, strict=True):

@@ -44,7 +44,8 @@ class CompressionReport:
     """The whole run. ``seconds`` (by layer and stage) goes to a file of its own: it differs from run to run.
 
     ``shards`` are the SHA-256 checksums of the weight files, by name; ``decoded`` counts the source's quantised tensors
-    by their form, ``left_out`` says why tensors and files of the source are not in the output.
+    by their form, ``left_out`` says why tensors and files of the source are not in the output, ``origin`` from which
+    repository, revision and commit a source was fetched.
     """
 
     layers: list[LayerReport]
@@ -55,6 +56,7 @@ class CompressionReport:
     shards: dict[str, str]
     decoded: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
 
     @property
     def relative_error(self) -> float:
@@ -75,4 +77,5 @@ class CompressionReport:
             "shards": self.shards,
             **({"decoded": self.decoded} if self.decoded else {}),
             **({"left_out": self.left_out} if self.left_out else {}),
+            **({"source": self.origin} if self.origin else {}),
         }

@@ -7,8 +7,10 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from compress_tools.cli.request import Request
+    from compress_tools.progress.listener import ProgressListener
     from compress_tools.slices.slices import Slice
+    from compress_tools.source.files import CheckpointFiles
 
 EXIT_CODES = """\b
 Exit codes:
@@ -62,6 +66,14 @@ def _evaluation_configs() -> "Sequence[type[BaseModel]]":
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+revision_option = click.option(
+    "--revision", metavar="REV", help="Branch, tag or commit of a model of the hub.  [default: main]"
+)
+stream_option = click.option(
+    "--stream",
+    is_flag=True,
+    help="Never hold all of a model of the hub: fetch its weight files as layers need them, and remove them after.",
+)
 plan_option = click.option("--plan", "plan_file", metavar="FILE", help="Store each layer as this plan says.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace DST and what an unfinished run left.")
 
@@ -87,6 +99,8 @@ def cli() -> None:
     "--shard", metavar="I/N", help="Make slice I of N, a directory beside DST; `resmoe merge DST` joins all of them."
 )
 @click.option("--dry-run", is_flag=True, help="Print sizes and peak memory; write nothing.")
+@revision_option
+@stream_option
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same source and recipe.")
 @overwrite_option
 @json_option
@@ -97,12 +111,14 @@ def compress(  # noqa: PLR0913 - click hands over each option by its name
     plan_file: str | None,
     shard: str | None,
     dry_run: bool,
+    revision: str | None,
+    stream: bool,
     resume: bool,
     overwrite: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Compress the MoE checkpoint SRC into the ResMoE checkpoint DST.
+    """Compress the MoE checkpoint SRC, a directory or ORG/NAME of the hub, into the ResMoE checkpoint DST.
 
     \b
     One coder for all layers (--method ...), a byte budget that is spent where it pays
@@ -112,6 +128,7 @@ def compress(  # noqa: PLR0913 - click hands over each option by its name
     """  # noqa: D301 - click's mark of lines to keep
     from compress_tools.cli.printing import print_report, print_result, progress_on_stderr, with_command
     from compress_tools.cli.request import kept_plan_path, plan_for_output, read_request
+    from compress_tools.cli.sources import opened_source
     from compress_tools.pipeline import compress as run
     from compress_tools.pipeline import compress_slice
     from compress_tools.slices.slices import make_slice, slice_path
@@ -125,12 +142,16 @@ def compress(  # noqa: PLR0913 - click hands over each option by its name
             "then --plan plan.yaml with each slice"
         )
     if dry_run:
-        _print_plan(src, request, as_json=as_json, part=part)
+        _print_plan(src, request, partial(opened_source, src, revision, stream=stream), as_json=as_json, part=part)
         return
     if part is not None:
-        with progress_on_stderr(quiet=as_json, dst=slice_path(dst, part)) as progress:
+        beside = slice_path(dst, part)
+        with (
+            progress_on_stderr(quiet=as_json, dst=beside) as progress,
+            opened_source(src, revision, progress, stream=stream, dst=beside) as source,
+        ):
             path = compress_slice(
-                src,
+                source,
                 dst,
                 request.config,
                 part,
@@ -145,13 +166,18 @@ def compress(  # noqa: PLR0913 - click hands over each option by its name
             as_json=as_json,
         )
         return
-    with progress_on_stderr(quiet=as_json, dst=dst) as progress:
+    with (
+        progress_on_stderr(quiet=as_json, dst=dst) as progress,
+        opened_source(src, revision, progress, stream=stream, dst=dst) as source,
+    ):
         planned = request.planned
         if request.budget is not None:
             planned = plan_for_output(
-                src, dst, request.config, request.budget, resume=resume, overwrite=overwrite, progress=progress
+                source, dst, request.config, request.budget, resume=resume, overwrite=overwrite, progress=progress
             )
-        report = run(src, dst, request.config, planned=planned, progress=progress, resume=resume, overwrite=overwrite)
+        report = run(
+            source, dst, request.config, planned=planned, progress=progress, resume=resume, overwrite=overwrite
+        )
         if request.budget is not None:
             kept_plan_path(dst).unlink(missing_ok=True)
     print_report(report, dst, as_json=as_json)
@@ -185,24 +211,40 @@ def merge(
 @plan_option
 @click.option("--out", metavar="FILE", help="Write the plan for --target-bytes-ratio; edit it, then pass it to --plan.")
 @click.option("--overwrite", is_flag=True, help="Replace the file of --out.")
+@revision_option
+@stream_option
 @json_option
-def plan(*, src: str, plan_file: str | None, out: str | None, overwrite: bool, as_json: bool, **options: Any) -> None:
+def plan(
+    *,
+    src: str,
+    plan_file: str | None,
+    out: str | None,
+    overwrite: bool,
+    revision: str | None,
+    stream: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Say what `resmoe compress SRC` would write: params, bytes, peak memory.
 
     Weights are read only with --target-bytes-ratio, which measures them; nothing is written but --out.
     """
     from compress_tools.cli.request import read_request
+    from compress_tools.cli.sources import opened_source
 
-    _print_plan(src, read_request(given(options), plan_file), out, as_json=as_json, overwrite=overwrite)
+    request, opened = read_request(given(options), plan_file), partial(opened_source, src, revision, stream=stream)
+    _print_plan(src, request, opened, out, as_json=as_json, overwrite=overwrite)
 
 
 @cli.command(cls=ConfigCommand, configs=_probe_configs)
 @click.argument("src")
 @click.option("--picture", metavar="FILE.png", help="Draw curves and errors.")
+@revision_option
 @json_option
-def probe(*, src: str, picture: str | None, as_json: bool, **options: Any) -> None:
+def probe(*, src: str, picture: str | None, revision: str | None, as_json: bool, **options: Any) -> None:
     """Is a center worth it? Measure sampled experts of the MoE checkpoint SRC, before compressing anything."""
     from compress_tools.cli.printing import print_result, progress_on_stderr
+    from compress_tools.cli.sources import opened_source
     from compress_tools.probe.config import make_probe_config
     from compress_tools.probe.probe import probe as run
     from compress_tools.probe.tables import probe_tables
@@ -212,8 +254,8 @@ def probe(*, src: str, picture: str | None, as_json: bool, **options: Any) -> No
         from compress_tools.probe.picture import check_picture_path, draw_probe
 
         check_picture_path(picture)
-    with progress_on_stderr(quiet=as_json) as progress:
-        found = run(src, config, progress)
+    with progress_on_stderr(quiet=as_json) as progress, opened_source(src, revision, progress) as source:
+        found = run(source, config, progress)
     if picture is not None:
         draw_probe(found, picture)
     print_result(found.content(), lambda: probe_tables(found), as_json=as_json)
@@ -236,15 +278,24 @@ def inspect(*, path: str, as_json: bool) -> None:
 @click.argument("path")
 @click.option("--against", metavar="SRC", help="The source: recompute the error, account for each tensor and file.")
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Assignments in parallel.")
+@revision_option
+@stream_option
 @json_option
-def verify(*, path: str, against: str | None, workers: int, as_json: bool) -> None:
+def verify(*, path: str, against: str | None, workers: int, revision: str | None, stream: bool, as_json: bool) -> None:
     """Check the ResMoE checkpoint PATH: every expert there, shapes, finiteness, masks, error."""
     from compress_tools.cli.printing import print_result, progress_on_stderr
+    from compress_tools.cli.sources import opened_source
     from compress_tools.cli.tables import verdict_table
     from compress_tools.stored.verify import verification
 
     with progress_on_stderr(quiet=as_json) as progress:
-        found = verification(path, against, workers, progress)
+        if against is None:
+            if stream or revision is not None:
+                raise ConfigError(f"{'--stream' if stream else '--revision'} has no effect without --against ORG/NAME")
+            found = verification(path, None, workers, progress)
+        else:
+            with opened_source(against, revision, progress, stream=stream) as source:
+                found = verification(path, source, workers, progress)
     print_result({"ok": True, **asdict(found)}, lambda: verdict_table(found), as_json=as_json)
 
 
@@ -313,7 +364,9 @@ def demo(*, out_dir: str) -> None:
 
 # Packages that are imported where they are needed, and the extra that brings each.
 EXTRAS = {
-    **dict.fromkeys(("click", "lap", "ot", "yaml", "rich", "threadpoolctl", "transformers"), "compress"),
+    **dict.fromkeys(
+        ("click", "huggingface_hub", "lap", "ot", "yaml", "rich", "threadpoolctl", "transformers"), "compress"
+    ),
     "matplotlib": "plot",
     **dict.fromkeys(("openai", "psutil", "tokenizers"), "demo"),
     "ray": "ray",
@@ -384,20 +437,24 @@ def _check_exclusive(*, resume: bool, overwrite: bool) -> None:
 def _print_plan(
     src: str,
     request: "Request",
+    opened: "Callable[[ProgressListener], AbstractContextManager[str | CheckpointFiles]]",
     out_file: str | None = None,
     *,
     as_json: bool,
     part: "Slice | None" = None,
     overwrite: bool = False,
 ) -> None:
-    """The whole plan; with ``part`` also what that slice makes of it."""
+    """The whole plan; ``opened`` is the source ``src``, with ``part`` also what that slice makes of it."""
     from compress_tools.cli.printing import print_for_people, print_result, progress_on_stderr, with_command
     from compress_tools.cli.request import planned_sizes
     from compress_tools.cli.tables import plan_table, planned_table
     from compress_tools.slices.slices import shards_of
 
-    with progress_on_stderr(quiet=as_json or request.budget is None) as progress:
-        made, planned = planned_sizes(src, request, out_file, progress, overwrite=overwrite)
+    with (
+        progress_on_stderr(quiet=as_json or request.budget is None) as progress,
+        opened(progress) as source,
+    ):
+        made, planned = planned_sizes(source, request, out_file, progress, overwrite=overwrite)
     content = made.summary() if planned is None else {**made.summary(), "plan": planned.resolved()}
     layers: list[int] = []
     if part is not None:

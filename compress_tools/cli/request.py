@@ -15,6 +15,7 @@ from compress_tools.planner.config import CENTER_FIELDS, CHOSEN_BY_PLANNER, Plan
 from compress_tools.planner.plan_file import PlanFile, parse_plan, read_plan
 from compress_tools.progress.listener import ProgressListener
 from compress_tools.report import PLAN_NAME
+from compress_tools.source.files import CheckpointFiles
 from compress_tools.source.moe_source import open_source
 from compress_tools.source.source_reader import SourceReader
 from compress_tools.text_file import in_words, read_text
@@ -70,7 +71,7 @@ def _refuse(names: Collection[str], given: Collection[str], why: str) -> None:
 
 
 def plan_for_output(
-    src: str | Path,
+    src: str | Path | CheckpointFiles,
     dst: str | Path,
     config: CompressionConfig,
     budget: PlannerConfig,
@@ -90,7 +91,11 @@ def plan_for_output(
     finished = resume and output.is_finished
     if finished:
         kept = output.dst / PLAN_NAME
-    digest = request_digest(SourceReader(src), config, budget)
+    reader = SourceReader(src)
+    if resume and reader.store.origin:
+        # The hub's model may have changed since, and measuring another one first would take hours.
+        output.check_begun_from(reader.fingerprint())
+    digest = request_digest(reader, config, budget)
     if resume and kept.is_file() and (plan := parse_plan(read_text(kept), str(kept))).request == digest:
         return plan
     if finished:
@@ -115,7 +120,7 @@ def _keep(text: str, file: Path) -> None:
 
 
 def planned_sizes(
-    src: str | Path,
+    src: str | Path | CheckpointFiles,
     request: Request,
     out: str | Path | None,
     progress: ProgressListener | None = None,
@@ -125,7 +130,7 @@ def planned_sizes(
     """What a request would write, and the plan behind it, if any; weights are read for a budget only.
 
     Args:
-        src: source directory.
+        src: source directory, or a model of the hub.
         request: what is asked.
         out: file to write the plan for a budget to.
         progress: told of layers and experts.

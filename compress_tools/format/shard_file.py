@@ -50,7 +50,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """
     try:
         with file.open("rb", buffering=0) as stream:
-            return _tensors(_header(stream, file.stat().st_size))
+            return parse_header(_header(stream, file.stat().st_size))
     except (OSError, ValueError) as err:
         raise _unreadable(file, err) from err
 
@@ -67,7 +67,7 @@ def shard_digest(file: Path) -> str:
         with file.open("rb", buffering=0) as stream:
             header = _header(stream, size)
             digest.update(header)
-            for stored in _tensors(header).values():
+            for stored in parse_header(header).values():
                 begin, end = stored.begin, stored.end
                 last = max(begin, end - _SAMPLE_BYTES)
                 for offset in (*range(begin, last, _SAMPLE_EVERY_BYTES), last):
@@ -107,7 +107,7 @@ class SinglePass:
                 header = _header(stream, size)
                 self._digest.update(len(header).to_bytes(8, "little") + header)
                 position = 0
-                for name, stored in _tensors(header).items():
+                for name, stored in parse_header(header).items():
                     if stored.begin != position:
                         raise ValueError(f"{name!r} does not begin where the tensor before it ends")
                     position = stored.end
@@ -139,7 +139,7 @@ def first_cut_tensor(file: Path) -> str:
         size = file.stat().st_size
         with file.open("rb", buffering=0) as stream:
             header = _header(stream, size)
-            tensors = _tensors(header)
+            tensors = parse_header(header)
     except (OSError, ValueError):
         return ""
     missing = [name for name, stored in tensors.items() if 8 + len(header) + stored.end > size]
@@ -155,7 +155,12 @@ def _header(stream: FileIO, size: int) -> bytes:
     return stream.read(count)
 
 
-def _tensors(header: bytes) -> dict[str, StoredTensor]:
+def parse_header(header: bytes) -> dict[str, StoredTensor]:
+    """The tensors by name that a header's JSON text tells of, in the order in which they lie.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     try:
         found = [
             (name, StoredTensor(entry["dtype"], tuple(entry["shape"]), *map(int, entry["data_offsets"])))

@@ -39,6 +39,7 @@ def make_report(outline: Outline, records: dict[str, dict[str, Any]]) -> Compres
         {filename: records[filename]["sha256"] for filename in outline.shards},
         outline.decoded,
         outline.left_out,
+        outline.origin,
     )
 
 
@@ -61,6 +62,7 @@ def read_report(directory: Path) -> CompressionReport:
             content["shards"],
             content.get("decoded", {}),
             content.get("left_out", {}),
+            content.get("source", {}),
         )
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise CheckpointError(f"{file}: not readable: {err}; make the checkpoint again with --overwrite") from err

@@ -14,6 +14,8 @@ def command_line(outline: Outline, dst_name: str) -> str:
     It is quoted for a shell.
     """
     words = ["resmoe", "compress", path_word(outline.source), path_word(dst_name)]
+    if outline.origin:
+        words += ["--revision", outline.origin["commit"]]
     if outline.plan_text is not None:
         return shlex.join([*words, "--plan", PLAN_NAME])
     idle = CompressionConfig(**outline.recipe).without_effect()
@@ -46,14 +48,16 @@ def model_card(outline: Outline, dst_name: str, report: CompressionReport) -> st
     decoded = "".join(f"{number} tensors were decoded from {form}.\n" for form, number in report.decoded.items())
     if decoded:
         decoded += "Bytes before and errors are those of the decoded source, in bf16.\n\n"
+    base = f"base_model: {outline.source}\n" if outline.origin else ""
+    named = f"{outline.source}` at commit `{outline.origin['commit']}" if outline.origin else outline.source_name
     return f"""---
-library_name: {"vllm" if family.vllm else "transformers"}
+{base}library_name: {"vllm" if family.vllm else "transformers"}
 tags: [resmoe, moe, compressed]
 ---
 
 # {dst_name}
 
-`{outline.source_name}` ({outline.title}), experts compressed by ResMoE (arXiv:2503.06881): one center
+`{named}` ({outline.title}), experts compressed by ResMoE (arXiv:2503.06881): one center
 expert for each MoE layer, and for each expert a compressed residual. One-shot, no data, no retraining.
 
 ```

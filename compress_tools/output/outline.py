@@ -6,6 +6,7 @@ from typing import Any
 
 from compress_tools.format.loading_guard import GUARD_KEY, GUARD_TEXT
 from compress_tools.output.target import CompressionTarget
+from compress_tools.source.files import CheckpointFiles
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,7 @@ class Outline:
     """A compression without its weights and errors; survives JSON.
 
     Attributes:
-        source: the source directory as the user spelled it.
+        source: the source as the user spelled it.
         source_name: its last part.
         title: the family's name for people.
         moe_layers: MoE layers of the model, compressed or not.
@@ -27,6 +28,7 @@ class Outline:
         other_bytes: bytes of all other tensors.
         decoded: how many of the source's tensors were decoded, by the form that they were quantised in.
         left_out: tensors and files of the source that the output has no place for, and why.
+        origin: repository, revision and commit of a source that was fetched.
     """
 
     source: str
@@ -43,6 +45,7 @@ class Outline:
     other_bytes: int
     decoded: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
 
     def content(self) -> dict[str, Any]:
         """As JSON values."""
@@ -50,13 +53,13 @@ class Outline:
 
 
 def make_outline(
-    src: str | Path, recipe: dict[str, Any], target: CompressionTarget, plan_text: str | None = None
+    src: str | Path | CheckpointFiles, recipe: dict[str, Any], target: CompressionTarget, plan_text: str | None = None
 ) -> Outline:
     """The outline of what a recipe, or a plan file of this text, makes of the checkpoint in ``src``."""
     source = target.source
     return Outline(
         source=str(src),
-        source_name=Path(src).name,
+        source_name=Path(str(src)).name,
         title=source.architecture.title,
         moe_layers=len(source.layers),
         recipe=recipe,
@@ -73,4 +76,5 @@ def make_outline(
         other_bytes=target.other_bytes,
         decoded=source.decoded(),
         left_out=source.left_out(),
+        origin=dict(source.reader.store.origin),
     )

@@ -71,4 +71,5 @@ def _difference(found: Any, expected: Any) -> str:
 
 def _short(value: Any) -> str:
     text = "absent" if value is None else str(value)
-    return text if len(text) <= 16 else text[:8] + "..."
+    # A commit is shown whole: it is what --revision takes.
+    return text if len(text) <= 40 else text[:8] + "..."

@@ -274,8 +274,25 @@ class Staging:
             )
         record.check_same(self.dst, identity)
 
+    def check_begun_from(self, source: dict[str, str]) -> None:
+        """Refuse to go on with a run of another source, before anything is read of this one.
+
+        Args:
+            source: what the identity to be says of it.
+        Raises:
+            CheckpointError: an unfinished run is there, from another source.
+        """
+        if self.is_begun and (found := self._found_identity()) is not None:
+            self._refuse_another(found, {**found, "source": source})
+
     def _check_identity(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """The identity that the staging directory was begun with; None where a run was killed before it noted one."""
+        found = self._found_identity()
+        if found is not None:
+            self._refuse_another(found, identity)
+        return found
+
+    def _found_identity(self) -> dict[str, Any] | None:
         file = self.state / IDENTITY_NAME
         if not file.exists() and not self.noted():
             return None
@@ -285,13 +302,18 @@ class Staging:
             raise CheckpointError(
                 f"{self.path}: not resumable, its identity is unreadable; pass --overwrite to start again"
             ) from err
+        return found
+
+    def _refuse_another(self, found: dict[str, Any], identity: dict[str, Any]) -> None:
+        """Raises CheckpointError, with what differs, unless both identities are one run's."""
         if different := differences(found, identity):
             details = "; ".join(f"{part}: {text}" for part, text in different.items())
+            commit = found.get("source", {}).get("commit")
+            pinned = f" (--revision {commit})" if commit is not None else ""
             raise CheckpointError(
                 f"{self.path}: was started from another {', '.join(different)} ({details}); resume with the same "
-                "source, recipe and versions, or pass --overwrite to start again"
+                f"source{pinned}, recipe and versions, or pass --overwrite to start again"
             )
-        return found
 
     def tidy_published(self) -> None:
         """Finish a run that was killed after its last rename: only its state is left to be removed."""

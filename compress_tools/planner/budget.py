@@ -14,18 +14,22 @@ from compress_tools.planner.plan_file import PlanFile, parse_plan
 from compress_tools.planner.plan_text import plan_text
 from compress_tools.planner.planner import find_plan
 from compress_tools.progress.listener import ProgressListener
+from compress_tools.source.files import CheckpointFiles
 from compress_tools.source.reader import CheckpointReader
 from compress_tools.source.source_reader import SourceReader
 from compress_tools.text_file import in_words
 
 
 def plan_for_budget(
-    src: str | Path, config: CompressionConfig, budget: PlannerConfig, progress: ProgressListener | None = None
+    src: str | Path | CheckpointFiles,
+    config: CompressionConfig,
+    budget: PlannerConfig,
+    progress: ProgressListener | None = None,
 ) -> PlanFile:
     """Plan for a budget.
 
     Args:
-        src: source directory; only read.
+        src: source directory, or a model of the hub; only read.
         config: layers, how centers are found, device, workers.
         budget: what is asked.
         progress: told of layers and experts.
@@ -34,7 +38,7 @@ def plan_for_budget(
     """
     reader = SourceReader(src)
     planned = find_plan(reader, config, budget, progress)
-    text = plan_text(planned, config, budget, Path(src).name, request_digest(reader, config, budget))
+    text = plan_text(planned, config, budget, Path(str(src)).name, request_digest(reader, config, budget))
     return replace(parse_plan(text, "the plan found"), found=planned)
 
 

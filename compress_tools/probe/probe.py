@@ -42,6 +42,7 @@ from compress_tools.probe.sample import (
 )
 from compress_tools.progress.listener import ProgressListener, Silent
 from compress_tools.source.design_matrix import expert_to_rows, rows_to_design
+from compress_tools.source.files import CheckpointFiles
 from compress_tools.source.source_reader import SourceReader
 
 # A few are enough to judge; the random control is stopped at the same one.
@@ -53,11 +54,11 @@ MEASURED_EXPERTS = 4
 MEASURED_WEIGHTS = 1 << 17
 
 
-def probe(src: str, config: ProbeConfig, progress: ProgressListener | None = None) -> ProbeResult:
+def probe(src: str | CheckpointFiles, config: ProbeConfig, progress: ProgressListener | None = None) -> ProbeResult:
     """Measure sampled experts of sampled layers. Holds one layer's sample in memory; reads only sampled experts.
 
     Args:
-        src: checkpoint directory.
+        src: checkpoint directory, or a model of the hub, of which the sampled experts alone are fetched.
         config: what to sample.
         progress: told of layers and stages.
     Raises:

@@ -1,7 +1,7 @@
 """Where the files of a checkpoint come from: a directory, or what fetches them into one."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from compress_tools.errors import CheckpointError
@@ -19,12 +19,14 @@ class CheckpointFiles:
         spelled: how the user named the checkpoint.
         origin: repository, revision and commit of a checkpoint that is fetched; empty for a directory.
         streams: weight files are removed again after their last use.
+        remarks: what a user should know of where they come from.
     Raises:
         CheckpointError: no directory.
     """
 
     origin: Mapping[str, str] = {}
     streams = False
+    remarks: Sequence[str] = ()
 
     def __init__(self, path: str | Path) -> None:
         self.path, self.spelled = Path(path), str(path)
@@ -43,6 +45,13 @@ class CheckpointFiles:
     def why_left_out(self, name: str) -> str | None:
         """Why a file that is not config, index or weights of the checkpoint is not copied through; None for others."""
         return why_left_out(self.path, name)
+
+    def take_also(self, names: Iterable[str]) -> None:
+        """Have these files here too, if they are among those that are usually not fetched.
+
+        Raises:
+            CheckpointError: they can't be had.
+        """
 
     def beside_config(self) -> list[str]:
         """Everything that lies beside config.json, weights among it, ascending."""
@@ -114,5 +123,6 @@ class CheckpointFiles:
 def expected(spelled: str) -> str:
     """What a source may be, for a message that says that it is none."""
     named = re.fullmatch(r"[\w.-]+/[\w.-]+", spelled) is not None
-    advice = f", or `hf download {spelled} --local-dir DIR` for a model of the hub" if named else ""
-    return f"expected a Hugging Face checkpoint directory{advice}"
+    if named:
+        return f"expected a Hugging Face checkpoint directory; `hf download {spelled} --local-dir DIR` makes one"
+    return "expected a Hugging Face checkpoint directory, or a model of the hub as ORG/NAME"

@@ -29,6 +29,7 @@ def read_layer(
     source: MoESource, layer: int, dtype: torch.dtype, device: str, progress: ProgressListener, clock: StageClock
 ) -> LayerWeights:
     """Read one layer's experts; one expert at a time is held beside the result."""
+    source.reader.need(source.expected(layer))
     sizes, columns = source.sizes, len(source.projections) * source.sizes.hidden_size
     with clock.stage("read"):
         progress.stage("reading", sizes.num_experts, layer)

@@ -53,7 +53,7 @@ class CheckpointReader:
         self.store = path if isinstance(path, CheckpointFiles) else CheckpointFiles(path)
         self.path = self.store.path
         self.config = self._read_config()
-        self.remarks: list[str] = []
+        self.remarks = list(self.store.remarks)
         self.shards = self._shard_names()
         self._handles: dict[str, Any] = {}
         self._shard_of: dict[str, str] = {}

@@ -60,7 +60,7 @@ def take_census(checkpoint: ResMoECheckpoint, source: MoESource, left_out: Mappi
     if extra := next((name for name in checkpoint.reader.names if name not in copied and name not in made), None):
         raise FormatError(f"{path}: {extra!r} is no tensor of {there}")
     _check_config(checkpoint, source)
-    files = _check_files(checkpoint, source)
+    files = _check_files(checkpoint, source, left_out)
     written_out = len(source.written_out())
     replaced = sum(len(source.expected(layer)) for layer in checkpoint.fmt.layers)
     return Census(replaced, len(copied) - written_out, written_out, files, len(source.left_out()))
@@ -83,9 +83,12 @@ def _check_config(checkpoint: ResMoECheckpoint, source: MoESource) -> None:
             )
 
 
-def _check_files(checkpoint: ResMoECheckpoint, source: MoESource) -> int:
+def _check_files(checkpoint: ResMoECheckpoint, source: MoESource, left_out: Mapping[str, str]) -> int:
     path, there = checkpoint.reader.path, source.reader.path
     expected = {output_name_of_file(file.relative_to(there)).as_posix(): file for file in source.reader.other_files()}
+    # Made from the hub, of which fewer files are taken than a directory may hold.
+    absent = {name for name in expected if name in left_out and not (path / name).exists()}
+    expected = {name: file for name, file in expected.items() if name not in absent}
     for name, file in expected.items():
         if not (path / name).is_file():
             raise FormatError(f"{path}: {name} is missing, a file of {there}")

@@ -23,6 +23,7 @@ from compress_tools.progress.listener import ProgressListener, Silent
 from compress_tools.report import REPORT_NAME
 from compress_tools.source.completeness import check_whole
 from compress_tools.source.design_matrix import expert_to_rows, rows_to_design
+from compress_tools.source.files import CheckpointFiles
 from compress_tools.source.moe_source import MoESource, open_source
 from compress_tools.source.reader import CheckpointReader
 from compress_tools.source.source_reader import SourceReader
@@ -65,14 +66,20 @@ class Verification:
 
 
 def verify(
-    path: str | Path, against: str | Path | None = None, workers: int = 1, progress: ProgressListener | None = None
+    path: str | Path,
+    against: str | Path | CheckpointFiles | None = None,
+    workers: int = 1,
+    progress: ProgressListener | None = None,
 ) -> list[LayerVerdict]:
     """``verification`` for callers that ask for the layers alone."""
     return verification(path, against, workers, progress).layers
 
 
 def verification(
-    path: str | Path, against: str | Path | None = None, workers: int = 1, progress: ProgressListener | None = None
+    path: str | Path,
+    against: str | Path | CheckpointFiles | None = None,
+    workers: int = 1,
+    progress: ProgressListener | None = None,
 ) -> Verification:
     """Check layers, names, shapes, finiteness, masks, and each weight file's bytes by the checksum in the report.
 
@@ -83,7 +90,7 @@ def verification(
 
     Args:
         path: the ResMoE checkpoint.
-        against: the source that it was made from.
+        against: the source that it was made from: a directory, or a model of the hub.
         workers: assignments solved in parallel.
         progress: told of files, tensors, and experts that are compared.
     Raises:
@@ -93,7 +100,7 @@ def verification(
     checkpoint = ResMoECheckpoint(path)
     if checkpoint.reader.remarks:
         raise FormatError(f"{checkpoint.reader.path}: {'; '.join(checkpoint.reader.remarks)}; not as it was written")
-    source = None if against is None else _open_original(against)
+    source = None if against is None else _open_original(against, checkpoint)
     _check_rest(checkpoint)
     report = _read_report(checkpoint.reader.path)
     census = None if source is None else take_census(checkpoint, source, report.left_out)
@@ -151,6 +158,8 @@ class _Verification:
         for name in files:
             if not (self._path / name).is_file():
                 raise FormatError(f"{self._path}: {name} is missing")
+        if self._source is not None:
+            self._source.reader.store.prepare(self._source.reader.shards)
         self._progress.start(len(files), "file")
         for name in files:
             self._file(name)
@@ -160,6 +169,8 @@ class _Verification:
     def _file(self, filename: str) -> None:
         reader = self._checkpoint.reader
         names = [name for name in reader.names if reader.shard_of(name) == filename]
+        if self._source is not None:
+            self._source.reader.need([self._copied[name] for name in names if name in self._copied], least_share=0.5)
         self._progress.stage(f"reading {filename}", len(names))
         content = SinglePass(self._path / filename)
         wrong: FormatError | NumericalError | None = None
@@ -205,6 +216,7 @@ class _Verification:
         self._verdicts[layer] = verdict
 
     def _error(self, checkpoint: ResMoECheckpoint, source: MoESource, layer: int) -> float:
+        source.reader.need(source.expected(layer))
         self._progress.stage("comparing with the source", checkpoint.fmt.num_experts, layer)
         error = energy = 0.0
         for expert in range(checkpoint.fmt.num_experts):
@@ -230,7 +242,10 @@ def _check_rest(checkpoint: ResMoECheckpoint) -> None:
     check_whole(reader, architecture, root, stems, set(checkpoint.fmt.layers).union(*dense))
 
 
-def _open_original(path: str | Path) -> MoESource:
+def _open_original(path: str | Path | CheckpointFiles, checkpoint: ResMoECheckpoint) -> MoESource:
+    if isinstance(path, CheckpointFiles):
+        # The checkpoint may come from a directory with files that are not taken from the hub.
+        path.take_also(checkpoint.reader.files())
     reader = CheckpointReader(path)
     if (reader.config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:
         raise ConfigError(f"--against {path}: is a ResMoE checkpoint; give the original that it was made from")

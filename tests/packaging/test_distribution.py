@@ -51,7 +51,7 @@ def imported(*packages: str) -> set[str]:
     return found - set(sys.stdlib_module_names)
 
 
-MODULES = {"pyyaml": "yaml", "pot": "ot", "lapx": "lap", "lm-eval": "lm_eval"}
+MODULES = {"huggingface-hub": "huggingface_hub", "pyyaml": "yaml", "pot": "ot", "lapx": "lap", "lm-eval": "lm_eval"}
 
 
 def modules_of(*extras: str) -> set[str]:

@@ -1,0 +1,119 @@
+"""What can go wrong with the hub, each in a sentence with its way out."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from compress_tools.errors import CheckpointError
+from compress_tools.text_file import in_words
+
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+_AGAIN = "what is fetched is kept: run the same command again (compress: with --resume)"
+
+
+@contextmanager
+def asking(name: str, revision: str, what: str = "") -> Iterator[None]:
+    """Turn what the hub refuses, or the network, into a sentence.
+
+    Args:
+        name: of the repository.
+        revision: that is asked for.
+        what: file that is asked for; empty for the repository itself.
+    Raises:
+        CheckpointError: see the module.
+    """
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as err:
+        raise CheckpointError(
+            f"{name}: is gated on {endpoint()}; accept its terms at {endpoint()}/{name}, then {_LOG_IN}"
+        ) from err
+    except errors.RevisionNotFoundError as err:
+        raise CheckpointError(
+            f"{name}: has no revision {revision!r} on {endpoint()}; --revision takes a branch, a tag or a full commit"
+        ) from err
+    except errors.RepositoryNotFoundError as err:
+        raise CheckpointError(
+            f"{name}: no such directory, and no such model on {endpoint()}, or a private one; check the spelling, and "
+            f"for a private model {_LOG_IN}"
+        ) from err
+    except errors.OfflineModeIsEnabled as err:
+        raise CheckpointError(offline(name, what)) from err
+    except errors.EntryNotFoundError as err:
+        if isinstance(err.__cause__, Exception) and not isinstance(err, errors.RemoteEntryNotFoundError):
+            raise _of_transfer(name, what, err.__cause__) from err
+        raise CheckpointError(
+            f"{name}: {what or 'a file'} is missing at revision {revision}; choose another --revision, or tell the "
+            "model's makers"
+        ) from err
+    except CheckpointError:
+        raise
+    except Exception as err:
+        if not is_of_network(err):
+            raise
+        raise _of_transfer(name, what, err) from err
+
+
+def endpoint() -> str:
+    """The hub's address."""
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT)
+
+
+def offline(name: str, what: str) -> str:
+    """A sentence: the hub must not be asked, and what is wanted is not in the cache."""
+    wanted = f"{what} is" if what else "the model is"
+    before = "" if what else "no such directory, and "
+    return (
+        f"{name}: {before}HF_HUB_OFFLINE is set and {wanted} not in the hub's cache; unset it, or fetch the model "
+        f"first with `hf download {name}`"
+    )
+
+
+def is_of_network(err: Exception) -> bool:
+    """Whether an error came from a request, a transfer, or the disk that it went to."""
+    packages = {kind.__module__.partition(".")[0] for kind in type(err).__mro__}
+    return bool(packages & {"httpx", "httpx2", "hf_xet", "requests"}) or isinstance(err, OSError)
+
+
+def is_unreachable(err: BaseException | None) -> bool:
+    """Whether the hub did not answer at all."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return isinstance(err, Exception) and not isinstance(err, HfHubHTTPError) and is_of_network(err)
+
+
+def _of_transfer(name: str, what: str, err: Exception) -> CheckpointError:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    where = f"{name}: {what}" if what else name
+    if isinstance(err, HfHubHTTPError):
+        return CheckpointError(f"{where}: {_of_status(name, err.response.status_code)}")
+    if getattr(err, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return CheckpointError(
+            f"{where}: {in_words(err)}; make room on that disk, or point HF_HOME to another: {_AGAIN}"
+        )
+    if getattr(err, "errno", None) in (errno.EACCES, errno.EROFS, errno.EPERM):
+        place = getattr(err, "filename", None)
+        return CheckpointError(
+            f"{where}: can't be written to {place or 'the cache'}: {in_words(err)}; point HF_HOME to a place that you "
+            "may write"
+        )
+    if "Consistency check failed" in str(err):
+        return CheckpointError(f"{where}: arrived with another size than the hub says; {_AGAIN}")
+    tried = "" if what else "no such directory, and "
+    kind = in_words(err) or type(err).__name__
+    return CheckpointError(f"{where}: {tried}{endpoint()} can't be reached or broke off ({kind}); {_AGAIN}")
+
+
+def _of_status(name: str, status: int) -> str:
+    if status in (401, 403):
+        return f"{endpoint()} refuses access (HTTP {status}); see {endpoint()}/{name} for its terms, then {_LOG_IN}"
+    if status == 429:
+        return f"{endpoint()} has had too many requests (HTTP 429); wait some minutes, or {_LOG_IN}: {_AGAIN}"
+    if status >= 500:
+        return f"{endpoint()} is out of order (HTTP {status}); {_AGAIN}"
+    return f"{endpoint()} refuses it (HTTP {status}); check name, revision and HF_ENDPOINT"
