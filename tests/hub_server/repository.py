@@ -42,13 +42,13 @@ class Repository:
     token: str | None = None
     gated: bool = False
 
-    def commit(self, files: Mapping[str, bytes], branch: str = "main") -> str:
+    def commit(self, files: Mapping[str, "bytes | HubFile"], branch: str = "main") -> str:
         """Make a commit that consists of these files.
 
         Returns:
             its name.
         """
-        made = {name: HubFile(content) for name, content in files.items()}
+        made = {name: own if isinstance(own, HubFile) else HubFile(own) for name, own in files.items()}
         parts = [self.revisions.get(branch, ""), *(f"{name} {file.sha256}" for name, file in sorted(made.items()))]
         name = hashlib.sha1("\n".join(parts).encode()).hexdigest()
         self.commits[name] = made

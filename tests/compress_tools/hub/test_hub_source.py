@@ -18,9 +18,8 @@ from compress_tools.probe.config import make_probe_config
 from compress_tools.probe.probe import probe
 from compress_tools.progress.listener import Silent
 from compress_tools.source.source_reader import SourceReader
-from compress_tools.stored.verify import verify
-from tests.compress_tools.hub.conftest import NAME, Resmoe
-from tests.hub_server.repository import Repository, files_of
+from tests.compress_tools.hub.conftest import EXTRAS, NAME, Resmoe
+from tests.hub_server.repository import HubFile, Repository, files_of
 from tests.hub_server.server import HubServer
 
 QUICK = make_config(center="mean", workers=1)
@@ -110,23 +109,43 @@ def test_a_probe_reads_what_it_samples(hub: HubServer, mixtral: Repository, tiny
     assert not any(hub.whole(file.name) for file in tiny_mixtral.glob("*.safetensors"))
 
 
-def test_verify_against_the_hub(
+def test_verify_tells_one_source_from_both_places(
     hub: HubServer, mixtral: Repository, tiny_mixtral: Path, tmp_path: Path, resmoe: Resmoe
 ) -> None:
-    compress(tiny_mixtral, tmp_path / "small", QUICK)
-    fetched = resmoe("verify", tmp_path / "small", "--against", NAME, "--json")
-    streamed = resmoe("verify", tmp_path / "small", "--against", NAME, "--stream", "--json")
-    assert fetched[:2] == streamed[:2]
-    assert fetched[0] == 0
-    assert json.loads(fetched[1])["layers"] == [
-        {
-            "layer": own.layer,
-            "experts": own.experts,
-            "relative_error": own.relative_error,
-            "reported_relative_error": own.reported_relative_error,
-        }
-        for own in verify(tmp_path / "small", tiny_mixtral)
+    whole = shutil.copytree(tiny_mixtral, tmp_path / "whole")
+    for name, content in EXTRAS.items():
+        (whole / name).parent.mkdir(exist_ok=True)
+        (whole / name).write_bytes(content)
+    compress(whole, tmp_path / "from-directory", QUICK)
+    assert (tmp_path / "from-directory" / "picture.png").is_file()
+    with source_files(NAME, None, None) as source:
+        compress(source, tmp_path / "from-hub", QUICK)
+    found = [
+        resmoe("verify", tmp_path / made, "--against", *against, "--json")
+        for made, *against in (
+            ("from-directory", whole),
+            ("from-directory", NAME),
+            ("from-directory", NAME, "--stream"),
+            ("from-hub", NAME, "--revision", mixtral.revisions["main"]),
+            ("from-hub", whole),
+        )
     ]
+    assert [code for code, _, _ in found] == [0] * 5
+    layers = [json.loads(out)["layers"] for _, out, _ in found]
+    assert all(own == layers[0] for own in layers)
+    assert len(layers[0]) == 3
+
+
+def test_verify_finds_another_model_on_the_hub(
+    hub: HubServer, mixtral: Repository, tiny_mixtral: Path, tmp_path: Path, resmoe: Resmoe
+) -> None:
+    with source_files(NAME, None, None) as source:
+        compress(source, tmp_path / "small", QUICK)
+    mixtral.commit({**mixtral.commits[mixtral.revisions["main"]], "tokenizer.json": HubFile(b"{ }\n")})
+    code, _, err = resmoe("verify", tmp_path / "small", "--against", NAME)
+    assert (code, "tokenizer.json differs" in err) == (4, True)
+    code, _, err = resmoe("verify", tmp_path / "small", "--stream")
+    assert (code, "--stream has no effect without --against" in err) == (2, True)
 
 
 def test_a_directory_wins(
