@@ -8,6 +8,7 @@ import gc
 import os
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ PROMPTS = [list(range(3 + start, 19 + 2 * start)) for start in range(6)]
 NEW_TOKENS = 12
 # fp32 sums in another order; a wrong center, residual or routing moves log-probabilities by 0.01 and more.
 MAX_DEVIATION = 1e-3
+# Families that vLLM's CPU build computes in bf16 alone. Every expert takes part there: near a tie rounding alone would
+# choose others. bf16 moves log-probabilities by 0.03, compression by 1 and more.
+BF16: dict[str, dict[str, int]] = {"qwen3_next": {"num_experts_per_tok": 6}}
+MAX_DEVIATION_BF16 = 0.1
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,9 @@ class FamilyResult:
 
     Attributes:
         engine: what ran it, ``vLLM`` or ``transformers``.
-        max_deviation: largest difference of log-probabilities to the restored twin, fp32, teacher-forced.
+        max_deviation: largest difference of log-probabilities to the restored twin, teacher-forced; fp32, or bf16 for
+            families in ``BF16``.
+        allowed: how large it may be.
         changed: the same between the restored twin and the source: what compression changed, for scale; None
             where it was not asked for.
     """
@@ -47,6 +54,7 @@ class FamilyResult:
     method: str
     engine: str
     max_deviation: float
+    allowed: float
     changed: float | None
 
 
@@ -55,12 +63,19 @@ def check_family(
 ) -> FamilyResult:
     """Compress, verify, restore, run both; the folder receives the checkpoints."""
     family = architecture.model_type
-    source = save_tiny_model(family, folder / "source", torch.float32)
+    in_bf16 = architecture.served_here and family in BF16
+    source = save_tiny_model(
+        family,
+        folder / "source",
+        torch.bfloat16 if in_bf16 else torch.float32,
+        **(BF16[family] if in_bf16 else {}),
+    )
     small, dense = folder / "small", folder / "dense"
     compress(source, small, make_config(method=method))
     verify(small, source)
     restore(small, dense)
-    logprobs = vllm_logprobs if architecture.served_here else transformers_logprobs
+    in_vllm = partial(vllm_logprobs, dtype="bfloat16" if in_bf16 else "float32")
+    logprobs = in_vllm if architecture.served_here else transformers_logprobs
     found, twin = logprobs(small), logprobs(dense)
     changed = (twin - logprobs(source)).abs().max().item() if measure_change else None
     return FamilyResult(
@@ -68,6 +83,7 @@ def check_family(
         method,
         "vLLM" if architecture.served_here else "transformers",
         (found - twin).abs().max().item(),
+        MAX_DEVIATION_BF16 if in_bf16 else MAX_DEVIATION,
         changed,
     )
 
@@ -121,7 +137,8 @@ def family_table(architectures: tuple[MoEArchitecture, ...] = ARCHITECTURES) -> 
         in_transformers = NOT_IN_TRANSFORMERS.get(known.model_type, "yes")
         tested = "yes" if known.model_type in TINY_CONFIGS else "no"
         reason = known.runs_in.removeprefix("transformers only: ")
-        served = "yes" if known.served_here else f"not by its CPU build: {reason}" if known.vllm else f"no: {reason}"
+        here = "yes, on a CPU in bf16 alone" if known.model_type in BF16 else "yes"
+        served = here if known.served_here else f"not by its CPU build: {reason}" if known.vllm else f"no: {reason}"
         published = ", ".join(known.models)
         lines.append(
             f"| {known.title} | `{known.model_type}` | {published} | {served} | {in_transformers} | {tested} |"
@@ -132,8 +149,9 @@ def family_table(architectures: tuple[MoEArchitecture, ...] = ARCHITECTURES) -> 
 @click.command()
 @click.option("--family", "families", multiple=True, help="model_type; default: all.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the rows to FILE.")
+@click.option("--merge", is_flag=True, help="Keep the rows of other families that FILE has.")
 @click.option("--table", is_flag=True, help="Print the family table of docs/models.md and stop.")
-def main(*, families: tuple[str, ...], json_file: Path | None, table: bool) -> None:
+def main(*, families: tuple[str, ...], json_file: Path | None, merge: bool, table: bool) -> None:
     """Take every family the whole way and print its deviation from the restored twin."""
     if table:
         print(family_table())
@@ -151,18 +169,19 @@ def main(*, families: tuple[str, ...], json_file: Path | None, table: bool) -> N
             console.print(f"{architecture.title}, {method}", highlight=False)
             with tempfile.TemporaryDirectory() as folder:
                 result = check_family(architecture, method, Path(folder))
+            engine = f"{result.engine} in bf16" if result.allowed == MAX_DEVIATION_BF16 else result.engine
             rows.append(
                 Row.at_most(
-                    f"{result.family}, {method}, {result.engine}: max |dlogprob| to the restored twin",
+                    f"{result.family}, {method}, {engine}: max |dlogprob| to the restored twin",
                     result.max_deviation,
                     "",
-                    MAX_DEVIATION,
+                    result.allowed,
                     changed_by_compression=result.changed,
                 )
             )
     print_rows(rows, "model families")
     if json_file:
-        write_rows(rows, json_file)
+        write_rows(rows, json_file, keep_others=merge)
 
 
 if __name__ == "__main__":

@@ -57,12 +57,22 @@ class Row:
         return {**own, **self.context, **asdict(environment)}
 
 
-def write_rows(rows: Iterable[Row], path: str | Path) -> None:
-    """Write `{"rows": [...]}`, each row with the environment's keys."""
+def write_rows(rows: Iterable[Row], path: str | Path, *, keep_others: bool = False) -> None:
+    """Write `{"rows": [...]}`, each row with the environment's keys.
+
+    Args:
+        rows: what was measured.
+        path: the file.
+        keep_others: rows of other names that the file has stay in it, before the new ones.
+    """
     environment = collect_environment()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"rows": [row.to_dict(environment) for row in rows]}, indent=2) + "\n")
+    found = [row.to_dict(environment) for row in rows]
+    if keep_others and path.exists():
+        names = {row["name"] for row in found}
+        found = [row for row in json.loads(path.read_text())["rows"] if row["name"] not in names] + found
+    path.write_text(json.dumps({"rows": found}, indent=2) + "\n")
 
 
 def print_rows(rows: Iterable[Row], title: str, console: Console | None = None) -> None:

@@ -62,8 +62,8 @@ HYBRID: dict[str, Any] = {
     "num_experts": 6,
     "num_experts_per_tok": 2,
     "head_dim": 32,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }

@@ -22,8 +22,6 @@ QWEN3_NEXT = MoEArchitecture(
     models=("Qwen3-Next-80B-A3B (bf16, fp8)", "Qwen3-Coder-Next (bf16, fp8)"),
     intermediate_size_keys=("moe_intermediate_size",),
     own_output=True,
-    vllm_cpu=False,
-    runs_in="its linear attention takes bfloat16 alone there, in which no test could compare it; run in transformers",
 )
 QWEN3_5_MOE = MoEArchitecture(
     model_type="qwen3_5_moe",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.families import CHECKED_METHODS, MAX_DEVIATION, check_family, family_table
+from benchmarks.families import CHECKED_METHODS, check_family, family_table
 from benchmarks.models.tiny_models import TINY_CONFIGS
 from compress_tools.architectures.base import MoEArchitecture
 from compress_tools.architectures.registry import ARCHITECTURES
@@ -30,7 +30,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 )
 def test_family_equals_its_restored_twin(architecture: MoEArchitecture, method: str, tmp_path: Path) -> None:
     result = check_family(architecture, method, tmp_path, measure_change=False)
-    assert result.max_deviation <= MAX_DEVIATION
+    assert result.max_deviation <= result.allowed
 
 
 def test_every_family_has_a_tiny_model() -> None:

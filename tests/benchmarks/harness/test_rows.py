@@ -47,6 +47,19 @@ def test_file_holds_rows_with_context_and_environment(tmp_path: Path):
     assert "context" not in speed
 
 
+def test_rows_of_other_names_can_stay(tmp_path: Path):
+    path = tmp_path / "rows.json"
+    write_rows(ROWS, path, keep_others=True)
+    write_rows([Row("speed", 13.0, "tokens/s")], path, keep_others=True)
+    assert [(row["name"], row["value"]) for row in json.loads(path.read_text())["rows"]] == [
+        ("error", 0.3),
+        ("ratio", 1.33),
+        ("speed", 13.0),
+    ]
+    write_rows([Row("speed", 14.0, "tokens/s")], path)
+    assert [row["value"] for row in json.loads(path.read_text())["rows"]] == [14.0]
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
