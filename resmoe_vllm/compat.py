@@ -40,6 +40,7 @@ __all__ = [
     "direct_register_custom_op",
     "extract_layer_index",
     "is_dummy_load",
+    "llama4_decoder",
     "lora_managers",
     "lora_target_modules",
     "platform_device",
@@ -103,6 +104,14 @@ def lora_managers() -> tuple[Any, type[Any]]:
     from vllm.lora.worker_manager import WorkerLoRAManager
 
     return model_manager, WorkerLoRAManager
+
+
+def llama4_decoder() -> tuple[type[Any], Any]:
+    """Llama-4's decoder, and what makes its mapping of experts that lie one by one; imported where needed."""
+    from vllm.model_executor.layers.fused_moe import fused_moe_make_expert_params_mapping
+    from vllm.model_executor.models.llama4 import Llama4Model
+
+    return Llama4Model, fused_moe_make_expert_params_mapping
 
 
 def quant_method_of(layer_name: str) -> Any:

@@ -6,7 +6,7 @@ from typing_extensions import override
 
 from compress_tools.errors import ConfigError, FormatError
 from compress_tools.format.schema import ResMoEFormat
-from resmoe_vllm import ops
+from resmoe_vllm import llama4, ops
 from resmoe_vllm.compat import (
     FusedMoEConfig,
     FusedMoEMethodBase,
@@ -58,12 +58,17 @@ class ResMoEFusedMoEMethod(FusedMoEMethodBase):
             params_dtype: the model's dtype; weights are held in it.
             extra_weight_attrs: vLLM's weight loader and others, not used.
         Raises:
-            ConfigError: router weights on the input.
+            ConfigError: router weights on the input of more than one expert.
             KernelUnsupportedError: no kernel for coders, dtype and device, or for the activation.
         """
         where = f"layer {self.index}"
         if layer.apply_router_weight_on_input:
-            raise ConfigError(f"{where}: resmoe doesn't support models that apply router weights on the input")
+            if layer.top_k != 1:
+                raise ConfigError(
+                    f"{where}: resmoe doesn't support models that apply router weights on the input and route each "
+                    f"token to {layer.top_k} experts; neither does vLLM"
+                )
+            llama4.load_by_name()
         self.activation = make_activation(
             self.moe.activation.value, layer.swiglu_limit, layer.swiglu_alpha, layer.swiglu_beta
         )
@@ -121,6 +126,9 @@ class ResMoEFusedMoEMethod(FusedMoEMethodBase):
         Returns:
             ``[T, H]``, x's dtype, fresh.
         """
+        if layer.apply_router_weight_on_input:
+            # in x's dtype, as vLLM's own kernels do; K is 1
+            x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         out: Tensor = torch.ops.resmoe.fused_moe(x, topk_weights, topk_ids, layer.expert_map, layer.layer_name)
         return out
 

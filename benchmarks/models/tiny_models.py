@@ -396,6 +396,34 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             **TOKENS,
         },
     ),
+    "llama4": (
+        "Llama4",
+        {
+            "text_config": {
+                **COMMON,
+                "head_dim": 32,
+                "intermediate_size": 24,
+                "intermediate_size_mlp": 48,
+                "num_hidden_layers": 4,
+                "interleave_moe_layer_step": 2,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 1,
+                # vLLM's: whole blocks of its CPU build's cache
+                "attention_chunk_size": 128,
+            },
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 128,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "vision_output_dim": 64,
+                "projector_input_dim": 64,
+                "projector_output_dim": 64,
+            },
+            "image_token_index": 120,
+        },
+    ),
     "gpt_oss": (
         "GptOss",
         {

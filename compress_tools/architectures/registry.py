@@ -21,6 +21,7 @@ from compress_tools.architectures.kimi import KIMI_LINEAR
 from compress_tools.architectures.laguna import LAGUNA
 from compress_tools.architectures.layouts import ExpertLayout, OneByOne
 from compress_tools.architectures.lfm2 import LFM2_MOE
+from compress_tools.architectures.llama import LLAMA4
 from compress_tools.architectures.longcat import LONGCAT_FLASH
 from compress_tools.architectures.mixtral import MINIMAX, MINIMAX_M2, MIXTRAL, PHIMOE
 from compress_tools.architectures.olmoe import FLEX_OLMO, OLMOE
@@ -74,6 +75,7 @@ ARCHITECTURES: tuple[MoEArchitecture, ...] = (
     QWEN3_VL_MOE,
     QWEN3_OMNI_MOE,
     GLM4V_MOE,
+    LLAMA4,
     KIMI_LINEAR,
     BAILING_MOE,
     LONGCAT_FLASH,

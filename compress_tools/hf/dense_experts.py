@@ -1,5 +1,6 @@
 """transformers' own experts modules: where they are in a model, their activation, and how to fill them."""
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -65,10 +66,18 @@ def fill_experts(dense: nn.Module, experts: Sequence[ExpertWeights]) -> nn.Modul
                 gate_up_bias = interleave(weights.biases["gate_proj"], weights.biases["up_proj"])
                 dense.get_parameter("gate_up_proj_bias")[number].copy_(gate_up_bias)
                 dense.get_parameter("down_proj_bias")[number].copy_(weights.biases["down_proj"])
+            elif takes_rows(dense):
+                gate_up.copy_(torch.cat([weights.matrix("gate_proj"), weights.up]).T)
+                down.copy_(weights.down.T)
             else:
                 gate_up.copy_(torch.cat([weights.matrix("gate_proj"), weights.up]))
                 down.copy_(weights.down)
     return dense
+
+
+def takes_rows(dense: nn.Module) -> bool:
+    """Llama-4's module: it takes all tokens once for each expert, router weights on them, and inputs lie first."""
+    return list(inspect.signature(type(dense).forward).parameters) == ["self", "hidden_states"]
 
 
 def _is_interleaved(dense: nn.Module) -> bool:

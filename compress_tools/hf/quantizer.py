@@ -23,7 +23,7 @@ from compress_tools.errors import CheckpointError
 from compress_tools.format.dtypes import DTYPES
 from compress_tools.format.loading_guard import GUARD_KEY
 from compress_tools.format.schema import QUANT_METHOD, parse_format
-from compress_tools.hf.dense_experts import experts_module, fill_experts, gate_function
+from compress_tools.hf.dense_experts import experts_module, fill_experts, gate_function, takes_rows
 from compress_tools.hf.factored_experts import FactoredExperts
 from compress_tools.source.design_matrix import rows_to_expert
 from compress_tools.stored.checkpoint import ResMoECheckpoint
@@ -107,15 +107,18 @@ class ResMoEQuantizer(HfQuantizer):
                 gate_function(self._dense[name]),
                 model.dtype,
             ).to(model.device)
-            one_hot = isinstance(self._dense[name], nn.ModuleDict)
-            model.set_submodule(name, _OneHotRouting(experts) if one_hot else experts)
+            dense = self._dense[name]
+            if isinstance(dense, nn.ModuleDict):
+                model.set_submodule(name, _OneHotRouting(experts))
+            else:
+                model.set_submodule(name, _RowsByExpert(experts) if takes_rows(dense) else experts)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Dense experts again, restored; the whole model in ``dtype``, if one is given."""
         for name, dense in self._dense.items():
             module = model.get_submodule(name)
-            factored = module.experts if isinstance(module, _OneHotRouting) else module
+            factored = module.experts if isinstance(module, _OneHotRouting | _RowsByExpert) else module
             if not isinstance(factored, FactoredExperts):
                 raise CheckpointError(f"dequantize: {name} is a {type(factored).__name__}; expected FactoredExperts")
             experts = [
@@ -158,6 +161,23 @@ class _OneHotRouting(nn.Module):
         weight, ids = selected_experts.squeeze(1).max(dim=-1, keepdim=True)
         ids = ids.masked_fill(weight == 0, self.experts.num_experts)
         output: Tensor = self.experts(hidden_states, ids, routing_weights)
+        return output
+
+
+class _RowsByExpert(nn.Module):
+    """Llama-4's routing in front of ``FactoredExperts``: all tokens for each expert, zeros where it is not chosen."""
+
+    def __init__(self, experts: FactoredExperts) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``[E*T, H]``, router weights on them, to ``[E*T, H]``."""
+        count = self.experts.num_experts
+        ids = torch.arange(count, device=hidden_states.device).repeat_interleave(len(hidden_states) // count)
+        # An expert without biases makes nothing of zeros.
+        ids = ids.masked_fill((hidden_states == 0).all(-1), count)[:, None]
+        output: Tensor = self.experts(hidden_states, ids, torch.ones_like(ids, dtype=hidden_states.dtype))
         return output
 
 

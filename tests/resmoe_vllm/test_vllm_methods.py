@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from compress_tools.errors import ConfigError, FormatError
+from compress_tools.format.schema import parse_format
 from resmoe_vllm import config as config_module
 from resmoe_vllm import fused_moe
-from resmoe_vllm.config import ResMoEConfig
+from resmoe_vllm.config import ResMoEConfig, layer_index
 from resmoe_vllm.fused_moe import ResMoEFusedMoEMethod
 from tests.resmoe_vllm.kernels.test_vllm_kernels import forward_pass
 from tests.resmoe_vllm.layers import grouped_layer, hand_over, layer_kinds, store_layer
@@ -86,6 +87,41 @@ def test_each_layer_has_its_method(methods: ResMoEConfig) -> None:
     assert methods.get_quant_method(object(), "model.norm") is None
 
 
+DRAFTS = parse_format(
+    {
+        **FMT.model_dump(mode="json"),
+        "format_version": 3,
+        "names": {**FMT.names.model_dump(), "drafts": {"2": "mtp.layers.0.mlp.experts.{expert}"}},
+        "layers": dict.fromkeys(("0", "2"), FMT.layers[0].model_dump(mode="json")),
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "plain", "with_drafts"),
+    [
+        ("model.layers.0.mlp.experts", 0, 0),
+        ("language_model.model.layers.0.feed_forward.experts", 0, 0),
+        ("model.layers.1.mlp.experts", None, None),
+        # a draft's own number is no decoder layer's
+        ("mtp.layers.0.mlp.experts", None, 2),
+        ("model.mtp.layers.0.mlp.experts", None, 2),
+        ("mtp.layers.1.mlp.experts", None, None),
+        # behind the decoder
+        ("model.layers.2.mlp.experts", None, 2),
+    ],
+)
+def test_drafts_are_told_by_their_prefix(prefix: str, plain: int | None, with_drafts: int | None) -> None:
+    assert (layer_index(prefix, FMT), layer_index(prefix, DRAFTS)) == (plain, with_drafts)
+
+
+def test_a_draft_needs_no_output_layer_of_its_own(methods: ResMoEConfig) -> None:
+    own = [methods.get_quant_method(_Embedding(), prefix) for prefix in ("lm_head", "model.embed_tokens")]
+    assert [name for name, _ in own] == ["PlainEmbeddingMethod"] * 2
+    for prefix in ("model.layers.2.shared_head.head", "model.layers.2.head", "mtp.embed_tokens", ""):
+        assert isinstance(methods.get_quant_method(_Embedding(), prefix), config_module.UnquantizedEmbeddingMethod)
+
+
 def test_what_vllm_is_told_of_the_method() -> None:
     config = ResMoEConfig.from_config(FMT.model_dump(mode="json"))
     assert config.fmt == FMT
@@ -139,6 +175,24 @@ def test_apply_is_a_loop_over_restored_experts(kind: str) -> None:
         found = method.apply(layer, x, weights, ids)
     torch.testing.assert_close(found.double(), dense(stored, x, weights, ids), rtol=1e-4, atol=1e-5)
     assert method.get_fused_moe_quant_config(layer) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_router_weights_go_on_the_input_where_the_model_says_so(dtype: torch.dtype) -> None:
+    method, layer, stored = made("low_rank-joint")
+    load(layer, stored)
+    method.process_weights_after_loading(layer)
+    generator = torch.Generator().manual_seed(0)
+    x, weights = torch.randn(6, SIZE_H, generator=generator).to(dtype), torch.rand(6, 1, generator=generator)
+    ids = torch.randint(SIZE_E, (6, 1), generator=generator)
+    ids[2] = -1
+    layer.apply_router_weight_on_input = True
+    with forward_pass(layer=method.bound):
+        found = method.apply(layer, x, weights, ids)
+    # scaled in the dtype of x, the output not at all
+    scaled = x * weights.to(dtype)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(found.double(), dense(stored, scaled, torch.ones(6, 1), ids), **tolerance)
 
 
 def test_incomplete_weights_are_refused_and_complete_ones_let_go() -> None:

@@ -92,8 +92,8 @@ def test_unsupported_options_are_refused(moe: Moe, message: str) -> None:
 
 
 def test_router_weights_on_the_input_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^layer 0: resmoe doesn't support .*router weights on the input"):
-        create(Moe(), apply_router_weight_on_input=True)
+    with pytest.raises(ConfigError, match=r"^layer 0: resmoe .*router weights on the input .* to 2 experts"):
+        create(Moe(), apply_router_weight_on_input=True, top_k=2)
 
 
 def test_a_clamped_activation_is_the_layers() -> None:
