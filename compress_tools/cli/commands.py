@@ -455,7 +455,8 @@ def _print_plan(
         opened(progress) as source,
     ):
         made, planned = planned_sizes(source, request, out_file, progress, overwrite=overwrite)
-    content = made.summary() if planned is None else {**made.summary(), "plan": planned.resolved()}
+    remarks = made.remarks()
+    content = {**made.summary(), "remarks": remarks} | ({} if planned is None else {"plan": planned.resolved()})
     layers: list[int] = []
     if part is not None:
         layers = [shard.layer for shard in shards_of(made, part) if shard.layer is not None]
@@ -463,6 +464,7 @@ def _print_plan(
     print_result(content, lambda: plan_table(made), as_json=as_json)
     if as_json:
         return
+    print_for_people(*remarks)
     if request.budget is not None and planned is not None and planned.found is not None:
         print_for_people(planned_table(planned.found, request.budget.optimize))
     if part is not None:

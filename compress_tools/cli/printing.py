@@ -13,7 +13,9 @@ from rich.text import Text
 
 from compress_tools.architectures.registry import find_architecture
 from compress_tools.cli import tables
+from compress_tools.output.model_card import serve_words
 from compress_tools.output.staging import Staging
+from compress_tools.output.trusted_code import must_be_trusted
 from compress_tools.progress.listener import ProgressListener, Together
 from compress_tools.progress.live import LiveProgress
 from compress_tools.progress.log import logged
@@ -67,9 +69,11 @@ def print_report(report: CompressionReport, dst: str, *, as_json: bool) -> None:
     """What a compression did, and what to do with it."""
     print_result(report.content(), lambda: tables.report_table(report), as_json=as_json)
     if not as_json:
-        family = find_architecture(CheckpointReader(dst).config)
+        config = CheckpointReader(dst).config
+        family, trust = find_architecture(config), must_be_trusted(Path(dst), config)
+        runs_in = f"{family.title} runs in {family.runs_in}{', with trust_remote_code=True' if trust else ''}"
         print_for_people(
-            with_command(f"Written to {dst}. Next:", "vllm", "serve", dst)
+            with_command(f"Written to {dst}. Next:", *serve_words(dst, trust=trust))
             if family.vllm
-            else f"Written to {dst}. {family.title} runs in {family.runs_in}."
+            else f"Written to {dst}. {runs_in}."
         )

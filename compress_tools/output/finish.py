@@ -7,6 +7,7 @@ from typing import Any
 from compress_tools.errors import CheckpointError
 from compress_tools.output.model_card import model_card
 from compress_tools.output.outline import Outline
+from compress_tools.output.trusted_code import must_be_trusted
 from compress_tools.output.writer import CheckpointWriter
 from compress_tools.progress.listener import ProgressListener
 from compress_tools.report import (
@@ -125,7 +126,8 @@ def finish(
     writer.write_json(RECIPE_NAME, {**outline.recipe, "resolved_layers": outline.resolved_layers})
     writer.write_json(REPORT_NAME, {**report.content(), **planned})
     writer.write_json(TIMINGS_NAME, report.seconds)
-    writer.write_text(CARD_NAME, model_card(outline, writer.dst.name, report))
+    trust = must_be_trusted(writer.staging, outline.config)
+    writer.write_text(CARD_NAME, model_card(outline, writer.dst.name, report, trust=trust))
     writer.finish(
         outline.config,
         {filename: tuple(names) for filename, (_, names) in outline.shards.items()},

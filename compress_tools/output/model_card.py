@@ -5,6 +5,7 @@ import shlex
 from compress_tools.architectures.registry import find_architecture
 from compress_tools.config import CompressionConfig
 from compress_tools.output.outline import Outline
+from compress_tools.output.trusted_code import TRUST_OPTION
 from compress_tools.report import PLAN_NAME, CompressionReport
 
 
@@ -30,8 +31,18 @@ def path_word(path: str) -> str:
     return f"./{path}" if path.startswith("-") else path
 
 
-def model_card(outline: Outline, dst_name: str, report: CompressionReport) -> str:
-    """README.md of the compressed checkpoint."""
+def serve_words(dst: str, *, trust: bool) -> list[str]:
+    """The command that serves a checkpoint.
+
+    Args:
+        dst: the checkpoint.
+        trust: it loads only with code of its own, see ``must_be_trusted``.
+    """
+    return ["vllm", "serve", path_word(dst), *([TRUST_OPTION] if trust else [])]
+
+
+def model_card(outline: Outline, dst_name: str, report: CompressionReport, *, trust: bool = False) -> str:
+    """README.md of the compressed checkpoint; ``trust``: see ``serve_words``."""
     content = report.content()
     before, after, other = report.expert_bytes_before, report.expert_bytes_after, report.other_bytes
     rows = "\n".join(
@@ -41,9 +52,9 @@ def model_card(outline: Outline, dst_name: str, report: CompressionReport) -> st
     )
     family = find_architecture(outline.config)
     serve = (
-        shlex.join(["vllm", "serve", path_word(dst_name)])
+        shlex.join(serve_words(dst_name, trust=trust))
         if family.vllm
-        else f"# {family.title} runs in {family.runs_in}"
+        else f"# {family.title} runs in {family.runs_in}{' (trust_remote_code=True)' if trust else ''}"
     )
     decoded = "".join(f"{number} tensors were decoded from {form}.\n" for form, number in report.decoded.items())
     if decoded:

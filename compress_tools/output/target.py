@@ -13,6 +13,7 @@ from compress_tools.format.dtypes import DTYPES, WEIGHT_DTYPES, WeightDtype
 from compress_tools.format.schema import DRAFTS_VERSION, FORMAT_VERSION, LayerSpec, ResMoEFormat
 from compress_tools.format.tensors import dense_layer_bytes, layer_bytes, layer_params, layer_tensors
 from compress_tools.output.shard_names import group_by_bytes, shard_names
+from compress_tools.output.trusted_code import missing_code, must_be_trusted
 from compress_tools.residuals.recipes import uniform_spec
 from compress_tools.source.layer_selection import select_layers
 from compress_tools.source.moe_source import MoESource, open_source
@@ -67,6 +68,11 @@ class CompressionTarget:
         if len(dtypes) > 1:
             mixed = ", ".join(f"{dtype} (first {name})" for dtype, name in dtypes.items())
             found.append(f"experts are stored in {mixed}; what is made of them is stored in {self.fmt.dtype}")
+        reader = self.source.reader
+        if must_be_trusted(reader.path, reader.config):
+            missing = missing_code(reader.path, reader.config)
+            lacking = f", and lacks {', '.join(missing)}" if missing else ""
+            found.append(f"the model loads only with Python code of its own (--trust-remote-code){lacking}")
         return found
 
     def summary(self) -> dict[str, Any]:

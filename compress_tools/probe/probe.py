@@ -72,6 +72,8 @@ def probe(src: str | CheckpointFiles, config: ProbeConfig, progress: ProgressLis
     target = make_target(SourceReader(src), make_config(layers=config.layers))
     source, layers = target.source, spaced(list(target.fmt.layers), config.max_layers)
     sampler = _Sampler(target, config)
+    for remark in target.remarks():
+        progress.say(remark)
     progress.start(len(layers) + 1, "sample")
     probes: list[LayerProbe] = []
     errors: list[dict[Candidate, float]] = []
