@@ -8,6 +8,9 @@ from compress_tools.errors import CheckpointError
 from compress_tools.format.shard_file import StoredTensor, read_header, shard_digest
 from compress_tools.source.other_files import files_of, why_left_out
 
+# Of a weight file, to be worth having whole for tensors that are copied; experts in it are wanted at another time.
+MOSTLY = 0.9
+
 
 class CheckpointFiles:
     """The files of a checkpoint that lies in a directory. What fetches them derives from this.
