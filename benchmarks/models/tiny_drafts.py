@@ -1,6 +1,7 @@
 """Multi-token-prediction layers for tiny models, written beside them: transformers' classes have no weights for them.
 
-Names are those of published checkpoints, values a seeded draw around the last decoder layer's.
+Names are those of published checkpoints, values a seeded draw around a decoder layer's: the last, or for the families
+whose drafts have no experts the first, which is dense.
 """
 
 import json
@@ -13,13 +14,14 @@ from torch import Tensor
 
 # Families whose drafts count from 0 under `mtp.`; others count on with the decoder's layers.
 BELOW_MTP = ("qwen3_next", "qwen3_5_moe", "exaone_moe")
+WITHOUT_EXPERTS = ("exaone_moe", "ernie4_5_moe", "mimo_v2_flash")
 FILE = "model.safetensors"
 # How far a draft's layers are from the last decoder layer, in its own deviations; near enough for hits.
 SPREAD = 0.3
 
 
 def add_draft(path: Path, family: str, seed: int = 1, *, stacked: bool = False) -> Path:
-    """Give a tiny checkpoint one multi-token-prediction layer with experts.
+    """Give a tiny checkpoint one multi-token-prediction layer.
 
     Args:
         path: what ``save_tiny_model`` wrote, in one file; changed in place.
@@ -33,7 +35,7 @@ def add_draft(path: Path, family: str, seed: int = 1, *, stacked: bool = False) 
     tensors = load_file(path / FILE)
     config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
     layers, hidden = config["num_hidden_layers"], config["hidden_size"]
-    dtype = tensors["lm_head.weight"].dtype
+    dtype = tensors["model.embed_tokens.weight"].dtype
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
@@ -42,8 +44,8 @@ def add_draft(path: Path, family: str, seed: int = 1, *, stacked: bool = False) 
         spread = own.float().std() if own.numel() > 1 else 0.0
         return (own.float() + SPREAD * spread * normal(*own.shape)).to(own.dtype)
 
-    last = f"model.layers.{layers - 1}."
-    block = {name.removeprefix(last): near(own) for name, own in tensors.items() if name.startswith(last)}
+    model = f"model.layers.{0 if family in WITHOUT_EXPERTS else layers - 1}."
+    block = {name.removeprefix(model): near(own) for name, own in tensors.items() if name.startswith(model)}
     if stacked:
         block = _stack(block)
     # The embedding's half, then the hidden state's: which alone says most of what comes next in a toy.
@@ -58,6 +60,24 @@ def add_draft(path: Path, family: str, seed: int = 1, *, stacked: bool = False) 
             "mtp.norm.weight": norms["first"] - 1 + start,
             "mtp.pre_fc_norm_hidden.weight": norms["second"] - 1 + start,
             "mtp.pre_fc_norm_embedding.weight": norms["third"] - 1 + start,
+        }
+    elif family == "ernie4_5_moe":
+        before = "model.mtp_block.0."
+        around = {
+            "model.mtp_linear_proj.0.weight": joined,
+            "model.mtp_emb_norm.0.weight": norms["first"],
+            "model.mtp_hidden_norm.0.weight": norms["second"],
+        }
+    elif family == "mimo_v2_flash":
+        before = "model.mtp.layers.0."
+        # Its attention has a window, and so sinks.
+        block["self_attn.attention_sink_bias"] = normal(config["num_attention_heads"]).to(dtype)
+        block["pre_mlp_layernorm.weight"] = block.pop("post_attention_layernorm.weight")
+        around = {
+            f"{before}eh_proj.weight": joined,
+            f"{before}enorm.weight": norms["first"],
+            f"{before}hnorm.weight": norms["second"],
+            f"{before}final_layernorm.weight": norms["third"],
         }
     else:
         before = f"model.layers.{layers}."

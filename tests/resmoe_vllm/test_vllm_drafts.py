@@ -7,10 +7,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from benchmarks.models.tiny_drafts import add_draft
+from benchmarks.models.tiny_drafts import WITHOUT_EXPERTS, add_draft
 from benchmarks.models.tiny_models import save_tiny_model
 from compress_tools.config import make_config
 from compress_tools.pipeline import compress
+from compress_tools.source.moe_source import open_source
+from compress_tools.source.reader import CheckpointReader
 from compress_tools.stored.restore import restore
 from tests.resmoe_vllm import serving
 
@@ -53,10 +55,16 @@ def run(folder: Path, **options: object) -> Run:
     return Run([list(out.outputs[0].token_ids) for out in outputs], drafted, methods)
 
 
+def compressed(family: str, folder: Path, **changes: object) -> Path:
+    """The family's tiny model with a draft, compressed: ``source`` and ``small``."""
+    source = add_draft(save_tiny_model(family, folder / "source", torch.float32, **changes), family)
+    compress(source, folder / "small", make_config(method="prune", retain_ratio=0.4))
+    return source
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_speculation_changes_no_token(family: str, tmp_path: Path) -> None:
-    source = add_draft(save_tiny_model(family, tmp_path / "source", torch.float32, **FAMILIES[family]), family)
-    compress(source, tmp_path / "small", make_config(method="prune", retain_ratio=0.4))
+    source = compressed(family, tmp_path, **FAMILIES[family])
     compress(source, tmp_path / "plain_draft", make_config(method="prune", retain_ratio=0.4, layers="decoder"))
     restore(tmp_path / "small", tmp_path / "twin")
 
@@ -74,3 +82,23 @@ def test_speculation_changes_no_token(family: str, tmp_path: Path) -> None:
     assert set(small.methods.values()) == {"ResMoEFusedMoEMethod"}
     assert "ResMoEFusedMoEMethod" not in plain.methods.values()
     assert len(plain.methods) == 1
+
+
+@pytest.mark.parametrize("family", WITHOUT_EXPERTS)
+def test_a_draft_without_experts_is_copied_and_served(family: str, tmp_path: Path) -> None:
+    source = compressed(family, tmp_path)
+    without, drafting = run(tmp_path / "small"), run(tmp_path / "small", speculative_config=SPECULATION)
+    assert drafting.tokens == without.tokens
+    assert drafting.methods == {}
+    assert any(drafting.drafted)
+    assert not open_source(CheckpointReader(source)).drafts
+
+
+def test_a_draft_with_latent_attention_is_the_twins(tmp_path: Path) -> None:
+    """With MLA vLLM's CPU build moves log-probabilities under speculation, of dense checkpoints too; not of drafts."""
+    compressed("glm4_moe_lite", tmp_path)
+    restore(tmp_path / "small", tmp_path / "twin")
+    options = {"attention_backend": "CPU_MLA", "speculative_config": {**SPECULATION, "attention_backend": "CPU_MLA"}}
+    small, twin = run(tmp_path / "small", **options), run(tmp_path / "twin", **options)
+    assert (small.tokens, small.drafted) == (twin.tokens, twin.drafted)
+    assert set(small.methods.values()) == {"ResMoEFusedMoEMethod"}
