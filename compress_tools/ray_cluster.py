@@ -3,26 +3,29 @@
     pip install 'resmoe[ray]'
     python -m compress_tools.ray_cluster SRC DST --shards 8 --method low-rank
 
-SRC and DST must be the same directories on every node (a shared file system). Each task is
-``resmoe compress SRC DST --shard I/N --resume``: a node that dies costs at most the layer it worked on, and the same
-command goes on where it stopped.
+SRC and DST must be the same directories on every node (a shared file system); SRC may be ORG/NAME of the hub, of which
+each node fetches what its slices need. Each task is ``resmoe compress SRC DST --shard I/N --resume``: a node that dies
+costs at most the layer it worked on, and the same command goes on where it stopped.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from compress_tools.cli.commands import given, main, recipe_configs
+from compress_tools.cli.commands import given, main, recipe_configs, revision_option, stream_option
 from compress_tools.cli.options import ConfigCommand
 from compress_tools.cli.printing import print_report
+from compress_tools.cli.sources import opened_source
 from compress_tools.config import CompressionConfig, make_config
 from compress_tools.errors import ConfigError, ResMoEError
+from compress_tools.hub.files import is_hub_name
 from compress_tools.output.staging import Staging
 from compress_tools.output.target import make_target
 from compress_tools.pipeline import compress, compress_slice
+from compress_tools.progress.listener import Silent
 from compress_tools.progress.log import logged
 from compress_tools.report import CompressionReport
 from compress_tools.slices.merge import merge
@@ -48,19 +51,37 @@ class Cluster:
     gpus_per_task: float = 0
 
 
-def make_slice_here(src: str, dst: str, config: CompressionConfig, part: Slice) -> str:
+@dataclass(frozen=True)
+class HubOptions:
+    """How a model of the hub is fetched; nothing, for a directory.
+
+    Attributes:
+        revision: branch, tag or commit.
+        stream: each task keeps no more than the weight files of one layer.
+    """
+
+    revision: str | None = None
+    stream: bool = False
+
+
+def make_slice_here(src: str, dst: str, config: CompressionConfig, part: Slice, hub: HubOptions | None = None) -> str:
     """What one task does on its node; ``DST.shard-I-of-N.log`` tells how far it is.
 
     Args:
-        src: source directory.
+        src: source directory, or ``ORG/NAME``.
         dst: the whole checkpoint's directory.
         config: the recipe.
         part: which slice.
+        hub: how ``ORG/NAME`` is fetched.
     Returns:
         the slice's directory.
     """
-    with logged(Staging(slice_path(dst, part)).log_path, to_stderr=False) as progress:
-        return str(compress_slice(src, dst, config, part, resume=True, progress=progress))
+    hub, own = hub or HubOptions(), slice_path(dst, part)
+    with (
+        logged(Staging(own).log_path, to_stderr=False) as progress,
+        opened_source(src, hub.revision, progress, stream=hub.stream, dst=own) as source,
+    ):
+        return str(compress_slice(source, dst, config, part, resume=True, progress=progress))
 
 
 def compress_on_cluster(
@@ -70,16 +91,18 @@ def compress_on_cluster(
     shards: int,
     cluster: Cluster | None = None,
     *,
+    hub: HubOptions | None = None,
     keep_slices: bool = False,
 ) -> CompressionReport:
     """Compress ``src`` into ``dst`` in ``shards`` slices, as tasks of a Ray cluster.
 
     Args:
-        src: source directory, the same on every node.
+        src: source directory, the same on every node; or ``ORG/NAME`` of the hub.
         dst: output directory, the same on every node.
         config: the recipe; ``workers`` assignments run in parallel in each task.
         shards: number of slices; at most the number of layers to be compressed.
         cluster: where they run; default: Ray on this machine, a CPU for each task.
+        hub: how ``ORG/NAME`` is fetched.
         keep_slices: leave the slices beside ``dst``.
     Returns:
         the report that is also written to ``dst``.
@@ -92,14 +115,22 @@ def compress_on_cluster(
     except ImportError as err:
         raise ConfigError("Ray is not installed: pip install 'resmoe[ray]'") from err
     cluster = cluster or Cluster()
-    source, output = Path(src).absolute(), Staging(dst)
+    hub, output = hub or HubOptions(), Staging(dst)
+    source = str(src) if is_hub_name(src) else str(Path(src).absolute())
     parts = [Slice(number, shards) for number in range(1, shards + 1)]
     # What can be refused is refused before a cluster is asked for anything.
-    shards_of(make_target(SourceReader(source), config), parts[0])
+    with opened_source(source, hub.revision, Silent(), stream=hub.stream) as found:
+        reader = SourceReader(found)
+        shards_of(make_target(reader, config), parts[0])
+        # What a branch means must not change between the tasks.
+        hub = replace(hub, revision=reader.store.origin.get("commit", hub.revision))
     output.check_free(resume=True, overwrite=False)
     if output.is_finished:
-        with logged(output.log_path, to_stderr=True) as progress:
-            return compress(source, output.dst, config, resume=True, progress=progress)
+        with (
+            logged(output.log_path, to_stderr=True) as progress,
+            opened_source(source, hub.revision, progress, stream=hub.stream, dst=output.dst) as found,
+        ):
+            return compress(found, output.dst, config, resume=True, progress=progress)
     started_here = not ray.is_initialized()
     if started_here:
         ray.init(address=cluster.address)
@@ -107,7 +138,7 @@ def compress_on_cluster(
         task = ray.remote(make_slice_here).options(
             num_cpus=cluster.cpus_per_task, num_gpus=cluster.gpus_per_task, max_retries=MAX_RETRIES
         )
-        running = {task.remote(str(source), str(output.dst), config, part): part for part in parts}
+        running = {task.remote(source, str(output.dst), config, part, hub): part for part in parts}
         failures: list[ResMoEError] = []
         pending = list(running)
         while pending:
@@ -151,12 +182,15 @@ def _as_our_own(part: Slice, err: Exception) -> ResMoEError:
 )
 @click.option("--gpus-per-task", type=click.FloatRange(min=0), default=0, show_default=True, help="GPUs of a task.")
 @click.option("--keep-slices", is_flag=True, help="Leave the slices beside DST.")
+@revision_option
+@stream_option
 def cli(src: str, dst: str, **options: Any) -> None:
     """Compress the MoE checkpoint SRC into DST on a Ray cluster. The same command goes on after a failure."""
     cluster = Cluster(*(options.pop(name) for name in ("address", "cpus_per_task", "gpus_per_task")))
+    hub = HubOptions(options.pop("revision"), options.pop("stream"))
     shards, keep_slices = options.pop("shards"), options.pop("keep_slices")
     config = make_config(**{"workers": cluster.cpus_per_task, **given(options)})
-    report = compress_on_cluster(src, dst, config, shards, cluster, keep_slices=keep_slices)
+    report = compress_on_cluster(src, dst, config, shards, cluster, hub=hub, keep_slices=keep_slices)
     print_report(report, dst, as_json=False)
 
 

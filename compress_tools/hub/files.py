@@ -12,7 +12,7 @@ from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.format.shard_file import StoredTensor, parse_header
 from compress_tools.hub.own_folder import OwnFolder
 from compress_tools.hub.refusals import endpoint, offline
-from compress_tools.hub.repository import Repository, open_repository
+from compress_tools.hub.repository import Repository, open_repository, quiet_library
 from compress_tools.hub.selection import NOT_NAMED, is_weights
 from compress_tools.progress.listener import ProgressListener, Silent
 from compress_tools.progress.text import human_bytes
@@ -91,7 +91,7 @@ class HubFiles(CheckpointFiles):
         if shard not in self._headers:
             if self.local(shard) is None and shard not in self._asked:
                 self._ask_for_headers(shard)
-            self._headers[shard] = self._asked.pop(shard).result() if shard in self._asked else self._own_header(shard)
+            self._headers[shard] = self._fetched_header(shard) if shard in self._asked else self._own_header(shard)
         return self._headers[shard]
 
     def read(self, shard: str, tensor: StoredTensor, begin: int = 0, end: int | None = None) -> bytearray:
@@ -146,9 +146,17 @@ class HubFiles(CheckpointFiles):
         if shard not in self._repository.sizes:
             raise CheckpointError(self._missing(shard))
         others = [own for own in self._repository.weights if own not in self._headers and self.local(own) is None]
-        pool = ThreadPoolExecutor(_HEADERS_AT_ONCE)
-        self._asked = {own: pool.submit(self._fetch_header, own) for own in dict.fromkeys([shard, *others])}
-        pool.shutdown(wait=False)
+        self._pool = ThreadPoolExecutor(_HEADERS_AT_ONCE)
+        self._asked = {own: self._pool.submit(self._fetch_header, own) for own in dict.fromkeys([shard, *others])}
+        self._pool.shutdown(wait=False)
+
+    def _fetched_header(self, shard: str) -> dict[str, StoredTensor]:
+        try:
+            return self._asked.pop(shard).result()
+        except BaseException:
+            # Else the process would ask for all the others before it ends.
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
     def _missing(self, shard: str) -> str:
         from huggingface_hub import constants
@@ -238,13 +246,14 @@ def source_files(
                 raise ConfigError(f"{option} has no effect: {src} is not a model of the hub, ORG/NAME, but a path")
         yield src
         return
-    files = HubFiles(open_repository(src, revision), progress, folder)
-    try:
-        yield files
-    except BaseException:
-        files.close(finished=False)
-        raise
-    files.close(finished=True)
+    with quiet_library():
+        files = HubFiles(open_repository(src, revision), progress, folder)
+        try:
+            yield files
+        except BaseException:
+            files.close(finished=False)
+            raise
+        files.close(finished=True)
 
 
 def _may_be_read(name: str) -> bool:

@@ -3,6 +3,7 @@
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from compress_tools.errors import CheckpointError
 from compress_tools.text_file import in_words
@@ -12,13 +13,14 @@ _AGAIN = "what is fetched is kept: run the same command again (compress: with --
 
 
 @contextmanager
-def asking(name: str, revision: str, what: str = "") -> Iterator[None]:
+def asking(name: str, revision: str, what: str = "", folder: Path | None = None) -> Iterator[None]:
     """Turn what the hub refuses, or the network, into a sentence.
 
     Args:
         name: of the repository.
         revision: that is asked for.
         what: file that is asked for; empty for the repository itself.
+        folder: where it is to go; None: to the user's cache.
     Raises:
         CheckpointError: see the module.
     """
@@ -43,7 +45,7 @@ def asking(name: str, revision: str, what: str = "") -> Iterator[None]:
         raise CheckpointError(offline(name, what)) from err
     except errors.EntryNotFoundError as err:
         if isinstance(err.__cause__, Exception) and not isinstance(err, errors.RemoteEntryNotFoundError):
-            raise _of_transfer(name, what, err.__cause__) from err
+            raise _of_transfer(name, what, err.__cause__, folder) from err
         raise CheckpointError(
             f"{name}: {what or 'a file'} is missing at revision {revision}; choose another --revision, or tell the "
             "model's makers"
@@ -53,7 +55,7 @@ def asking(name: str, revision: str, what: str = "") -> Iterator[None]:
     except Exception as err:
         if not is_of_network(err):
             raise
-        raise _of_transfer(name, what, err) from err
+        raise _of_transfer(name, what, err, folder) from err
 
 
 def endpoint() -> str:
@@ -86,22 +88,19 @@ def is_unreachable(err: BaseException | None) -> bool:
     return isinstance(err, Exception) and not isinstance(err, HfHubHTTPError) and is_of_network(err)
 
 
-def _of_transfer(name: str, what: str, err: Exception) -> CheckpointError:
+def _of_transfer(name: str, what: str, err: Exception, folder: Path | None) -> CheckpointError:
     from huggingface_hub.errors import HfHubHTTPError
 
     where = f"{name}: {what}" if what else name
     if isinstance(err, HfHubHTTPError):
         return CheckpointError(f"{where}: {_of_status(name, err.response.status_code)}")
     if getattr(err, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return CheckpointError(
-            f"{where}: {in_words(err)}; make room on that disk, or point HF_HOME to another: {_AGAIN}"
-        )
+        other = ", or point HF_HOME to another" if folder is None else ""
+        return CheckpointError(f"{where}: {in_words(err)}; make room on that disk{other}: {_AGAIN}")
     if getattr(err, "errno", None) in (errno.EACCES, errno.EROFS, errno.EPERM):
-        place = getattr(err, "filename", None)
-        return CheckpointError(
-            f"{where}: can't be written to {place or 'the cache'}: {in_words(err)}; point HF_HOME to a place that you "
-            "may write"
-        )
+        place = getattr(err, "filename", None) or folder or "the cache"
+        advice = "point HF_HOME to a place that you may write" if folder is None else "make it writable"
+        return CheckpointError(f"{where}: can't be written to {place}: {in_words(err)}; {advice}")
     if "Consistency check failed" in str(err):
         return CheckpointError(f"{where}: arrived with another size than the hub says; {_AGAIN}")
     tried = "" if what else "no such directory, and "

@@ -68,7 +68,7 @@ class Repository:
             CheckpointError: it can't be had.
         """
         steps = _Steps(progress or Silent(), self.sizes.get(filename, 0))
-        with asking(self.name, self.revision, filename):
+        with asking(self.name, self.revision, filename, folder):
             found = _download(self.name, filename, self.commit, folder, steps)
         if (size := found.stat().st_size) != self.sizes.get(filename, size):
             found.unlink()
@@ -77,14 +77,13 @@ class Repository:
             )
         return found
 
-    def read(self, filename: str, first: int, count: int, progress: ProgressListener | None = None) -> bytearray:
+    def read(self, filename: str, first: int, count: int) -> bytearray:
         """Bytes of a file, without the rest; a cut transfer goes on where it was cut.
 
         Args:
             filename: in the repository.
             first: byte.
             count: bytes; fewer come where the file ends.
-            progress: told of steps of ``STEP_BYTES``.
         Raises:
             CheckpointError: they can't be had.
         """
@@ -94,7 +93,6 @@ class Repository:
             raise CheckpointError(offline(self.name, filename))
         count = max(0, min(count, self.sizes.get(filename, first + count) - first))
         content, done, tries = bytearray(count), 0, 0
-        steps = _Steps(progress, count)
         with asking(self.name, self.revision, filename):
             while done < count:
                 try:
@@ -102,7 +100,6 @@ class Repository:
                         taken = chunk[: count - done]
                         content[done : done + len(taken)] = taken
                         done, tries = done + len(taken), 0
-                        steps.add(len(taken))
                 except Exception as err:
                     if not is_unreachable(err):
                         raise
@@ -226,26 +223,26 @@ def _read(file: Path) -> object:
 def _download(name: str, filename: str, revision: str, folder: Path | None, steps: "_Steps") -> Path:
     from huggingface_hub import hf_hub_download
 
-    with _quietly():
-        found = hf_hub_download(
-            name,
-            filename,
-            revision=revision,
-            local_dir=folder,
-            endpoint=endpoint(),
-            tqdm_class=steps.bar(),
-            library_name="resmoe",
-        )
+    found = hf_hub_download(
+        name,
+        filename,
+        revision=revision,
+        local_dir=folder,
+        endpoint=endpoint(),
+        tqdm_class=steps.bar(),
+        library_name="resmoe",
+    )
     return Path(os.fspath(found))
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """The library's own remarks on each try are left out: what fails in the end is said once."""
+def quiet_library() -> Iterator[None]:
+    """The library's own remarks on each try are left out, unless HF_HUB_VERBOSITY asks for them."""
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    if "HF_HUB_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()
     try:
         yield
     finally:
@@ -256,19 +253,20 @@ class _Steps:
     """Bytes as steps of a stage; small files are none.
 
     Args:
-        progress: told of them; None: of steps alone, the stage is another's.
+        progress: told of them.
         size: of the whole.
     """
 
-    def __init__(self, progress: ProgressListener | None, size: int) -> None:
+    def __init__(self, progress: ProgressListener, size: int) -> None:
         self._progress, self._bytes, self._said = progress, 0, 0
-        if progress is not None and size >= STEP_BYTES:
+        self._counted: object = None
+        if size >= STEP_BYTES:
             progress.stage("fetching", -(-size // STEP_BYTES))
 
     def add(self, count: int) -> None:
         """So many bytes more."""
         self._bytes += count
-        while self._progress is not None and (self._said + 1) * STEP_BYTES <= self._bytes:
+        while (self._said + 1) * STEP_BYTES <= self._bytes:
             self._said += 1
             self._progress.step()
 
@@ -281,9 +279,13 @@ class _Steps:
         class Bar(tqdm):  # type: ignore[misc]  # its base is Any here
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 super().__init__(*args, **{**kwargs, "disable": True})
+                # A transfer by xet has two: of bytes that arrive, and of bytes that are written.
+                if steps._counted is None:
+                    steps._counted = self
 
             def update(self, n: float | None = 1) -> bool | None:
-                steps.add(max(0, int(n or 0)))
+                if steps._counted is self:
+                    steps.add(max(0, int(n or 0)))
                 return None
 
         return Bar

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -64,6 +65,15 @@ class Asked:
     sent: int
 
 
+class _Server(ThreadingHTTPServer):
+    """Says nothing of clients that go away in the middle, as killed ones do."""
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Called within the exception's handler."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class HubServer:
     """A hub on loopback; a context.
 
@@ -82,7 +92,7 @@ class HubServer:
         self.asked: list[Asked] = []
         self.on_request: Callable[[str], None] = lambda path: None
         self._lock = threading.Lock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._http = _Server(("127.0.0.1", 0), self._handler())
         self._http.daemon_threads = True
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
 

@@ -1,6 +1,7 @@
 """A model of the hub is compressed as the same model in a directory is; nothing is fetched that is not needed."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from huggingface_hub import constants
 from compress_tools.config import make_config
 from compress_tools.errors import CheckpointError
 from compress_tools.hub.files import HubFiles, is_hub_name, source_files
-from compress_tools.hub.repository import open_repository
+from compress_tools.hub.repository import STEP_BYTES, _Steps, open_repository
 from compress_tools.output.target import make_target
 from compress_tools.pipeline import compress
 from compress_tools.probe.config import make_probe_config
@@ -20,7 +21,7 @@ from compress_tools.progress.listener import Silent
 from compress_tools.source.source_reader import SourceReader
 from tests.compress_tools.hub.conftest import EXTRAS, NAME, Resmoe
 from tests.hub_server.repository import HubFile, Repository, files_of
-from tests.hub_server.server import HubServer
+from tests.hub_server.server import Fault, HubServer
 
 QUICK = make_config(center="mean", workers=1)
 
@@ -209,3 +210,32 @@ def test_fetched_once(hub: HubServer, mixtral: Repository, tiny_mixtral: Path, t
         with source_files(NAME, None, None, Silent()) as source:
             compress(source, tmp_path / name, QUICK)
     assert {hub.whole(file.name) for file in tiny_mixtral.glob("*.safetensors")} == {1}
+
+
+def test_steps_of_a_transfer() -> None:
+    """A large file's bytes are steps of a stage; by xet two bars tell of the same bytes."""
+    told: list[object] = []
+
+    class Counting(Silent):
+        def stage(self, text: str, total: int | None, layer: int | None = None) -> None:
+            told.append((text, total))
+
+        def step(self) -> None:
+            told.append("step")
+
+    bars = _Steps(Counting(), 2 * STEP_BYTES + 1).bar()
+    with bars(total=2 * STEP_BYTES + 1) as written, bars() as arrived:
+        for bar in (arrived, written):
+            for count in (STEP_BYTES // 2, STEP_BYTES, STEP_BYTES // 2 + 1):
+                bar.update(count)
+    assert told == [("fetching", 3), "step", "step"]
+
+
+def test_the_library_keeps_quiet(hub: HubServer, mixtral: Repository, tmp_path: Path, resmoe: Resmoe) -> None:
+    hub.faults = [Fault("/store/", 2, status=503), Fault("/store/", 2, methods=("GET",), cut_after=100)]
+    code, out, err = resmoe("compress", NAME, tmp_path / "small", "--center", "mean", "--workers", "1", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["source"]["repository"] == NAME
+    assert [fault.times for fault in hub.faults] == [0, 0]
+    log = (tmp_path / "small.log").read_text()
+    assert len(re.findall(r"fetching model-0000\d-of-00007.safetensors of org/tiny-mixtral, \d", log)) == 7

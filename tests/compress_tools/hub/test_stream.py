@@ -240,9 +240,11 @@ def test_a_budget_measures_in_a_stream_too(
     hub: HubServer, mixtral: Repository, tiny_mixtral: Path, tmp_path: Path, resmoe: Resmoe
 ) -> None:
     words = ("--target-bytes-ratio", "0.4", "--coders", "quantize", "--workers", "1", "--json")
-    here = resmoe("plan", tiny_mixtral, *words)
-    found = resmoe("plan", NAME, *words, "--stream")
-    assert (found[0], json.loads(found[1])) == (0, json.loads(here[1]))
+    here, found = (json.loads(resmoe("plan", *source, *words)[1]) for source in ([tiny_mixtral], [NAME, "--stream"]))
+    remarks = found.pop("remarks")
+    assert remarks[0] == f"{NAME} at commit {mixtral.revisions['main']} (main)"
+    here.pop("remarks", None)
+    assert found == here
     assert not list(Path(constants.HF_HUB_CACHE).rglob("model-*.safetensors"))
     assert resmoe("compress", NAME, tmp_path / "small", *words, "--stream")[0] == 0
     assert resmoe("compress", tiny_mixtral, tmp_path / "here", *words)[0] == 0
