@@ -31,18 +31,27 @@ namespace resmoe {
 
 constexpr int64_t kSums = 2 * kInputs;
 
+inline float silu(float x, float alpha) { return x / (1.0f + expf(-alpha * x)); }
 inline float apply(const Activation& a, float x) {
-  if (a.function == kSilu) return x / (1.0f + expf(-a.alpha * x));
+  if (a.function == kSilu) return silu(x, a.alpha);
   if (a.function == kGelu) return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
   if (a.function == kGeluTanh) return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
   const float positive = std::max(x, 0.0f);
   return positive * positive;
 }
-// NaN stays NaN: std::min and std::max give their first argument then.
-inline float activate(const Activation& a, float gate, float up) {
-  if (!a.gated) return apply(a, up);
-  const float opened = a.limit_after ? std::min(apply(a, gate), a.limit) : apply(a, std::min(gate, a.limit));
-  return opened * (std::max(std::min(up, a.limit), -a.limit) + a.beta);
+// visit(f(gate, up)). NaN stays NaN: std::min and std::max give their first argument then.
+template <class Visit>
+void with_activation(const Activation& a, Visit visit) {
+  const bool limited = a.limit < INFINITY;
+  if (!a.gated) return visit([&](float, float up) { return apply(a, up); });
+  if (!limited && a.beta == 0) {
+    if (a.function == kSilu && a.alpha == 1) return visit([](float g, float up) { return silu(g, 1.0f) * up; });
+    return visit([&](float g, float up) { return apply(a, g) * up; });
+  }
+  visit([&](float g, float up) {
+    const float opened = a.limit_after ? std::min(apply(a, g), a.limit) : apply(a, std::min(g, a.limit));
+    return opened * (std::max(std::min(up, a.limit), -a.limit) + a.beta);
+  });
 }
 
 inline float load(const uint16_t* from, int32_t dtype, int64_t i) {
@@ -376,13 +385,15 @@ struct Run {
   // scratch.hidden[s * kRows + r], and the tokens' sums of it.
   void activate_rows(const Block& b, float* const (&sums)[2], Scratch& scratch) {
     const int32_t* token = routing.token.data() + b.first_pair;
-    for (int64_t s = 0; s < b.pairs; ++s)
-      for (int64_t r = 0; r < b.rows; ++r) {
-        const float a = activate(layer.activation, sums[kGate][r * kSums + s], sums[kUp][r * kSums + s]) *
-                        routing.weight[b.first_pair + s];
-        scratch.hidden[s * kRows + r] = a;
-        mixed_hidden[token[s] * layer.intermediate + b.first_row + r] += a;
-      }
+    with_activation(layer.activation, [&](auto activate) {
+      for (int64_t s = 0; s < b.pairs; ++s)
+        for (int64_t r = 0; r < b.rows; ++r) {
+          const float a =
+              activate(sums[kGate][r * kSums + s], sums[kUp][r * kSums + s]) * routing.weight[b.first_pair + s];
+          scratch.hidden[s * kRows + r] = a;
+          mixed_hidden[token[s] * layer.intermediate + b.first_row + r] += a;
+        }
+    });
   }
 
   // What the residual's parts of down make of scratch.hidden.
