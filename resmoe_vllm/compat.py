@@ -20,7 +20,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.model_loader import weight_utils
-from vllm.model_executor.models.utils import extract_layer_index
+from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -35,6 +35,7 @@ __all__ = [
     "UnquantizedFusedMoEMethod",
     "UnquantizedLinearMethod",
     "VocabParallelEmbedding",
+    "WeightsMapper",
     "allow_amx",
     "complete_expert_names",
     "direct_register_custom_op",

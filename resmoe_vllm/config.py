@@ -13,9 +13,11 @@ from resmoe_vllm.compat import (
     UnquantizedEmbeddingMethod,
     UnquantizedFusedMoEMethod,
     VocabParallelEmbedding,
+    WeightsMapper,
     extract_layer_index,
 )
 from resmoe_vllm.fused_moe import ResMoEFusedMoEMethod
+from resmoe_vllm.gpt_oss import STREAMED_NAMES, streams_experts
 from resmoe_vllm.lora import keep_lora_off
 from resmoe_vllm.plain_layers import PlainEmbeddingMethod, PlainLinearMethod
 
@@ -30,6 +32,7 @@ class ResMoEConfig(QuantizationConfig):
     def __init__(self, fmt: ResMoEFormat) -> None:
         super().__init__()
         self.fmt = fmt
+        self._names = WeightsMapper()
 
     def get_name(self) -> str:
         """Name under ``quant_method`` in config.json."""
@@ -58,10 +61,17 @@ class ResMoEConfig(QuantizationConfig):
         """
         return cls(parse_format(config))
 
+    # vLLM asks an instance, whose model is built by then.
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
+        """What the checkpoint's tensors are called for the model's loader."""
+        return self._names
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Method of one layer; see ``layer_index`` for how a MoE layer is told."""
         if isinstance(layer, RoutedExperts):
             keep_lora_off(layer, prefix)
+            if streams_experts(layer):
+                self._names = STREAMED_NAMES
             index = layer_index(prefix, self.fmt)
             if index is None:
                 return UnquantizedFusedMoEMethod(layer.moe_config)

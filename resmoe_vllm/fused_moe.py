@@ -14,6 +14,7 @@ from resmoe_vllm.compat import (
     is_dummy_load,
     platform_device,
 )
+from resmoe_vllm.gpt_oss import add_places, remove_places, streams_experts
 from resmoe_vllm.kernels.activation import make_activation
 from resmoe_vllm.weights.layer_loader import LayerLoader
 
@@ -82,6 +83,8 @@ class ResMoEFusedMoEMethod(FusedMoEMethodBase):
         for group in loader.groups:
             ops.check_kernel(group.layout.coders, params_dtype, platform_device())
         loader.create_params(layer, params_dtype)
+        if streams_experts(layer):
+            add_places(layer, loader)
         self.loader, self.dummy = loader, is_dummy_load()
 
     @override
@@ -93,6 +96,7 @@ class ResMoEFusedMoEMethod(FusedMoEMethodBase):
         """
         if self.loader.finished:
             return
+        remove_places(layer)
         if self.dummy:
             self.loader.load_dummies()
         self.loader.check_complete()

@@ -424,10 +424,11 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "image_token_index": 120,
         },
     ),
+    # A multiple of 32: vLLM's dense kernel on a CPU takes no other.
     "gpt_oss": (
         "GptOss",
         {
-            "intermediate_size": 24,
+            "intermediate_size": 32,
             "num_hidden_layers": 2,
             "num_local_experts": 4,
             "num_experts_per_tok": 2,

@@ -9,6 +9,7 @@ group that has a suffix, and their loader hands each tensor to its expert's grou
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -162,6 +163,26 @@ class LayerLoader:
         if row >= 0:
             group.put(spec, row, expert_id, loaded_weight)
         return row >= 0 if return_success else None
+
+    def loader_of(self, suffix: str, shard_id: str) -> Callable[..., bool | None]:
+        """A weight loader of one suffix and shard, for a model whose own loader says neither.
+
+        Args:
+            suffix: of the stored tensors.
+            shard_id: as in ``load``.
+        """
+
+        def load(
+            param: torch.nn.Parameter,
+            loaded_weight: Tensor,
+            weight_name: str = "",
+            expert_id: int = CENTER_EXPERT,
+            **options: Any,
+        ) -> bool | None:
+            success = bool(options.get("return_success"))
+            return self.load(f"w_{suffix}", param, loaded_weight, weight_name, shard_id, expert_id, success)
+
+        return load
 
     def check_complete(self) -> None:
         """Called after loading.

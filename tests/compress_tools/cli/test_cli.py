@@ -140,7 +140,7 @@ def test_a_plan_says_what_it_predicts_and_replaces_a_file_only_when_told(
 
 
 def test_a_family_that_vllm_cannot_serve_is_not_sent_there(resmoe: Resmoe, tmp_path: Path) -> None:
-    source = save_tiny_model("gpt_oss", tmp_path / "model", torch.bfloat16)
+    source = save_tiny_model("switch_transformers", tmp_path / "model", torch.bfloat16)
     code, stdout, stderr = resmoe("compress", source, tmp_path / "small", "--center", "mean")
     assert code == 0, stderr
     assert "vllm serve" not in stdout
