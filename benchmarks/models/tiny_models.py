@@ -92,7 +92,7 @@ NOT_IN_TRANSFORMERS = {
     "bailing_moe": NO_CLASS,
     "sarvam_moe": NO_CLASS,
     "param2moe": NO_CLASS,
-    "longcat_flash": "no: its class wants gates of the experts that compute nothing, too",
+    "longcat_flash": "compressed alone: dense, its class wants gates of experts that compute nothing",
 }
 # Families that are published with stacked experts, though transformers would write them one by one.
 PUBLISHED_STACKED = frozenset({"qwen3_5_moe"})

@@ -12,5 +12,5 @@ LONGCAT_FLASH = MoEArchitecture(
     num_layers_keys=("num_layers",),
     own_output=True,
     vllm_cpu=False,
-    runs_in="its router is a kernel for GPUs",
+    runs_in="its router is a kernel for GPUs; run in transformers",
 )

@@ -42,10 +42,11 @@ def gate_function(dense: nn.Module) -> GateFunction:
     if isinstance(dense, nn.ModuleDict):
         act = next(iter(dense.values())).get_submodule("act")
         return lambda before: act(before["up_proj"])
-    if _is_interleaved(dense):
-        # A method, which nn.Module's own type does not know.
-        apply_gate = cast("nn.Module", dense._apply_gate)
-        return lambda before: apply_gate(interleave(before["gate_proj"], before["up_proj"]))
+    if hasattr(dense, "_apply_gate"):
+        # A method, which nn.Module's own type does not know: clamped or scaled in some families.
+        apply_gate = cast("Callable[[Tensor], Tensor]", dense._apply_gate)
+        join = interleave if _is_interleaved(dense) else lambda gate, up: torch.cat([gate, up], dim=-1)
+        return lambda before: apply_gate(join(before["gate_proj"], before["up_proj"]))
     # A module in most families, a function in some.
     act_fn = cast("Callable[[Tensor], Tensor]", dense.act_fn)
     return lambda before: act_fn(before["gate_proj"]) * before["up_proj"]

@@ -107,18 +107,14 @@ class ResMoEQuantizer(HfQuantizer):
                 gate_function(self._dense[name]),
                 model.dtype,
             ).to(model.device)
-            dense = self._dense[name]
-            if isinstance(dense, nn.ModuleDict):
-                model.set_submodule(name, _OneHotRouting(experts))
-            else:
-                model.set_submodule(name, _RowsByExpert(experts) if takes_rows(dense) else experts)
+            model.set_submodule(name, _as_called(experts, self._dense[name]))
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Dense experts again, restored; the whole model in ``dtype``, if one is given."""
         for name, dense in self._dense.items():
             module = model.get_submodule(name)
-            factored = module.experts if isinstance(module, _OneHotRouting | _RowsByExpert) else module
+            factored = module.experts if isinstance(module, _OneHotRouting | _RowsByExpert | _IdleExperts) else module
             if not isinstance(factored, FactoredExperts):
                 raise CheckpointError(f"dequantize: {name} is a {type(factored).__name__}; expected FactoredExperts")
             experts = [
@@ -147,6 +143,29 @@ def _placeholder(dense: nn.Module) -> nn.Module:
     for name, _ in dense.named_parameters(recurse=False):
         setattr(empty, name, torch.empty(0))
     return empty
+
+
+def _as_called(experts: FactoredExperts, dense: nn.Module) -> nn.Module:
+    """Factored experts behind the call that a family's model makes of its own module."""
+    if isinstance(dense, nn.ModuleDict):
+        return _OneHotRouting(experts)
+    if takes_rows(dense):
+        return _RowsByExpert(experts)
+    return _IdleExperts(experts) if hasattr(dense, "identity_expert") else experts
+
+
+class _IdleExperts(nn.Module):
+    """LongCat-Flash: experts from E on have no weights and pass their input on."""
+
+    def __init__(self, experts: FactoredExperts) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """See ``FactoredExperts``."""
+        idle = topk_weights.masked_fill(topk_ids < self.experts.num_experts, 0).sum(dim=-1, keepdim=True)
+        output: Tensor = self.experts(hidden_states, topk_ids, topk_weights)
+        return output + (hidden_states * idle).to(output.dtype)
 
 
 class _OneHotRouting(nn.Module):

@@ -1,10 +1,12 @@
 """ResMoE checkpoints in transformers: factored and restored modes give the restored checkpoint's logits."""
 
+import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from benchmarks.models.tiny_models import NOT_IN_TRANSFORMERS, TINY_CONFIGS, load_model, save_tiny_model, token_logits
@@ -62,6 +64,22 @@ def test_keeping_everything_keeps_the_sources_logits(family: str, tmp_path: Path
     compress(source, tmp_path / "small", make_config(retain_ratio=1.0))
     expected = logits(load_model(source))
     torch.testing.assert_close(logits(load_model(tmp_path / "small")), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_that_pass_their_input_on_do_so(tmp_path: Path) -> None:
+    """LongCat's. transformers' class loads dense ones with gates for them, too, which it never uses."""
+    published = save_tiny_model("longcat_flash", tmp_path / "published", torch.float32)
+    compress(published, tmp_path / "small", make_config(retain_ratio=1.0))
+    shutil.copytree(published, tmp_path / "filled")
+    tensors = load_file(published / "model.safetensors")
+    for layer in range(2):
+        for name in (f"model.layers.{layer}.mlp.experts.{{}}.{part}_proj.weight" for part in ("gate", "up")):
+            tensors |= {name.format(idle): torch.zeros_like(tensors[name.format(0)]) for idle in (6, 7)}
+    save_file(tensors, tmp_path / "filled" / "model.safetensors", metadata={"format": "pt"})
+    expected = logits(load_model(tmp_path / "filled"))
+    factored = load_model(tmp_path / "small")
+    torch.testing.assert_close(logits(factored), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(factored.dequantize()), expected, rtol=1e-4, atol=1e-4)
 
 
 VERSION_2 = {
