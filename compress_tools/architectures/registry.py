@@ -8,7 +8,15 @@ from compress_tools.architectures.arcee import AFMOE
 from compress_tools.architectures.bailing import BAILING_MOE, PARAM2MOE, SARVAM_MOE
 from compress_tools.architectures.base import KNOWN_LAYOUTS, ROOTS, MoEArchitecture, config_parts, target_names
 from compress_tools.architectures.cohere import COHERE2_MOE
-from compress_tools.architectures.deepseek import AXK1, DEEPSEEK_MOE, DEEPSEEK_V2, DEEPSEEK_V3, DEEPSEEK_V32, DOTS1
+from compress_tools.architectures.deepseek import (
+    AXK1,
+    DEEPSEEK_MOE,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    DEEPSEEK_V4,
+    DEEPSEEK_V32,
+    DOTS1,
+)
 from compress_tools.architectures.ernie import ERNIE4_5_MOE
 from compress_tools.architectures.exaone import EXAONE_MOE
 from compress_tools.architectures.gemma import GEMMA4
@@ -23,7 +31,8 @@ from compress_tools.architectures.layouts import ExpertLayout, OneByOne
 from compress_tools.architectures.lfm2 import LFM2_MOE
 from compress_tools.architectures.llama import LLAMA4
 from compress_tools.architectures.longcat import LONGCAT_FLASH
-from compress_tools.architectures.mixtral import MINIMAX, MINIMAX_M2, MIXTRAL, PHIMOE
+from compress_tools.architectures.mistral import MISTRAL4
+from compress_tools.architectures.mixtral import MINIMAX, MINIMAX_M2, MINIMAX_M3, MIXTRAL, PHIMOE
 from compress_tools.architectures.olmoe import FLEX_OLMO, OLMOE
 from compress_tools.architectures.qwen_moe import (
     QWEN2_MOE,
@@ -34,6 +43,7 @@ from compress_tools.architectures.qwen_moe import (
     QWEN3_VL_MOE,
 )
 from compress_tools.architectures.small_families import MELLUM, MIMO_V2, SOLAR_OPEN
+from compress_tools.architectures.step import STEP3P5
 from compress_tools.architectures.switch import SWITCH
 from compress_tools.errors import UnsupportedArchitectureError
 from compress_tools.format.schema import Projection
@@ -76,6 +86,10 @@ ARCHITECTURES: tuple[MoEArchitecture, ...] = (
     QWEN3_OMNI_MOE,
     GLM4V_MOE,
     LLAMA4,
+    DEEPSEEK_V4,
+    MINIMAX_M3,
+    STEP3P5,
+    MISTRAL4,
     KIMI_LINEAR,
     BAILING_MOE,
     LONGCAT_FLASH,
