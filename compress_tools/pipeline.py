@@ -159,7 +159,7 @@ def _write_shards(
         progress.say(f"begun on {begun}, goes on on {here}: the result is as good, but its last bits may differ")
     store.prepare(sorted({name for names in read.values() for name in names}))
     with one_thread_each():
-        for shard in _as_they_lie(shards, read) if store.streams else shards:
+        for shard in _in_order(job, shards):
             if shard.filename not in records:
                 records[shard.filename] = _write(job, shard, writer, progress)
             record = records[shard.filename]
@@ -177,9 +177,10 @@ def _write(job: _Job, shard: Shard, writer: CheckpointWriter, progress: Progress
     return writer.write_shard(shard.filename, made.tensors, {"layer": asdict(made.report), "seconds": seconds})
 
 
-def _as_they_lie(shards: list[Shard], read: dict[str, list[str]]) -> list[Shard]:
-    """Layers in the order of the weight files that they are in, so that each of these is fetched once."""
-    return sorted(shards, key=lambda shard: (shard.layer is not None, read.get(shard.filename, [])))
+def _in_order(job: _Job, shards: list[Shard]) -> list[Shard]:
+    """Copied tensors, then layers as the source's files are best read."""
+    layers = job.target.source.as_they_lie(shard.layer for shard in shards if shard.layer is not None)
+    return sorted(shards, key=lambda shard: -1 if shard.layer is None else layers.index(shard.layer))
 
 
 def _names_read(job: _Job, shard: Shard) -> Collection[str]:

@@ -470,7 +470,9 @@ def _print_plan(
     if part is not None:
         print_for_people(f"Slice {part} makes layers {', '.join(map(str, layers))} of these.")
     if out_file is not None:
-        compress_it = ("resmoe", "compress", src, "DST", "--plan", out_file)
+        origin = made.source.reader.store.origin
+        pinned = ("--revision", origin["commit"]) if origin else ()
+        compress_it = ("resmoe", "compress", src, "DST", "--plan", out_file, *pinned)
         print_for_people(with_command(f"Written to {out_file}. Next:", *compress_it))
 
 

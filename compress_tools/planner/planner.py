@@ -112,12 +112,12 @@ def measure(
     progress.say(measuring.expectation(len(selected)))
     layers: dict[int, LayerChoices] = {}
     begun = time.monotonic()
-    for layer in selected:
+    for layer in source.as_they_lie(selected):
         layers[layer] = measuring.layer(layer, dense[layer])
         if len(layers) == 1 and len(selected) > 1:
             spent, left = time.monotonic() - begun, len(selected) - 1
             progress.say(f"measuring layer {layer} took {human_s(spent)}; {left} more: about {human_s(left * spent)}")
-    return Measured(sizes, layers, dense)
+    return Measured(sizes, dict(sorted(layers.items())), dense)
 
 
 def choose(measured: Measured, request: PlannerConfig) -> Planned:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -144,6 +144,12 @@ class MoESource:
             return {}
         embedding = next((name for name in names if is_embedding(name, self.located.root)), None)
         return {} if embedding is None else {OUTPUT_NAME: embedding}
+
+    def as_they_lie(self, layers: Iterable[int]) -> list[int]:
+        """Layers in the order of their weight files, if each of these should be needed but once; else ascending."""
+        if not self.reader.store.streams:
+            return sorted(layers)
+        return sorted(layers, key=lambda layer: (self.reader.shards_of(self.expected(layer)), layer))
 
     def decoded(self) -> dict[str, int]:
         """How many tensors are decoded while they are read, by the form that they are quantised in."""

@@ -20,6 +20,8 @@ from compress_tools.hub.own_folder import MARKER_NAME, OwnFolder
 from compress_tools.hub.repository import open_repository
 from compress_tools.output.target import make_target
 from compress_tools.pipeline import compress
+from compress_tools.planner.budget import plan_for_budget
+from compress_tools.planner.config import make_planner_config
 from compress_tools.progress.listener import Silent
 from compress_tools.report import LayerReport
 from compress_tools.source.source_reader import SourceReader
@@ -126,6 +128,11 @@ def test_layers_that_lie_in_another_order(hub: HubServer, tiny_mixtral: Path, tm
     assert weights_of(tmp_path / "small") == weights_of(tmp_path / "here")
     needed = set().union(*layer_shards(source).values())
     assert {hub.whole(name) for name in needed} == {1}
+    budget = make_planner_config(target_bytes_ratio=0.4, coders="quantize")
+    with source_files(NAME, None, tmp_path / "plan.source") as found:
+        planned = plan_for_budget(found, QUICK, budget)
+    assert planned.resolved() == plan_for_budget(source, QUICK, budget).resolved()
+    assert {hub.whole(name) for name in needed} == {2}
 
 
 @pytest.mark.parametrize("quantise", [fp8_blocks, int4_groups])
@@ -246,12 +253,15 @@ def test_a_budget_measures_in_a_stream_too(
     here.pop("remarks", None)
     assert found == here
     assert not list(Path(constants.HF_HUB_CACHE).rglob("model-*.safetensors"))
+    commit = mixtral.revisions["main"]
+    _, out, _ = resmoe("plan", NAME, *words[:-1], "--stream", "--out", tmp_path / "plan.yaml")
+    assert f"Next: resmoe compress {NAME} DST --plan {tmp_path / 'plan.yaml'} --revision {commit}\n" in out
     assert resmoe("compress", NAME, tmp_path / "small", *words, "--stream")[0] == 0
     assert resmoe("compress", tiny_mixtral, tmp_path / "here", *words)[0] == 0
     assert weights_of(tmp_path / "small") == weights_of(tmp_path / "here")
-    # For measuring once, for compressing once, beside the plan's own.
+    # For measuring once, for compressing once, beside the two plans' own.
     needed = set().union(*layer_shards(tiny_mixtral).values())
-    assert {hub.whole(name) for name in needed} == {3}
+    assert {hub.whole(name) for name in needed} == {4}
 
 
 def test_slices_stream_their_own_layers(
