@@ -1,12 +1,13 @@
 """Which method serves which layer, every option that is refused, and what the method does with its weights."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from compress_tools.errors import ConfigError, FormatError
+from compress_tools.errors import ConfigError, FormatError, KernelUnsupportedError
 from compress_tools.format.schema import parse_format
 from resmoe_vllm import config as config_module
 from resmoe_vllm import fused_moe
@@ -34,11 +35,15 @@ class Layer(torch.nn.Module):
         return expert
 
 
-@pytest.mark.parametrize("field", ["swiglu_limit", "swiglu_alpha", "swiglu_beta"])
-@pytest.mark.parametrize("value", [7.0, 0.0])
-def test_every_scale_of_swiglu_is_refused(field: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=r"^layer 0: resmoe doesn't support clamped or scaled SwiGLU"):
-        create(Moe(), **{field: value})
+@pytest.mark.parametrize("name", ["limit", "alpha", "beta"])
+def test_every_scale_of_swiglu_is_the_layers(name: str) -> None:
+    plain, scaled = create(Moe()).activation, create(Moe(), **{f"swiglu_{name}": 7.0}).activation
+    assert scaled == replace(plain, **{name: 7.0}) != plain
+
+
+def test_a_limit_of_zero_is_refused() -> None:
+    with pytest.raises(KernelUnsupportedError, match=r"resmoe has no swiglu_limit 0\.0; expected a number above 0"):
+        create(Moe(), swiglu_limit=0.0)
 
 
 @pytest.mark.parametrize(
