@@ -1,0 +1,49 @@
+"""The compiler's call: what is cached, what is built anew, what is refused."""
+
+import ctypes
+from pathlib import Path
+
+import pytest
+
+from compress_tools.native_library import NativeSource, build
+
+
+def passes(library: ctypes.CDLL) -> None:
+    assert library.answer() == 42
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NativeSource:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "source" / "answer.cpp"
+    path.parent.mkdir()
+    path.write_text('extern "C" int answer() { return 42; }\n')
+    return NativeSource(path, passes, ())
+
+
+def test_it_is_built_once_and_anew_when_cut_off(source: NativeSource) -> None:
+    library = build(source)
+    written = library.stat().st_mtime_ns
+    assert build(source) == library
+    assert library.stat().st_mtime_ns == written
+    whole = library.read_bytes()
+    library.write_bytes(whole[: len(whole) // 2])
+    assert build(source) == library
+    assert ctypes.CDLL(str(library)).answer() == 42
+
+
+def test_a_header_is_part_of_it(source: NativeSource) -> None:
+    first = build(source)
+    (source.path.parent / "more.h").write_text("#pragma once\n")
+    assert build(source) != first
+
+
+def test_a_compiler_of_two_words(source: NativeSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "env g++")
+    assert build(source).exists()
+
+
+def test_a_cache_that_is_a_file_is_named(source: NativeSource, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(OSError, match=r"cannot write to .*cache/resmoe, where built kernels are kept"):
+        build(source)
