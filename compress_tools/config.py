@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from compress_tools.errors import ConfigError
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
-Method = Literal["prune", "low-rank", "quantize", "low-rank+quantize"]
+Method = Literal["prune", "low-rank", "quantize", "low-rank+quantize", "trellis", "low-rank+trellis"]
+CenterBits = Literal[16, 8, 4, 3, 2]
+CenterCoder = Literal["codes", "trellis"]
 Center = Literal["barycenter", "git-rebasin", "mean", "none"]
 
 
@@ -17,11 +19,20 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_LOW_RANK_SHARE = {"low-rank+quantize": 0.02}
+_LOW_RANK_SHARE = {"low-rank+quantize": 0.02, "low-rank+trellis": 0.02}
 
 
 def _default_ratio(given: dict[str, Any]) -> float:
     return _LOW_RANK_SHARE.get(given.get("method", ""), 0.25)
+
+
+# Where a default depends on the method: that of a method that has no use for it.
+_DEFAULTS: dict[str, object] = {"retain_ratio": 0.25, "group_size": 128}
+
+
+def _default_group(given: dict[str, Any]) -> Literal[0, 128]:
+    # A trellis makes so much of each bit that scales for groups seldom earn theirs.
+    return 0 if "trellis" in given.get("method", "") else 128
 
 
 class CompressionConfig(BaseModel):
@@ -31,8 +42,8 @@ class CompressionConfig(BaseModel):
 
     method: Method = Field(
         "prune",
-        description="Residual coder: magnitude pruning (bitmap + values), low rank (SVD), quantisation of every "
-        "weight, or low rank with its remainder quantised.",
+        description="Residual coder: magnitude pruning (bitmap + values), low rank (SVD), plain codes or trellis codes "
+        "of every weight, or low rank with its remainder in either.",
     )
     retain_ratio: float = Field(
         default_factory=_default_ratio,
@@ -40,13 +51,15 @@ class CompressionConfig(BaseModel):
         le=1,
         allow_inf_nan=False,
         description="Share of each residual's parameters that pruning or low rank keeps, in (0, 1]; 1 is lossless up "
-        "to rounding. [default: 0.25; with low-rank+quantize 0.02]",
+        "to rounding. [default: 0.25; with low-rank+quantize and low-rank+trellis 0.02]",
     )
-    bits: Literal[2, 3, 4, 8] = Field(4, description="Bits of each weight's code (quantize, low-rank+quantize).")
+    bits: Literal[1, 2, 3, 4, 8] = Field(
+        4, description="Bits of each weight's code: 2, 3, 4, 8 of plain codes, 1, 2, 3, 4 of trellis codes."
+    )
     group_size: Literal[0, 32, 64, 128] = Field(
-        128,
+        default_factory=_default_group,
         description="Columns that share a scale wherever codes are stored; 0: the whole row. Factors always take whole "
-        "rows.",
+        "rows. [default: 128; with trellis codes 0]",
     )
     value_bits: Literal[16, 8, 4] = Field(16, description="Bits of a kept value (prune); 16 is the model's dtype.")
     prune_rows: Literal["global", "equal"] = Field(
@@ -67,7 +80,8 @@ class CompressionConfig(BaseModel):
         description="Center expert: Wasserstein barycenter; or, for comparison, the mean after Git Re-Basin's matching "
         "to expert 0, the plain mean, or none.",
     )
-    center_bits: Literal[16, 8, 4] = Field(16, description="Bits of the center; 16 is the model's dtype.")
+    center_bits: CenterBits = Field(16, description="Bits of the center; 16 is the model's dtype.")
+    center_coder: CenterCoder = Field("codes", description="Codes of a center of fewer bits: plain or trellis codes.")
     max_iterations: int = Field(25, ge=1, description="Most barycenter fixed-point iterations of each start.")
     tolerance: float = Field(
         1e-4,
@@ -86,36 +100,63 @@ class CompressionConfig(BaseModel):
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> Self:
         for name, why in self.without_effect().items():
-            default = 0.25 if name == "retain_ratio" else type(self).model_fields[name].default
+            default = _DEFAULTS.get(name, type(self).model_fields[name].default)
             if getattr(self, name) != default:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} has no effect with {why}")
         return self
 
+    @model_validator(mode="after")
+    def _codes_of_that_width(self) -> Self:
+        _ = self.trellis_bits if "trellis" in self.method else self.plain_bits
+        if self.center_bits == 8 and self.center_coder == "trellis":
+            raise ValueError("--center-bits 8: trellis codes have 2, 3 or 4; --center-coder codes has 8")
+        return self
+
+    @property
+    def plain_bits(self) -> Literal[2, 3, 4, 8]:
+        """``bits`` of plain codes."""
+        if self.bits == 1:
+            raise ValueError(f"--bits 1: only trellis codes have it; with --method {self.method} 2, 3, 4 or 8")
+        return self.bits
+
+    @property
+    def trellis_bits(self) -> Literal[1, 2, 3, 4]:
+        """``bits`` of trellis codes."""
+        if self.bits == 8:
+            plain = self.method.replace("trellis", "quantize")
+            raise ValueError(f"--bits 8: trellis codes have 1, 2, 3 or 4; --method {plain} has 8")
+        return self.bits
+
     def without_effect(self) -> dict[str, str]:
         """Fields that change nothing here, and the choice that makes it so."""
-        prunes, factors, quantizes = self.method == "prune", "low-rank" in self.method, "quantize" in self.method
+        prunes, factors = self.method == "prune", "low-rank" in self.method
+        codes = "quantize" in self.method or "trellis" in self.method
         applies = {
             "retain_ratio": prunes or factors,
-            "bits": quantizes,
-            "group_size": quantizes or (prunes and self.value_bits != 16) or self.center_bits != 16,
+            "bits": codes,
+            "group_size": codes or (prunes and self.value_bits != 16) or self.center_bits != 16,
             "value_bits": prunes,
             "prune_rows": prunes,
             "factor_bits": factors,
             "low_rank_form": factors,
             "center_bits": self.center != "none",
+            "center_coder": self.center != "none" and self.center_bits != 16,
         }
         return {name: self._why_not(name) for name, has_effect in applies.items() if not has_effect}
 
     def _why_not(self, name: str) -> str:
-        if name == "center_bits":
+        if name in ("center_bits", "center_coder") and self.center == "none":
             return "--center none"
+        if name == "center_coder":
+            return "--center-bits 16"
         if name == "group_size":
             return f"--method {self.method}, which stores no codes here"
         return f"--method {self.method}"
 
     def recipe(self) -> dict[str, object]:
-        """What determines the output: every field but ``device`` and ``workers``."""
-        return self.model_dump(exclude={"device", "workers"})
+        """What determines the output: every field but ``device`` and ``workers``; a newer one only where it is used."""
+        newer = {"center_coder"} if self.center_coder == "codes" else set()
+        return self.model_dump(exclude={"device", "workers", *newer})
 
 
 def make_config(**options: object) -> CompressionConfig:

@@ -20,6 +20,8 @@ from compress_tools.format.schema import (
     QuantizedCenter,
     QuantizedResidual,
     RowBitmapResidual,
+    TrellisCenter,
+    TrellisResidual,
 )
 from resmoe_vllm.compat import direct_register_custom_op, quant_method_of
 from resmoe_vllm.kernels.activation import Activation
@@ -39,7 +41,15 @@ class Kernel(Protocol):
 # The parts that the kernels read, in each of their forms.
 CODERS = frozenset(
     coder
-    for part in (BitmapResidual, RowBitmapResidual, LowRankResidual, QuantizedResidual, QuantizedCenter)
+    for part in (
+        BitmapResidual,
+        RowBitmapResidual,
+        LowRankResidual,
+        QuantizedResidual,
+        QuantizedCenter,
+        TrellisResidual,
+        TrellisCenter,
+    )
     for coder in part.kernel_coders
 )
 # By device type; each reads all of ``CODERS`` and every activation.

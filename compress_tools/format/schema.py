@@ -13,6 +13,7 @@ from compress_tools.format.parts.bitmap import BitmapResidual, RowBitmapResidual
 from compress_tools.format.parts.dense import DenseCenter
 from compress_tools.format.parts.low_rank import LowRankResidual
 from compress_tools.format.parts.quantized import QuantizedCenter, QuantizedResidual
+from compress_tools.format.parts.trellis import TrellisBits, TrellisCenter, TrellisResidual
 
 # The block and everything that it is made of.
 __all__ = [
@@ -38,23 +39,28 @@ __all__ = [
     "ResMoEFormat",
     "ResidualPart",
     "RowBitmapResidual",
+    "TrellisBits",
+    "TrellisCenter",
+    "TrellisResidual",
     "ValueBits",
     "WeightDtype",
     "parse_format",
     "part_classes",
+    "version_for",
 ]
 
 FormatVersion = Literal[1, 2, 3]
 READABLE_VERSIONS: tuple[FormatVersion, ...] = get_args(FormatVersion)
-# What is written; ``DRAFTS_VERSION`` where drafts are compressed, so that what could be written before stays as it was.
+# The least that is written: a later one where a layer needs it, so that what could be written before stays as it was.
 FORMAT_VERSION: Final = 2
 DRAFTS_VERSION: Final = 3
 QUANT_METHOD: Final = "resmoe"
 
 # Every way of storing rows: a new one is a class in parts/ and a row here.
-CenterPart = Annotated[DenseCenter | QuantizedCenter, Field(discriminator="method")]
+CenterPart = Annotated[DenseCenter | QuantizedCenter | TrellisCenter, Field(discriminator="method")]
 ResidualPart = Annotated[
-    BitmapResidual | RowBitmapResidual | LowRankResidual | QuantizedResidual, Field(discriminator="method")
+    BitmapResidual | RowBitmapResidual | LowRankResidual | QuantizedResidual | TrellisResidual,
+    Field(discriminator="method"),
 ]
 
 
@@ -250,6 +256,14 @@ class ResMoEFormat(Frozen):
         for part in (*center, *residual):
             if fault := part.size_fault(self.sizes):
                 raise ValueError(f"layer {index}: {fault}")
+
+
+def version_for(layers: Iterable[LayerSpec], drafts: Mapping[int, str]) -> FormatVersion:
+    """The ``format_version`` to write: the first, from ``FORMAT_VERSION`` on, that has all of a checkpoint."""
+    specs = list(layers)
+    least = DRAFTS_VERSION if drafts else FORMAT_VERSION
+    versions = [version for version in READABLE_VERSIONS if version >= least]
+    return next(version for version in versions if not any(spec.newer_than(version) for spec in specs))
 
 
 def parse_format(block: Mapping[str, Any], where: str = "config.json") -> ResMoEFormat:

@@ -10,7 +10,7 @@ import torch
 from compress_tools.config import CompressionConfig
 from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.format.dtypes import DTYPES, WEIGHT_DTYPES, WeightDtype
-from compress_tools.format.schema import DRAFTS_VERSION, FORMAT_VERSION, LayerSpec, ResMoEFormat
+from compress_tools.format.schema import LayerSpec, ResMoEFormat, version_for
 from compress_tools.format.tensors import dense_layer_bytes, layer_bytes, layer_params, layer_tensors
 from compress_tools.output.shard_names import group_by_bytes, shard_names
 from compress_tools.output.trusted_code import missing_code, must_be_trusted
@@ -165,7 +165,7 @@ def _format(source: MoESource, specs: Mapping[int, LayerSpec]) -> ResMoEFormat:
         )
     drafts = {layer: name for layer, name in (source.names.drafts or {}).items() if layer in specs}
     return ResMoEFormat(
-        format_version=DRAFTS_VERSION if drafts else FORMAT_VERSION,
+        format_version=version_for(specs.values(), drafts),
         written_by=f"resmoe {__version__}",
         dtype=widest(dtypes),
         num_experts=sizes.num_experts,

@@ -15,7 +15,7 @@ def quantized_parts(
     config: CompressionConfig, projections: tuple[Projection, ...], _rows: int, _columns: int
 ) -> tuple[QuantizedResidual, ...]:
     """See ``Recipe``."""
-    return (QuantizedResidual(projections=projections, bits=config.bits, group_size=config.group_size or None),)
+    return (QuantizedResidual(projections=projections, bits=config.plain_bits, group_size=config.group_size or None),)
 
 
 def pack_rows(

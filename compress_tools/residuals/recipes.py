@@ -1,8 +1,6 @@
 """From what the user asks for to how a layer is stored: a row for each ``--method``, by the coders' recipes."""
 
-from typing import Literal
-
-from compress_tools.config import CompressionConfig, Method
+from compress_tools.config import CenterBits, CenterCoder, CompressionConfig, Method
 from compress_tools.format.schema import (
     CenterPart,
     DenseCenter,
@@ -11,26 +9,33 @@ from compress_tools.format.schema import (
     Projection,
     QuantizedCenter,
     ResidualPart,
+    TrellisCenter,
 )
 from compress_tools.residuals.base import Recipe
 from compress_tools.residuals.low_rank import low_rank_parts
 from compress_tools.residuals.prune import pruned_parts
 from compress_tools.residuals.quantize import quantized_parts
+from compress_tools.residuals.trellis import trellis_parts
 
 
-def _low_rank_and_quantized_parts(
-    config: CompressionConfig, projections: tuple[Projection, ...], intermediate_size: int, hidden_size: int
-) -> tuple[ResidualPart, ...]:
-    """The remainder of low rank in codes."""
-    recipes: tuple[Recipe, ...] = (low_rank_parts, quantized_parts)
-    return tuple(part for recipe in recipes for part in recipe(config, projections, intermediate_size, hidden_size))
+def _together(*recipes: Recipe) -> Recipe:
+    """Each codes what the one before it leaves."""
+
+    def parts(
+        config: CompressionConfig, projections: tuple[Projection, ...], rows: int, columns: int, /
+    ) -> tuple[ResidualPart, ...]:
+        return tuple(part for recipe in recipes for part in recipe(config, projections, rows, columns))
+
+    return parts
 
 
 RECIPES: dict[Method, Recipe] = {
     "prune": pruned_parts,
     "low-rank": low_rank_parts,
     "quantize": quantized_parts,
-    "low-rank+quantize": _low_rank_and_quantized_parts,
+    "low-rank+quantize": _together(low_rank_parts, quantized_parts),
+    "trellis": trellis_parts,
+    "low-rank+trellis": _together(low_rank_parts, trellis_parts),
 }
 
 
@@ -44,15 +49,20 @@ def uniform_spec(
     """
     center: tuple[CenterPart, ...] = ()
     if config.center != "none":
-        center = (center_part(config.center_bits, projections, config.group_size or None),)
+        center = (center_part(config.center_bits, projections, config.group_size or None, config.center_coder),)
     residual = RECIPES[config.method](config, projections, intermediate_size, hidden_size)
     return LayerSpec(center=center, residual=residual)
 
 
 def center_part(
-    bits: Literal[16, 8, 4], projections: tuple[Projection, ...], group_size: GroupSize | None
+    bits: CenterBits,
+    projections: tuple[Projection, ...],
+    group_size: GroupSize | None,
+    coder: CenterCoder = "codes",
 ) -> CenterPart:
-    """How a center is stored: in 16 bits, the model's dtype, as it is; else as codes."""
+    """How a center is stored: in 16 bits, the model's dtype, as it is; else as codes, plain or of a trellis."""
     if bits == 16:
         return DenseCenter(projections=projections)
+    if coder == "trellis" and bits != 8:
+        return TrellisCenter(projections=projections, bits=bits, group_size=group_size)
     return QuantizedCenter(projections=projections, bits=bits, group_size=group_size)

@@ -14,12 +14,15 @@ from compress_tools.format.schema import (
     QuantizedCenter,
     QuantizedResidual,
     RowBitmapResidual,
+    TrellisCenter,
+    TrellisResidual,
 )
 from compress_tools.residuals.base import Encoder
 from compress_tools.residuals.dense import store_dense
 from compress_tools.residuals.low_rank import factorise
 from compress_tools.residuals.prune import prune, prune_rows
 from compress_tools.residuals.quantize import quantize
+from compress_tools.residuals.trellis import encode_trellis
 from compress_tools.source.design_matrix import design_to_rows
 
 # Any: each encoder takes its own part.
@@ -30,6 +33,8 @@ ENCODERS: dict[type[Part], Encoder[Any]] = {
     RowBitmapResidual: prune_rows,
     LowRankResidual: factorise,
     QuantizedResidual: quantize,
+    TrellisCenter: encode_trellis,
+    TrellisResidual: encode_trellis,
 }
 
 

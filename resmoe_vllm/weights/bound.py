@@ -4,13 +4,14 @@ E is the number of experts in the tensors, I the rows of this rank. Codes stay c
 when it needs it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from compress_tools.format.quantization import decode_levels, dequantize, expand_scales
 from compress_tools.format.schema import Projection
+from compress_tools.format.trellis import decode_trellis
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Coded:
         bits: of a code.
         columns: of a row.
         group_size: columns that share a scale; None for the whole row.
+        trellis: codes are a trellis's symbols.
     """
 
     codes: Tensor
@@ -30,6 +32,7 @@ class Coded:
     bits: int
     columns: int
     group_size: int | None
+    trellis: bool = False
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -41,11 +44,12 @@ class Coded:
 
     def __getitem__(self, index: int) -> "Coded":
         """One expert's."""
-        return Coded(self.codes[index], self.scales[index], self.bits, self.columns, self.group_size)
+        return replace(self, codes=self.codes[index], scales=self.scales[index])
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """The values ``[..., rows, columns]``, a fresh tensor."""
-        return dequantize(self.codes, self.scales, self.bits, self.columns, self.group_size).to(dtype)
+        decode = decode_trellis if self.trellis else dequantize
+        return decode(self.codes, self.scales, self.bits, self.columns, self.group_size).to(dtype)
 
 
 Matrix = Tensor | Coded

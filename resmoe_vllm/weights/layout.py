@@ -25,6 +25,7 @@ from compress_tools.format.parts.base import CodedRows, TensorSpec
 from compress_tools.format.parts.bitmap import MASK, ROW_VALUE_CODES, ROW_VALUES, VALUE_CODES, VALUE_SCALES, VALUES
 from compress_tools.format.parts.dense import CENTER
 from compress_tools.format.parts.low_rank import CODED_U, CODED_V, U, V
+from compress_tools.format.parts.trellis import TrellisRows
 from compress_tools.format.schema import (
     BitmapResidual,
     CenterPart,
@@ -37,6 +38,8 @@ from compress_tools.format.schema import (
     ResidualPart,
     ResMoEFormat,
     RowBitmapResidual,
+    TrellisCenter,
+    TrellisResidual,
 )
 from compress_tools.format.tensors import BIAS, expert_tensors, shared_tensors
 from resmoe_vllm.weights.bound import (
@@ -154,18 +157,19 @@ class _Binder:
     def coded(
         self, projection: Projection, rows: CodedRows, columns: int, bits: int, group_size: int | None = None
     ) -> Coded:
-        return Coded(self.view(projection, rows.codes), self.view(projection, rows.scales), bits, columns, group_size)
+        codes, scales = self.view(projection, rows.codes), self.view(projection, rows.scales)
+        return Coded(codes, scales, bits, columns, group_size, isinstance(rows, TrellisRows))
 
     def center(self, part: CenterPart, projection: Projection) -> Matrix:
         match part:
             case DenseCenter():
                 return self.view(projection, CENTER)[0]
-            case QuantizedCenter():
+            case QuantizedCenter() | TrellisCenter():
                 return self.coded(projection, part.stored_as, self.layout.hidden_size, part.bits, part.group_size)[0]
 
     def part(self, part: ResidualPart) -> ResidualWeights:
         match part:
-            case QuantizedResidual():
+            case QuantizedResidual() | TrellisResidual():
                 return self._quantized(part)
             case LowRankResidual():
                 return self._low_rank(part)
@@ -174,7 +178,7 @@ class _Binder:
             case RowBitmapResidual():
                 return self._row_bitmap(part)
 
-    def _quantized(self, part: QuantizedResidual) -> QuantizedWeights:
+    def _quantized(self, part: QuantizedResidual | TrellisResidual) -> QuantizedWeights:
         hidden_size = self.layout.hidden_size
         rows = {p: self.coded(p, part.stored_as, hidden_size, part.bits, part.group_size) for p in part.projections}
         return QuantizedWeights(part.projections, rows)

@@ -8,7 +8,7 @@ from torch import Tensor
 from compress_tools.format.codec import restore_expert
 from compress_tools.format.dtypes import DTYPES
 from compress_tools.format.parts.base import Rows
-from compress_tools.format.schema import LayerSpec, Projection, ResMoEFormat
+from compress_tools.format.schema import LayerSpec, Projection, ResMoEFormat, version_for
 from compress_tools.format.tensors import BIAS
 from resmoe_vllm.kernels.activation import SILU, Activation
 from resmoe_vllm.ops import BoundLayer
@@ -28,6 +28,7 @@ from tests.resmoe_vllm.twins import (
     low_rank,
     quantized,
     row_bitmap,
+    trellis,
 )
 
 # What vLLM's loaders say of each tensor: parameter's prefix and shard. Written down, not taken from the plugin's
@@ -67,6 +68,10 @@ def layer_kinds(size_i: int, size_h: int) -> dict[str, LayerSpec]:
             quantized(8, DOWN, UP, by=32), low_rank(rank, UP, GATE), bitmap(count, DOWN), center=(UP, DOWN), bits=3
         ),
         "low_rank+quantized": layer_spec(low_rank(rank, *PROJECTIONS), quantized(2, *PROJECTIONS, by=32), bits=8),
+        "trellis-4bit": layer_spec(trellis(4, *PROJECTIONS), bits=8),
+        "trellis-3bit-no_center": layer_spec(trellis(3, *PROJECTIONS, by=32), center=()),
+        "trellis-2bit+low_rank": layer_spec(low_rank(rank, *PROJECTIONS), trellis(2, *PROJECTIONS, by=64), bits=3),
+        "trellis-1bit-center-trellis": layer_spec(trellis(1, *PROJECTIONS), bits=4, by_trellis=True),
         "low_rank+bitmap+quantized": layer_spec(
             low_rank(rank, DOWN, UP, bits=8), bitmap(count, UP, bits=4), quantized(3, GATE, UP), center=(UP,)
         ),
@@ -131,6 +136,7 @@ def store_layer(
         for _ in range(num_experts)
     ]
     fmt = ResMoEFormat(
+        format_version=version_for([spec], {}),
         written_by="tests",
         dtype=dtype,
         num_experts=num_experts,

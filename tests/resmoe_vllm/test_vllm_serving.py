@@ -19,6 +19,7 @@ from tests.resmoe_vllm.twins import (
     NUM_LAYERS,
     PROJECTIONS,
     VERSION_2_KINDS,
+    VERSION_3_KINDS,
     bitmap,
     layer_spec,
     low_rank,
@@ -44,13 +45,14 @@ def test_fp32_tokens_and_logprobs_are_the_twins(pairs, served, family: str) -> N
 
 
 def test_coders_mixed_over_layers_and_experts_give_the_twins_tokens(tmp_path: Path, served) -> None:
-    """Format version 2: codes, coded values and factors, equal rows, sums of parts, groups of experts."""
-    compressed_folder, twin_folder = write_twins(tmp_path / "mixed", "mixtral", "float32", VERSION_2_KINDS, 4)
+    """Codes, coded values and factors, equal rows, trellis codes, sums of parts, groups of experts."""
+    layers = VERSION_2_KINDS | VERSION_3_KINDS
+    compressed_folder, twin_folder = write_twins(tmp_path / "mixed", "mixtral", "float32", layers, NUM_LAYERS)
     compressed, twin = (served(folder, dtype="float32") for folder in (compressed_folder, twin_folder))
     assert compressed.tokens == twin.tokens
     assert max(logprob_gaps(compressed, twin)) < 1e-4
     fmt = parse_format(json.loads((compressed_folder / "config.json").read_text())["quantization_config"])
-    for index in VERSION_2_KINDS:
+    for index in layers:
         assert compressed.methods[index] == "ResMoEFusedMoEMethod"
         memory_only = row_pointer_bytes(fmt, index) + group_map_bytes(fmt, index)
         assert compressed.resident_bytes[index] == layer_bytes(fmt, index) + memory_only

@@ -38,6 +38,7 @@ from compress_tools.format.parts.bitmap import (
 from compress_tools.format.parts.dense import CENTER
 from compress_tools.format.parts.low_rank import U_CODES, U_SCALES, V_CODES, V_SCALES, U, V
 from compress_tools.format.parts.quantized import CENTER_CODES, CENTER_SCALES, CODES, SCALES
+from compress_tools.format.parts.trellis import CENTER_TRELLIS, CENTER_TRELLIS_SCALES, TRELLIS, TRELLIS_SCALES
 from compress_tools.format.schema import (
     BitmapResidual,
     DenseCenter,
@@ -51,8 +52,12 @@ from compress_tools.format.schema import (
     ResidualPart,
     ResMoEFormat,
     RowBitmapResidual,
+    TrellisCenter,
+    TrellisResidual,
+    version_for,
 )
 from compress_tools.format.tensors import tensor_name
+from compress_tools.format.trellis_tables import TABLES
 
 GATE, UP, DOWN = PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, VOCAB = 128, 96, 4, 2, 256
@@ -140,9 +145,16 @@ def quantized(bits: int, *projections: Projection, by: int | None = None) -> Qua
     return QuantizedResidual(projections=projections, bits=bits, group_size=by)
 
 
-def layer_spec(*residual: ResidualPart, center: Sequence[Projection] = PROJECTIONS, bits: int = 16) -> LayerSpec:
+def trellis(bits: int, *projections: Projection, by: int | None = None) -> TrellisResidual:
+    """A group in trellis codes."""
+    return TrellisResidual(projections=projections, bits=bits, group_size=by)
+
+
+def layer_spec(
+    *residual: ResidualPart, center: Sequence[Projection] = PROJECTIONS, bits: int = 16, by_trellis: bool = False
+) -> LayerSpec:
     """A layer with the given residual groups, and a center of ``bits`` bits."""
-    return LayerSpec(center=_center(center, bits), residual=residual)
+    return LayerSpec(center=_center(center, bits, by_trellis=by_trellis), residual=residual)
 
 
 def grouped_spec(
@@ -155,9 +167,13 @@ def grouped_spec(
     return LayerSpec(center=_center(center, bits), groups=coded)
 
 
-def _center(center: Sequence[Projection], bits: int) -> tuple[DenseCenter | QuantizedCenter, ...]:
+def _center(
+    center: Sequence[Projection], bits: int, *, by_trellis: bool = False
+) -> tuple[DenseCenter | QuantizedCenter | TrellisCenter, ...]:
     if not center:
         return ()
+    if by_trellis:
+        return (TrellisCenter(projections=tuple(center), bits=bits, group_size=32),)
     if bits == 16:
         return (DenseCenter(projections=tuple(center)),)
     return (QuantizedCenter(projections=tuple(center), bits=bits, group_size=64),)
@@ -186,6 +202,16 @@ VERSION_2_KINDS: dict[int, LayerSpec] = {
     ),
     2: layer_spec(row_bitmap(80, *PROJECTIONS), center=(GATE, DOWN)),
     3: layer_spec(low_rank(40, *PROJECTIONS), quantized(2, UP, GATE), bitmap(6000, DOWN, bits=8), center=()),
+}
+# trellis codes of every width, in a center, with another coder and by groups of experts
+VERSION_3_KINDS: dict[int, LayerSpec] = {
+    4: layer_spec(trellis(4, *PROJECTIONS), bits=8),
+    5: grouped_spec(
+        ((0, 3), (trellis(2, GATE, UP, by=32), quantized(4, DOWN))),
+        ((1, 2), (low_rank(24, *PROJECTIONS, bits=8), trellis(3, *PROJECTIONS, by=64))),
+        bits=4,
+    ),
+    7: layer_spec(trellis(1, *PROJECTIONS), bits=4, by_trellis=True),
 }
 
 
@@ -223,6 +249,24 @@ def coded(key: tuple[Projection, str], scales_key: tuple[Projection, str], rows:
     return {key: pack_codes(codes, bits), scales_key: scales}
 
 
+def to_symbols(rows: Tensor, bits: int, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Symbols uint8 ``[I, C]``, not packed, and scales: column by column the symbol whose level is nearest."""
+    tables, width = torch.tensor(TABLES[bits]), 3 if bits == 3 else 4
+    padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % (group_size or rows.shape[1])))
+    groups = padded.unflatten(1, (-1, group_size or rows.shape[1]))
+    scales = (groups.abs().amax(-1) / 100).clamp_min(1e-12).bfloat16()
+    wanted = (groups / scales.float().unsqueeze(-1)).flatten(1)[:, : rows.shape[1]]
+    state, offered = torch.zeros(len(rows), 1, dtype=torch.int64), torch.arange(2**bits)
+    symbols = torch.empty(rows.shape, dtype=torch.uint8)
+    for column in range(rows.shape[1]):
+        states = (state << bits | offered) % 4096  # [I, 2**bits]
+        levels = sum(table[states >> width * field & 2**width - 1] for field, table in enumerate(tables))
+        best = (levels - wanted[:, column, None]).abs().argmin(1, keepdim=True)
+        symbols[:, column] = best[:, 0]
+        state = states.gather(1, best)
+    return symbols, scales
+
+
 def encode_part(part: ResidualPart, rows: Rows, dtype: torch.dtype) -> dict[tuple[Projection, str], Tensor]:
     """One part of one expert, as the format stores it; ``rows`` of the part's projections."""
     stored: dict[tuple[Projection, str], Tensor] = {}
@@ -230,6 +274,10 @@ def encode_part(part: ResidualPart, rows: Rows, dtype: torch.dtype) -> dict[tupl
     if part.method == "quantized":
         for p, own in rows.items():
             stored |= coded((p, CODES), (p, SCALES), own, part.bits, part.group_size)
+    elif part.method == "trellis":
+        for p, own in rows.items():
+            symbols, scales = to_symbols(own, part.bits, part.group_size)
+            stored |= {(p, TRELLIS): pack_codes(symbols, part.bits), (p, TRELLIS_SCALES): scales}
     elif part.method == "low_rank":
         stored = truncated_svd(rows, part.rank, dtype)
         if part.factor_bits is not None:
@@ -284,6 +332,9 @@ def compress_layer(
             mean = torch.stack([rows[p].float() for rows in experts]).mean(0)
             if part.method == "dense":
                 shared[p, CENTER] = mean.to(dtype)
+            elif part.method == "trellis":
+                symbols, scales = to_symbols(mean, part.bits, part.group_size)
+                shared |= {(p, CENTER_TRELLIS): pack_codes(symbols, part.bits), (p, CENTER_TRELLIS_SCALES): scales}
             else:
                 shared |= coded((p, CENTER_CODES), (p, CENTER_SCALES), mean, part.bits, part.group_size)
     hidden_size = experts[0][DOWN].shape[1]
@@ -329,6 +380,7 @@ def write_twins(
     model.save_pretrained(root / "source")
     tensors = load_file(root / "source" / "model.safetensors")
     fmt = ResMoEFormat(
+        format_version=version_for(layers.values(), {}),
         written_by="tests",
         dtype=dtype,
         num_experts=EXPERTS,

@@ -29,8 +29,8 @@ Key = tuple[Projection, str]
 Stored = Mapping[Key, Tensor]
 StoredTensors = dict[Key, Tensor]
 
-# What a tensor holds: numbers in the model's dtype, packed codes, the scales of codes, or a mask.
-Role = Literal["values", "codes", "scales", "mask"]
+# What a tensor holds: numbers in the model's dtype, packed codes, a trellis's packed symbols, scales, or a mask.
+Role = Literal["values", "codes", "symbols", "scales", "mask"]
 SCALE_DTYPE = "bfloat16"
 
 
@@ -90,7 +90,7 @@ class TensorSpec:
         """What the format forbids in a tensor of the right shape and dtype; None where there is nothing."""
         if self.role == "scales" and (tensor < 0).any():
             return "holds a negative scale"
-        if self.codes is None:
+        if self.codes is None or self.role == "symbols":  # what fills up a row of symbols belongs to it
             return None
         bits, columns = self.codes
         if self.role == "mask":
@@ -106,18 +106,19 @@ class CodedRows:
 
     codes: str
     scales: str
+    role: ClassVar[Role] = "codes"
 
     @property
     def roles(self) -> dict[str, Role]:
         """What each suffix holds."""
-        return {self.codes: "codes", self.scales: "scales"}
+        return {self.codes: self.role, self.scales: "scales"}
 
     def tensors(
         self, projection: Projection, rows: int, columns: int, bits: int, group_size: int | None = None
     ) -> Iterator[TensorSpec]:
         """Codes and scales of a matrix ``[rows, columns]``."""
         packed, coding = (rows, code_row_bytes(bits, columns)), (bits, columns)
-        yield TensorSpec(None, projection, self.codes, packed, "uint8", "codes", coding)
+        yield TensorSpec(None, projection, self.codes, packed, "uint8", self.role, coding)
         yield TensorSpec(None, projection, self.scales, (rows, num_groups(columns, group_size)), SCALE_DTYPE, "scales")
 
     def decode(

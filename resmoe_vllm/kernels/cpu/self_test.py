@@ -92,13 +92,15 @@ def check_codes(library: ctypes.CDLL) -> None:
     library.resmoe_decode_codes.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
     library.resmoe_decode_codes.restype = None
     columns, generator = COLUMNS, torch.Generator().manual_seed(2)
-    for bits in (2, 3, 4, 8):
+    widths = [(bits, False) for bits in (2, 3, 4, 8)] + [(bits, True) for bits in (1, 2, 3, 4)]
+    for bits, trellis in widths:
         for group_size in (None, 32):
             codes = torch.randint(2**bits, (3, columns), generator=generator).byte()
             scales = torch.rand(3, 1 if group_size is None else -(-columns // 32), generator=generator).bfloat16()
-            rows = Coded(pack_codes(codes, bits), scales, bits, columns, group_size)
+            rows = Coded(pack_codes(codes, bits), scales, bits, columns, group_size, trellis)
             struct = matrix_struct(rows, shared=True)
             out = torch.empty(columns + 8)
             library.resmoe_decode_codes(ctypes.addressof(struct), 1, columns, out.data_ptr())
             if not torch.equal(out[:columns], rows.to(torch.float32)[1]):
-                raise KernelUnsupportedError(f"resmoe's C++ kernel decodes {bits}-bit codes wrongly on this processor")
+                kind = "trellis codes" if trellis else "codes"
+                raise KernelUnsupportedError(f"resmoe's C++ kernel decodes {bits}-bit {kind} wrongly on this processor")

@@ -1,11 +1,13 @@
 """A bound layer as the C++ kernel takes it: the structs of csrc/abi.h, field by field."""
 
 import ctypes
+import functools
 import math
 
 import torch
 from torch import Tensor
 
+from compress_tools.format import trellis
 from compress_tools.format.row_sizes import mask_row_bytes
 from compress_tools.format.schema import Projection
 from resmoe_vllm.kernels.activation import Activation
@@ -36,6 +38,7 @@ class MatrixStruct(ctypes.Structure):
         ("scales_stride", ctypes.c_int64),
         ("bits", ctypes.c_int64),
         ("group", ctypes.c_int64),
+        ("tables", ctypes.c_void_p),
     ]
 
 
@@ -176,10 +179,17 @@ def matrix_struct(rows: Matrix | None, *, shared: bool = False) -> MatrixStruct:
     if rows is None:
         return MatrixStruct()
     if isinstance(rows, Tensor):
-        return MatrixStruct(rows.data_ptr(), None, 0 if shared else rows.stride(0), 0, 0, 0)
+        return MatrixStruct(rows.data_ptr(), None, 0 if shared else rows.stride(0), 0, 0, 0, None)
     strides = (0, 0) if shared else (rows.codes.stride(0), rows.scales.stride(0))
     group = _whole_row(rows.columns) if rows.group_size is None else rows.group_size
-    return MatrixStruct(rows.codes.data_ptr(), rows.scales.data_ptr(), *strides, rows.bits, group)
+    tables = trellis_tables(rows.bits).data_ptr() if rows.trellis else None
+    return MatrixStruct(rows.codes.data_ptr(), rows.scales.data_ptr(), *strides, rows.bits, group, tables)
+
+
+@functools.cache
+def trellis_tables(bits: int) -> Tensor:
+    """Kept for as long as the process: structs point to it."""
+    return trellis.tables(bits)
 
 
 def _whole_row(columns: int) -> int:

@@ -10,7 +10,7 @@ from compress_tools.format.schema import Projection
 from resmoe_vllm.kernels.activation import Activation
 from resmoe_vllm.kernels.gpu.block_sizes import pick_config
 from resmoe_vllm.kernels.gpu.launches import Factors, LayerPlan, Plan, Weight, run_plan
-from resmoe_vllm.kernels.gpu.tiles import PLAIN, Tile, TileSpec, octets_view
+from resmoe_vllm.kernels.gpu.tiles import PLAIN, Tile, TileSpec, octets_view, window_levels
 from resmoe_vllm.weights.bound import (
     BitmapWeights,
     Coded,
@@ -94,9 +94,15 @@ def device_name(device: torch.device) -> str:
 
 def rows_tile(own: Matrix) -> Weight:
     """One matrix for each expert: ``[E, rows, columns]``."""
-    pointer, scales, bits, group = _matrix(own)
+    pointer, scales, levels, bits, group = _matrix(own)
     return (
-        Tile(own=pointer, own_scales=scales, own_stride=pointer.stride(0), own_scales_stride=_stride(scales)),
+        Tile(
+            own=pointer,
+            own_scales=scales,
+            own_levels=levels,
+            own_stride=pointer.stride(0),
+            own_scales_stride=_stride(scales),
+        ),
         TileSpec(own_bits=bits, own_group=group),
     )
 
@@ -107,13 +113,15 @@ def sum_tile(
     """Center and the parts that cover the projection; None where there is no term."""
     tile, spec = Tile(), TileSpec()
     if center is not None:
-        pointer, scales, bits, group = _matrix(center)
-        tile = tile._replace(center=pointer, center_scales=scales)
+        pointer, scales, levels, bits, group = _matrix(center)
+        tile = tile._replace(center=pointer, center_scales=scales, center_levels=levels)
         spec = spec._replace(center_bits=bits, center_group=group)
     for part in parts:
         if projection not in part.projections:
             continue
         if isinstance(part, QuantizedWeights):
+            if spec.own_bits:
+                raise KernelUnsupportedError(f"resmoe's GPU kernels read one part of codes, {projection} has two")
             own, own_spec = rows_tile(part.rows[projection])
             tile = tile._replace(**{name: getattr(own, name) for name in Tile._fields if name.startswith("own")})
             spec = spec._replace(own_bits=own_spec.own_bits, own_group=own_spec.own_group)
@@ -153,10 +161,12 @@ def _add_bitmap(tile: Tile, spec: TileSpec, part: BitmapWeights | RowBitmapWeigh
     return tile, spec
 
 
-def _matrix(matrix: Matrix) -> tuple[Tensor, Tensor | None, int, int]:
-    if isinstance(matrix, Coded):
-        return octets_view(matrix.codes, matrix.bits), matrix.scales, matrix.bits, matrix.group_size or 0
-    return matrix, None, PLAIN, 0
+def _matrix(matrix: Matrix) -> tuple[Tensor, Tensor | None, Tensor | None, int, int]:
+    """What a tile takes: values or codes, scales, a trellis's levels, bits, columns of a group."""
+    if not isinstance(matrix, Coded):
+        return matrix, None, None, PLAIN, 0
+    levels = window_levels(matrix.bits, matrix.codes.device) if matrix.trellis else None
+    return octets_view(matrix.codes, matrix.bits), matrix.scales, levels, matrix.bits, matrix.group_size or 0
 
 
 def _stride(tensor: Tensor | None) -> int:

@@ -8,12 +8,15 @@ Codes and bitmaps are decoded by octets: eight neighbouring columns in the regis
 units, or wide stores to shared memory, take them as they are.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from compress_tools.format.trellis import STATE_BITS, STATES, state_levels
 
 # What a ``*_bits`` of ``TileSpec`` says of values that are no codes.
 PLAIN = 16
@@ -24,8 +27,9 @@ class Tile(NamedTuple):
     """Pointers, and elements from one expert to the next; None for terms that are not there.
 
     Attributes:
-        center: ``[rows, columns]``, or codes uint8 ``[rows, bytes]``, with ``center_scales`` bfloat16.
-        own: ``[E, rows, columns]``, or codes, with ``own_scales``.
+        center: ``[rows, columns]``, or codes uint8 ``[rows, bytes]``, with ``center_scales`` bfloat16; of trellis codes
+            with ``center_levels``, ``window_levels``.
+        own: ``[E, rows, columns]``, or codes, with ``own_scales`` and ``own_levels``.
         mask: uint8 ``[E, rows, mask bytes]``; ``words`` is the same memory as int32.
         row_ptr: int32 ``[E, rows]``; None where every row holds equally many values.
         kept_values: of every expert, or codes (Triton's own tuples have ``values``); packed where ``starts`` is
@@ -35,8 +39,10 @@ class Tile(NamedTuple):
 
     center: Tensor | None = None
     center_scales: Tensor | None = None
+    center_levels: Tensor | None = None
     own: Tensor | None = None
     own_scales: Tensor | None = None
+    own_levels: Tensor | None = None
     own_stride: int = 0
     own_scales_stride: int = 0
     mask: Tensor | None = None
@@ -73,8 +79,26 @@ class TileSpec(NamedTuple):
 
 
 def octets_view(codes: Tensor, bits: int) -> Tensor:
-    """``codes`` uint8 ``[..., bytes]`` with one integer for each octet, as kernels load them; 3 bits stay bytes."""
-    return codes if bits == 3 else codes.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[bits])
+    """``codes`` uint8 ``[..., bytes]`` with one integer for each octet, as kernels load them; of 1 and 3 bits bytes."""
+    return codes if bits in (1, 3) else codes.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[bits])
+
+
+@cache
+def window_levels(bits: int, device: torch.device) -> Tensor:
+    """Levels of trellis codes by the last 12 bits of symbols as they lie in a row, the oldest lowest: int8 ``[4096]``.
+
+    With 3 bits, which lie in two planes, the low two bits of four symbols come first, then their high bits.
+    """
+    windows, states = torch.arange(STATES), torch.zeros(STATES, dtype=torch.int64)
+    count = STATE_BITS // bits
+    for age in range(count):
+        place = count - 1 - age
+        if bits == 3:
+            symbol = windows >> 2 * place & 3 | (windows >> 2 * count + place & 1) << 2
+        else:
+            symbol = windows >> bits * place & (1 << bits) - 1
+        states |= symbol << bits * age
+    return state_levels(bits)[states].to(device)
 
 
 @triton.jit
@@ -98,12 +122,18 @@ def _by_octet(c0, c1, c2, c3, c4, c5, c6, c7, ROWS: tl.constexpr, COLUMNS: tl.co
 
 @triton.jit
 def _load_octets(
-    start, rows, row_ok, first_column, BITS: tl.constexpr, NUM_COLUMNS: tl.constexpr, OCTETS: tl.constexpr
+    start, rows, row_ok, first_column, BACK: tl.constexpr, BITS: tl.constexpr, NUM_COLUMNS: tl.constexpr,
+    OCTETS: tl.constexpr
 ):  # fmt: skip
-    """The codes of each octet in one integer, ``[ROWS, OCTETS]``; with 3 bits the upper plane from bit 16 on."""
+    """The codes of each octet in one integer, ``[ROWS, OCTETS]``; with 3 bits the upper plane from bit 16 on.
+
+    With ``BACK`` those of that many octets before; before the first lies the last one. Zeros behind the row.
+    """
     ROW: tl.constexpr = (NUM_COLUMNS + 7) // 8
     places = first_column // 8 + tl.arange(0, OCTETS)
     ok = row_ok[:, None] & (places < ROW)[None, :]
+    for _ in tl.static_range(BACK):
+        places = tl.where(places > 0, places, ROW) - 1
     if BITS == 3:
         low = rows[:, None] * (3 * ROW) + 2 * places[None, :]
         high = rows[:, None] * (3 * ROW) + 2 * ROW + places[None, :]
@@ -126,6 +156,24 @@ def _decoded(words, scale, shift, COLUMN: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def _level(words, before, levels, scale, COLUMN: tl.constexpr, BITS: tl.constexpr):
+    """Column ``COLUMN`` of each octet of trellis codes, fp32; ``before``: the octets before, with 1 bit two of them."""
+    if BITS == 3:
+        low = (before & 0xFFFF) | ((words & 0xFFFF) << 16)
+        high = (before >> 16) | ((words >> 16) << 8)
+        window = ((low >> (10 + 2 * COLUMN)) & 0xFF) | (((high >> (5 + COLUMN)) & 15) << 8)
+    elif BITS == 4:
+        both = (before.to(tl.int64) & 0xFFFFFFFF) | (words.to(tl.int64) << 32)
+        window = (both >> (24 + 4 * COLUMN)) & 0xFFF
+    else:
+        OCTET: tl.constexpr = 8 * BITS
+        SPAN: tl.constexpr = 16
+        both = (before.to(tl.int32) & 0xFFFF) | ((words.to(tl.int32) & ((1 << OCTET) - 1)) << SPAN)
+        window = (both >> (SPAN + BITS * (COLUMN + 1) - 12)) & 0xFFF
+    return tl.load(levels + window.to(tl.int32)).to(tl.float32) * scale
+
+
+@triton.jit
 def _octet_scales(
     scales, rows, row_ok, first_column, GROUP: tl.constexpr, NUM_COLUMNS: tl.constexpr, OCTETS: tl.constexpr
 ):  # fmt: skip
@@ -142,8 +190,8 @@ def _octet_scales(
 
 @triton.jit
 def _rows_tile(
-    start, scales, rows, row_ok, first_column, BITS: tl.constexpr, GROUP: tl.constexpr, NUM_COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    start, scales, levels, rows, row_ok, first_column, BITS: tl.constexpr, GROUP: tl.constexpr,
+    NUM_COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """``[ROWS, COLUMNS]``, plain values in their dtype, codes in fp32. Rows that are not there are 0."""
     if BITS == _PLAIN:
@@ -152,14 +200,27 @@ def _rows_tile(
         tile = tl.load(start + rows[:, None] * NUM_COLUMNS + columns[None, :], mask=ok, other=0)
     else:
         OCTETS: tl.constexpr = COLUMNS // 8
-        w = _load_octets(start, rows, row_ok, first_column, BITS, NUM_COLUMNS, OCTETS)
+        w = _load_octets(start, rows, row_ok, first_column, 0, BITS, NUM_COLUMNS, OCTETS)
         scale = _octet_scales(scales, rows, row_ok, first_column, GROUP, NUM_COLUMNS, OCTETS)
-        shift = scale * (-((1 << BITS) - 1) / 2)
-        tile = _by_octet(
-            _decoded(w, scale, shift, 0, BITS), _decoded(w, scale, shift, 1, BITS), _decoded(w, scale, shift, 2, BITS),
-            _decoded(w, scale, shift, 3, BITS), _decoded(w, scale, shift, 4, BITS), _decoded(w, scale, shift, 5, BITS),
-            _decoded(w, scale, shift, 6, BITS), _decoded(w, scale, shift, 7, BITS), ROWS, COLUMNS
-        )  # fmt: skip
+        if levels is not None:
+            b = _load_octets(start, rows, row_ok, first_column, 1, BITS, NUM_COLUMNS, OCTETS)
+            if BITS == 1:
+                older = _load_octets(start, rows, row_ok, first_column, 2, BITS, NUM_COLUMNS, OCTETS)
+                b = (b.to(tl.int32) << 8) | older.to(tl.int32)
+            tile = _by_octet(
+                _level(w, b, levels, scale, 0, BITS), _level(w, b, levels, scale, 1, BITS),
+                _level(w, b, levels, scale, 2, BITS), _level(w, b, levels, scale, 3, BITS),
+                _level(w, b, levels, scale, 4, BITS), _level(w, b, levels, scale, 5, BITS),
+                _level(w, b, levels, scale, 6, BITS), _level(w, b, levels, scale, 7, BITS), ROWS, COLUMNS
+            )  # fmt: skip
+        else:
+            shift = scale * (-((1 << BITS) - 1) / 2)
+            tile = _by_octet(
+                _decoded(w, scale, shift, 0, BITS), _decoded(w, scale, shift, 1, BITS),
+                _decoded(w, scale, shift, 2, BITS), _decoded(w, scale, shift, 3, BITS),
+                _decoded(w, scale, shift, 4, BITS), _decoded(w, scale, shift, 5, BITS),
+                _decoded(w, scale, shift, 6, BITS), _decoded(w, scale, shift, 7, BITS), ROWS, COLUMNS
+            )  # fmt: skip
     return tile
 
 
@@ -280,16 +341,16 @@ def load_tile(
     after = before
     if s.center_bits > 0:
         tile = _rows_tile(
-            t.center, t.center_scales, rows, row_ok, first_column, s.center_bits, s.center_group, NUM_COLUMNS, ROWS,
-            COLUMNS
+            t.center, t.center_scales, t.center_levels, rows, row_ok, first_column, s.center_bits, s.center_group,
+            NUM_COLUMNS, ROWS, COLUMNS
         )  # fmt: skip
     if s.own_bits > 0:
         scales = t.own_scales
         if s.own_bits != _PLAIN:
             scales += expert * t.own_scales_stride
         own = _rows_tile(
-            t.own + expert * t.own_stride, scales, rows, row_ok, first_column, s.own_bits, s.own_group, NUM_COLUMNS,
-            ROWS, COLUMNS
+            t.own + expert * t.own_stride, scales, t.own_levels, rows, row_ok, first_column, s.own_bits, s.own_group,
+            NUM_COLUMNS, ROWS, COLUMNS
         )  # fmt: skip
         if s.center_bits > 0:
             tile = tile.to(tl.float32) + own.to(tl.float32)

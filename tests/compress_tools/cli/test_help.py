@@ -63,7 +63,7 @@ def test_every_field_is_an_option_that_says_its_default(config: type[Compression
 def test_kinds_of_options() -> None:
     options = {option.name: option for config in (CompressionConfig, PlannerConfig, ProbeConfig, TextConfig)
                for option in config_options(config)}  # fmt: skip
-    assert options["bits"].type.choices == (2, 3, 4, 8)
+    assert options["bits"].type.choices == (1, 2, 3, 4, 8)
     assert options["uniform"].is_flag
     assert (options["bytes_ratio"].multiple, options["bytes_ratio"].type) == (True, click.FLOAT)
     assert (options["experts"].multiple, options["experts"].type) == (False, click.INT)

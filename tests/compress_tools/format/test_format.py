@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress_tools.errors import CheckpointError, FormatError, NumericalError
-from compress_tools.format.codec import decode_residual
+from compress_tools.format.codec import decode_residual, restore_center
 from compress_tools.format.packing import mask_row_counts, pack_codes, pack_mask, unpack_codes, unpack_mask
 from compress_tools.format.parts.bitmap import encode_bitmap
 from compress_tools.format.quantization import dequantize, expand_scales
@@ -24,12 +24,14 @@ from compress_tools.format.tensors import (
     layer_tensors,
     row_pointer_bytes,
 )
+from compress_tools.format.trellis_tables import TABLES
 from compress_tools.stored.checkpoint import ResMoECheckpoint
 from tests.compress_tools.format.golden import make
 from tests.compress_tools.format.golden.make import BLOCK, BLOCK_2, KEPT_COLUMNS, golden_tensors, golden_tensors_2
 
 GOLDEN = Path(__file__).parent / "golden" / "v1"
 GOLDEN_2 = Path(__file__).parent / "golden" / "v2"
+GOLDEN_3 = Path(__file__).parent / "golden" / "v3"
 
 
 def block(version: int = 1) -> dict[str, Any]:
@@ -73,7 +75,24 @@ def test_golden_checkpoint_of_version_2_means_what_it_meant() -> None:
     assert checkpoint.expert(2, 2)["up_proj"][1, columns].tolist() == [-12, -11, -10, -9]
 
 
-@pytest.mark.parametrize(("version", "tensors"), [(1, golden_tensors), (2, golden_tensors_2)], ids=["v1", "v2"])
+def test_golden_checkpoint_of_version_3_means_what_it_meant() -> None:
+    """Levels spelled out from the tables, by hand: the newest symbol chooses in the first."""
+    checkpoint = ResMoECheckpoint(GOLDEN_3)
+    for layer in (0, 1, 3):
+        checkpoint.check_values(layer)
+    # 4 bits, whole rows; tensors count from their number on: each symbol is the one before it and 1
+    four, center = checkpoint.stored(3, 1), checkpoint.shared(3)
+    symbols = unpack_codes(four["gate_proj", "resmoe_trellis"], 4, 36)[1].tolist()
+    assert symbols[:3] == [symbols[0], (symbols[0] + 1) % 16, (symbols[0] + 2) % 16]
+    newest, second, third = TABLES[4]
+    levels = [newest[symbols[0]] + second[0] + third[0], newest[symbols[1]] + second[symbols[0]] + third[0]]
+    levels += [newest[symbols[c]] + second[symbols[c - 1]] + third[symbols[c - 2]] for c in range(2, 36)]
+    restored = restore_center(checkpoint.fmt.layers[3], center, 36)
+    found = checkpoint.expert(3, 1)["gate_proj"][1] - restored["gate_proj"][1]
+    assert found.tolist() == [level / 2 for level in levels]
+
+
+@pytest.mark.parametrize(("version", "tensors"), [(1, golden_tensors), (2, golden_tensors_2), (3, golden_tensors_2)])
 def test_golden_bytes_are_still_written(version: int, tensors: Any) -> None:
     fmt = parse_format(block(version))
     folder = GOLDEN.parent / f"v{version}"

@@ -26,6 +26,8 @@ from compress_tools.format.schema import (
     QuantizedResidual,
     ResMoEFormat,
     RowBitmapResidual,
+    TrellisCenter,
+    TrellisResidual,
     part_classes,
 )
 from compress_tools.format.tensors import BIAS, ROLES, follows_model_dtype, is_resmoe_name
@@ -59,6 +61,12 @@ EXAMPLES: tuple[Part, ...] = (
     LowRankResidual(projections=JOINT, rank=5),
     LowRankResidual(projections=("down_proj",), rank=3),
     LowRankResidual(projections=TWO, rank=5, factor_bits=8),
+    TrellisCenter(projections=TWO, bits=4),
+    TrellisCenter(projections=JOINT, bits=2, group_size=32),
+    TrellisResidual(projections=TWO, bits=1),
+    TrellisResidual(projections=JOINT, bits=2, group_size=64),
+    TrellisResidual(projections=JOINT, bits=3),
+    TrellisResidual(projections=("down_proj",), bits=4, group_size=128),
 )
 each_example = pytest.mark.parametrize("part", EXAMPLES, ids=lambda part: f"{type(part).__name__}-{part.describe()}")
 each_class = pytest.mark.parametrize("cls", part_classes(), ids=lambda cls: cls.__name__)
@@ -88,7 +96,7 @@ def check_laws(part: Part, stored: StoredTensors) -> None:
     assert {projection for projection, _ in specs} <= set(part.projections)
     assert {suffix: spec.role for (_, suffix), spec in specs.items()}.items() <= part.roles.items()
     assert all(spec.codes == (1, SIZES.hidden_size) for spec in specs.values() if spec.role == "mask")
-    kinds = {"values": SIZES.dtype, "codes": "uint8", "scales": "bfloat16", "mask": "uint8"}
+    kinds = {"values": SIZES.dtype, "codes": "uint8", "symbols": "uint8", "scales": "bfloat16", "mask": "uint8"}
     assert all(spec.dtype == kinds[spec.role] for spec in specs.values())
     assert sum(spec.nbytes for spec in specs.values()) == sum(t.numel() * t.itemsize for t in stored.values())
 
@@ -96,7 +104,7 @@ def check_laws(part: Part, stored: StoredTensors) -> None:
     for spec in specs.values():
         if spec.role == "values":
             counted += prod(spec.shape)
-        elif spec.role == "codes":
+        elif spec.role in ("codes", "symbols"):
             counted += prod(spec.shape[:-1]) * spec.codes[1]
     assert part.params(SIZES) == counted
 
@@ -123,7 +131,8 @@ def check_laws(part: Part, stored: StoredTensors) -> None:
 @each_example
 def test_what_a_part_says_of_itself_is_what_is_stored(part: Part) -> None:
     check_laws(part, stored_by(part))
-    assert part.newer_than(FORMAT_VERSION) is None
+    assert part.newer_than(READABLE_VERSIONS[-1]) is None
+    assert (part.newer_than(FORMAT_VERSION) is None) == (part.since <= FORMAT_VERSION)
 
 
 @each_class
@@ -171,9 +180,9 @@ def sections() -> dict[str, str]:
 def test_every_part_is_in_the_spec(cls: type[Part]) -> None:
     text, method = sections(), cls.model_fields["method"].default
     place = "center" if cls.__name__.endswith("Center") else "residual"
-    (row,) = re.findall(rf"^\| `{method}`( \(2\))? \| {place} \| (.*) \|$", text["2"], flags=re.MULTILINE)
+    (row,) = re.findall(rf"^\| `{method}`(?: \((\d)\))? \| {place} \| (.*) \|$", text["2"], flags=re.MULTILINE)
     later, keys = row
-    assert bool(later) == (cls.since == 2)
+    assert int(later or 1) == cls.since
     own = set(cls.model_fields) - {"method", "projections"}
     assert {key for key in own if f"`{key}`" in keys} == own
     for suffix in cls.roles:
@@ -186,7 +195,7 @@ def test_every_part_is_in_the_spec(cls: type[Part]) -> None:
 
 def test_the_spec_has_the_roles_dtypes() -> None:
     """The last column of section 3 is what a tensor's role says."""
-    kinds = {"values": "`dtype`", "codes": "uint8", "scales": "bfloat16", "mask": "uint8"}
+    kinds = {"values": "`dtype`", "codes": "uint8", "symbols": "uint8", "scales": "bfloat16", "mask": "uint8"}
     rows = re.findall(r"^\| `(resmoe_\w+)`(?: \*)? \|.* \| ([^|]+) \|$", sections()["3"], flags=re.MULTILINE)
     assert dict(rows) == {suffix: kinds[role] for suffix, role in ROLES.items()}
 
@@ -233,6 +242,8 @@ def test_padding_and_negative_scales_are_found(part: Part) -> None:
             assert spec.fault(broken) is None
             broken[-1, (last + 1) // 8] |= 1 << (last + 1) % 8
             assert f"padding bits after column {last}" in spec.fault(broken)
+        elif spec.role == "symbols":
+            assert spec.fault(broken ^ 255) is None  # what fills a row up belongs to it
         elif spec.role == "codes":
             flat = broken.flatten()
             flat[-1] ^= 1 << 7
@@ -286,7 +297,7 @@ def test_example_masks_fit_and_are_spread(part: Part) -> None:
 def test_without_masks_there_are_no_example_masks() -> None:
     unmasked = [part for part in EXAMPLES if part not in MASKED]
     assert [part.example_masks(SIZES) for part in unmasked] == [{}] * len(unmasked)
-    assert len(unmasked) == 10
+    assert len(unmasked) == 16
 
 
 @each_example
@@ -307,6 +318,9 @@ WORDS = {
     "bitmap_rows (37 values in every row, 8-bit by 64, up_proj)": EXAMPLES[12],
     "low_rank (rank 3, down_proj)": EXAMPLES[14],
     "low_rank (rank 5, 8-bit factors, joint)": EXAMPLES[15],
+    "2-bit by 32 trellis center": EXAMPLES[17],
+    "trellis (1-bit, joint)": EXAMPLES[18],
+    "trellis (4-bit by 128, down_proj)": EXAMPLES[21],
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from compress_tools import native_library
 from compress_tools.errors import KernelUnsupportedError
 from compress_tools.format.dtypes import DTYPES
 from resmoe_vllm.kernels.activation import SILU
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no C++ kernel here")
 REPO = Path(__file__).resolve().parents[3]
 # every coder, in every phase
 SUMS = ("both", "low_rank-8bit-center-8bit", "bitmap-4bit", "bitmap_rows", "quantized-8bit+low_rank+bitmap")
+TRELLIS = ("trellis-4bit", "trellis-3bit-no_center", "trellis-2bit+low_rank", "trellis-1bit-center-trellis")
 
 
 def bound(kind: str, dtype: str, size_i: int = 33, size_h: int = 67) -> ResMoEWeights:
@@ -85,7 +87,7 @@ def test_the_result_is_rounded_to_nearest(kind: str, dtype: str) -> None:
 def test_a_processor_without_avx512_gives_the_same() -> None:
     """What this one would not run by itself; bit for bit, for both expand values and multiply them in one order."""
     smaller = native.open_library(str(build.build("-mno-avx512f")))
-    for kind in SUMS:
+    for kind in SUMS + TRELLIS:
         for dtype in ("float32", "bfloat16", "float16"):
             layer = bound(kind, dtype, 9, 192)
             for routing in ("T1-KE", "T13-K2"):
@@ -122,7 +124,7 @@ def test_a_library_that_fails_its_self_test_does_not_enter_the_cache(
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build.self_test, "check_library", fail)
-    monkeypatch.setattr(build, "FLAGS", tuple(flag for flag in build.FLAGS if flag != "-O3"))
+    monkeypatch.setattr(native_library, "FLAGS", tuple(flag for flag in native_library.FLAGS if flag != "-O3"))
     with pytest.raises(KernelUnsupportedError, match="wrong"):
         build.build("-O0")
     assert list((tmp_path / "resmoe").iterdir()) == []

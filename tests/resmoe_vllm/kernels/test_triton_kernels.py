@@ -32,7 +32,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # one of each way to hold a residual
 MAIN_KINDS = ("low_rank-joint", "bitmap-joint", "quantized-3bit")
 # decoded tiles of each kind, and sums of them
-TILED_KINDS = ("bitmap-down_first-center_up", "both", "bitmap-4bit", "bitmap_rows", "quantized-8bit+low_rank+bitmap")
+TILED_KINDS = (
+    "bitmap-down_first-center_up",
+    "both",
+    "bitmap-4bit",
+    "bitmap_rows",
+    "quantized-8bit+low_rank+bitmap",
+    "trellis-3bit-no_center",
+    "trellis-1bit-center-trellis",
+)
 REPO = Path(__file__).resolve().parents[3]
 
 SMALL = Blocks(n=32, k=32, warps=4, stages=2)

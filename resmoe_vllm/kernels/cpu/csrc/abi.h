@@ -21,6 +21,7 @@ struct Matrix {            // [E, rows, columns]
   int64_t scales_stride;   // elements
   int64_t bits;            // of a code; 0: stored in the layer's dtype
   int64_t group;           // columns that share a scale, a multiple of 8; more than there are: the whole row
+  const int8_t* tables;    // of trellis codes; null: codes are plain
 };
 
 struct Bitmap {                          // one part's pruned values, by projection
@@ -81,7 +82,8 @@ struct Layer {
 
 inline std::string struct_fields() {
   return FIELD(Matrix, data) + FIELD(Matrix, scales) + FIELD(Matrix, stride) + FIELD(Matrix, scales_stride) +
-         FIELD(Matrix, bits) + FIELD(Matrix, group) + FIELD(Bitmap, mask) + FIELD(Bitmap, row_ptr) +
+         FIELD(Matrix, bits) + FIELD(Matrix, group) + FIELD(Matrix, tables) +
+         FIELD(Bitmap, mask) + FIELD(Bitmap, row_ptr) +
          FIELD(Bitmap, values) + FIELD(Bitmap, scales) + FIELD(Bitmap, starts) + FIELD(Bitmap, mask_stride) +
          FIELD(Bitmap, row_ptr_stride) + FIELD(Bitmap, values_stride) + FIELD(Bitmap, scales_stride) +
          FIELD(Bitmap, starts_stride) + FIELD(Bitmap, readable) + FIELD(Bitmap, values_per_row) + FIELD(Bitmap, bits) +

@@ -1,6 +1,6 @@
-// Rows of codes, multiplied while they are decoded.
+// Rows of codes, plain ones or of a trellis, multiplied while they are decoded.
 //
-// level = scale / kOne * (value + kShift), one scale for each group of columns. Sums run over a group's values, then
+// weight = scale / kOne * (value + kShift), one scale for each group of columns. Sums run over a group's values, then
 // are scaled, so that a weight costs its conversion and a multiplication.
 #pragma once
 
@@ -8,11 +8,14 @@
 
 #include "abi.h"
 #include "dense.h"
+#include "trellis.h"
 
 namespace resmoe {
 
 template <int Bits>
 struct Code {
+  static constexpr int kBits = Bits;
+  using Tables = NoTables;
   static constexpr float kOne = 1, kShift = -0.5f * ((1 << Bits) - 1);
   template <int Octets>
   static inline __m256i broadcast(const uint8_t* from) {  // 16 bits for each octet
@@ -26,7 +29,7 @@ struct Code {
   }
   // visit(j, values) of one octet or of two. octets: of the row.
   template <int Octets, class Visit>
-  static inline void load(const uint8_t* row, int64_t octet, int64_t octets, Visit visit) {
+  static inline void load(const NoTables&, const uint8_t* row, int64_t octet, int64_t octets, Visit visit) {
     if constexpr (Bits == 4) {
 #pragma GCC unroll 2
       for (int j = 0; j < Octets; ++j) {
@@ -56,6 +59,8 @@ struct Code {
 // Values are codes less 128, times 2**24: a shuffle into the upper bytes costs less than widening.
 template <>
 struct Code<8> {
+  static constexpr int kBits = 8;
+  using Tables = NoTables;
   static constexpr float kOne = 1 << 24, kShift = 0.5f * kOne;
   template <int First>  // of sixteen codes eight: the first, or from the ninth on
   static inline __m256 eight(__m256i flipped) {
@@ -65,7 +70,7 @@ struct Code<8> {
     return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(flipped, to_top));
   }
   template <int Octets, class Visit>
-  static inline void load(const uint8_t* row, int64_t octet, int64_t, Visit visit) {
+  static inline void load(const NoTables&, const uint8_t* row, int64_t octet, int64_t, Visit visit) {
     const __m128i* from = (const __m128i*)(row + kLanes * octet);
     const __m128i codes = Octets == 2 ? _mm_loadu_si128(from) : _mm_loadl_epi64(from);
     const __m256i flipped = _mm256_xor_si256(_mm256_broadcastsi128_si256(codes), _mm256_set1_epi8(-128));
@@ -101,13 +106,14 @@ __attribute__((always_inline)) inline void store_outputs(const __m256 (&from)[S]
     }
 }
 
-template <int Bits>
+template <class C>
 struct CodeRows {
   const uint8_t* codes;    // the first row
   const uint16_t* scales;  // its first group's
+  typename C::Tables tables;
   int64_t n, octets, stride, group, groups;
   CodeRows(const Matrix& m, int64_t e, int64_t i, int64_t columns)
-      : n(columns), octets(octets_of(n)), stride(Bits * octets) {
+      : tables(m.tables), n(columns), octets(octets_of(n)), stride(C::kBits * octets) {
     group = std::min(m.group, octets * kLanes);
     groups = (n + group - 1) / group;
     codes = (const uint8_t*)m.data + e * m.stride + i * stride;
@@ -120,7 +126,7 @@ struct CodeRows {
     return rest;
   }
   float scale(int64_t row, int64_t g) const {
-    return BF16::scalar(scales[row * groups + g]) * (1.0f / Code<Bits>::kOne);
+    return BF16::scalar(scales[row * groups + g]) * (1.0f / C::kOne);
   }
   int64_t begin(int64_t g) const { return g * group / kLanes; }  // octets
   int64_t end(int64_t g) const { return std::min(octets, (g + 1) * group / kLanes); }
@@ -128,7 +134,7 @@ struct CodeRows {
   // The next R rows, a cache line at a time. Always inline: GCC drops calls of what does nothing but prefetch.
   template <int R>
   __attribute__((always_inline)) void fetch_ahead(int64_t octet) const {
-    constexpr int kLow = Bits == 3 ? 2 : Bits;  // bytes
+    constexpr int kLow = C::kBits == 3 ? 2 : C::kBits;  // bytes
     if (octet % (64 / kLow) == 0)
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) _mm_prefetch((const char*)codes + (R + r) * stride + octet * kLow, _MM_HINT_T0);
@@ -136,20 +142,20 @@ struct CodeRows {
 };
 
 // What kShift adds to a dot: x by lane over each group of columns, times kShift: [groups, 8].
-template <int Bits>
-void shift_sums(const CodeRows<Bits>& rows, const float* x, float* shifts) {
+template <class C>
+void shift_sums(const CodeRows<C>& rows, const float* x, float* shifts) {
   for (int64_t g = 0; g < rows.groups; ++g) {
     __m256 acc = _mm256_setzero_ps();
     for (int64_t o = rows.begin(g); o < rows.end(g); ++o)
       acc = _mm256_add_ps(acc, o < rows.whole() ? _mm256_loadu_ps(x + o * kLanes)
                                                 : _mm256_maskload_ps(x + o * kLanes, lanes_of(rows.n - o * kLanes)));
-    _mm256_storeu_ps(shifts + g * kLanes, _mm256_mul_ps(acc, _mm256_set1_ps(Code<Bits>::kShift)));
+    _mm256_storeu_ps(shifts + g * kLanes, _mm256_mul_ps(acc, _mm256_set1_ps(C::kShift)));
   }
 }
 
 // sums[r * ld + s] += row r . x[s]; shifts[s]: shift_sums of x[s].
-template <int Bits, int R, int S>
-void dot_codes(const CodeRows<Bits>& rows, const float* const* x, const float* const* shifts, float* sums, int64_t ld) {
+template <class C, int R, int S>
+void dot_codes(const CodeRows<C>& rows, const float* const* x, const float* const* shifts, float* sums, int64_t ld) {
   __m256 total[R][S];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
@@ -164,7 +170,7 @@ void dot_codes(const CodeRows<Bits>& rows, const float* const* x, const float* c
     const auto add = [&](auto count, int64_t o, const auto& in) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r)
-        Code<Bits>::template load<decltype(count)::value>(rows.codes + r * rows.stride, o, rows.octets,
+        C::template load<decltype(count)::value>(rows.tables, rows.codes + r * rows.stride, o, rows.octets,
                                                           [&](int j, __m256 w) {
 #pragma GCC unroll 4
                                                             for (int s = 0; s < S; ++s)
@@ -203,23 +209,23 @@ void dot_codes(const CodeRows<Bits>& rows, const float* const* x, const float* c
     for (int s = 0; s < S; ++s) sums[r * ld + s] += sum(total[r][s]);
 }
 
-template <int Bits, int R>
-void dot_codes(const CodeRows<Bits>& rows, int64_t inputs, const float* const* x, const float* const* shifts,
+template <class C, int R>
+void dot_codes(const CodeRows<C>& rows, int64_t inputs, const float* const* x, const float* const* shifts,
                float* sums, int64_t ld) {
   switch (inputs) {
     case 1:
-      return dot_codes<Bits, R, 1>(rows, x, shifts, sums, ld);
+      return dot_codes<C, R, 1>(rows, x, shifts, sums, ld);
     case 2:
-      return dot_codes<Bits, R, 2>(rows, x, shifts, sums, ld);
+      return dot_codes<C, R, 2>(rows, x, shifts, sums, ld);
     default:
-      return dot_codes<Bits, R, 3>(rows, x, shifts, sums, ld);
+      return dot_codes<C, R, 3>(rows, x, shifts, sums, ld);
   }
 }
 
 // y[s] += shift[s] + sum over r < R of factor[s][r] * row r, over octets from o on.
-template <int Bits, int R, int S, int Octets>
+template <class C, int R, int S, int Octets>
 __attribute__((always_inline)) inline void axpy_octets(const __m256 (&factor)[S][R], const float (&shift)[S],
-                                                       const CodeRows<Bits>& rows, float* const* y, int64_t o) {
+                                                       const CodeRows<C>& rows, float* const* y, int64_t o) {
   const int64_t columns = rows.n - o * kLanes;
   __m256 into[S][Octets];
   load_outputs(into, y, o, columns);
@@ -229,7 +235,7 @@ __attribute__((always_inline)) inline void axpy_octets(const __m256 (&factor)[S]
     for (int j = 0; j < Octets; ++j) into[s][j] = _mm256_add_ps(into[s][j], _mm256_set1_ps(shift[s]));
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
-    Code<Bits>::template load<Octets>(rows.codes + r * rows.stride, o, rows.octets, [&](int j, __m256 w) {
+    C::template load<Octets>(rows.tables, rows.codes + r * rows.stride, o, rows.octets, [&](int j, __m256 w) {
 #pragma GCC unroll 4
       for (int s = 0; s < S; ++s) into[s][j] = _mm256_fmadd_ps(factor[s][r], w, into[s][j]);
     });
@@ -237,8 +243,8 @@ __attribute__((always_inline)) inline void axpy_octets(const __m256 (&factor)[S]
 }
 
 // y[s] += sum over r < R of a[s * lda + r] * row r.
-template <int Bits, int R, int S>
-void axpy_rows(const float* a, int64_t lda, const CodeRows<Bits>& rows, float* const* y) {
+template <class C, int R, int S>
+void axpy_rows(const float* a, int64_t lda, const CodeRows<C>& rows, float* const* y) {
   for (int64_t g = 0; g < rows.groups; ++g) {
     float shift[S];
     __m256 factor[S][R];
@@ -247,7 +253,7 @@ void axpy_rows(const float* a, int64_t lda, const CodeRows<Bits>& rows, float* c
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const float f = a[s * lda + r] * rows.scale(r, g);
-        shift[s] += Code<Bits>::kShift * f;
+        shift[s] += C::kShift * f;
         factor[s][r] = _mm256_set1_ps(f);
       }
     }
@@ -255,38 +261,38 @@ void axpy_rows(const float* a, int64_t lda, const CodeRows<Bits>& rows, float* c
     const int64_t end = rows.end(g), whole = std::min(end, rows.whole());
     for (; o + 2 <= whole; o += 2) {
       rows.template fetch_ahead<R>(o);
-      axpy_octets<Bits, R, S, 2>(factor, shift, rows, y, o);
+      axpy_octets<C, R, S, 2>(factor, shift, rows, y, o);
     }
-    for (; o < end; ++o) axpy_octets<Bits, R, S, 1>(factor, shift, rows, y, o);
+    for (; o < end; ++o) axpy_octets<C, R, S, 1>(factor, shift, rows, y, o);
   }
 }
 
 // For many outputs: kRows rows of some octets as fp32, and their factors, all in the first cache.
-template <int Bits>
+template <class C>
 struct CodeBlock {
   static constexpr int64_t kOctets = 16;
   alignas(32) float wide[kRows][kOctets * kLanes];
   float factor[kInputs][kRows],
       shift[kInputs][kRows];  // shift: of the four rows from r on; of one behind the last four
 
-  void set_factors(const float* a, int64_t lda, const CodeRows<Bits>& rows, int64_t count, int64_t g, int64_t outputs) {
+  void set_factors(const float* a, int64_t lda, const CodeRows<C>& rows, int64_t count, int64_t g, int64_t outputs) {
     const int64_t fours = count / 4 * 4;
     for (int64_t s = 0; s < outputs; ++s)
       for (int64_t r = 0; r < count; ++r) {
         float& into = shift[s][r < fours ? r / 4 * 4 : r];
         if (r % 4 == 0 || r >= fours) into = 0;
         factor[s][r] = a[s * lda + r] * rows.scale(r, g);
-        into += Code<Bits>::kShift * factor[s][r];
+        into += C::kShift * factor[s][r];
       }
   }
-  void widen(const CodeRows<Bits>& rows, int64_t count, int64_t begin, int64_t end) {
+  void widen(const CodeRows<C>& rows, int64_t count, int64_t begin, int64_t end) {
     for (int64_t r = 0; r < count; ++r) {
       const auto store = [&](int64_t o, __m256 w) { _mm256_store_ps(wide[r] + (o - begin) * kLanes, w); };
       const uint8_t* codes = rows.codes + r * rows.stride;
       int64_t o = begin;
       for (; o + 2 <= end; o += 2)
-        Code<Bits>::template load<2>(codes, o, rows.octets, [&](int j, __m256 w) { store(o + j, w); });
-      if (o < end) Code<Bits>::template load<1>(codes, o, rows.octets, [&](int, __m256 w) { store(o, w); });
+        C::template load<2>(rows.tables, codes, o, rows.octets, [&](int j, __m256 w) { store(o + j, w); });
+      if (o < end) C::template load<1>(rows.tables, codes, o, rows.octets, [&](int, __m256 w) { store(o, w); });
     }
   }
   // y[s] += factor . wide for S outputs from `first` on and V octets from o, in the order of axpy_octets.
@@ -325,7 +331,7 @@ struct CodeBlock {
     store_outputs(into, y, o, columns);
   }
   template <int S>
-  void add(const CodeRows<Bits>& rows, int64_t count, float* const* y, int64_t first, int64_t begin,
+  void add(const CodeRows<C>& rows, int64_t count, float* const* y, int64_t first, int64_t begin,
            int64_t end) const {
     int64_t o = begin;
     for (; o + 4 <= std::min(end, rows.whole()); o += 4) add<S, 4>(count, y, first, begin, o);
@@ -336,22 +342,22 @@ struct CodeBlock {
 constexpr int64_t kBlocked = 8;  // outputs for which rows are widened once for all
 
 // y[s] += sum over r < count of a[s * lda + r] * row r; count at most kRows, outputs at most kInputs.
-template <int Bits>
-void axpy_codes(const float* a, int64_t lda, const CodeRows<Bits>& rows, int64_t count, float* const* y,
+template <class C>
+void axpy_codes(const float* a, int64_t lda, const CodeRows<C>& rows, int64_t count, float* const* y,
                 int64_t outputs) {
   if (outputs < kBlocked) {
     const auto add = [&](auto rows_at_once, int64_t r) {
       constexpr int R = decltype(rows_at_once)::value;
       int64_t s = 0;
-      for (; s + 2 <= outputs; s += 2) axpy_rows<Bits, R, 2>(a + s * lda + r, lda, rows.from(r), y + s);
-      if (s < outputs) axpy_rows<Bits, R, 1>(a + s * lda + r, lda, rows.from(r), y + s);
+      for (; s + 2 <= outputs; s += 2) axpy_rows<C, R, 2>(a + s * lda + r, lda, rows.from(r), y + s);
+      if (s < outputs) axpy_rows<C, R, 1>(a + s * lda + r, lda, rows.from(r), y + s);
     };
     int64_t r = 0;
     for (; r + 4 <= count; r += 4) add(std::integral_constant<int, 4>(), r);
     for (; r < count; ++r) add(std::integral_constant<int, 1>(), r);
     return;
   }
-  CodeBlock<Bits> block;
+  CodeBlock<C> block;
   for (int64_t g = 0; g < rows.groups; ++g) {
     block.set_factors(a, lda, rows, count, g, outputs);
     for (int64_t o = rows.begin(g); o < rows.end(g); o += block.kOctets) {
@@ -371,28 +377,38 @@ void axpy_codes(const float* a, int64_t lda, const CodeRows<Bits>& rows, int64_t
   }
 }
 
-// visit(CodeRows<Bits>) of the n columns of expert e's row i and those after it.
+// visit(CodeRows<C>), C the code, of the n columns of expert e's row i and those after it.
 template <class Visit>
 inline void with_codes(const Matrix& m, int64_t e, int64_t i, int64_t n, Visit visit) {
+  if (m.tables) switch (m.bits) {
+      case 1:
+        return visit(CodeRows<TrellisCode<1>>(m, e, i, n));
+      case 2:
+        return visit(CodeRows<TrellisCode<2>>(m, e, i, n));
+      case 3:
+        return visit(CodeRows<TrellisCode<3>>(m, e, i, n));
+      default:
+        return visit(CodeRows<TrellisCode<4>>(m, e, i, n));
+    }
   switch (m.bits) {
     case 2:
-      return visit(CodeRows<2>(m, e, i, n));
+      return visit(CodeRows<Code<2>>(m, e, i, n));
     case 3:
-      return visit(CodeRows<3>(m, e, i, n));
+      return visit(CodeRows<Code<3>>(m, e, i, n));
     case 4:
-      return visit(CodeRows<4>(m, e, i, n));
+      return visit(CodeRows<Code<4>>(m, e, i, n));
     default:
-      return visit(CodeRows<8>(m, e, i, n));
+      return visit(CodeRows<Code<8>>(m, e, i, n));
   }
 }
 
 // One row's levels, whole octets: for the self-test of the loader.
-template <int Bits>
-void decode_codes(const CodeRows<Bits>& row, float* out) {
+template <class C>
+void decode_codes(const CodeRows<C>& row, float* out) {
   for (int64_t g = 0; g < row.groups; ++g)
     for (int64_t o = row.begin(g); o < row.end(g); ++o)
-      Code<Bits>::template load<1>(row.codes, o, row.octets, [&](int, __m256 w) {
-        _mm256_storeu_ps(out + o * kLanes, _mm256_mul_ps(_mm256_add_ps(w, _mm256_set1_ps(Code<Bits>::kShift)),
+      C::template load<1>(row.tables, row.codes, o, row.octets, [&](int, __m256 w) {
+        _mm256_storeu_ps(out + o * kLanes, _mm256_mul_ps(_mm256_add_ps(w, _mm256_set1_ps(C::kShift)),
                                                          _mm256_set1_ps(row.scale(0, g))));
       });
 }

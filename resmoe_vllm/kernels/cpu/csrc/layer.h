@@ -217,8 +217,8 @@ struct Run {
     if (!m.bits) return add_dots<T>(stored(m, e, i, n), n, rows, n, scratch.in, inputs, sums, kSums);
     with_codes(m, e, i, n, [&](const auto& codes) { dots(codes, rows, inputs, sums, scratch); });
   }
-  template <int Bits>
-  void dots(const CodeRows<Bits>& codes, int64_t rows, int64_t inputs, float* sums, Scratch& scratch) const {
+  template <class C>
+  void dots(const CodeRows<C>& codes, int64_t rows, int64_t inputs, float* sums, Scratch& scratch) const {
     const int64_t size = codes.groups * kLanes;
     if ((int64_t)scratch.shifts.size() < kSums * size) scratch.shifts.resize(kSums * size);
     const float* shifts[kSums];
@@ -231,10 +231,10 @@ struct Run {
       for (int64_t s = 0; s < inputs; s += 3) {
         const int64_t count = std::min<int64_t>(3, inputs - s);
         if (rows - r >= 4)
-          dot_codes<Bits, 4>(codes.from(r), count, scratch.in + s, shifts + s, sums + r * kSums + s, kSums);
+          dot_codes<C, 4>(codes.from(r), count, scratch.in + s, shifts + s, sums + r * kSums + s, kSums);
         else
           for (int64_t k = r; k < rows; ++k)
-            dot_codes<Bits, 1>(codes.from(k), count, scratch.in + s, shifts + s, sums + k * kSums + s, kSums);
+            dot_codes<C, 1>(codes.from(k), count, scratch.in + s, shifts + s, sums + k * kSums + s, kSums);
       }
   }
   void dots(const Bitmap& part, int p, int64_t e, int64_t i, int64_t rows, int64_t inputs, float* sums,

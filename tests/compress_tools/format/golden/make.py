@@ -84,12 +84,38 @@ BLOCK_2 = {
         },
     },
 }  # fmt: skip
+# Trellis codes of every width over a center in them, without one and by groups of experts; the last layer is a draft.
+BLOCK_3 = {
+    "written_by": "resmoe 0.3.0",
+    "dtype": "bfloat16",
+    "num_experts": 2,
+    "hidden_size": 36,
+    "intermediate_size": 2,
+    "names": {**NAMES, "drafts": {"3": "mtp.layers.0.block_sparse_moe.experts.{expert}"}},
+    "layers": {
+        "0": {
+            "center": [{"method": "trellis", "projections": ALL, "bits": 4, "group_size": 32}],
+            "residual": [{"method": "trellis", "projections": ALL, "bits": 1}],
+        },
+        "1": {
+            "center": [],
+            "groups": [
+                {"experts": [0], "residual": [{"method": "trellis", "projections": ALL, "bits": 2}]},
+                {"experts": [1], "residual": [{"method": "trellis", "projections": ALL, "bits": 3, "group_size": 32}]},
+            ],
+        },
+        "3": {
+            "center": [{"method": "quantized", "projections": ALL, "bits": 8}],
+            "residual": [{"method": "trellis", "projections": ALL, "bits": 4}],
+        },
+    },
+}
 KEPT_COLUMNS = (1, 3, 31, 34)
 
 
 def block(version: int) -> dict[str, Any]:
     """A whole ``quantization_config``."""
-    return {"quant_method": "resmoe", "format_version": version, **{1: BLOCK, 2: BLOCK_2}[version]}
+    return {"quant_method": "resmoe", "format_version": version, **{1: BLOCK, 2: BLOCK_2, 3: BLOCK_3}[version]}
 
 
 def rows(start: int) -> dict[str, torch.Tensor]:
@@ -118,7 +144,7 @@ def golden_tensors(fmt: ResMoEFormat) -> dict[str, torch.Tensor]:
 
 
 def golden_tensors_2(fmt: ResMoEFormat) -> dict[str, torch.Tensor]:
-    """All tensors of the checkpoint of version 2: codes count up, scales are powers of two, ``KEPT_COLUMNS`` kept."""
+    """All tensors of versions 2 and 3: codes count up, scales are powers of two, ``KEPT_COLUMNS`` are kept."""
     tensors = {}
     for layer in fmt.layers:
         for number, (name, spec) in enumerate(layer_tensors(fmt, layer).items()):
@@ -138,8 +164,8 @@ def golden_tensors_2(fmt: ResMoEFormat) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    """Write ``v1/`` and ``v2/``, whichever is not there yet."""
-    for version, make in ((1, golden_tensors), (2, golden_tensors_2)):
+    """Write ``v1/``, ``v2/`` and ``v3/``, whichever is not there yet."""
+    for version, make in ((1, golden_tensors), (2, golden_tensors_2), (3, golden_tensors_2)):
         target = HERE / f"v{version}"
         if target.exists():
             continue
