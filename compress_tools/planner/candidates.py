@@ -1,7 +1,8 @@
 """The menu: every way to store a projection, or a layer as a whole, that is measured and may be chosen."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Final, Literal
 
 from compress_tools.config import CompressionConfig, make_config
@@ -20,6 +21,7 @@ from compress_tools.residuals.recipes import RECIPES, center_part
 CenterBits = Literal[0, 4, 8, 16]
 CENTER_GROUP: Final = 128
 GROUP_SIZES = (0, 128, 64, 32)
+TRELLIS_GROUP_SIZES = (0, 128)
 DENSITIES = (0.05, 0.1, 0.2, 0.35, 0.5)
 DENSITIES_8 = (0.1, 0.25)
 _BISECTIONS = 40
@@ -47,9 +49,10 @@ class Coder:
     @cached_property
     def label(self) -> str:
         """For people: the command line's words."""
-        fields = {"quantize": ("bits", "group_size"), "prune": ("retain_ratio", "value_bits", "group_size")}
-        low_rank = ("retain_ratio", "factor_bits")
-        fields |= {"low-rank": low_rank, "low-rank+quantize": (*low_rank, "bits", "group_size")}
+        codes, low_rank = ("bits", "group_size"), ("retain_ratio", "factor_bits")
+        fields = {"quantize": codes, "trellis": codes, "prune": ("retain_ratio", "value_bits", "group_size")}
+        fields |= {"low-rank": low_rank}
+        fields |= {f"low-rank+{coder}": (*low_rank, *codes) for coder in ("quantize", "trellis")}
         settings = self.config.model_dump()
         words = [f"{name.replace('_', '-')} {_short(settings[name])}" for name in fields[self.config.method]]
         return ", ".join([self.config.method + (" (joint)" if self.joint else ""), *words])
@@ -72,8 +75,12 @@ def _short(value: object) -> str:
 
 
 def center_parts(bits: CenterBits, projections: tuple[Projection, ...]) -> tuple[CenterPart, ...]:
-    """How a center of these projections is stored."""
-    return (center_part(bits, projections, CENTER_GROUP),) if bits and projections else ()
+    """How a center of these projections is stored: in 4 bits as trellis codes, at less bytes and less error."""
+    if not bits or not projections:
+        return ()
+    return (
+        center_part(bits, projections, None, "trellis") if bits == 4 else center_part(bits, projections, CENTER_GROUP),
+    )
 
 
 class Sizes:
@@ -145,6 +152,21 @@ def _quantize(sizes: Sizes, centers: tuple[CenterBits, ...], layer_budget: float
     ]
 
 
+def _trellis(sizes: Sizes, centers: tuple[CenterBits, ...], layer_budget: float) -> list[Coder]:
+    del layer_budget
+    # One bit is for what a center leaves.
+    return [
+        Coder(
+            make_config(method="trellis", bits=bits, group_size=size),
+            joint=False,
+            centers=_without(centers, 0) if bits == 1 else centers,
+        )
+        for bits in (1, 2, 3, 4)
+        for size in TRELLIS_GROUP_SIZES
+        if size < sizes.hidden_size
+    ]
+
+
 def _prune(sizes: Sizes, centers: tuple[CenterBits, ...], layer_budget: float) -> list[Coder]:
     # Values of 16 bits are worth their bytes only where few are kept: offered for whole layers, at the size that fits.
     ladder = [(4, density) for density in DENSITIES] + [(8, density) for density in DENSITIES_8]
@@ -173,12 +195,12 @@ def _low_rank(sizes: Sizes, centers: tuple[CenterBits, ...], layer_budget: float
     return coders + _filling(sizes, _without(centers, 4), layer_budget, options)
 
 
-def _low_rank_and_quantize(sizes: Sizes, centers: tuple[CenterBits, ...], layer_budget: float) -> list[Coder]:
+def _low_rank_and(coder: str, sizes: Sizes, centers: tuple[CenterBits, ...], layer_budget: float) -> list[Coder]:
     del sizes, layer_budget
     few = _without(centers, 16, 4)
     return [
         Coder(
-            make_config(method="low-rank+quantize", factor_bits=8, retain_ratio=ratio, bits=bits),
+            make_config(method=f"low-rank+{coder}", factor_bits=8, retain_ratio=ratio, bits=bits),
             joint=False,
             centers=few,
         )
@@ -187,11 +209,13 @@ def _low_rank_and_quantize(sizes: Sizes, centers: tuple[CenterBits, ...], layer_
     ]
 
 
-_MENUS = {
+_MENUS: dict[str, Callable[[Sizes, tuple[CenterBits, ...], float], list[Coder]]] = {
+    "trellis": _trellis,
     "quantize": _quantize,
     "prune": _prune,
     "low-rank": _low_rank,
-    "low-rank+quantize": _low_rank_and_quantize,
+    "low-rank+quantize": partial(_low_rank_and, "quantize"),
+    "low-rank+trellis": partial(_low_rank_and, "trellis"),
 }
 
 

@@ -7,14 +7,13 @@ from math import log
 from torch import Tensor
 
 from compress_tools.format.schema import (
-    Bits,
     CenterPart,
     ExpertGroup,
-    GroupSize,
     LayerSpec,
     Projection,
     QuantizedResidual,
     ResidualPart,
+    TrellisResidual,
 )
 from compress_tools.planner.candidates import CenterBits, Coder, Sizes, center_parts
 from compress_tools.planner.frontier import Frontier, Point, combined, frontier, union
@@ -67,19 +66,16 @@ class Choice:
 def _merged(parts: list[ResidualPart]) -> tuple[ResidualPart, ...]:
     """Codes of the same bits as one part of several projections: the same tensors, said shorter.
 
-    They come last: what is quantised beside low rank is what low rank left.
+    They come last: what is coded beside low rank is what low rank left.
     """
-    quantised: dict[tuple[Bits, GroupSize | None], list[Projection]] = {}
+    alike: dict[ResidualPart, list[Projection]] = {}
     others: list[ResidualPart] = []
     for part in parts:
-        if isinstance(part, QuantizedResidual):
-            quantised.setdefault((part.bits, part.group_size), []).extend(part.projections)
+        if isinstance(part, QuantizedResidual | TrellisResidual):
+            alike.setdefault(part.model_copy(update={"projections": ()}), []).extend(part.projections)
         else:
             others.append(part)
-    merged = (
-        QuantizedResidual(projections=tuple(projections), bits=bits, group_size=group_size)
-        for (bits, group_size), projections in quantised.items()
-    )
+    merged = (part.model_copy(update={"projections": tuple(covered)}) for part, covered in alike.items())
     return (*others, *merged)
 
 

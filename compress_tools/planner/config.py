@@ -11,7 +11,7 @@ from compress_tools.config import CompressionConfig, validated
 from compress_tools.errors import ConfigError
 from compress_tools.source.layer_selection import select_layers
 
-MENU_METHODS = ("quantize", "prune", "low-rank", "low-rank+quantize")
+MENU_METHODS = ("trellis", "quantize", "prune", "low-rank", "low-rank+quantize", "low-rank+trellis")
 
 
 class PlannerConfig(BaseModel):
@@ -133,6 +133,7 @@ CHOSEN_BY_PLANNER = (
     "factor_bits",
     "low_rank_form",
     "center_bits",
+    "center_coder",
 )
 # What of a recipe goes with a plan: how the centers are found.
 CENTER_FIELDS = ("center", "max_iterations", "tolerance", "seed")

@@ -2,7 +2,8 @@
 
 A layer of at most ``measure_experts`` experts of at most ``measure_rows`` rows is measured as it would be written. Of
 a larger one evenly spaced experts and rows are, scaled up by the residual's energy, which is taken of all. Low rank
-takes all rows, since a rank means nothing on some of them, of few experts: factorising is what takes longest.
+takes all rows, since a rank means nothing on some of them, of few experts: factorising is what takes longest. What
+trellis codes of large matrices lose is predicted from every row measured, and set right by a search on few of them.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,10 +24,14 @@ from compress_tools.numerics.sampling import spaced
 from compress_tools.planner.candidates import CenterBits, Coder, center_parts
 from compress_tools.residuals.quantizer import quantize_rows
 from compress_tools.residuals.registry import encode_center, encode_part
+from compress_tools.residuals.trellis import predicted_errors, restored_rows, trellis_rows
 from compress_tools.source.design_matrix import design_to_rows, rows_to_design
 
 # Of a layer that is not measured as a whole.
 LOW_RANK_EXPERTS = 2
+# Rows of one expert in trellis codes: all are searched of matrices of so few weights, so many of others.
+TRELLIS_WEIGHTS = 1 << 16
+TRELLIS_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,13 @@ def measure_layer(
             errors |= {
                 key: _scaled_up(measured[:, number], taken, residuals[key[0]]) for number, key in enumerate(keys)
             }
-    return LayerMeasurement(errors, residuals, energy[:, 0], exact)
+    searched = not any("trellis" in coder.config.method for coder in coders) or _searched_whole(design, projections)
+    return LayerMeasurement(errors, residuals, energy[:, 0], exact and searched)
+
+
+def _searched_whole(design: Tensor, projections: tuple[Projection, ...]) -> bool:
+    """Whether trellis codes of a layer of this size are searched in full."""
+    return design[0].numel() // len(projections) <= TRELLIS_WEIGHTS
 
 
 def _stored_centers(
@@ -179,6 +190,8 @@ class _ExpertErrors:
         projections = tuple(self._residual)
         if coder.config.method == "quantize":
             return self._of_quantised(coder, projections)
+        if coder.config.method == "trellis":
+            return [self._of_trellis(coder, p) * self._scale[p] for p in projections]
         groups = [projections] if coder.joint else [(p,) for p in projections]
         errors: dict[Projection, float] = {}
         for group in groups:
@@ -193,6 +206,21 @@ class _ExpertErrors:
         restored = (codes - half_range(bits)) * expand_scales(scales, rows.shape[1], group_size)
         left = dict(zip(projections, (rows - restored).chunk(len(projections)), strict=True))
         return [squared_norm(left[p]) * self._scale[p] for p in projections]
+
+    def _of_trellis(self, coder: Coder, projection: Projection) -> float:
+        """Of the rows measured; a search of all would take as long as compressing."""
+        rows = self._sampled_residual[projection]
+        bits, group_size = coder.config.bits, coder.config.group_size or None
+        whole = rows.numel() <= TRELLIS_WEIGHTS
+        some = rows if whole else rows[torch.tensor(spaced(list(range(len(rows))), TRELLIS_ROWS))]
+        symbols, scales = trellis_rows(some, bits, group_size)
+        restored = restored_rows(symbols, scales, bits, rows.shape[1], group_size)
+        found = squared_norm(some - restored)
+        if whole:
+            return found
+        predicted = float(predicted_errors(some, bits, group_size).sum())
+        every = float(predicted_errors(rows, bits, group_size).sum())
+        return every * (found / predicted if predicted else 1.0)
 
     def _of_group(self, coder: Coder, group: tuple[Projection, ...]) -> dict[Projection, float]:
         num_rows, hidden_size = next(iter(self._residual.values())).shape

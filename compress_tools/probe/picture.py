@@ -15,7 +15,7 @@ from compress_tools.probe.result import ProbeResult
 from compress_tools.probe.verdict import center_title
 
 _LINES = {"residual": ("#2563eb", "-"), "weight": ("#6b7280", "-"), "random": ("#111827", ":")}
-_CODER_COLORS = dict(zip(MENU_METHODS, ("#2563eb", "#d97706", "#0d9488", "#9333ea"), strict=True))
+_CODER_COLORS = dict(zip(MENU_METHODS, ("#dc2626", "#2563eb", "#d97706", "#0d9488", "#9333ea", "#64748b"), strict=True))
 _CENTER_LINES = {None: "--", 4: ":", 8: "-", 16: "-."}
 
 

@@ -50,7 +50,9 @@ class Candidate:
             "prune": f"keeps {config.retain_ratio:.1%}, {config.value_bits}-bit",
             "low-rank": f"keeps {config.retain_ratio:.1%}, {config.factor_bits}-bit",
             "quantize": codes,
+            "trellis": codes,
             "low-rank+quantize": f"{config.retain_ratio:.0%} + {codes}",
+            "low-rank+trellis": f"{config.retain_ratio:.0%} + {codes}",
         }
         return words[config.method]
 

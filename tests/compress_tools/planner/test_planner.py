@@ -370,7 +370,7 @@ def test_a_resumed_run_measures_nothing(
         (["--target-bytes-ratio", "0.01"], "the smallest possible is 0."),
         (["--target-bytes-ratio", "0.3", "--method", "quantize"], "--method has no effect with --target-bytes-ratio"),
         (["--target-bytes-ratio", "0.3", "--bits", "4"], "--bits has no effect with --target-bytes-ratio"),
-        (["--target-bytes-ratio", "0.3", "--coders", "magic"], "'magic' is none of quantize, prune"),
+        (["--target-bytes-ratio", "0.3", "--coders", "magic"], "'magic' is none of trellis, quantize, prune"),
         (["--target-bytes-ratio", "0.3", "--optimize", "speed"], "'speed' is not one of 'error', 'output'"),
         (["--target-bytes-ratio", "0.3", "--calibration", "x"], "add --optimize output"),
         (["--target-bytes-ratio", "0.3", "--optimize", "output", "--calibration", "x"], "x: not readable"),

@@ -156,6 +156,7 @@ WHOLE = Sample(0, 0, torch.bfloat16, seed=0, workers=1)
 MIXED = {"hidden_size": 64, "intermediate_size": 48, "num_local_experts": 4, "num_hidden_layers": 1}
 CANDIDATES = (
     *({"method": "quantize", "bits": bits} for bits in (2, 3, 4)),
+    *({"method": "trellis", "bits": bits} for bits in (2, 4)),
     *({"method": "prune", "retain_ratio": 0.2, "value_bits": bits} for bits in (4, 8, 16)),
     {"method": "low-rank", "retain_ratio": 0.3, "factor_bits": 8},
     {"method": "low-rank+quantize", "retain_ratio": 0.1, "factor_bits": 8, "bits": 2},
@@ -167,6 +168,7 @@ def test_predictions_are_the_written_checkpoints_errors(center_bits: CenterBits,
     """Whatever the probe predicts of all experts is what compressing with the same options writes."""
     source = save_tiny_model("mixtral", tmp_path / "m", torch.bfloat16, **MIXED)
     own = {"center": "none"} if not center_bits else {"center_bits": center_bits}
+    own |= {"center_coder": "trellis"} if center_bits == 4 else {}
     limits = {"max_iterations": CENTER.max_iterations, "tolerance": CENTER.tolerance, "workers": 1}
     target = make_target(CheckpointReader(source), make_config())
     sizes, layer = Sizes(target.fmt), read_layer(target.source, 0, torch.bfloat16, "cpu", Silent(), StageClock())
