@@ -4,8 +4,8 @@ Rows bite their tails: what lies before the first column is what the last ones h
 that seam, free at both ends, says what lies there; the search of the row begins and ends with it.
 
 Whole numbers throughout. x is rounded to ``1 / 2**FRACTION_BITS`` of a level and clamped to ``MOST``, so an error of
-one column is at most ``(MOST + 127)**2``, that of all columns in a state ``12 / bits`` times as much, and costs, which also
-carry a symbol of ``bits`` bits, stay below ``UNREACHABLE`` in every width: histories that no row can have lose.
+one column is at most ``(MOST + 127)**2``, that of all columns in a state ``12 / bits`` times as much, and costs, which
+also carry a symbol of ``bits`` bits, stay below ``UNREACHABLE`` in every width: histories that no row can have lose.
 """
 
 import torch
