@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -484,7 +485,7 @@ def test_a_parent_of_the_present_directory(source: Path, tmp_path: Path, monkeyp
 
 
 @pytest.fixture
-def other_disk(tmp_path: Path) -> Iterator[Path]:
+def mounted(tmp_path: Path) -> Iterator[Path]:
     mount = tmp_path / "disk"
     mount.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", mount], capture_output=True, check=False).returncode:
@@ -493,6 +494,16 @@ def other_disk(tmp_path: Path) -> Iterator[Path]:
         yield mount
     finally:
         subprocess.run(["umount", mount], check=True)
+
+
+@pytest.fixture
+def other_disk(tmp_path: Path) -> Iterator[Path]:
+    """A directory on another disk, without the right to mount one."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no other disk here")
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
 
 
 def test_a_link_to_another_disk(source: Path, made: Path, tmp_path: Path, other_disk: Path) -> None:
@@ -504,7 +515,7 @@ def test_a_link_to_another_disk(source: Path, made: Path, tmp_path: Path, other_
     assert not (other_disk / "small").is_symlink()
     assert (other_disk / "small").stat().st_dev != tmp_path.stat().st_dev
     assert contents(other_disk / "small") == contents(made / "small")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link"]
     compress(source, link, OTHER, overwrite=True)
     assert link.is_symlink()
     assert [path.name for path in other_disk.iterdir()] == ["small"]
@@ -513,10 +524,21 @@ def test_a_link_to_another_disk(source: Path, made: Path, tmp_path: Path, other_
     merge(link, overwrite=True, remove_slices=True)
     assert contents(link) == contents(made / "small")
     assert [path.name for path in other_disk.iterdir()] == ["small"]
+    # A link on the way there, and a run that is killed and goes on.
+    (tmp_path / "folder").symlink_to(other_disk)
+    (other_disk / "more").mkdir()
+    there = tmp_path / "folder" / "more"
+    assert stopped(source, there / "small", "writing") == other_disk / "more" / "small.partial"
+    assert (other_disk / "more" / "small.partial").is_dir()
+    compress(source, there / "small", QUICK, resume=True)
+    restore(there / "small", there / "dense")
+    assert contents(other_disk / "more" / "small") == contents(made / "small")
+    assert contents(other_disk / "more" / "dense") == contents(made / "dense")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link"]
 
 
-def test_a_link_to_a_mount_point_is_refused_before_the_work(source: Path, tmp_path: Path, other_disk: Path) -> None:
-    (tmp_path / "link").symlink_to(other_disk)
+def test_a_link_to_a_mount_point_is_refused_before_the_work(source: Path, tmp_path: Path, mounted: Path) -> None:
+    (tmp_path / "link").symlink_to(mounted)
     with pytest.raises(CheckpointError, match="disk: is a mount point"):
         compress(source, tmp_path / "link", QUICK, progress=Stop("reading"))
 
@@ -541,6 +563,19 @@ def test_a_link_to_the_source_is_the_source(source: Path, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="source and destination lie one inside the other"):
         compress(source, tmp_path / "link" / "small", QUICK)
     assert stamps(source) == before
+
+
+def test_a_source_inside_the_destination_through_links(source: Path, tmp_path: Path) -> None:
+    outer = tmp_path / "outer"
+    shutil.copytree(source, outer / "inner" / "model")
+    (tmp_path / "to_outer").symlink_to(outer)
+    (tmp_path / "to_model").symlink_to(outer / "inner" / "model")
+    before = stamps(outer)
+    for src, dst in (("to_model", "outer"), ("outer/inner/model", "to_outer"), ("to_model", "to_outer/inner")):
+        for overwrite in (False, True):
+            with pytest.raises(ConfigError, match="source and destination lie one inside the other"):
+                compress(tmp_path / src, tmp_path / dst, QUICK, overwrite=overwrite)
+    assert stamps(outer) == before
 
 
 def test_a_destination_below_a_file(source: Path, tmp_path: Path) -> None:
