@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compress_tools.config import CompressionConfig, check_device
@@ -195,6 +196,8 @@ def _copied(job: _Job, shard: Shard, progress: ProgressListener) -> dict[str, Te
     tensors, uses = {}, Counter(shard.copied)
     for name, copied in zip(shard.tensors, shard.copied, strict=True):
         tensor = job.target.source.reader.get(copied)
+        if tensor.is_floating_point() and tensor.itemsize > 1 and not torch.isfinite(tensor).all():
+            progress.say(f"{copied} holds NaN or Inf; it is copied as it is")
         # One tensor under two names shares its memory, which safetensors refuses.
         tensors[name] = tensor.clone() if uses[copied] > 1 else tensor
         progress.step()

@@ -283,9 +283,9 @@ def inspect(*, path: str, as_json: bool) -> None:
 @json_option
 def verify(*, path: str, against: str | None, workers: int, revision: str | None, stream: bool, as_json: bool) -> None:
     """Check the ResMoE checkpoint PATH: every expert there, shapes, finiteness, masks, error."""
-    from compress_tools.cli.printing import print_result, progress_on_stderr
+    from compress_tools.cli.printing import print_for_people, print_result, progress_on_stderr
     from compress_tools.cli.sources import opened_source
-    from compress_tools.cli.tables import verdict_table
+    from compress_tools.cli.tables import census_line, verdict_table
     from compress_tools.stored.verify import verification
 
     with progress_on_stderr(quiet=as_json) as progress:
@@ -297,6 +297,8 @@ def verify(*, path: str, against: str | None, workers: int, revision: str | None
             with opened_source(against, revision, progress, stream=stream) as source:
                 found = verification(path, source, workers, progress)
     print_result({"ok": True, **asdict(found)}, lambda: verdict_table(found), as_json=as_json)
+    if found.census is not None and not as_json:
+        print_for_people(census_line(found.census))
 
 
 @cli.command("eval", cls=ConfigCommand, configs=_evaluation_configs)

@@ -9,6 +9,7 @@ from compress_tools.output.target import CompressionTarget
 from compress_tools.planner.planned import Planned
 from compress_tools.progress.text import human_bytes, layer_table, titled_table
 from compress_tools.report import CompressionReport
+from compress_tools.stored.census import Census
 from compress_tools.stored.inspection import Inspection, describe_coding
 from compress_tools.stored.verify import Verification
 
@@ -106,14 +107,14 @@ def verdict_table(found: Verification) -> Table:
             "-" if verdict.relative_error is None else f"{verdict.relative_error:.6f}",
             "-" if verdict.reported_relative_error is None else f"{verdict.reported_relative_error:.6f}",
         )
-    if (census := found.census) is not None:
-        written_out = f" ({census.written_out} of them twice)" if census.written_out else ""
-        table.caption = (
-            f"all of the source is accounted for: {census.replaced} tensors replaced, {census.copied} copied"
-            f"{written_out}, {census.files} files copied, {census.left_out} tensors and files left out"
-        )
-        table.caption_justify = "left"
     return table
+
+
+def census_line(census: Census) -> str:
+    """Where the tensors and files of a source went."""
+    written_out = f", {census.written_out} written out a second time" if census.written_out else ""
+    tensors = f"{census.replaced} tensors replaced, {census.copied} copied{written_out}"
+    return f"All of the source is accounted for: {tensors}; {census.files} files copied; {census.left_out} left out."
 
 
 def evaluation_table(found: Evaluation) -> Table:

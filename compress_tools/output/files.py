@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from compress_tools.errors import CheckpointError
+from compress_tools.text_file import in_words
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -26,7 +27,7 @@ def writing(directory: Path) -> Iterator[None]:
         # safetensors keeps the number of the error in its text alone
         full = any(f"os error {number}" in str(err) or getattr(err, "errno", None) == number for number in _FULL)
         advice = "; make room, then run the same command with --resume" if full else ""
-        raise CheckpointError(f"{directory}: can't write: {err}{advice}") from err
+        raise CheckpointError(f"{directory}: can't write: {in_words(err)}{advice}") from err
 
 
 def write_text(file: Path, text: str) -> None:

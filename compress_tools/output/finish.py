@@ -21,6 +21,7 @@ from compress_tools.report import (
     LayerReport,
 )
 from compress_tools.source.reader import CheckpointReader
+from compress_tools.text_file import in_words
 
 
 def make_report(outline: Outline, records: dict[str, dict[str, Any]]) -> CompressionReport:
@@ -66,7 +67,9 @@ def read_report(directory: Path) -> CompressionReport:
             content.get("source", {}),
         )
     except (OSError, ValueError, KeyError, TypeError) as err:
-        raise CheckpointError(f"{file}: not readable: {err}; make the checkpoint again with --overwrite") from err
+        raise CheckpointError(
+            f"{file}: not readable: {in_words(err)}; make the checkpoint again with --overwrite"
+        ) from err
 
 
 def finished_report(dst: Path, progress: ProgressListener) -> CompressionReport:

@@ -12,6 +12,8 @@ def check_output_file(option: str, path: str | Path) -> None:
     Raises:
         ConfigError: its directory does not exist or can't be written to, or it is a directory.
     """
+    if not str(path):
+        raise ConfigError(f"{option}: an empty string; name a file")
     file = Path(path).absolute()
     try:
         if not file.parent.is_dir():
@@ -19,6 +21,8 @@ def check_output_file(option: str, path: str | Path) -> None:
         if file.is_dir():
             raise ConfigError(f"{option} {path}: is a directory; name a file in it")
         existed = file.exists()
+        if existed and not file.is_file():
+            raise ConfigError(f"{option} {path}: is no regular file; choose another place")
         file.open("a").close()
     except OSError as err:
         raise ConfigError(f"{option} {path}: can't be written: {in_words(err)}; choose another place") from err

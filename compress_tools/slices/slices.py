@@ -12,6 +12,7 @@ from compress_tools.output.run_record import MANIFEST_NAME
 from compress_tools.output.staging import Staging
 from compress_tools.output.target import CompressionTarget, Shard
 from compress_tools.output.writer import CheckpointWriter
+from compress_tools.text_file import in_words
 
 T = TypeVar("T")
 # Files of the source that are not weights, in the first slice.
@@ -158,7 +159,7 @@ def read_slice(path: Path) -> SliceManifest:
             Outline(**content["outline"]),
             content["records"],
         )
-    except FileNotFoundError as err:
+    except (FileNotFoundError, NotADirectoryError) as err:
         if Staging(path).is_begun:
             raise CheckpointError(
                 f"{path}: not finished; go on with `resmoe compress --shard ... --resume` where it is made"
@@ -167,5 +168,7 @@ def read_slice(path: Path) -> SliceManifest:
             f"{path}: not a slice, it has no {MANIFEST_NAME}; expected what `resmoe compress --shard` wrote"
         ) from err
     except (OSError, ValueError, KeyError, TypeError) as err:
-        raise CheckpointError(f"{path / MANIFEST_NAME}: not readable: {err}; copy or make the slice again") from err
+        raise CheckpointError(
+            f"{path / MANIFEST_NAME}: not readable: {in_words(err)}; copy or make the slice again"
+        ) from err
     return manifest

@@ -6,7 +6,7 @@ norm and, unless it is tied, an output layer.
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -135,6 +135,37 @@ def absent_experts(
         if layer not in moe_layers
         and any(label == labels[layer] and own <= others and beside <= more for label, others, more in with_experts)
     ]
+
+
+def odd_tensors(reader: CheckpointReader, root: str, stems: Collection[str]) -> list[str]:
+    """Tensors that have another number of dimensions, or another kind of values, than in most layers.
+
+    Sizes may differ from layer to layer; these hardly can. Reads no weight.
+
+    Args:
+        reader: the checkpoint.
+        root: what the decoder's names begin with.
+        stems: what experts' names begin with behind the root; what is under them is not looked at.
+    Returns:
+        sentences.
+    """
+    experts, found = _behind_layer(stems), defaultdict(list)
+    pattern = re.compile(re.escape(f"{root}layers.") + r"\d+(\..*)")
+    for name in reader.names:
+        match = pattern.fullmatch(name)
+        if match is not None and not match[1].startswith(experts):
+            found[match[1]].append(name)
+    odd = []
+    for names in found.values():
+        kinds = {name: (len(reader.shape(name)), "F" in reader.dtype(name)) for name in names}
+        (usual, _), *others = Counter(kinds.values()).most_common()
+        words = f"{usual[0]} dimensions{' of floating-point numbers' if usual[1] else ''}"
+        odd += [
+            f"{name} is {reader.dtype(name)} {list(reader.shape(name))}, in other layers it has {words}"
+            for name, kind in kinds.items()
+            if others and kind != usual
+        ]
+    return odd
 
 
 def _behind_layer(stems: Collection[str]) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from compress_tools.errors import CheckpointError
+from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.format.shard_file import StoredTensor, read_header, shard_digest
 from compress_tools.source.other_files import files_of, why_left_out
 
@@ -25,6 +25,7 @@ class CheckpointFiles:
         remarks: what a user should know of where they come from.
     Raises:
         CheckpointError: no directory.
+        ConfigError: an empty string.
     """
 
     origin: Mapping[str, str] = {}
@@ -33,8 +34,11 @@ class CheckpointFiles:
 
     def __init__(self, path: str | Path) -> None:
         self.path, self.spelled = Path(path), str(path)
-        if self.path.is_file():
-            raise CheckpointError(f"{self.path}: is a file; expected the directory of a Hugging Face checkpoint")
+        if not self.spelled:
+            raise ConfigError("the checkpoint is an empty string; name a directory (`.` is the present one)")
+        if self.path.exists() and not self.path.is_dir():
+            kind = "a file" if self.path.is_file() else "no directory"
+            raise CheckpointError(f"{self.path}: is {kind}; expected the directory of a Hugging Face checkpoint")
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path}: no such directory; {expected(self.spelled)}")
 

@@ -1,8 +1,11 @@
 """``--layers``: which of a model's MoE layers."""
 
+import re
 from collections.abc import Collection
 
 from compress_tools.errors import ConfigError
+
+_NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 def select_layers(selection: str, moe_layers: list[int], drafts: Collection[int] = ()) -> list[int]:
@@ -24,19 +27,23 @@ def select_layers(selection: str, moe_layers: list[int], drafts: Collection[int]
     if text == "decoder":
         return decoder
     end, colon, number = text.partition(":")
-    if colon and end in ("top", "bottom") and number.isdecimal():
+    if colon and end in ("top", "bottom") and _NUMBER.fullmatch(number):
         count = int(number)
         if not 1 <= count <= len(decoder):
-            raise ConfigError(f"--layers {selection}: the model has {len(decoder)} MoE layers")
+            raise ConfigError(
+                f"--layers {selection}: the model has {len(decoder)} MoE layers; ask for 1 or more of them"
+            )
         return decoder[-count:] if end == "top" else decoder[:count]
     chosen: set[int] = set()
     for item in text.split(","):
         first, dash, last = item.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+        numbers = all(_NUMBER.fullmatch(number) for number in (first, last or first)) and bool(dash) == bool(last)
+        if not numbers or (dash and int(last) < int(first)):
             raise ConfigError(
                 f"--layers {selection}: expected all, decoder, top:N, bottom:N, or indices and ranges such as 0-3,7"
             )
-        chosen.update(range(int(first), int(last or first) + 1))
+        # A number far beyond the model must not be counted up to.
+        chosen.update(range(int(first), min(int(last or first), max(int(first), moe_layers[-1] + 1)) + 1))
     if unknown := chosen - set(moe_layers):
         raise ConfigError(
             f"--layers {selection}: no experts in layers {sorted(unknown)}; MoE layers are {_spans(moe_layers)}"

@@ -15,7 +15,7 @@ from compress_tools.architectures.registry import expert_like, find_architecture
 from compress_tools.errors import CheckpointError, FormatError, NumericalError, UnsupportedArchitectureError
 from compress_tools.format.schema import ExpertNames, Projection
 from compress_tools.format.tensors import is_resmoe_name
-from compress_tools.source.completeness import OUTPUT_NAME, check_whole, has_output, is_embedding, is_tied
+from compress_tools.source.completeness import OUTPUT_NAME, check_whole, has_output, is_embedding, is_tied, odd_tensors
 from compress_tools.source.reader import CheckpointReader
 from compress_tools.source.source_reader import SourceReader
 
@@ -169,6 +169,7 @@ class MoESource:
                 f"{len(self.layers)} layers, named {self.names.expert}"
             )
         found += self.reader.remarks
+        found += odd_tensors(self.reader, self.located.root, [self.layout.stem])
         if self.drafts:
             indices = ", ".join(map(str, self.drafts))
             found.append(

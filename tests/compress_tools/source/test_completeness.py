@@ -1,10 +1,21 @@
 """What a checkpoint lacks is found by its names, in models of one kind of layer and of many."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
-from compress_tools.source.completeness import absent_around, absent_experts, absent_from_layers, layer_labels
+from compress_tools.source.completeness import (
+    absent_around,
+    absent_experts,
+    absent_from_layers,
+    layer_labels,
+    odd_tensors,
+)
+from compress_tools.source.reader import CheckpointReader
+from tests.compress_tools.test_pipeline import rewritten
 
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 ATTENTION = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.o_proj.weight")
@@ -161,3 +172,19 @@ def test_a_tied_output_layer_is_no_loss(config: dict[str, object], tied: bool, l
 )
 def test_families_call_them_differently(root: str, names: list[str]):
     assert absent_around(names, {}, root) == []
+
+
+def test_odd_shapes_and_dtypes_are_named(tiny_mixtral_bf16: Path, tmp_path: Path):
+    query, norm = "model.layers.1.self_attn.q_proj.weight", "model.layers.2.input_layernorm.weight"
+    tensors = load_file(tiny_mixtral_bf16 / "model.safetensors")
+    stems = ["layers.{layer}.block_sparse_moe.experts."]
+    assert odd_tensors(CheckpointReader(tiny_mixtral_bf16), "model.", stems) == []
+    changed = {query: tensors[query].flatten(), norm: tensors[norm].int()}
+    reader = CheckpointReader(rewritten(tiny_mixtral_bf16, tmp_path / "source", changed))
+    assert odd_tensors(reader, "model.", stems) == [
+        f"{norm} is I32 [64], in other layers it has 1 dimensions of floating-point numbers",
+        f"{query} is BF16 [4096], in other layers it has 2 dimensions of floating-point numbers",
+    ]
+    # What is left is small: sizes may differ from layer to layer.
+    smaller = rewritten(tiny_mixtral_bf16, tmp_path / "smaller", {query: tensors[query][:32].clone()})
+    assert odd_tensors(CheckpointReader(smaller), "model.", stems) == []

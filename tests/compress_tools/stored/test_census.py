@@ -250,3 +250,13 @@ def test_weights_that_transformers_would_take_elsewhere(tiny_olmoe: Path, tmp_pa
     edit_json("config.json", lambda config: config.update({GUARD_KEY: "other.safetensors"}))(source)
     with pytest.raises(CheckpointError, match=f"{GUARD_KEY} is 'other.safetensors': transformers would load that"):
         SourceReader(source)
+
+
+def test_values_that_are_not_finite_are_copied_and_said(tiny_olmoe: Path, tmp_path: Path) -> None:
+    tensor = load_file(tiny_olmoe / "model.safetensors")[NORM]
+    tensor[3] = float("nan")
+    source = rewritten(tiny_olmoe, tmp_path / "source", {NORM: tensor})
+    listener = Listener()
+    compress(source, tmp_path / "small", QUICK, progress=listener)
+    assert [text for text in listener.said if "NaN" in text] == [f"{NORM} holds NaN or Inf; it is copied as it is"]
+    verify(tmp_path / "small", source)
