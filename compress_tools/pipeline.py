@@ -26,7 +26,7 @@ from compress_tools.planner.plan_file import PlanFile
 from compress_tools.progress.listener import ProgressListener, Silent
 from compress_tools.report import CompressionReport, LayerReport
 from compress_tools.slices.slices import Slice, files_of, finish_slice, read_slice, shards_of, slice_path
-from compress_tools.source.files import MOSTLY, CheckpointFiles
+from compress_tools.source.files import CheckpointFiles
 from compress_tools.source.layer_weights import read_layer
 from compress_tools.source.moe_source import open_source
 from compress_tools.source.source_reader import SourceReader
@@ -190,8 +190,7 @@ def _names_read(job: _Job, shard: Shard) -> Collection[str]:
 
 
 def _copied(job: _Job, shard: Shard, progress: ProgressListener) -> dict[str, Tensor]:
-    # A few tensors of a weight file are not worth having all of it.
-    job.target.source.reader.need(shard.copied, least_share=MOSTLY)
+    job.target.source.need_copied(shard.copied, job.target.fmt.layers)
     progress.stage("copying other tensors", len(shard.tensors))
     tensors, uses = {}, Counter(shard.copied)
     for name, copied in zip(shard.tensors, shard.copied, strict=True):

@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +23,8 @@ _HEADER_BYTES = 256 * 2**10
 # So many headers are asked for at one time.
 _HEADERS_AT_ONCE = 8
 # Tensors that are smaller are read with what lies behind them.
+# Of a weight file, to be fetched whole where a part would do.
+_MOSTLY = 0.9
 _SMALL_BYTES, _WINDOW_BYTES = 4 * 2**10, 256 * 2**10
 
 
@@ -120,9 +122,10 @@ class HubFiles(CheckpointFiles):
         if not self.streams:
             self._fetch([shard for shard in shards if self.local(shard) is None])
 
-    def need(self, wanted: Mapping[str, int], *, least_share: float = 0.0) -> None:
+    def need(self, wanted: Mapping[str, int], *, partly: Collection[str] = ()) -> None:
         """Have these weight files whole, and remove others that this run fetched for itself."""
-        whole = [shard for shard, count in wanted.items() if count >= least_share * self._repository.sizes[shard]]
+        sizes = self._repository.sizes
+        whole = [shard for shard, count in wanted.items() if shard not in partly or count >= _MOSTLY * sizes[shard]]
         if self._folder is not None:
             self._folder.keep_only(set(whole))
         self._fetch([shard for shard in whole if self.local(shard) is None])

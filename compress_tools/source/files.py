@@ -1,15 +1,12 @@
 """Where the files of a checkpoint come from: a directory, or what fetches them into one."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.format.shard_file import StoredTensor, read_header, shard_digest
 from compress_tools.source.other_files import files_of, why_left_out
-
-# Of a weight file, to be worth having whole for tensors that are copied; experts in it are wanted at another time.
-MOSTLY = 0.9
 
 
 class CheckpointFiles:
@@ -104,12 +101,12 @@ class CheckpointFiles:
             CheckpointError: they can't be had.
         """
 
-    def need(self, wanted: Mapping[str, int], *, least_share: float = 0.0) -> None:
+    def need(self, wanted: Mapping[str, int], *, partly: Collection[str] = ()) -> None:
         """The next reads are of these weight files, and of no others.
 
         Args:
             wanted: by weight file, how many bytes of it.
-            least_share: a file of which less is wanted is read in parts.
+            partly: files that need not be here as a whole for a part of them.
         Raises:
             CheckpointError: they can't be had.
         """

@@ -145,6 +145,18 @@ class MoESource:
         embedding = next((name for name in names if is_embedding(name, self.located.root)), None)
         return {} if embedding is None else {OUTPUT_NAME: embedding}
 
+    def need_copied(self, names: Iterable[str], compressed: Iterable[int]) -> None:
+        """The next reads are of tensors that are copied.
+
+        Args:
+            names: of the tensors.
+            compressed: layers; a weight file with their experts is not fetched for a few other tensors in it.
+        Raises:
+            CheckpointError: they can't be had.
+        """
+        experts = [name for layer in compressed for name in self.expected(layer)]
+        self.reader.need(names, partly=self.reader.shards_of(experts))
+
     def as_they_lie(self, layers: Iterable[int]) -> list[int]:
         """Layers in the order of their weight files, if each of these should be needed but once; else ascending."""
         if not self.reader.store.streams:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,12 +89,12 @@ class CheckpointReader:
         """
         return self._read(self.shard_of(name), name, self._stored[name], index)
 
-    def need(self, names: Iterable[str], *, least_share: float = 0.0) -> None:
+    def need(self, names: Iterable[str], *, partly: Collection[str] = ()) -> None:
         """The next reads are of these tensors, and of no others.
 
         Args:
             names: of tensors.
-            least_share: a weight file of which less is wanted need not be here as a whole.
+            partly: weight files that need not be here as a whole for a part of them.
         Raises:
             CheckpointError: their weight files can't be had.
         """
@@ -103,7 +103,7 @@ class CheckpointReader:
             wanted[self._shard_of[name]] += self._stored[name].nbytes
         # A file that is mapped keeps its place on the disk after it is removed.
         self.release()
-        self.store.need(wanted, least_share=least_share)
+        self.store.need(wanted, partly=partly)
 
     def shards_of(self, names: Iterable[str]) -> list[str]:
         """The weight files that hold these tensors, ascending."""

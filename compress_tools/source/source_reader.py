@@ -1,7 +1,7 @@
 """A checkpoint to compress, as published: quantised tensors are decoded while they are read."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +118,9 @@ class SourceReader(CheckpointReader):
         form = self.forms.get(name)
         return super().shard_of(name if form is None else form.parts["values"])
 
-    def need(self, names: Iterable[str], *, least_share: float = 0.0) -> None:
+    def need(self, names: Iterable[str], *, partly: Collection[str] = ()) -> None:
         """The next reads are of these tensors, and of no others; of a quantised one, of all its parts."""
-        super().need(self._stored_names(names), least_share=least_share)
+        super().need(self._stored_names(names), partly=partly)
 
     def shards_of(self, names: Iterable[str]) -> list[str]:
         """The weight files that hold these tensors, or parts of quantised ones, ascending."""

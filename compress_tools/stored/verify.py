@@ -23,7 +23,7 @@ from compress_tools.progress.listener import ProgressListener, Silent
 from compress_tools.report import REPORT_NAME
 from compress_tools.source.completeness import check_whole
 from compress_tools.source.design_matrix import expert_to_rows, rows_to_design
-from compress_tools.source.files import MOSTLY, CheckpointFiles
+from compress_tools.source.files import CheckpointFiles
 from compress_tools.source.moe_source import MoESource, open_source
 from compress_tools.source.reader import CheckpointReader
 from compress_tools.source.source_reader import SourceReader
@@ -170,7 +170,8 @@ class _Verification:
         reader = self._checkpoint.reader
         names = [name for name in reader.names if reader.shard_of(name) == filename]
         if self._source is not None:
-            self._source.reader.need([self._copied[name] for name in names if name in self._copied], least_share=MOSTLY)
+            copied = [self._copied[name] for name in names if name in self._copied]
+            self._source.need_copied(copied, self._checkpoint.fmt.layers)
         self._progress.stage(f"reading {filename}", len(names))
         content = SinglePass(self._path / filename)
         wrong: FormatError | NumericalError | None = None

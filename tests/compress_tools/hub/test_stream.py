@@ -135,6 +135,23 @@ def test_layers_that_lie_in_another_order(hub: HubServer, tiny_mixtral: Path, tm
     assert {hub.whole(name) for name in needed} == {2}
 
 
+def test_layers_that_are_left_as_they_are_come_whole(
+    hub: HubServer, mixtral: Repository, tiny_mixtral: Path, tmp_path: Path
+) -> None:
+    """Their experts are copied, and there are thousands of them: not one request for each."""
+    some = make_config(center="mean", workers=1, layers="top:1")
+    compress(tiny_mixtral, tmp_path / "here", some)
+    with source_files(NAME, None, tmp_path / "own") as source:
+        compress(source, tmp_path / "small", some)
+    assert weights_of(tmp_path / "small") == weights_of(tmp_path / "here")
+    shards = layer_shards(tiny_mixtral)
+    others = (shards[0] | shards[1]) - shards[2]
+    assert len(others) > 1
+    assert {hub.whole(name) for name in others} == {1}
+    parts = [own for own in hub.asked if own.path.startswith("/store/") and own.first]
+    assert len(parts) < 20
+
+
 @pytest.mark.parametrize("quantise", [fp8_blocks, int4_groups])
 def test_scales_in_another_shard(
     quantise: Callable[..., object], hub: HubServer, tiny_mixtral_bf16: Path, tmp_path: Path
