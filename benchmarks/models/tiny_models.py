@@ -168,7 +168,6 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_local_experts": 6,
             "num_experts_per_tok": 2,
             "head_dim": 32,
-            "rotary_dim": 16,
         },
     ),
     "qwen3_next": ("Qwen3Next", {**HYBRID, "intermediate_size": 48}),
@@ -431,26 +430,6 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mistral4": ("Mistral4", {**DEEPSEEK_STYLE, **MLA, "q_lora_rank": 48, "first_k_dense_replace": 0}),
-    "kimi_k25": (
-        "Kimi_K25",
-        {
-            "text_config": {**COMMON, **DEEPSEEK_STYLE, **MLA, "q_lora_rank": 48, "model_type": "kimi_k2"},
-            "vision_config": {
-                "hidden_size": 32,
-                "intermediate_size": 32,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "pos_emb_height": 4,
-                "pos_emb_width": 4,
-            },
-            "projection_hidden_size": 32,
-            "image_token_id": 120,
-            "video_token_id": 121,
-            "vision_start_token_id": 122,
-            "vision_end_token_id": 123,
-            "tie_word_embeddings": False,
-        },
-    ),
     # `linear_attn_config` counts layers from 1.
     "kimi_linear": (
         "KimiLinear",
@@ -529,6 +508,24 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
                 "projector_output_dim": 64,
             },
             "image_token_index": 120,
+        },
+    ),
+    "nemotron_h": (
+        "NemotronH",
+        {
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+            "num_hidden_layers": 4,
+            "head_dim": 32,
+            "intermediate_size": 48,
+            "moe_intermediate_size": 24,
+            "moe_shared_expert_intermediate_size": 40,
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 2,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "n_groups": 2,
+            "ssm_state_size": 16,
+            "chunk_size": 16,
         },
     ),
     # A multiple of 32: vLLM's dense kernel on a CPU takes no other.
@@ -615,10 +612,6 @@ def save_tiny_model(
             topk_method="noaux_tc",
             expert_dtype="bf16",
         )
-    elif family == "kimi_k25" and one_by_one:
-        # transformers takes the decoder's layers for the vision tower's blocks
-        decoder = "language_model.model."
-        _edit_tensors(path, lambda name, tensor: {name.replace(f"{decoder}blocks.", f"{decoder}layers."): tensor})
     elif family in ("kimi_linear", "minimax_m3_vl"):
         # transformers writes dense layers as if they had experts
         dense = re.compile(r"\.block_sparse_moe\.(gate|up|down)_proj\.")
@@ -634,6 +627,10 @@ def save_tiny_model(
         # transformers writes gates of experts that compute nothing
         idle = tuple(f".experts.{config.n_routed_experts + number}." for number in range(config.zero_expert_num))
         _edit_tensors(path, lambda name, tensor: {} if any(part in name for part in idle) else {name: tensor})
+    elif family == "nemotron_h":
+        # The layers' kinds as letters, as published; transformers writes a list.
+        kinds = config.layers_block_type
+        _edit_config(path, hybrid_override_pattern=config.hybrid_override_pattern, num_hidden_layers=len(kinds))
     elif family == "phimoe":
         # The name that published Phi-3.5-MoE checkpoints, and vLLM, use.
         _edit_config(path, architectures=["PhiMoEForCausalLM"])

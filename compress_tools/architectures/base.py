@@ -50,7 +50,6 @@ class MoEArchitecture:
         renames: (pattern, replacement) for other tensors of a stacked checkpoint, to the family's usual names.
         tied: the output layer is the embedding's unless config.json says otherwise.
         own_output: vLLM's class has an output layer of its own even where it is tied: a tied one is written out.
-        activation: the experts' activation where config.json does not name it.
         vllm: the family serves in vLLM; otherwise ``runs_in`` says where and why.
         vllm_cpu: vLLM's CPU build serves it; otherwise ``runs_in`` says why not.
         runs_in: a sentence for families that vLLM, or its CPU build, can't serve.

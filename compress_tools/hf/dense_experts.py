@@ -42,13 +42,15 @@ def gate_function(dense: nn.Module) -> GateFunction:
     if isinstance(dense, nn.ModuleDict):
         act = next(iter(dense.values())).get_submodule("act")
         return lambda before: act(before["up_proj"])
-    if hasattr(dense, "_apply_gate"):
+    if not _is_ungated(dense) and hasattr(dense, "_apply_gate"):
         # A method, which nn.Module's own type does not know: clamped or scaled in some families.
         apply_gate = cast("Callable[[Tensor], Tensor]", dense._apply_gate)
         join = interleave if _is_interleaved(dense) else lambda gate, up: torch.cat([gate, up], dim=-1)
         return lambda before: apply_gate(join(before["gate_proj"], before["up_proj"]))
     # A module in most families, a function in some.
     act_fn = cast("Callable[[Tensor], Tensor]", dense.act_fn)
+    if _is_ungated(dense):
+        return lambda before: act_fn(before["up_proj"])
     return lambda before: act_fn(before["gate_proj"]) * before["up_proj"]
 
 
@@ -59,6 +61,10 @@ def fill_experts(dense: nn.Module, experts: Sequence[ExpertWeights]) -> nn.Modul
             if isinstance(dense, nn.ModuleDict):
                 dense.get_parameter(f"expert_{number}.wi.weight").copy_(weights.up)
                 dense.get_parameter(f"expert_{number}.wo.weight").copy_(weights.down)
+                continue
+            if _is_ungated(dense):
+                dense.get_parameter("up_proj")[number].copy_(weights.up)
+                dense.get_parameter("down_proj")[number].copy_(weights.down)
                 continue
             gate_up, down = dense.get_parameter("gate_up_proj")[number], dense.get_parameter("down_proj")[number]
             if _is_interleaved(dense):
@@ -79,6 +85,11 @@ def fill_experts(dense: nn.Module, experts: Sequence[ExpertWeights]) -> nn.Modul
 def takes_rows(dense: nn.Module) -> bool:
     """Llama-4's module: it takes all tokens once for each expert, router weights on them, and inputs lie first."""
     return list(inspect.signature(type(dense).forward).parameters) == ["self", "hidden_states"]
+
+
+def _is_ungated(dense: nn.Module) -> bool:
+    """Nemotron's module: up and down alone."""
+    return not hasattr(dense, "gate_up_proj")
 
 
 def _is_interleaved(dense: nn.Module) -> bool:

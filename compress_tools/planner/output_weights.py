@@ -39,9 +39,10 @@ _ACTIVATIONS: dict[str, Activation] = {
     "swish": torch.nn.functional.silu,
     "relu": torch.nn.functional.relu,
     "gelu": torch.nn.functional.gelu,
+    "relu2": lambda x: torch.nn.functional.relu(x).square(),
     "gelu_new": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
 }
-_ACTIVATION_KEYS = ("hidden_act", "dense_act_fn", "hidden_activation")
+_ACTIVATION_KEYS = ("hidden_act", "dense_act_fn", "hidden_activation", "mlp_hidden_act")
 
 
 @dataclass(frozen=True)

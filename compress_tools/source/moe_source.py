@@ -97,10 +97,7 @@ class MoESource:
 
     def output_name(self, name: str) -> str:
         """Name that a copied tensor gets: as it is, or the family's usual name in an unusual layout."""
-        if self.layout != self.architecture.layouts[0]:
-            for pattern, replacement in self.architecture.renames:
-                name = re.sub(pattern, replacement, name)
-        return name
+        return _usual_name(name, self.architecture, self.layout)
 
     def dtypes(self, layers: Collection[int]) -> dict[str, str]:
         """Every dtype that experts of some layers have, as safetensors spells it, and the first tensor of it."""
@@ -218,6 +215,13 @@ class MoESource:
         return tensor
 
 
+def _usual_name(name: str, architecture: MoEArchitecture, layout: ExpertLayout) -> str:
+    if layout != architecture.layouts[0]:
+        for pattern, replacement in architecture.renames:
+            name = re.sub(pattern, replacement, name)
+    return name
+
+
 def open_source(reader: CheckpointReader) -> MoESource:
     """Find the family and the layout of a checkpoint; check that all experts are there. Reads no weight.
 
@@ -230,7 +234,7 @@ def open_source(reader: CheckpointReader) -> MoESource:
     candidates = []
     for located in architecture.locate(names, reader.config):
         sizes = _sizes(reader, architecture, located)
-        own = architecture.expert_names(reader.config, located.root)
+        own = architecture.expert_names(reader.config, _usual_name(located.root, architecture, located.layout))
         candidates.append(MoESource(reader, architecture, sizes, own, located))
     if not candidates:
         raise UnsupportedArchitectureError(
