@@ -151,6 +151,11 @@ def test_calibration(tmp_path: Path) -> None:
         given.of(7)
     with pytest.raises(CheckpointError, match=r"expected \[N, 65\]"):
         LayerInputs(SILU, 65, 4, 0, calibration).of(0)
+    # A draft need not be in it, but counts where it is.
+    drafting = LayerInputs(SILU, 64, 4, 0, calibration, frozenset({1, 7}))
+    for own, gaussian in zip(drafting.of(7), LayerInputs(SILU, 64, 4, 0, None).of(7), strict=True):
+        assert torch.equal(own, gaussian)
+    assert torch.equal(drafting.of(1)[0], inputs["layer.1"])
 
 
 @pytest.mark.parametrize(
