@@ -168,6 +168,7 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_local_experts": 6,
             "num_experts_per_tok": 2,
             "head_dim": 32,
+            "rotary_dim": 16,
         },
     ),
     "qwen3_next": ("Qwen3Next", {**HYBRID, "intermediate_size": 48}),
@@ -430,6 +431,26 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mistral4": ("Mistral4", {**DEEPSEEK_STYLE, **MLA, "q_lora_rank": 48, "first_k_dense_replace": 0}),
+    "kimi_k25": (
+        "Kimi_K25",
+        {
+            "text_config": {**COMMON, **DEEPSEEK_STYLE, **MLA, "q_lora_rank": 48, "model_type": "kimi_k2"},
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "pos_emb_height": 4,
+                "pos_emb_width": 4,
+            },
+            "projection_hidden_size": 32,
+            "image_token_id": 120,
+            "video_token_id": 121,
+            "vision_start_token_id": 122,
+            "vision_end_token_id": 123,
+            "tie_word_embeddings": False,
+        },
+    ),
     # `linear_attn_config` counts layers from 1.
     "kimi_linear": (
         "KimiLinear",
@@ -612,6 +633,10 @@ def save_tiny_model(
             topk_method="noaux_tc",
             expert_dtype="bf16",
         )
+    elif family == "kimi_k25" and one_by_one:
+        # transformers takes the decoder's layers for the vision tower's blocks
+        decoder = "language_model.model."
+        _edit_tensors(path, lambda name, tensor: {name.replace(f"{decoder}blocks.", f"{decoder}layers."): tensor})
     elif family in ("kimi_linear", "minimax_m3_vl"):
         # transformers writes dense layers as if they had experts
         dense = re.compile(r"\.block_sparse_moe\.(gate|up|down)_proj\.")

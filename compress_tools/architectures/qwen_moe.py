@@ -12,7 +12,12 @@ QWEN2_MOE = MoEArchitecture(
 QWEN3_MOE = MoEArchitecture(
     model_type="qwen3_moe",
     title="Qwen3-MoE",
-    models=("Qwen3-30B-A3B (bf16, fp8)", "Qwen3-235B-A22B (bf16, fp8)", "Qwen3-Coder-480B-A35B (bf16, fp8)"),
+    models=(
+        "Qwen3-30B-A3B (bf16, fp8)",
+        "Qwen3-235B-A22B (bf16, fp8)",
+        "Qwen3-Coder-480B-A35B (bf16, fp8)",
+        "Intern-S1 (bf16, fp8)",
+    ),
     intermediate_size_keys=("moe_intermediate_size",),
 )
 

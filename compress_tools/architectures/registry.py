@@ -25,7 +25,7 @@ from compress_tools.architectures.gpt_oss import GPT_OSS
 from compress_tools.architectures.granite import GRANITEMOE, GRANITEMOEHYBRID, GRANITEMOESHARED
 from compress_tools.architectures.hunyuan import HUNYUAN_V1_MOE, HY_V3
 from compress_tools.architectures.jamba import JAMBA
-from compress_tools.architectures.kimi import KIMI_LINEAR
+from compress_tools.architectures.kimi import KIMI_K25, KIMI_LINEAR
 from compress_tools.architectures.laguna import LAGUNA
 from compress_tools.architectures.layouts import ExpertLayout, OneByOne
 from compress_tools.architectures.lfm2 import LFM2_MOE
@@ -92,6 +92,7 @@ ARCHITECTURES: tuple[MoEArchitecture, ...] = (
     MINIMAX_M3,
     STEP3P5,
     MISTRAL4,
+    KIMI_K25,
     KIMI_LINEAR,
     BAILING_MOE,
     LONGCAT_FLASH,
@@ -103,6 +104,12 @@ ARCHITECTURES: tuple[MoEArchitecture, ...] = (
     GRANITEMOEHYBRID,
 )
 
+# Families that are understood, and can't be compressed: why.
+REFUSED = {
+    "ernie4_5_vl_moe": "its layers have two sets of experts of different sizes, for text and for pictures; "
+    "a ResMoE layer holds one set of one size",
+}
+
 
 def find_architecture(config: Mapping[str, Any], names: Collection[str] = ()) -> MoEArchitecture:
     """Look a family up by config.json's ``model_type``, its own or that of its language part.
@@ -112,10 +119,12 @@ def find_architecture(config: Mapping[str, Any], names: Collection[str] = ()) ->
         names: of the checkpoint's tensors. An unknown family whose experts lie in a known way gets a row made up
             from them.
     Raises:
-        UnsupportedArchitectureError: unknown; lists the known ones.
+        UnsupportedArchitectureError: unknown, lists the known ones; or one of ``REFUSED``.
     """
     model_type = config.get("model_type")
     for part in config_parts(config):
+        if (why := REFUSED.get(str(part.get("model_type")))) is not None:
+            raise UnsupportedArchitectureError(f"config.json: model_type {part['model_type']!r}: {why}")
         for architecture in ARCHITECTURES:
             if part.get("model_type") in architecture.model_types:
                 return architecture

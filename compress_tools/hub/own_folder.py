@@ -14,7 +14,7 @@ from compress_tools.progress.listener import ProgressListener
 # Says whose folder it is, and what may lie in it.
 MARKER_NAME = "resmoe_source.json"
 # What the hub's library keeps of files that it put into a folder.
-_LIBRARY_DIR = ".cache"
+_LIBRARY_DIR = Path(".cache", "huggingface")
 
 
 class OwnFolder:
@@ -31,13 +31,15 @@ class OwnFolder:
     def __init__(self, path: Path, repository: Repository, progress: ProgressListener) -> None:
         self.path, self._repository, self._progress = path, repository, progress
         self._held: int | None = None
+        # The marker of an earlier run of another commit, until something is fetched.
+        self._stale: dict[str, Any] | None = None
         if os.path.lexists(path):
             self._take_over()
 
     def holds(self, shard: str) -> Path | None:
         """A weight file that is there as a whole."""
         file = self.path / shard
-        if self._held is None or not file.is_file():
+        if self._held is None or self._stale is not None or not file.is_file():
             return None
         return file if file.stat().st_size == self._repository.sizes.get(shard) else None
 
@@ -49,13 +51,15 @@ class OwnFolder:
         """
         if self._held is None:
             self._make()
+        self._discard_stale()
         self._repository.fetch(shard, self.path, self._progress)
 
     def keep_only(self, wanted: set[str]) -> None:
         """Remove every other weight file."""
-        for shard in self._repository.weights:
-            if shard not in wanted and self._held is not None:
-                self._remove(shard)
+        if self._held is not None and self._stale is None:
+            for shard in self._repository.weights:
+                if shard not in wanted:
+                    self._remove(shard)
 
     def close(self, *, finished: bool) -> None:
         """Let others fetch into the folder.
@@ -65,8 +69,10 @@ class OwnFolder:
         """
         if self._held is None:
             return
-        if finished or not any(self.holds(shard) for shard in self._repository.weights):
-            self._clear(self._repository.weights)
+        if finished:
+            self._discard_stale()
+        if self._stale is None and (finished or not any(map(self.holds, self._repository.weights))):
+            self._clear()
         os.close(self._held)
         self._held = None
 
@@ -100,15 +106,22 @@ class OwnFolder:
         for left in (self.path / _LIBRARY_DIR).rglob("*.incomplete"):
             left.unlink()
         if {key: marker.get(key) for key in own} != own:
-            files = [str(name) for name in marker.get("files", []) if Path(str(name)).name == name]
-            if any((self.path / name).exists() for name in files):
-                self._progress.say(
-                    f"{self.path}: weight files of {marker.get('repository')} at commit {marker.get('commit')}, which "
-                    f"an earlier run fetched, are removed; the commit is {self._repository.commit} now"
-                )
-            for name in files:
-                self._remove(name)
-            self._mark()
+            self._stale = marker
+
+    def _discard_stale(self) -> None:
+        """Remove what an earlier run of another commit fetched: now that this run is known to go on."""
+        if self._stale is None:
+            return
+        marker, self._stale = self._stale, None
+        files = [str(name) for name in marker["files"] if Path(str(name)).name == name]
+        if any((self.path / name).exists() for name in files):
+            self._progress.say(
+                f"{self.path}: weight files of {marker.get('repository')} at commit {marker.get('commit')}, which an "
+                f"earlier run fetched, are removed; the commit is {self._repository.commit} now"
+            )
+        for name in files:
+            self._remove(name)
+        self._mark()
 
     def _marker(self) -> dict[str, Any] | None:
         try:
@@ -133,15 +146,16 @@ class OwnFolder:
 
     def _remove(self, shard: str) -> None:
         (self.path / shard).unlink(missing_ok=True)
-        for note in (self.path / _LIBRARY_DIR / "huggingface" / "download").glob(f"{shard}.*"):
+        for note in (self.path / _LIBRARY_DIR / "download").glob(f"{shard}.*"):
             note.unlink(missing_ok=True)
 
-    def _clear(self, shards: list[str]) -> None:
-        for shard in shards:
+    def _clear(self) -> None:
+        for shard in self._repository.weights:
             self._remove(shard)
         shutil.rmtree(self.path / _LIBRARY_DIR, ignore_errors=True)
         (self.path / MARKER_NAME).unlink(missing_ok=True)
         try:
-            self.path.rmdir()
+            for folder in (self.path / _LIBRARY_DIR).parent, self.path:
+                folder.rmdir()
         except OSError:
             self._progress.say(f"{self.path}: is kept, as it holds what resmoe did not fetch")

@@ -24,38 +24,52 @@ def asking(name: str, revision: str, what: str = "", folder: Path | None = None)
     Raises:
         CheckpointError: see the module.
     """
-    from huggingface_hub import errors
-
     try:
         yield
-    except errors.GatedRepoError as err:
-        raise CheckpointError(
-            f"{name}: is gated on {endpoint()}; accept its terms at {endpoint()}/{name}, then {_LOG_IN}"
-        ) from err
-    except errors.RevisionNotFoundError as err:
-        raise CheckpointError(
-            f"{name}: has no revision {revision!r} on {endpoint()}; --revision takes a branch, a tag or a full commit"
-        ) from err
-    except errors.RepositoryNotFoundError as err:
-        raise CheckpointError(
-            f"{name}: no such directory, and no such model on {endpoint()}, or a private one; check the spelling, and "
-            f"for a private model {_LOG_IN}"
-        ) from err
-    except errors.OfflineModeIsEnabled as err:
-        raise CheckpointError(offline(name, what)) from err
-    except errors.EntryNotFoundError as err:
-        if isinstance(err.__cause__, Exception) and not isinstance(err, errors.RemoteEntryNotFoundError):
-            raise _of_transfer(name, what, err.__cause__, folder) from err
-        raise CheckpointError(
-            f"{name}: {what or 'a file'} is missing at revision {revision}; choose another --revision, or tell the "
-            "model's makers"
-        ) from err
     except CheckpointError:
         raise
     except Exception as err:
-        if not is_of_network(err):
+        cause = _behind(err)
+        if (refused := _refused(name, revision, what, cause)) is not None:
+            raise CheckpointError(f"{name}: {refused}") from err
+        # What the library refuses is a ValueError, and what goes wrong in xet a RuntimeError.
+        if not is_of_network(cause) and not isinstance(cause, ValueError | RuntimeError):
             raise
-        raise _of_transfer(name, what, err, folder) from err
+        raise _of_transfer(name, what, cause, folder) from err
+
+
+def _behind(err: Exception) -> Exception:
+    """The error that kept the library from asking, where it says no more than that the cache lacks a file."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    return err.__cause__ if isinstance(err, LocalEntryNotFoundError) and isinstance(err.__cause__, Exception) else err
+
+
+def _refused(name: str, revision: str, what: str, err: Exception) -> str | None:
+    """What the hub says no to; None: it is something else."""
+    from huggingface_hub import errors
+
+    hub = endpoint()
+    sentences: list[tuple[type[Exception], str]] = [
+        (errors.GatedRepoError, f"is gated on {hub}; accept its terms at {hub}/{name}, then {_LOG_IN}"),
+        (
+            errors.RevisionNotFoundError,
+            f"has no revision {revision!r} on {hub}; --revision takes a branch, a tag or a full commit",
+        ),
+        (
+            errors.RepositoryNotFoundError,
+            f"no such directory, and no such model on {hub}, or a private one; check the spelling, and for a private "
+            f"model {_LOG_IN}",
+        ),
+        (errors.OfflineModeIsEnabled, offline(name, what).removeprefix(f"{name}: ")),
+        (
+            errors.EntryNotFoundError,
+            f"{what or 'a file'} is missing at revision {revision}; choose another --revision, or tell the model's "
+            "makers",
+        ),
+        (errors.HFValidationError, f"no such directory, and no name of a model of the hub: {in_words(err)}"),
+    ]
+    return next((text for kind, text in sentences if isinstance(err, kind)), None)
 
 
 def endpoint() -> str:
@@ -78,7 +92,7 @@ def offline(name: str, what: str) -> str:
 def is_of_network(err: Exception) -> bool:
     """Whether an error came from a request, a transfer, or the disk that it went to."""
     packages = {kind.__module__.partition(".")[0] for kind in type(err).__mro__}
-    return bool(packages & {"httpx", "httpx2", "hf_xet", "requests"}) or isinstance(err, OSError)
+    return bool(packages & {"httpx", "httpx2", "hf_xet", "huggingface_hub", "requests"}) or isinstance(err, OSError)
 
 
 def is_unreachable(err: BaseException | None) -> bool:

@@ -166,10 +166,6 @@ def _config_of(name: str, revision: str) -> Path:
 
     try:
         return _download(name, CONFIG_NAME, revision, None, _Steps(Silent(), 0))
-    except errors.LocalEntryNotFoundError as err:
-        if isinstance(err.__cause__, errors.OfflineModeIsEnabled):
-            raise err.__cause__ from err
-        raise
     except errors.RemoteEntryNotFoundError as err:
         raise CheckpointError(
             f"{name}: has no {CONFIG_NAME} on {endpoint()} at revision {revision}; expected a Hugging Face checkpoint"

@@ -9,8 +9,10 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from benchmarks.models.tiny_models import save_tiny_model
 from compress_tools.config import make_config
 from compress_tools.errors import CheckpointError
+from compress_tools.hub import files
 from compress_tools.hub.files import HubFiles, is_hub_name, source_files
 from compress_tools.hub.repository import STEP_BYTES, _Steps, open_repository
 from compress_tools.output.target import make_target
@@ -100,6 +102,28 @@ def test_a_plan_fetches_headers_alone(hub: HubServer, mixtral: Repository, tiny_
     weights = [file.name for file in tiny_mixtral.glob("*.safetensors")]
     assert not any(hub.whole(name) for name in weights)
     assert sum(own.method == "GET" and own.path.startswith("/store/") for own in hub.asked) == len(weights)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_parts_are_what_the_whole_is(
+    family: str, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors and rows, of headers longer than what is asked for at first, and by small windows."""
+    monkeypatch.setattr(files, "_HEADER_BYTES", 100)
+    monkeypatch.setattr(files, "_SMALL_BYTES", 300)
+    monkeypatch.setattr(files, "_WINDOW_BYTES", 1000)
+    model = save_tiny_model(family, tmp_path / "model", torch.bfloat16, max_shard_size="120kB")
+    hub.repositories[NAME] = Repository()
+    hub.repositories[NAME].commit(files_of(model))
+    found, here = SourceReader(HubFiles(open_repository(NAME, None))), SourceReader(model)
+    assert found.names == here.names
+    for name in here.names:
+        assert torch.equal(found.get(name), here.get(name))
+        for row in (0, here.shape(name)[0] - 1, -1):
+            assert torch.equal(found.get_row(name, row), here.get_row(name, row))
+        with pytest.raises(CheckpointError, match="can't read"):
+            found.get_row(name, here.shape(name)[0])
+    assert not any(hub.whole(file.name) for file in model.glob("*.safetensors"))
 
 
 def test_a_probe_reads_what_it_samples(hub: HubServer, mixtral: Repository, tiny_mixtral: Path) -> None:

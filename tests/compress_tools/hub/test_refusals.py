@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants, file_download
+from huggingface_hub.errors import XetDownloadError
 
 from compress_tools.config import make_config
 from compress_tools.errors import CheckpointError
@@ -50,6 +51,36 @@ def test_a_name_that_is_neither(hub: HubServer, tmp_path: Path, resmoe: Resmoe) 
         "hub as ORG/NAME\n"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["org/na--me", "org/name.git", "org/name-", "org/" + 100 * "n"])
+def test_a_name_that_the_hub_does_not_give(name: str, hub: HubServer, resmoe: Resmoe) -> None:
+    code, _, err = resmoe("plan", name)
+    assert (code, hub.asked) == (4, [])
+    assert err.startswith(f"resmoe: {name}: no such directory, and no name of a model of the hub: ")
+    assert err.count("\n") == 1
+
+
+def test_what_is_no_hub(hub: HubServer, mixtral: Repository) -> None:
+    """An address that answers everything, such as a proxy's page."""
+    hub.faults = [Fault("", 1000, status=200)]
+    with pytest.raises(CheckpointError, match=r"check your firewall and proxy|HF_ENDPOINT"):
+        opened()
+    hub.faults = [Fault("/api/models/", 1000, status=200)]
+    with pytest.raises(CheckpointError, match="broke off"):
+        opened()
+
+
+def test_what_the_library_itself_refuses(hub: HubServer, mixtral: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = opened()
+    for err in (ValueError("The file is too large; install hf_xet"), RuntimeError("xet"), XetDownloadError("gone")):
+
+        def refuse(*args: object, err: Exception = err, **kwargs: object) -> None:
+            raise err
+
+        monkeypatch.setattr(file_download, "http_get", refuse)
+        with pytest.raises(CheckpointError, match=f"{SHARD}: .*{err}"):
+            reader.store.prepare([SHARD])
 
 
 def test_a_private_model(hub: HubServer, mixtral: Repository, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,8 +239,11 @@ def test_another_commit_is_not_mixed_in(
     # Neither fetched nor measured before it is said.
     shards = [own for own in hub.asked[asked:] if own.path.startswith("/store/") and own.first is None]
     assert shards == []
+    kept = list((tmp_path / "small.source").glob("*.safetensors"))
+    assert kept
     if not budget:
         assert resmoe(*words, "--center", "mean", "--resume", "--revision", first)[0] == 0
+        assert {hub.whole(file.name) for file in kept} == {1}
         report = json.loads((tmp_path / "small" / "resmoe_report.json").read_text())
         assert report["source"] == {"repository": NAME, "revision": first, "commit": first}
 

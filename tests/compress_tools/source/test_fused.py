@@ -22,7 +22,7 @@ from tests.compress_tools.test_pipeline import logits
 
 PUBLISHED_ONE_BY_ONE = {known.model_type for known in ARCHITECTURES if isinstance(known.layouts[0], OneByOne)}
 # transformers calls all their tensors otherwise in its own layout, which nobody publishes.
-RENAMED_THROUGHOUT = {"deepseek_v4", "minimax_m3_vl"}
+RENAMED_THROUGHOUT = {"deepseek_v4", "minimax_m3_vl", "kimi_k25"}
 FUSED = sorted(
     PUBLISHED_ONE_BY_ONE & set(TINY_CONFIGS) - {"switch_transformers"} - set(NOT_IN_TRANSFORMERS) - RENAMED_THROUGHOUT
 )
