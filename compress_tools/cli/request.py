@@ -20,6 +20,9 @@ from compress_tools.source.moe_source import open_source
 from compress_tools.source.source_reader import SourceReader
 from compress_tools.text_file import in_words, read_text
 
+# Options that ask for a plan.
+BUDGETS = frozenset({"target_bytes_ratio", "target_size"})
+
 
 @dataclass(frozen=True)
 class Request:
@@ -48,16 +51,16 @@ def read_request(given: Mapping[str, Any], plan: str | None) -> Request:
     budget = {name: value for name, value in given.items() if name in PlannerConfig.model_fields}
     recipe = {name: value for name, value in given.items() if name not in budget}
     if plan is not None:
-        if "target_bytes_ratio" in budget:
-            raise ConfigError("--plan and --target-bytes-ratio exclude each other; a plan has its sizes")
+        if asked := BUDGETS & set(budget):
+            raise ConfigError(f"--plan and {_option(min(asked))} exclude each other; a plan has its sizes")
         of_plan = (*CHOSEN_BY_PLANNER, *CENTER_FIELDS, "layers", *budget)
         _refuse(of_plan, given, "with --plan; it is the plan's to say")
         return Request(make_config(**recipe), planned=read_plan(plan))
-    if "target_bytes_ratio" in budget:
-        why = "with --target-bytes-ratio, which chooses coders; --coders restricts the choice"
+    if asked := BUDGETS & set(budget):
+        why = f"with {_option(min(asked))}, which chooses coders; --coders restricts the choice"
         _refuse(CHOSEN_BY_PLANNER, given, why)
         return Request(make_config(**recipe), make_planner_config(**budget))
-    _refuse(budget, given, "without --target-bytes-ratio")
+    _refuse(budget, given, "without --target-bytes-ratio or --target-size")
     config = make_config(**recipe)
     for name, why in config.without_effect().items():
         _refuse([name], given, f"with {why}")
@@ -67,7 +70,11 @@ def read_request(given: Mapping[str, Any], plan: str | None) -> Request:
 def _refuse(names: Collection[str], given: Collection[str], why: str) -> None:
     for name in names:
         if name in given:
-            raise ConfigError(f"--{name.replace('_', '-')} has no effect {why}")
+            raise ConfigError(f"{_option(name)} has no effect {why}")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def plan_for_output(
@@ -140,7 +147,7 @@ def planned_sizes(
     """
     if out is not None:
         if request.budget is None:
-            raise ConfigError("--out has no effect without --target-bytes-ratio")
+            raise ConfigError("--out has no effect without --target-bytes-ratio or --target-size")
         check_output_file("--out", out)
         if Path(out).exists() and not overwrite:
             raise ConfigError(f"--out {out}: exists, perhaps edited; choose another name or pass --overwrite")

@@ -19,12 +19,17 @@ class PlannerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    target_bytes_ratio: float = Field(
+    target_bytes_ratio: float | None = Field(
+        None,
         gt=0,
         lt=1,
         allow_inf_nan=False,
         description="Choose how each layer and projection is stored, so that the experts take at most this share of "
         "their original bytes, everything counted, at the least total error.",
+    )
+    target_size: str | None = Field(
+        None,
+        description="The same, said by the size of all weight files together: 16GB (10^9 bytes), 16GiB (2^30), 800MB.",
     )
     optimize: Literal["error", "output"] = Field(
         "error",
@@ -51,6 +56,14 @@ class PlannerConfig(BaseModel):
     measure_rows: int = Field(512, ge=0, description="Measure at most so many rows of each; 0: all.")
 
     @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if (self.target_bytes_ratio is None) == (self.target_size is None):
+            raise ValueError("expected either --target-bytes-ratio or --target-size")
+        if self.target_size is not None:
+            parse_size(self.target_size)
+        return self
+
+    @model_validator(mode="after")
     def _nothing_without_effect(self) -> Self:
         if self.calibration is not None and self.optimize != "output":
             raise ValueError("--calibration has no effect with --optimize error; add --optimize output")
@@ -66,6 +79,23 @@ class PlannerConfig(BaseModel):
         if unknown := [name for name in names if name not in MENU_METHODS]:
             raise ValueError(f"--coders {self.coders}: {unknown[0]!r} is none of {', '.join(MENU_METHODS)}")
         return names
+
+
+_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {f"{unit}B": factor for unit, factor in _UNITS.items() if unit not in ("", "B")}
+_UNITS |= {f"{unit}IB": 2 ** (10 * power) for power, unit in enumerate("KMGT", 1)}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``--target-size``.
+
+    Raises:
+        ValueError: not understood.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text, re.ASCII)
+    if match is None or match[2].upper() not in _UNITS or not (size := int(float(match[1]) * _UNITS[match[2].upper()])):
+        raise ValueError(f"--target-size {text!r}: expected a size such as 16GB, 16GiB or 800MB")
+    return size
 
 
 def make_planner_config(**options: object) -> PlannerConfig:

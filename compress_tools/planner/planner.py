@@ -23,6 +23,7 @@ from compress_tools.planner.frontier import Frontier, Point
 from compress_tools.planner.measure import Sample, measure_layer
 from compress_tools.planner.output_weights import LayerInputs, open_inputs, output_weights, unrouted_text
 from compress_tools.planner.planned import Planned, PlannedLayer
+from compress_tools.planner.target_size import as_ratio, asked_for, ratio_of
 from compress_tools.progress.listener import ProgressListener, Silent
 from compress_tools.progress.text import human_s
 from compress_tools.source.layer_weights import read_layer
@@ -69,6 +70,7 @@ def find_plan(
     """
     check_device(config.device)
     base = _base_plan(reader, config)
+    request = as_ratio(request, base)
     return choose(measure(base, config, request, progress or Silent()), request)
 
 
@@ -104,7 +106,7 @@ def measure(
     dense = {layer: sum(map(source.reader.nbytes, source.expected(layer))) for layer in source.layers}
     selected = sorted(base.fmt.layers)
     layer_bounds(request.layer_bytes_ratio, selected)  # refused before the first long step
-    budget = _budget(request.target_bytes_ratio, dense, selected)
+    budget = _budget(ratio_of(request), dense, selected)
     centers: tuple[CenterBits, ...] = (0,) if config.center == "none" else (0, 4, 8, 16)
     coders = menu(sizes, request.coder_names(), centers, max(budget, 0) / len(selected))
     inputs = open_inputs(request, source, config.seed)
@@ -126,7 +128,8 @@ def choose(measured: Measured, request: PlannerConfig) -> Planned:
     Raises:
         ConfigError: nothing is within; says what would be.
     """
-    layers, dense, budget = measured.layers, measured.dense, measured.budget(request.target_bytes_ratio)
+    ratio = ratio_of(request)
+    layers, dense, budget = measured.layers, measured.dense, measured.budget(ratio)
     bounds = {
         layer: (own.least * dense[layer], own.most * dense[layer])
         for layer, own in layer_bounds(request.layer_bytes_ratio, list(layers)).items()
@@ -147,10 +150,10 @@ def choose(measured: Measured, request: PlannerConfig) -> Planned:
             found = best
     if found is None:
         # rounded up, so that asking for it succeeds
-        needed = request.target_bytes_ratio + (least - budget) / sum(dense.values())
+        needed = ratio + (least - budget) / sum(dense.values())
         raise ConfigError(
-            f"--target-bytes-ratio {request.target_bytes_ratio}: too small for what may be chosen; the smallest "
-            f"possible is {ceil(needed * 1e4) / 1e4}"
+            f"{asked_for(request)}: too small for what may be chosen; the smallest possible is "
+            f"{'' if request.target_size is None else '--target-bytes-ratio '}{ceil(needed * 1e4) / 1e4}"
             if least < inf
             else f"--uniform: no single coder keeps to --layer-bytes-ratio {request.layer_bytes_ratio}"
         )

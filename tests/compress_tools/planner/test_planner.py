@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +22,11 @@ from compress_tools.pipeline import compress
 from compress_tools.planner.budget import plan_for_budget
 from compress_tools.planner.candidates import Sizes
 from compress_tools.planner.choices import expert_groups
-from compress_tools.planner.config import make_planner_config
+from compress_tools.planner.config import make_planner_config, parse_size
 from compress_tools.planner.plan_file import parse_plan
 from compress_tools.planner.plan_text import plan_text
 from compress_tools.planner.planner import Measured, choose, find_plan, measure
+from compress_tools.planner.target_size import HEADER_BYTES
 from compress_tools.progress.listener import Silent
 from compress_tools.source.reader import CheckpointReader
 from compress_tools.stored.verify import verify
@@ -397,3 +399,40 @@ def test_refusals(
     assert (code, stdout) == (4 if "not readable" in sentence and "plan" not in sentence else 2, ""), stderr
     assert sentence in stderr
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".log"]
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_a_target_size_is_kept(models, tmp_path: Path, share: float) -> None:
+    """All weight files together, headers included, and little of the budget left over."""
+    source = models["near copies"]
+    target = make_target(CheckpointReader(source), make_config())
+    headers = HEADER_BYTES * sum(len(shard.tensors) for shard in target.shards)
+    size = int(share * target.expert_bytes_before) + target.other_bytes + headers
+    planned = plan_for_budget(
+        source, make_config(), make_planner_config(target_size=str(size), coders="quantize,trellis")
+    )
+    compress(source, tmp_path / "out", make_config(), planned=planned)
+    written = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert 0.85 * (size - target.other_bytes) < written - target.other_bytes <= size - target.other_bytes
+    assert f"target_size {size}" in planned.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_size": "16 apples"}, "--target-size '16 apples': expected a size such as 16GB, 16GiB or 800MB"),
+        ({"target_size": "0GB"}, "expected a size such as"),
+        ({"target_size": "1KB"}, "--target-size 1KB: all but the experts alone takes"),
+        ({"target_size": "3TiB"}, "--target-size 3TiB: the model takes"),
+        ({}, "expected either --target-bytes-ratio or --target-size"),
+        ({"target_size": "1GB", "target_bytes_ratio": 0.5}, "expected either"),
+    ],
+)
+def test_sizes_that_cannot_be(models, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        plan_for_budget(models["near copies"], make_config(), make_planner_config(**options))
+
+
+def test_units_of_sizes() -> None:
+    sizes = {"16GB": 16 * 10**9, "16 gib": 2**34, "1.5MB": 1_500_000, "12": 12, "7b": 7, "2t": 2 * 10**12, "1KiB": 1024}
+    assert {text: parse_size(text) for text in sizes} == sizes
