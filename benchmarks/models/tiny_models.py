@@ -1,16 +1,14 @@
 """Tiny models of each family from their transformers configs: the real classes, random weights, seeded."""
 
 import json
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import nn
 
+from benchmarks.models.published_layouts import PUBLISH
 from compress_tools.architectures.base import NESTED
 
 COMMON: dict[str, Any] = {
@@ -451,6 +449,74 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
+    "glm5_next": (
+        "Glm5Next",
+        {
+            "text_config": {
+                **COMMON,
+                **DEEPSEEK_STYLE,
+                **MLA,
+                "qk_rope_head_dim": 0,
+                "num_hidden_layers": 4,
+                "q_lora_rank": 48,
+                "index_n_heads": 2,
+                "index_head_dim": 32,
+                "index_topk": 32,
+                "index_kpool": 4,
+                "linear_head_dim": 32,
+                "linear_num_heads": 2,
+                "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+                "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+                "swiglu_limit": 0.05,
+            },
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_heads": 2,
+                "out_hidden_size": 64,
+                "projection_intermediate_size": 32,
+                "image_size": 28,
+            },
+            **TOKENS,
+        },
+    ),
+    "inkling_mm_model": (
+        "Inkling",
+        {
+            "text_config": {
+                **COMMON,
+                "intermediate_size": 48,
+                "moe_intermediate_size": 24,
+                "num_hidden_layers": 3,
+                "n_routed_experts": 6,
+                "num_experts_per_tok": 2,
+                "n_shared_experts": 1,
+                "head_dim": 32,
+                "swa_num_attention_heads": 2,
+                "swa_num_key_value_heads": 1,
+                "swa_head_dim": 32,
+                "sliding_window_size": 16,
+                "d_rel": 8,
+                "rel_extent": 32,
+                "logits_mup_width_multiplier": 2.0,
+                "route_scale": 2.0,
+                "mlp_layer_types": ["dense", "sparse", "sparse"],
+                "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid"],
+            },
+            "audio_config": {"n_mel_bins": 4, "mel_vocab_size": 8, "text_hidden_size": 64},
+            "vision_config": {
+                "hidden_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "text_hidden_size": 64,
+            },
+            "image_token_id": 120,
+            "audio_token_id": 121,
+            "image_bos_token_id": 122,
+            "audio_bos_token_id": 123,
+        },
+    ),
     # `linear_attn_config` counts layers from 1.
     "kimi_linear": (
         "KimiLinear",
@@ -615,50 +681,8 @@ def save_tiny_model(
     model.to(dtype)
     one_by_one = save_original_format and family not in PUBLISHED_STACKED
     model.save_pretrained(path, max_shard_size=max_shard_size, save_original_format=one_by_one)
-    if family == "deepseek":
-        _as_deepseek_moe(path, config)
-    elif family in LING_ARCHITECTURES:
-        _as_ling(path, family, config)
-    elif family == "qwen3_vl_moe" and save_original_format:
-        _edit_tensors(path, lambda name, tensor: {name: tensor.mT if ".mlp.experts." in name else tensor})
-    elif family == "deepseek_v4" and one_by_one:
-        _edit_tensors(path, lambda name, tensor: {_v4_name(name): tensor})
-        ratios = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
-        _edit_config(
-            path,
-            without=("layer_types", "mlp_layer_types", "compress_rates", "rope_parameters"),
-            compress_ratios=[ratios[kind] for kind in config.layer_types],
-            num_hash_layers=config.mlp_layer_types.count("hash_moe"),
-            qk_rope_head_dim=config.qk_rope_head_dim,
-            topk_method="noaux_tc",
-            expert_dtype="bf16",
-        )
-    elif family == "kimi_k25" and one_by_one:
-        # transformers takes the decoder's layers for the vision tower's blocks
-        decoder = "language_model.model."
-        _edit_tensors(path, lambda name, tensor: {name.replace(f"{decoder}blocks.", f"{decoder}layers."): tensor})
-    elif family in ("kimi_linear", "minimax_m3_vl"):
-        # transformers writes dense layers as if they had experts
-        dense = re.compile(r"\.block_sparse_moe\.(gate|up|down)_proj\.")
-        _edit_tensors(path, lambda name, tensor: {dense.sub(r".mlp.\1_proj.", name): tensor})
-    elif family == "axk1":
-        # Its dense layers have a norm that nothing reads.
-        norm = f"model.layers.{{}}.{'' if one_by_one else 'mlp.'}post_mlp_layernorm.weight"
-        _edit_tensors(
-            path,
-            lambda name, tensor: {name: tensor, **({norm.format(0): tensor + 1} if name == norm.format(1) else {})},
-        )
-    elif family == "longcat_flash":
-        # transformers writes gates of experts that compute nothing
-        idle = tuple(f".experts.{config.n_routed_experts + number}." for number in range(config.zero_expert_num))
-        _edit_tensors(path, lambda name, tensor: {} if any(part in name for part in idle) else {name: tensor})
-    elif family == "nemotron_h":
-        # The layers' kinds as letters, as published; transformers writes a list.
-        kinds = config.layers_block_type
-        _edit_config(path, hybrid_override_pattern=config.hybrid_override_pattern, num_hidden_layers=len(kinds))
-    elif family == "phimoe":
-        # The name that published Phi-3.5-MoE checkpoints, and vLLM, use.
-        _edit_config(path, architectures=["PhiMoEForCausalLM"])
+    if family in PUBLISH:
+        PUBLISH[family](path, config, published=one_by_one)
     return path
 
 
@@ -702,103 +726,3 @@ def _vary_constants(model: nn.Module, generator: torch.Generator) -> None:
                 tensor.copy_(order[:, : tensor.shape[1]])
             if tensor.is_floating_point() and tensor.numel() and bool((tensor == tensor.flatten()[0]).all()):
                 tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
-
-
-DEEPSEEK_CONFIG_CODE = '''"""DeepSeekMoE's configuration, as a checkpoint's own code."""
-from transformers import PreTrainedConfig
-
-
-class DeepseekConfig(PreTrainedConfig):
-    model_type = "deepseek"
-'''
-
-
-def _as_deepseek_moe(path: Path, config: transformers.PreTrainedConfig) -> None:
-    """Turn a GLM-4-MoE checkpoint into DeepSeekMoE's original layout: plain softmax routing, its own config code."""
-    tensors = load_file(path / "model.safetensors")
-    kept = {name: tensor for name, tensor in tensors.items() if "e_score_correction_bias" not in name}
-    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
-    (path / "configuration_deepseek.py").write_text(DEEPSEEK_CONFIG_CODE)
-    fields = {
-        **{key: getattr(config, key) for key in (*COMMON, *DEEPSEEK_STYLE, "hidden_act", "rms_norm_eps")},
-        "model_type": "deepseek",
-        "architectures": ["DeepseekForCausalLM"],
-        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekConfig"},
-        "dtype": str(next(iter(kept.values())).dtype).removeprefix("torch."),
-        "moe_layer_freq": 1,
-        "norm_topk_prob": False,
-        "routed_scaling_factor": 1.0,
-        "rope_theta": 10000.0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "tie_word_embeddings": False,
-    }
-    (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-
-
-LING_ARCHITECTURES = {
-    "bailing_moe": "BailingMoeV2ForCausalLM",
-    "sarvam_moe": "SarvamMoEForCausalLM",
-    "param2moe": "Param2MoEForCausalLM",
-}
-LING_NAMES = (
-    ("self_attn.o_proj", "attention.dense"),
-    ("self_attn.q_norm", "attention.query_layernorm"),
-    ("self_attn.k_norm", "attention.key_layernorm"),
-    ("model.embed_tokens", "model.word_embeddings"),
-    ("mlp.gate.e_score_correction_bias", "mlp.gate.expert_bias"),
-)
-
-
-def _as_ling(path: Path, family: str, config: transformers.PreTrainedConfig) -> None:
-    """Turn a GLM-4-MoE checkpoint into Ling's layout, with the family's own config code."""
-    tensors = load_file(path / "model.safetensors")
-    for layer in range(config.num_hidden_layers):
-        attention = f"model.layers.{layer}.self_attn"
-        joined = torch.cat([tensors.pop(f"{attention}.{part}_proj.weight") for part in "qkv"])
-        tensors[f"model.layers.{layer}.attention.query_key_value.weight"] = joined
-    for old, new in LING_NAMES:
-        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    code = DEEPSEEK_CONFIG_CODE.replace("DeepSeekMoE", LING_ARCHITECTURES[family].removesuffix("ForCausalLM"))
-    (path / "configuration.py").write_text(code.replace("deepseek", family).replace("Deepseek", "Ling"))
-    fields = {
-        **{key: getattr(config, key) for key in (*COMMON, *LING, "hidden_act", "rms_norm_eps", "norm_topk_prob")},
-        "model_type": family,
-        "architectures": [LING_ARCHITECTURES[family]],
-        "auto_map": {"AutoConfig": "configuration.LingConfig"},
-        "dtype": str(joined.dtype).removeprefix("torch."),
-        "num_experts": config.n_routed_experts,
-        "num_shared_experts": config.n_shared_experts,
-        "routed_scaling_factor": 2.5,
-        "score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
-        "router_dtype": "fp32",
-        "use_bias": False,
-        "use_qkv_bias": False,
-        "use_rmsnorm": True,
-        "embedding_dropout": 0.0,
-        "partial_rotary_factor": 0.5,
-        "rope_theta": 10000.0,
-        "rope_scaling": None,
-        "tie_word_embeddings": False,
-    }
-    (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-
-
-def _v4_name(name: str) -> str:
-    """DeepSeek-V4's published name of a tensor that transformers writes below ``model.``."""
-    name = name.removeprefix("model.").replace("embed_tokens", "embed")
-    return name.replace("hc_head.hc_", "hc_head_").replace(".attn.norm.", ".attn.kv_norm.")
-
-
-def _edit_tensors(path: Path, edit: Callable[[str, torch.Tensor], dict[str, torch.Tensor]]) -> None:
-    file, found = path / "model.safetensors", {}
-    for name, tensor in load_file(file).items():
-        found |= edit(name, tensor)
-    save_file({name: tensor.contiguous() for name, tensor in found.items()}, file, metadata={"format": "pt"})
-
-
-def _edit_config(path: Path, without: tuple[str, ...] = (), **changes: Any) -> None:
-    file = path / "config.json"
-    kept = {key: value for key, value in json.loads(file.read_text()).items() if key not in without}
-    file.write_text(json.dumps({**kept, **changes}, indent=2) + "\n")

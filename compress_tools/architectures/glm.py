@@ -34,3 +34,16 @@ GLM4V_MOE = MoEArchitecture(
     vllm_cpu=False,
     runs_in="its module imports torchvision, of which there is no build beside that torch; run in transformers",
 )
+GLM5_NEXT = MoEArchitecture(
+    model_type="glm5_next",
+    title="GLM-5.3-Flash",
+    aliases=("glm5_next_text",),
+    models=("GLM-5.3-Flash (fp8)",),
+    intermediate_size_keys=("moe_intermediate_size",),
+    renames=(
+        (r"\.self_attn\.forget_gate\.", ".self_attn."),
+        (r"\.(attn|ffn)_hc\.(fn|base|scale)$", r".hc_\1_\2"),
+    ),
+    vllm_cpu=False,
+    runs_in="its module imports torchvision, of which there is no build beside that torch; run in transformers",
+)

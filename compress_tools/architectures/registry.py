@@ -20,10 +20,11 @@ from compress_tools.architectures.deepseek import (
 from compress_tools.architectures.ernie import ERNIE4_5_MOE
 from compress_tools.architectures.exaone import EXAONE_MOE
 from compress_tools.architectures.gemma import GEMMA4
-from compress_tools.architectures.glm import GLM4_MOE, GLM4_MOE_LITE, GLM4V_MOE, GLM_MOE_DSA
+from compress_tools.architectures.glm import GLM4_MOE, GLM4_MOE_LITE, GLM4V_MOE, GLM5_NEXT, GLM_MOE_DSA
 from compress_tools.architectures.gpt_oss import GPT_OSS
 from compress_tools.architectures.granite import GRANITEMOE, GRANITEMOEHYBRID, GRANITEMOESHARED
 from compress_tools.architectures.hunyuan import HUNYUAN_V1_MOE, HY_V3
+from compress_tools.architectures.inkling import INKLING
 from compress_tools.architectures.jamba import JAMBA
 from compress_tools.architectures.kimi import KIMI_K25, KIMI_LINEAR
 from compress_tools.architectures.laguna import LAGUNA
@@ -94,6 +95,8 @@ ARCHITECTURES: tuple[MoEArchitecture, ...] = (
     MISTRAL4,
     KIMI_K25,
     KIMI_LINEAR,
+    INKLING,
+    GLM5_NEXT,
     BAILING_MOE,
     LONGCAT_FLASH,
     AXK1,

@@ -26,7 +26,7 @@ RENAMED_THROUGHOUT = {"deepseek_v4", "minimax_m3_vl", "kimi_k25"}
 FUSED = sorted(
     PUBLISHED_ONE_BY_ONE & set(TINY_CONFIGS) - {"switch_transformers"} - set(NOT_IN_TRANSFORMERS) - RENAMED_THROUGHOUT
 )
-# Kimi-Linear's convolutions of query, key and value, which transformers makes one of.
+# Kimi-Linear's and GLM-5.3-Flash's convolutions of query, key and value, which transformers makes one of.
 JOINED = re.compile(r"\.self_attn\.[qkv]_conv1d\.")
 
 
