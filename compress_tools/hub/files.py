@@ -20,6 +20,8 @@ from compress_tools.source.files import CheckpointFiles
 
 # Most headers are shorter. What comes behind one is kept: small tensors lie there, such as the shapes of packed ones.
 _HEADER_BYTES = 256 * 2**10
+# What safetensors itself takes for a header.
+_MOST_HEADER_BYTES = 100_000_000
 # So many headers are asked for at one time.
 _HEADERS_AT_ONCE = 8
 # Tensors that are smaller are read with what lies behind them.
@@ -173,7 +175,7 @@ class HubFiles(CheckpointFiles):
     def _fetch_header(self, shard: str) -> dict[str, StoredTensor]:
         octets = self._repository.read(shard, 0, _HEADER_BYTES)
         data = 8 + int.from_bytes(octets[:8], "little")
-        if data > self._repository.sizes[shard]:
+        if data > min(self._repository.sizes[shard], 8 + _MOST_HEADER_BYTES):
             raise CheckpointError(f"{self}: {shard} is no safetensors file, or a part of one; tell the model's makers")
         if data > len(octets):
             octets += self._repository.read(shard, len(octets), data - len(octets))

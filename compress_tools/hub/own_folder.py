@@ -1,6 +1,7 @@
 """A folder of weight files that one run fetched for itself; nothing else in it, or anywhere, is removed."""
 
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compress_tools.errors import CheckpointError
+from compress_tools.format.shard_file import is_file_name
 from compress_tools.hub.repository import Repository
 from compress_tools.progress.listener import ProgressListener
 
@@ -113,7 +115,7 @@ class OwnFolder:
         if self._stale is None:
             return
         marker, self._stale = self._stale, None
-        files = [str(name) for name in marker["files"] if Path(str(name)).name == name]
+        files = [name for name in marker["files"] if is_file_name(name)]
         if any((self.path / name).exists() for name in files):
             self._progress.say(
                 f"{self.path}: weight files of {marker.get('repository')} at commit {marker.get('commit')}, which an "
@@ -146,7 +148,7 @@ class OwnFolder:
 
     def _remove(self, shard: str) -> None:
         (self.path / shard).unlink(missing_ok=True)
-        for note in (self.path / _LIBRARY_DIR / "download").glob(f"{shard}.*"):
+        for note in (self.path / _LIBRARY_DIR / "download").glob(f"{glob.escape(shard)}.*"):
             note.unlink(missing_ok=True)
 
     def _clear(self) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
+from compress_tools.format.shard_file import is_file_name
+
 WEIGHTS = ".safetensors"
 NOT_NAMED = "weights that are not the model's: its index does not name them"
 # Other formats of the same weights, and training state.
@@ -33,7 +35,7 @@ _NOTICES = ("license", "licence", "notice", "usage_policy", "use_policy")
 
 def is_weights(name: str) -> bool:
     """Whether a file may be one of the model's shards."""
-    return name.endswith(WEIGHTS) and "/" not in name and not name.startswith("consolidated")
+    return name.endswith(WEIGHTS) and is_file_name(name) and not name.startswith("consolidated")
 
 
 def is_code(name: str) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-from tests.hub_server.repository import Repository
+from tests.hub_server.repository import HubFile, Repository
 
 _API = re.compile(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?")
 _RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
@@ -127,7 +127,7 @@ class HubServer:
             paths = {f"/store/{file.sha256}" for file in self._all_files(name)}
             return sum(own.method == "GET" and own.path in paths and own.first is None for own in self.asked)
 
-    def _all_files(self, name: str) -> list:  # type: ignore[type-arg]  # of HubFile
+    def _all_files(self, name: str) -> list[HubFile]:
         return [files[name] for own in self.repositories.values() for files in own.commits.values() if name in files]
 
     def take_fault(self, method: str, path: str) -> Fault | None:

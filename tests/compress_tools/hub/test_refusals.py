@@ -10,6 +10,7 @@ from huggingface_hub.errors import XetDownloadError
 
 from compress_tools.config import make_config
 from compress_tools.errors import CheckpointError
+from compress_tools.hub import files
 from compress_tools.hub.files import HubFiles, source_files
 from compress_tools.hub.repository import open_repository
 from compress_tools.pipeline import compress
@@ -126,22 +127,42 @@ def test_no_model_in_the_repository(hub: HubServer, tiny_mixtral: Path) -> None:
 
 
 def test_a_shard_is_missing(hub: HubServer, mixtral: Repository) -> None:
-    files = mixtral.commits[mixtral.revisions["main"]]
-    commit = mixtral.commit({name: own for name, own in files.items() if name != SHARD})
+    published = mixtral.commits[mixtral.revisions["main"]]
+    commit = mixtral.commit({name: own for name, own in published.items() if name != SHARD})
     with pytest.raises(CheckpointError, match=f"{SHARD}, which the index names, is not at commit {commit}"):
         opened()
 
 
 def test_a_shard_is_no_safetensors(hub: HubServer, mixtral: Repository) -> None:
-    files = mixtral.commits[mixtral.revisions["main"]]
+    published = mixtral.commits[mixtral.revisions["main"]]
     for content in (
         b"version https://git-lfs.github.com/spec/v1\n",
-        files[SHARD].content[:60],
+        published[SHARD].content[:60],
         b"\2" + bytes(7) + b"{x",
     ):
-        mixtral.commit({**files, SHARD: content})
+        mixtral.commit({**published, SHARD: content})
         with pytest.raises(CheckpointError, match=f"{SHARD}"):
             opened()
+
+
+def test_a_header_that_no_model_has(hub: HubServer, mixtral: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_MOST_HEADER_BYTES", 500)
+    with pytest.raises(CheckpointError, match=r"model-\S+ is no safetensors file"):
+        opened()
+
+
+def test_tensors_that_lie_behind_the_end(hub: HubServer, mixtral: Repository) -> None:
+    published = mixtral.commits[mixtral.revisions["main"]]
+    mixtral.commit({**published, SHARD: published[SHARD].content[:-1000]})
+    reader = opened()
+    last = max(
+        (name for name in reader.names if reader.shard_of(name) == SHARD), key=lambda name: reader._stored[name].end
+    )
+    with pytest.raises(CheckpointError, match=f"{SHARD} ends before its tensors do"):
+        reader.get(last)
+    reader.store.prepare([SHARD])
+    with pytest.raises(CheckpointError, match="truncated or corrupt shard"):
+        reader.get(last)
 
 
 @pytest.mark.parametrize("status", [403, 429, 500, 503])
@@ -281,7 +302,7 @@ def test_a_hub_that_gives_no_parts(hub: HubServer, mixtral: Repository, monkeypa
 
 
 def test_an_index_that_is_cut(hub: HubServer, mixtral: Repository) -> None:
-    files = mixtral.commits[mixtral.revisions["main"]]
-    mixtral.commit({**files, INDEX_NAME: files[INDEX_NAME].content[:100]})
+    published = mixtral.commits[mixtral.revisions["main"]]
+    mixtral.commit({**published, INDEX_NAME: published[INDEX_NAME].content[:100]})
     with pytest.raises(CheckpointError, match=f"{INDEX_NAME}: is not JSON"):
         opened()
