@@ -251,12 +251,17 @@ def test_a_file_of_another_size(hub: HubServer, mixtral: Repository) -> None:
 def test_a_slow_answer_is_asked_for_again(hub: HubServer, mixtral: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = opened()
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
-    hub.faults = [Fault(store_path(mixtral, SHARD), wait_s=1.0)]
-    reader.store.prepare([SHARD])
-    assert hub.faults[0].times == 0
-    name = next(name for name in reader.names if reader.store.local(reader.shard_of(name)) is None)
-    hub.faults = [Fault("/store/", wait_s=1.0)]
-    assert reader.get(name).isfinite().all()
+    asked: list[str] = []
+    hub.on_request = asked.append
+    name = next(name for name in reader.names if reader.shard_of(name) != SHARD and reader.nbytes(name) > 4096)
+    for path, ask in (
+        (store_path(mixtral, SHARD), lambda: reader.store.prepare([SHARD])),
+        (store_path(mixtral, reader.shard_of(name)), lambda: reader.get(name)),
+    ):
+        hub.faults = [Fault(path, 2, wait_s=1.0)]
+        begun = len(asked)
+        ask()
+        assert asked[begun:].count(path) == 3
 
 
 def test_no_network(hub: HubServer, mixtral: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
