@@ -27,6 +27,7 @@ def predict(
     *,
     whole: bool,
     top_k: int | None,
+    **loading: bool,
 ) -> list[Predictions]:
     """Start vLLM on a checkpoint, score all windows, stop it.
 
@@ -37,6 +38,7 @@ def predict(
         device: not used: vLLM takes its own.
         whole: give distributions, not the targets' log-probabilities alone.
         top_k: of each distribution the K most probable tokens; None: the whole vocabulary.
+        loading: of ``LLM``.
     Raises:
         CheckpointError: vLLM could not start.
     """
@@ -59,6 +61,7 @@ def predict(
             # Prompts alone are run, each once: compiling and capturing graphs would take longer than it saves.
             enforce_eager=True,
             seed=0,
+            **loading,
         )
     # One token is the least vLLM generates.
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=count, flat_logprobs=True, detokenize=False)

@@ -12,6 +12,9 @@ Backend = Literal["transformers", "vllm"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 _CPU = CompressionConfig.model_fields["device"].default
 _DTYPE: Any = Field("auto", description="dtype that the models run in; auto: the one they are stored in.")
+_TRUST: Any = Field(
+    default=False, description="Run Python code that comes with the models, where they can't be loaded without."
+)
 
 
 class TextConfig(BaseModel):
@@ -43,6 +46,7 @@ class TextConfig(BaseModel):
         "others, a lower bound. [default: the whole vocabulary up to 8192 tokens, 256 above]",
     )
     device: str = Field(_CPU, description="Where transformers runs: cpu, cuda, cuda:N; vLLM takes its own.")
+    trust_remote_code: bool = _TRUST
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> Self:
@@ -75,6 +79,7 @@ class TasksConfig(BaseModel):
     include_path: str | None = Field(None, description="Directory of lm-eval task files (YAML) of your own.")
     limit: int | None = Field(None, ge=1, description="Use only so many examples of each task.")
     dtype: DType = _DTYPE
+    trust_remote_code: bool = _TRUST
 
     @model_validator(mode="after")
     def _some_task(self) -> Self:

@@ -9,7 +9,13 @@ from typing import Protocol
 from compress_tools.errors import ConfigError
 from compress_tools.evaluation.config import TextConfig
 from compress_tools.evaluation.predictions import Predictions, Scores
-from compress_tools.evaluation.source import choose_window, read_model_config, read_tokens, stored_dtype
+from compress_tools.evaluation.source import (
+    choose_window,
+    loading_options,
+    read_model_config,
+    read_tokens,
+    stored_dtype,
+)
 from compress_tools.evaluation.windows import Window, cut_windows
 from compress_tools.progress.listener import ProgressListener, Silent
 
@@ -23,7 +29,15 @@ class Predict(Protocol):
     """A backend's function."""
 
     def __call__(
-        self, path: str, windows: Sequence[Window], dtype: str, device: str, *, whole: bool, top_k: int | None
+        self,
+        path: str,
+        windows: Sequence[Window],
+        dtype: str,
+        device: str,
+        *,
+        whole: bool,
+        top_k: int | None,
+        **loading: bool,
     ) -> Iterable[Predictions]:
         """One window's predictions after the other."""
         ...
@@ -85,7 +99,8 @@ def evaluate(model: str, config: TextConfig, progress: ProgressListener | None =
             "two models are compared token by token"
         )
     window, stride = choose_window(config.window, config.stride, own)
-    tokens = read_tokens(model, config.text, config.max_tokens)
+    loading = loading_options(trust_remote_code=config.trust_remote_code)
+    tokens = read_tokens(model, config.text, config.max_tokens, **loading)
     if int(tokens.max()) >= vocabulary:
         raise ConfigError(
             f"{model}: its tokenizer makes token {int(tokens.max())}, its vocabulary ends at {vocabulary}"
@@ -96,7 +111,8 @@ def evaluate(model: str, config: TextConfig, progress: ProgressListener | None =
 
     def predictions(path: str, dtype: str) -> Iterable[Predictions]:
         progress.stage(f"{path}: {config.backend}", None)
-        return predict(path, windows, dtype, config.device, whole=config.against is not None, top_k=top_k)
+        whole = config.against is not None
+        return predict(path, windows, dtype, config.device, whole=whole, top_k=top_k, **loading)
 
     dtype = stored_dtype(config.dtype, own)
     originals: Iterable[Predictions | None] = [None] * len(windows)

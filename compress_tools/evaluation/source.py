@@ -48,9 +48,14 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def read_tokens(model: str, text: str, max_tokens: int | None) -> Tensor:
+def read_tokens(model: str, text: str, max_tokens: int | None, **loading: bool) -> Tensor:
     """A text file in the model's tokens, ``[N]`` int64; no special token is added.
 
+    Args:
+        model: checkpoint.
+        text: the file.
+        max_tokens: the first of them alone; None: all.
+        loading: of ``from_pretrained``, see ``loading_options``.
     Raises:
         CheckpointError: no tokenizer beside the weights, or none that transformers can load.
         ConfigError: the text is missing, not UTF-8, or shorter than two tokens.
@@ -63,15 +68,22 @@ def read_tokens(model: str, text: str, max_tokens: int | None) -> Tensor:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, **loading)
     # The tokenizers library raises Exception itself for files that it can't read.
     except Exception as err:
-        raise CheckpointError(f"{model}: transformers can't load its tokenizer: {in_words(err)}") from err
+        # transformers names its own argument.
+        why = in_words(err).replace("`trust_remote_code=True`", "--trust-remote-code")
+        raise CheckpointError(f"{model}: transformers can't load its tokenizer: {why}") from err
     ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
     tokens = torch.tensor(ids, dtype=torch.int64)[:max_tokens]
     if len(tokens) < 2:
         raise ConfigError(f"--text {text}: {len(tokens)} tokens; at least 2 are needed, one to predict the next")
     return tokens
+
+
+def loading_options(*, trust_remote_code: bool) -> dict[str, bool]:
+    """What loaders of models and tokenizers are told; nothing where nothing is asked."""
+    return {"trust_remote_code": True} if trust_remote_code else {}
 
 
 def choose_window(window: int | None, stride: int | None, config: dict[str, Any]) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from compress_tools.errors import ConfigError
 from compress_tools.evaluation.config import TasksConfig
-from compress_tools.evaluation.source import read_model_config, stored_dtype, vllm_errors
+from compress_tools.evaluation.source import loading_options, read_model_config, stored_dtype, vllm_errors
 
 
 def run_tasks(model: str, config: TasksConfig) -> dict[str, dict[str, Any]]:
@@ -40,10 +40,11 @@ def run_tasks(model: str, config: TasksConfig) -> dict[str, dict[str, Any]]:
             f"--tasks: lm-eval knows no {', '.join(unknown)}; `lm-eval ls tasks` lists its own, --include-path adds "
             "those of a directory"
         )
+    loading = loading_options(trust_remote_code=config.trust_remote_code)
     with vllm_errors(model):
         found = simple_evaluate(
             model="vllm",
-            model_args={"pretrained": model, "dtype": stored_dtype(config.dtype, model_config)},
+            model_args={"pretrained": model, "dtype": stored_dtype(config.dtype, model_config), **loading},
             tasks=config.names,
             task_manager=tasks,
             limit=config.limit,

@@ -19,6 +19,7 @@ def predict(
     *,
     whole: bool,
     top_k: int | None,  # noqa: ARG001 - vLLM's
+    **loading: bool,
 ) -> Iterator[Predictions]:
     """Load a model and yield one window's predictions after the other.
 
@@ -29,6 +30,7 @@ def predict(
         device: torch device.
         whole: give whole distributions, not the targets' alone.
         top_k: not used: distributions are over the whole vocabulary.
+        loading: of ``from_pretrained``.
     Raises:
         UnsupportedArchitectureError: transformers has no class for it.
     """
@@ -38,9 +40,10 @@ def predict(
 
     register()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **loading)
     except ValueError as err:
-        why = f"{path}: transformers can't load it: {in_words(err)}"
+        words = in_words(err).replace("`trust_remote_code=True`", "--trust-remote-code")
+        why = f"{path}: transformers can't load it: {words}"
         raise UnsupportedArchitectureError(f"{why}; try --backend vllm") from err
     except (OSError, RuntimeError, KeyError, TypeError, AttributeError) as err:
         why = f"{path}: transformers can't load it: {in_words(err)}"

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from compress_tools.cli.commands import cli
-from compress_tools.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
+from compress_tools.errors import CheckpointError, ConfigError, ResMoEError, UnsupportedArchitectureError
 from compress_tools.evaluation import perplexity, tasks
 from compress_tools.evaluation.config import make_tasks_config, make_text_config
 from compress_tools.evaluation.perplexity import evaluate
@@ -88,6 +88,38 @@ def test_against_itself_and_against_the_original(trained) -> None:
     assert other.kl_over == "whole vocabulary"
     alone = evaluate(small, make_text_config(**options(trained)))
     assert (alone.perplexity, alone.kl_nats, alone.against) == (other.perplexity, None, None)
+
+
+OWN_CODE = """
+from transformers import MixtralConfig, MixtralForCausalLM
+
+
+class OwnConfig(MixtralConfig):
+    model_type = "own_mixtral"
+
+
+class OwnForCausalLM(MixtralForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_model_with_code_of_its_own(trained, tmp_path, monkeypatch) -> None:
+    from transformers import AutoModelForCausalLM, dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    own = shutil.copytree(trained[0], tmp_path / "own")
+    # transformers renames Mixtral's tensors by its model_type; under another one they have its own names.
+    dense = AutoModelForCausalLM.from_pretrained(trained[0], dtype=torch.float32)
+    dense.save_pretrained(own, save_original_format=False)
+    (own / "own_code.py").write_text(OWN_CODE)
+    config = json.loads((own / "config.json").read_text())
+    config |= {"model_type": "own_mixtral", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnForCausalLM"}
+    (own / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ResMoEError, match="--trust-remote-code"):
+        evaluate(str(own), make_text_config(**options(trained)))
+    trusted = evaluate(str(own), make_text_config(**options(trained, trust_remote_code=True)))
+    assert trusted.perplexity == evaluate(str(trained[0]), make_text_config(**options(trained))).perplexity
 
 
 def test_perplexity_is_transformers_own_loss(trained) -> None:

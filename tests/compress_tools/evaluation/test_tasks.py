@@ -57,7 +57,9 @@ def test_lm_eval_is_asked_for_the_tasks_and_its_metrics_are_kept(
     assert os.environ.pop("VLLM_LOGGING_STREAM") == "ext://sys.stderr"
     monkeypatch.setenv("VLLM_LOGGING_STREAM", "mine")
     run_tasks("model", make_tasks_config(tasks="one", dtype="float16"))
-    assert lm_eval.asked["model_args"]["dtype"] == "float16"
+    assert lm_eval.asked["model_args"] == {"pretrained": "model", "dtype": "float16"}
+    run_tasks("model", make_tasks_config(tasks="one", dtype="float16", trust_remote_code=True))
+    assert lm_eval.asked["model_args"]["trust_remote_code"] is True
     assert (lm_eval.include_path, lm_eval.asked["limit"], os.environ["VLLM_LOGGING_STREAM"]) == (None, None, "mine")
 
 
