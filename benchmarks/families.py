@@ -181,7 +181,8 @@ def main(*, families: tuple[str, ...], json_file: Path | None, merge: bool, tabl
             )
     print_rows(rows, "model families")
     if json_file:
-        write_rows(rows, json_file, keep_others=merge)
+        measured = {row.name.partition(",")[0] for row in rows}
+        write_rows(rows, json_file, keep=lambda name: merge and name.partition(",")[0] not in measured)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -57,21 +57,20 @@ class Row:
         return {**own, **self.context, **asdict(environment)}
 
 
-def write_rows(rows: Iterable[Row], path: str | Path, *, keep_others: bool = False) -> None:
+def write_rows(rows: Iterable[Row], path: str | Path, *, keep: Callable[[str], bool] = lambda _: False) -> None:
     """Write `{"rows": [...]}`, each row with the environment's keys.
 
     Args:
         rows: what was measured.
         path: the file.
-        keep_others: rows of other names that the file has stay in it, before the new ones.
+        keep: by a row's name, whether one that the file has already stays in it, before the new ones.
     """
     environment = collect_environment()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     found = [row.to_dict(environment) for row in rows]
-    if keep_others and path.exists():
-        names = {row["name"] for row in found}
-        found = [row for row in json.loads(path.read_text())["rows"] if row["name"] not in names] + found
+    if path.exists():
+        found = [row for row in json.loads(path.read_text())["rows"] if keep(row["name"])] + found
     path.write_text(json.dumps({"rows": found}, indent=2) + "\n")
 
 

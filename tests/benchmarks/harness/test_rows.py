@@ -47,10 +47,10 @@ def test_file_holds_rows_with_context_and_environment(tmp_path: Path):
     assert "context" not in speed
 
 
-def test_rows_of_other_names_can_stay(tmp_path: Path):
+def test_rows_that_a_file_has_can_stay(tmp_path: Path):
     path = tmp_path / "rows.json"
-    write_rows(ROWS, path, keep_others=True)
-    write_rows([Row("speed", 13.0, "tokens/s")], path, keep_others=True)
+    write_rows(ROWS, path, keep=lambda _: True)
+    write_rows([Row("speed", 13.0, "tokens/s")], path, keep=lambda name: name != "speed")
     assert [(row["name"], row["value"]) for row in json.loads(path.read_text())["rows"]] == [
         ("error", 0.3),
         ("ratio", 1.33),
