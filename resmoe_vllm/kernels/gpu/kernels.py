@@ -272,9 +272,9 @@ def _expand(
 
 
 @triton.jit
-def _bias(bias, expert, STRIDE: tl.constexpr, columns, N: tl.constexpr):
-    """One expert's, fp32 ``[1, BLOCK_N]``."""
-    return tl.load(bias + expert * STRIDE + columns, mask=columns < N, other=0).to(tl.float32)[None, :]
+def _bias(bias, expert, STRIDE: tl.constexpr, columns, ok):
+    """One expert's for every row that is ok: read as the sums lie, for one row it would be moved and spill some."""
+    return tl.load(bias + expert * STRIDE + columns[None, :], mask=ok, other=0).to(tl.float32)
 
 
 class Side(NamedTuple):
@@ -365,9 +365,9 @@ def _hidden_kernel(
     if us.center_splits > 0:
         up_acc += _slabs(up.center, tokens, i_offsets, ok, num_tokens, SIZE_I, us.center_splits, BLOCK_M, BLOCK_N)
     if gs.bias_stride > 0:
-        gate_acc += _bias(gate.bias, expert, gs.bias_stride, i_offsets, SIZE_I)
+        gate_acc += _bias(gate.bias, expert, gs.bias_stride, i_offsets, ok)
     if us.bias_stride > 0:
-        up_acc += _bias(up.bias, expert, us.bias_stride, i_offsets, SIZE_I)
+        up_acc += _bias(up.bias, expert, us.bias_stride, i_offsets, ok)
     weight = tl.load(topk_weights + rows, mask=row_ok, other=0).to(tl.float32)
     hidden = activate(gate_acc, up_acc, ACTIVATION) * weight[:, None]
     target = out + rows.to(tl.int64)[:, None] * SIZE_I + i_offsets[None, :]

@@ -35,12 +35,12 @@ def guarded(tensor: Tensor) -> Tensor:
 
 
 def main() -> None:
-    """Every kind of layer in every dtype, for one token and for many."""
+    """Every kind of layer in every dtype, with biases, for one token and for many."""
     library = native.load()
     layers = 0
     for dtype in ("float32", "bfloat16", "float16"):
         for spec in layer_kinds(33, 67).values():
-            layer = store_layer(spec, 4, 33, 67, dtype)
+            layer = store_layer(spec, 4, 33, 67, dtype, biases=True)
             module, loader = new_loader(layer)
             load_all(module, loader, layer)
             for param in module.parameters():

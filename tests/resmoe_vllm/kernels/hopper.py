@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.harness.shapes import MoEShape
 from benchmarks.kernels.layers import LAYER_MAKERS, make_layer
-from resmoe_vllm.kernels.activation import SILU
+from resmoe_vllm.kernels.activation import ACTIVATIONS, SILU, Activation
 from resmoe_vllm.kernels.gpu.block_sizes import default_config
-from resmoe_vllm.kernels.gpu.launches import LayerPlan, run_plan
+from resmoe_vllm.kernels.gpu.launches import LayerPlan, Plan, run_plan
 
 # H of a real model, few rows: the code is the same for any I
 SHAPE = MoEShape("compiled", hidden=2048, intermediate=128, experts=4, top_k=2, layers=1)
@@ -44,7 +45,21 @@ class _Hopper:
         return 0
 
 
-def compile_plan(plan_of: Callable[[bool], LayerPlan], method: str, tokens: int) -> list[dict[str, Any]]:
+def with_biases(plan: LayerPlan, activation: Activation) -> LayerPlan:
+    """The plan with biases, and without a gate if the activation has none."""
+    inner = torch.zeros(SHAPE.experts, SHAPE.intermediate, dtype=torch.bfloat16)
+    outer = torch.zeros(SHAPE.experts, SHAPE.hidden, dtype=torch.bfloat16)
+    return replace(
+        plan,
+        gate=replace(plan.gate, bias=inner) if activation.gated else Plan(None, None, None),
+        up=replace(plan.up, bias=inner),
+        down=replace(plan.down, bias=outer),
+    )
+
+
+def compile_plan(
+    plan_of: Callable[[bool], LayerPlan], method: str, tokens: int, activation: Activation = SILU
+) -> list[dict[str, Any]]:
     """Every kernel that a layer launches for ``tokens`` tokens, compiled: name, shared bytes, code."""
     built: list[dict[str, Any]] = []
     plain: Callable = JITFunction.run
@@ -61,7 +76,7 @@ def compile_plan(plan_of: Callable[[bool], LayerPlan], method: str, tokens: int)
         expert_map = torch.arange(SHAPE.experts, dtype=torch.int32)
         config = default_config(tokens, SHAPE.top_k, SHAPE.experts, frozenset({method}))
         weights = torch.ones(tokens, SHAPE.top_k)
-        run_plan(x, weights, ids, plan_of(config.restore), SILU, expert_map, config)
+        run_plan(x, weights, ids, plan_of(config.restore), activation, expert_map, config)
     finally:
         JITFunction.run = plain
     return built
@@ -101,24 +116,37 @@ def _tool_output(cubin: bytes, tool: str, option: str) -> str:
 
 
 def main() -> None:
-    """Compile the named methods, or all."""
-    for method in sys.argv[1:] or LAYER_MAKERS:
+    """Compile the named methods, or all; and one with biases, clamped SwiGLU, and without a gate."""
+    methods = sys.argv[1:] or list(LAYER_MAKERS)
+    for method in methods:
         layer = make_layer(SHAPE, method, "cpu", torch.bfloat16, seed=0)
         for tokens in (4, 1024):
             for kernel in compile_plan(lambda restore, own=layer: own.plan(restore=restore), method, tokens):
-                shared, code = kernel["shared"], kernel["asm"]
-                name = f"{method} T={tokens} {kernel['name']}"
-                if shared > MAX_SHARED_BYTES:
-                    raise SystemExit(f"{name} needs {shared} bytes of shared memory, a block has {MAX_SHARED_BYTES}")
-                registers, stack = resources(code["cubin"])
-                loop, barriers = longest_loop(code["cubin"])
-                products = code["ptx"].count("wgmma.mma_async") + code["ptx"].count("mma.sync")
-                print(
-                    f"{name}: loop of {loop} instructions, {barriers} barriers, {registers} registers, "
-                    f"{stack} spilled, {shared} shared, {products} products",
-                    flush=True,
-                )
+                _report(f"{method} T={tokens} {kernel['name']}", kernel)
+    layer = make_layer(SHAPE, methods[0], "cpu", torch.bfloat16, seed=0)
+    for name in ("swigluoai", "swiglustep", "relu2_no_mul"):
+        activation = ACTIVATIONS[name]
+
+        def plan_of(restore: bool, own: Any = layer, activation: Activation = activation) -> LayerPlan:
+            return with_biases(own.plan(restore=restore), activation)
+
+        for kernel in compile_plan(plan_of, methods[0], 4, activation):
+            _report(f"{methods[0]} {name} T=4 {kernel['name']}", kernel)
     print(f"compiled for sm_90 by triton {triton.__version__}")
+
+
+def _report(name: str, kernel: dict[str, Any]) -> None:
+    shared, code = kernel["shared"], kernel["asm"]
+    if shared > MAX_SHARED_BYTES:
+        raise SystemExit(f"{name} needs {shared} bytes of shared memory, a block has {MAX_SHARED_BYTES}")
+    registers, stack = resources(code["cubin"])
+    loop, barriers = longest_loop(code["cubin"])
+    products = code["ptx"].count("wgmma.mma_async") + code["ptx"].count("mma.sync")
+    print(
+        f"{name}: loop of {loop} instructions, {barriers} barriers, {registers} registers, "
+        f"{stack} spilled, {shared} shared, {products} products",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
