@@ -61,16 +61,18 @@ class FamilyResult:
 def check_family(
     architecture: MoEArchitecture, method: str, folder: Path, *, measure_change: bool = True
 ) -> FamilyResult:
-    """Compress, verify, restore, run both; the folder receives the checkpoints."""
+    """Compress, verify, restore, run both; the folder receives the checkpoints.
+
+    A source that is there already is taken: vLLM's Transformers backend changes the classes of transformers that it
+    serves, so that no model can be built with them afterwards.
+    """
     family = architecture.model_type
     in_bf16 = architecture.served_here and family in BF16
-    source = save_tiny_model(
-        family,
-        folder / "source",
-        torch.bfloat16 if in_bf16 else torch.float32,
-        **(BF16[family] if in_bf16 else {}),
-    )
-    small, dense = folder / "small", folder / "dense"
+    source = folder / "source"
+    if not source.exists():
+        dtype = torch.bfloat16 if in_bf16 else torch.float32
+        save_tiny_model(family, source, dtype, **(BF16[family] if in_bf16 else {}))
+    small, dense = folder / f"{method}-small", folder / f"{method}-dense"
     compress(source, small, make_config(method=method))
     verify(small, source)
     restore(small, dense)
@@ -165,10 +167,10 @@ def main(*, families: tuple[str, ...], json_file: Path | None, merge: bool, tabl
             why = f"{architecture.runs_in}; transformers: {NOT_IN_TRANSFORMERS[architecture.model_type]}"
             console.print(f"{architecture.title}: nothing here runs it: {why}", highlight=False)
             continue
-        for method in CHECKED_METHODS:
-            console.print(f"{architecture.title}, {method}", highlight=False)
-            with tempfile.TemporaryDirectory() as folder:
-                result = check_family(architecture, method, Path(folder))
+        console.print(architecture.title, highlight=False)
+        with tempfile.TemporaryDirectory() as folder:
+            results = [check_family(architecture, method, Path(folder)) for method in CHECKED_METHODS]
+        for method, result in zip(CHECKED_METHODS, results, strict=True):
             engine = f"{result.engine} in bf16" if result.allowed == MAX_DEVIATION_BF16 else result.engine
             rows.append(
                 Row.at_most(
