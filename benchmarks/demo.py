@@ -1,7 +1,7 @@
-"""`resmoe demo`: train a small MoE, compress it twice, serve all three with vLLM, ask them, compare.
+"""`resmoe demo`: train a small MoE, compress it three times, serve all four with vLLM, ask them, compare.
 
 Also `python -m benchmarks.demo [--out DIR]`. Results: one table on stdout, `DIR/summary.json` and
-`DIR/summary.png`; the three models stay in DIR.
+`DIR/summary.png`; the four models stay in DIR.
 """
 
 import argparse
@@ -25,8 +25,12 @@ from benchmarks.serving.client import Client
 from benchmarks.serving.server import ServerError, VllmServer
 from compress_tools.errors import ResMoEError
 
-RETAIN_RATIO = "0.25"
-COMPRESSED = {"pruned 25 %": "prune", "low rank 25 %": "low-rank"}
+# Row, folder, options of `resmoe compress`.
+COMPRESSED = {
+    "25 % of the bytes": ("budget", ("--target-bytes-ratio", "0.25")),
+    "pruned 25 %": ("prune", ("--method", "prune", "--retain-ratio", "0.25")),
+    "low rank 25 %": ("low-rank", ("--method", "low-rank", "--retain-ratio", "0.25")),
+}
 PROMPT = 'def read_lines(path):\n    """'
 SAMPLE_TOKENS = 40
 SPEED_TOKENS = 96
@@ -68,9 +72,8 @@ def run_demo(out_dir: str | Path = "demo-output", config: ReferenceModelConfig |
     console.rule("1/4 train a small Mixtral on Python's standard library")
     ensure_reference_model(config or preset_config("demo"), models["original"], console)
     console.rule("2/4 compress")
-    for name, method in COMPRESSED.items():
-        models[name] = out_dir / method
-        options = ("--method", method, "--retain-ratio", RETAIN_RATIO)
+    for name, (folder, options) in COMPRESSED.items():
+        models[name] = out_dir / folder
         compress(models["original"], models[name], *options, console=console)
     console.rule("3/4 serve and ask")
     heldout = (models["original"] / HELDOUT_FILE).read_text()

@@ -10,7 +10,7 @@ from compress_tools.config import make_config
 from compress_tools.format.dtypes import DTYPES
 from compress_tools.format.packing import mask_row_counts, pack_mask
 from compress_tools.format.parts.bitmap import MASK, VALUES
-from compress_tools.format.schema import BitmapResidual, ExpertNames, ResMoEFormat
+from compress_tools.format.schema import BitmapResidual, ExpertNames, ResMoEFormat, version_for
 from compress_tools.residuals.recipes import uniform_spec
 from resmoe_vllm.weights.layout import ROW_PTR, LayerLayout, make_layout
 
@@ -21,6 +21,7 @@ CODINGS: dict[str, dict[str, Any]] = {
     "low-rank-8bit": {"method": "low-rank", "retain_ratio": 0.25, "factor_bits": 8, "center_bits": 8},
     "prune": {"method": "prune", "retain_ratio": 0.25},
     "quantize-4bit": {"method": "quantize", "bits": 4, "center_bits": 8},
+    "trellis-4bit": {"method": "trellis", "bits": 4, "center_bits": 8},
 }
 
 
@@ -29,6 +30,7 @@ def synthetic_format(shape: MoEShape, dtype: str = "bfloat16", layers: int = 1, 
     config = make_config(**options)
     spec = uniform_spec(config, PROJECTIONS, shape.intermediate, shape.hidden)
     return ResMoEFormat(
+        format_version=version_for([spec], {}),
         written_by="synthetic",
         dtype=dtype,
         num_experts=shape.experts,

@@ -13,8 +13,10 @@ from benchmarks.models.reference_models import ReferenceModelConfig
 from benchmarks.models.reference_models.model import expert_modules, new_model, upcycle
 from benchmarks.quality.methods import (
     CENTER_BITS,
+    CENTER_TRELLIS,
     PAPER,
     PLAIN_BITS,
+    TRELLIS_BITS,
     Method,
     Outcome,
     fitted_methods,
@@ -99,7 +101,7 @@ def bytes_section(subject: Subject, label: str, ratios: list[float], say: Say) -
     experts = subject.source.sizes.num_experts
     for outcome in run_merging(subject, sorted({int(ratio * experts) for ratio in ratios} - {0})):
         yield _scored("bytes", label, subject, outcome, say)
-    for outcome in run_fixed(subject, [*PLAIN_BITS, *CENTER_BITS]):
+    for outcome in run_fixed(subject, [*PLAIN_BITS, *CENTER_BITS, *TRELLIS_BITS, *CENTER_TRELLIS]):
         yield _scored("bytes", label, subject, outcome, say)
     for method in fitted_methods():
         for ratio in ratios:

@@ -111,6 +111,20 @@ CENTER_BITS = [
 ]  # fmt: skip
 
 
+# Trellis codes alone, a scale for each row: against plain codes of the same bits, at a few bytes less.
+TRELLIS_BITS = [
+    Method(f"trellis {bits}-bit", "ResMoE", {"method": "trellis", "bits": bits, "center": "none"}) for bits in (2, 3, 4)
+]
+CENTER_TRELLIS = [
+    Method(
+        f"ResMoE, {center}-bit center, {bits}-bit trellis",
+        "ResMoE",
+        {"method": "trellis", "bits": bits, "center_bits": center, "center_coder": coder},
+    )
+    for center, coder, bits in ((4, "trellis", 1), (4, "trellis", 2), (4, "trellis", 3), (8, "codes", 4))
+]
+
+
 def fitted_methods() -> list[Method]:
     """Every method that can be brought to a size."""
     return [*FITTED, PLANNER, PLANNER_BY_OUTPUT]

@@ -28,6 +28,8 @@ STYLES = {
     "ResMoE (UP), 4-bit center and values": ("#0d9488", "^"),
     "ResMoE, 4-bit center, 2 bits + low rank": ("#65a30d", "P"),
     "ResMoE, quantised center and residual": ("#dc2626", "o"),
+    "trellis 2, 3, 4 bits": ("#ea580c", "s"),
+    "ResMoE, trellis center and residual": ("#7f1d1d", "s"),
     "ResMoE planner": ("#db2777", "*"),
     "ResMoE planner, by output": ("#9d174d", "*"),
 }
@@ -37,7 +39,11 @@ def line_of(method: str) -> str:
     """The line that a method's point belongs to."""
     if method in STYLES:
         return method
-    return "plain 2, 3, 4, 8 bits" if method.startswith("plain") else "ResMoE, quantised center and residual"
+    if method.startswith("plain"):
+        return "plain 2, 3, 4, 8 bits"
+    if method.startswith("trellis"):
+        return "trellis 2, 3, 4 bits"
+    return f"ResMoE, {'trellis' if method.endswith('trellis') else 'quantised'} center and residual"
 
 
 def draw(measured: Sequence[Measured], path: Path) -> None:

@@ -13,7 +13,17 @@ from benchmarks.models.reference_models import build_reference_model, preset_con
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import compare, methods
 from benchmarks.quality.merging import RouterUse, merge_all, merge_groups
-from benchmarks.quality.methods import CENTER_BITS, FITTED, PAPER, PLAIN_BITS, Method, knob_for, run_method
+from benchmarks.quality.methods import (
+    CENTER_BITS,
+    CENTER_TRELLIS,
+    FITTED,
+    PAPER,
+    PLAIN_BITS,
+    TRELLIS_BITS,
+    Method,
+    knob_for,
+    run_method,
+)
 from benchmarks.quality.picture import STYLES, line_of
 from benchmarks.quality.subject import Checkpoint, Subject
 from compress_tools.config import make_config
@@ -151,13 +161,17 @@ def test_center_overhead_falls_with_the_number_of_experts(subject, tmp_path) -> 
 
 
 def test_every_method_has_a_line_in_the_picture() -> None:
-    names = [method.name for method in (*FITTED, methods.PLANNER, *PLAIN_BITS, *CENTER_BITS)]
+    names = [
+        method.name for method in (*FITTED, methods.PLANNER, *PLAIN_BITS, *CENTER_BITS, *TRELLIS_BITS, *CENTER_TRELLIS)
+    ]
     assert {line_of(name) for name in names} <= set(STYLES)
 
 
 def test_command_writes_rows_and_picture(small, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(compare, "CENTER_BITS", CENTER_BITS[:1])
     monkeypatch.setattr(compare, "PLAIN_BITS", PLAIN_BITS[:1])
+    monkeypatch.setattr(compare, "TRELLIS_BITS", TRELLIS_BITS[:1])
+    monkeypatch.setattr(compare, "CENTER_TRELLIS", [])
     monkeypatch.setattr(methods, "FITTED", FITTED[:1])
     rows_file, picture = tmp_path / "rows.json", tmp_path / "picture.png"
     words = ["--model", str(small), "--tokens", "64", "--window", "31", "--section", "bytes", "--ratio", "0.3"]
