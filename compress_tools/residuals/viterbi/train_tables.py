@@ -13,7 +13,6 @@ import time
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import norm
 
 from compress_tools.format import trellis
 from compress_tools.format.trellis import STATE_BITS, field_bits
@@ -39,7 +38,7 @@ def start(bits: int, seed: int) -> Floats:
     """Tables to begin with, of levels with variance 1: ``[fields, entries]``."""
     generator = np.random.default_rng([bits, seed])
     entries = 1 << field_bits(bits)
-    quantiles = norm.ppf((np.arange(entries) + 0.5) / entries)
+    quantiles = torch.special.ndtri((torch.arange(entries, dtype=torch.float64) + 0.5) / entries).numpy()
     sizes = generator.uniform((0.4, 0.3, 0.3, 0.2), (1.3, 1.4, 1.5, 1.6))[: STATE_BITS // field_bits(bits)]
     found = np.stack([size * generator.permutation(quantiles) for size in sizes])
     return np.asarray(found / np.sqrt(found.var(1).sum()))
