@@ -50,6 +50,8 @@ def why_left_out(directory: Path, name: str) -> str | None:
     Args:
         directory: of the checkpoint.
         name: of the file, as ``files_of`` gives it.
+    Raises:
+        CheckpointError: it is to be copied, and can't be read.
     """
     path = directory / name
     if path.is_dir():
@@ -62,6 +64,8 @@ def why_left_out(directory: Path, name: str) -> str | None:
         return "weights in another format"
     if name.endswith(_INDEX_ENDINGS):
         return "index of weights that are left out"
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(f"{path}: not readable: permission denied; make it readable, or remove it")
     return None
 
 

@@ -102,3 +102,17 @@ def test_a_directory_that_can_not_be_read(source: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "scandir", refusing)
     with pytest.raises(CheckpointError, match="original: not readable: permission denied"):
         SourceReader(source)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "original/params.json"])
+def test_a_file_that_can_not_be_read_is_refused_before_the_work(
+    name: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.access
+    # Root may read everything, so the refusal is made up; what is left out need not be readable.
+    closed = {source / name, source / "pytorch_model-00001-of-00002.bin"}
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in closed and real(path, mode))
+    with pytest.raises(CheckpointError, match=rf"{name}: not readable: permission denied; make it readable, or remove"):
+        SourceReader(source)
+    closed.remove(source / name)
+    assert SourceReader(source).files()[name] is None
