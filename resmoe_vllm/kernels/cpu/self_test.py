@@ -14,7 +14,7 @@ from compress_tools.format.packing import pack_codes, pack_mask
 from resmoe_vllm.kernels.cpu.structs import DTYPES, matrix_struct, pointer_to, struct_fields
 from resmoe_vllm.weights.bound import Coded
 
-# not a multiple of 64, of 32 or of 8
+# not a multiple of 64, of 32 or of 8; more than twice what is decoded at a time
 COLUMNS = 333
 
 

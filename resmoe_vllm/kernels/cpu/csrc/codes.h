@@ -29,7 +29,7 @@ struct Code {
   }
   // visit(j, values) of one octet or of two. octets: of the row.
   template <int Octets, class Visit>
-  static inline void load(const NoTables&, const uint8_t* row, int64_t octet, int64_t octets, Visit visit) {
+  static inline void load(const uint8_t* row, int64_t octet, int64_t octets, Visit visit) {
     if constexpr (Bits == 4) {
 #pragma GCC unroll 2
       for (int j = 0; j < Octets; ++j) {
@@ -70,7 +70,7 @@ struct Code<8> {
     return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(flipped, to_top));
   }
   template <int Octets, class Visit>
-  static inline void load(const NoTables&, const uint8_t* row, int64_t octet, int64_t, Visit visit) {
+  static inline void load(const uint8_t* row, int64_t octet, int64_t, Visit visit) {
     const __m128i* from = (const __m128i*)(row + kLanes * octet);
     const __m128i codes = Octets == 2 ? _mm_loadu_si128(from) : _mm_loadl_epi64(from);
     const __m256i flipped = _mm256_xor_si256(_mm256_broadcastsi128_si256(codes), _mm256_set1_epi8(-128));
@@ -141,6 +141,38 @@ struct CodeRows {
   }
 };
 
+// Where the values of R rows come from: plain codes from the rows themselves.
+template <class C, int R>
+struct Values {
+  __attribute__((always_inline)) void fetch(const CodeRows<C>&, int64_t, int64_t) {}
+  // visit(j, values) of one octet or of two of row r.
+  template <int Octets, class Visit>
+  __attribute__((always_inline)) void load(const CodeRows<C>& rows, int r, int64_t o, Visit visit) const {
+    C::template load<Octets>(rows.codes + r * rows.stride, o, rows.octets, visit);
+  }
+};
+// Levels of a trellis are decoded some octets at a time.
+template <int Bits, int R>
+struct Values<TrellisCode<Bits>, R> {
+  using Rows = CodeRows<TrellisCode<Bits>>;
+  alignas(32) int8_t levels[R][kDecoded * kLanes];
+  int64_t first = 0, last = 0;  // octets
+  __attribute__((always_inline)) void fetch(const Rows& rows, int64_t o, int64_t end) {
+    if (o >= last) decode(rows, o, end);
+  }
+  __attribute__((noinline)) void decode(const Rows& rows, int64_t o, int64_t end) {
+    first = o;
+    last = std::min(o + kDecoded, end);
+    for (int r = 0; r < R; ++r)
+      decode_trellis<Bits>(rows.tables, rows.codes + r * rows.stride, first, last - first, rows.octets, levels[r]);
+  }
+  template <int Octets, class Visit>
+  __attribute__((always_inline)) void load(const Rows&, int r, int64_t o, Visit visit) const {
+    for (int j = 0; j < Octets; ++j)
+      visit(j, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_8((const uint8_t*)levels[r] + (o - first + j) * kLanes))));
+  }
+};
+
 // What kShift adds to a dot: x by lane over each group of columns, times kShift: [groups, 8].
 template <class C>
 void shift_sums(const CodeRows<C>& rows, const float* x, float* shifts) {
@@ -156,6 +188,7 @@ void shift_sums(const CodeRows<C>& rows, const float* x, float* shifts) {
 // sums[r * ld + s] += row r . x[s]; shifts[s]: shift_sums of x[s].
 template <class C, int R, int S>
 void dot_codes(const CodeRows<C>& rows, const float* const* x, const float* const* shifts, float* sums, int64_t ld) {
+  Values<C, R> values;
   __m256 total[R][S];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
@@ -170,8 +203,7 @@ void dot_codes(const CodeRows<C>& rows, const float* const* x, const float* cons
     const auto add = [&](auto count, int64_t o, const auto& in) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r)
-        C::template load<decltype(count)::value>(rows.tables, rows.codes + r * rows.stride, o, rows.octets,
-                                                          [&](int j, __m256 w) {
+        values.template load<decltype(count)::value>(rows, r, o, [&](int j, __m256 w) {
 #pragma GCC unroll 4
                                                             for (int s = 0; s < S; ++s)
                                                               acc[r][s] = _mm256_fmadd_ps(w, in[s][j], acc[r][s]);
@@ -181,6 +213,7 @@ void dot_codes(const CodeRows<C>& rows, const float* const* x, const float* cons
     const int64_t end = rows.end(g), whole = std::min(end, rows.whole());
     for (; o + 2 <= whole; o += 2) {
       rows.template fetch_ahead<R>(o);
+      values.fetch(rows, o, end);
       __m256 in[S][2];
 #pragma GCC unroll 4
       for (int s = 0; s < S; ++s) {
@@ -190,6 +223,7 @@ void dot_codes(const CodeRows<C>& rows, const float* const* x, const float* cons
       add(std::integral_constant<int, 2>(), o, in);
     }
     for (; o < end; ++o) {
+      values.fetch(rows, o, end);
       const __m256i lanes = lanes_of(rows.n - o * kLanes);
       __m256 in[S][1];
 #pragma GCC unroll 4
@@ -225,7 +259,8 @@ void dot_codes(const CodeRows<C>& rows, int64_t inputs, const float* const* x, c
 // y[s] += shift[s] + sum over r < R of factor[s][r] * row r, over octets from o on.
 template <class C, int R, int S, int Octets>
 __attribute__((always_inline)) inline void axpy_octets(const __m256 (&factor)[S][R], const float (&shift)[S],
-                                                       const CodeRows<C>& rows, float* const* y, int64_t o) {
+                                                       const CodeRows<C>& rows, const Values<C, R>& values,
+                                                       float* const* y, int64_t o) {
   const int64_t columns = rows.n - o * kLanes;
   __m256 into[S][Octets];
   load_outputs(into, y, o, columns);
@@ -235,7 +270,7 @@ __attribute__((always_inline)) inline void axpy_octets(const __m256 (&factor)[S]
     for (int j = 0; j < Octets; ++j) into[s][j] = _mm256_add_ps(into[s][j], _mm256_set1_ps(shift[s]));
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
-    C::template load<Octets>(rows.tables, rows.codes + r * rows.stride, o, rows.octets, [&](int j, __m256 w) {
+    values.template load<Octets>(rows, r, o, [&](int j, __m256 w) {
 #pragma GCC unroll 4
       for (int s = 0; s < S; ++s) into[s][j] = _mm256_fmadd_ps(factor[s][r], w, into[s][j]);
     });
@@ -245,6 +280,7 @@ __attribute__((always_inline)) inline void axpy_octets(const __m256 (&factor)[S]
 // y[s] += sum over r < R of a[s * lda + r] * row r.
 template <class C, int R, int S>
 void axpy_rows(const float* a, int64_t lda, const CodeRows<C>& rows, float* const* y) {
+  Values<C, R> values;
   for (int64_t g = 0; g < rows.groups; ++g) {
     float shift[S];
     __m256 factor[S][R];
@@ -261,9 +297,13 @@ void axpy_rows(const float* a, int64_t lda, const CodeRows<C>& rows, float* cons
     const int64_t end = rows.end(g), whole = std::min(end, rows.whole());
     for (; o + 2 <= whole; o += 2) {
       rows.template fetch_ahead<R>(o);
-      axpy_octets<C, R, S, 2>(factor, shift, rows, y, o);
+      values.fetch(rows, o, end);
+      axpy_octets<C, R, S, 2>(factor, shift, rows, values, y, o);
     }
-    for (; o < end; ++o) axpy_octets<C, R, S, 1>(factor, shift, rows, y, o);
+    for (; o < end; ++o) {
+      values.fetch(rows, o, end);
+      axpy_octets<C, R, S, 1>(factor, shift, rows, values, y, o);
+    }
   }
 }
 
@@ -288,11 +328,13 @@ struct CodeBlock {
   void widen(const CodeRows<C>& rows, int64_t count, int64_t begin, int64_t end) {
     for (int64_t r = 0; r < count; ++r) {
       const auto store = [&](int64_t o, __m256 w) { _mm256_store_ps(wide[r] + (o - begin) * kLanes, w); };
-      const uint8_t* codes = rows.codes + r * rows.stride;
+      const CodeRows<C> row = rows.from(r);
+      Values<C, 1> values;
+      values.fetch(row, begin, end);
       int64_t o = begin;
       for (; o + 2 <= end; o += 2)
-        C::template load<2>(rows.tables, codes, o, rows.octets, [&](int j, __m256 w) { store(o + j, w); });
-      if (o < end) C::template load<1>(rows.tables, codes, o, rows.octets, [&](int, __m256 w) { store(o, w); });
+        values.template load<2>(row, 0, o, [&](int j, __m256 w) { store(o + j, w); });
+      if (o < end) values.template load<1>(row, 0, o, [&](int, __m256 w) { store(o, w); });
     }
   }
   // y[s] += factor . wide for S outputs from `first` on and V octets from o, in the order of axpy_octets.
@@ -405,12 +447,15 @@ inline void with_codes(const Matrix& m, int64_t e, int64_t i, int64_t n, Visit v
 // One row's levels, whole octets: for the self-test of the loader.
 template <class C>
 void decode_codes(const CodeRows<C>& row, float* out) {
+  Values<C, 1> values;
   for (int64_t g = 0; g < row.groups; ++g)
-    for (int64_t o = row.begin(g); o < row.end(g); ++o)
-      C::template load<1>(row.tables, row.codes, o, row.octets, [&](int, __m256 w) {
+    for (int64_t o = row.begin(g); o < row.end(g); ++o) {
+      values.fetch(row, o, row.end(g));
+      values.template load<1>(row, 0, o, [&](int, __m256 w) {
         _mm256_storeu_ps(out + o * kLanes, _mm256_mul_ps(_mm256_add_ps(w, _mm256_set1_ps(C::kShift)),
                                                          _mm256_set1_ps(row.scale(0, g))));
       });
+    }
 }
 
 }  // namespace resmoe
