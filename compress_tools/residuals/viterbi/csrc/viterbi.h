@@ -22,8 +22,8 @@
 namespace resmoe {
 
 constexpr int kStateBits = 12, kStates = 1 << kStateBits;
-constexpr int kFractionBits = 5;               // of x, and of costs
-constexpr int32_t kUnreachable = 1 << 29;      // more than any two histories differ by: see search.py
+constexpr int kFractionBits = 5;           // of x, and of costs
+constexpr int32_t kUnreachable = 1 << 29;  // more than any two histories differ by: see search.py
 constexpr float kMostReweighted = 1 << 28;
 constexpr int64_t kReach = 64;  // columns on either side of the seam that decide what lies there
 
@@ -43,7 +43,7 @@ template <int Bits>
 struct Trellis {
   static constexpr int kField = Bits == 3 ? 3 : 4, kFields = kStateBits / kField, kEntries = 1 << kField;
   static constexpr int kSymbols = 1 << Bits, kHistories = kStates >> Bits, kMiddles = kHistories >> Bits;
-  static constexpr int32_t kOldest = kSymbols - 1;  // mask of a cost's lowest bits
+  static constexpr int32_t kOldest = kSymbols - 1;                                      // mask of a cost's lowest bits
   static constexpr int kWidth = Bits == 3 ? 4 : Bits, kKept = kHistories * kWidth / 8;  // bytes a column
 
   alignas(64) int32_t squares[kSymbols][kSymbols][kMiddles];  // [newest][oldest][what lies between]
@@ -158,8 +158,7 @@ struct Trellis {
   // What lies before the first column, by the `reach` last and the `reach` first ones.
   int seam(const Row& row, int64_t reach, uint8_t* kept) const {
     alignas(64) int32_t cost[kHistories] = {};
-    for (int64_t k = 0; k < 2 * reach; ++k)
-      advance(row, (row.n - reach + k) % row.n, k == 0, cost, kept + k * kKept);
+    for (int64_t k = 0; k < 2 * reach; ++k) advance(row, (row.n - reach + k) % row.n, k == 0, cost, kept + k * kKept);
     int history = std::min_element(cost, cost + kHistories) - cost;
     for (int64_t k = 2 * reach - 1; k >= reach; --k) history = state_of(kept + k * kKept, history) >> Bits;
     // A row shorter than a history is in it more than once.

@@ -82,18 +82,18 @@ struct Layer {
 
 inline std::string struct_fields() {
   return FIELD(Matrix, data) + FIELD(Matrix, scales) + FIELD(Matrix, stride) + FIELD(Matrix, scales_stride) +
-         FIELD(Matrix, bits) + FIELD(Matrix, group) + FIELD(Matrix, tables) +
-         FIELD(Bitmap, mask) + FIELD(Bitmap, row_ptr) +
-         FIELD(Bitmap, values) + FIELD(Bitmap, scales) + FIELD(Bitmap, starts) + FIELD(Bitmap, mask_stride) +
-         FIELD(Bitmap, row_ptr_stride) + FIELD(Bitmap, values_stride) + FIELD(Bitmap, scales_stride) +
-         FIELD(Bitmap, starts_stride) + FIELD(Bitmap, readable) + FIELD(Bitmap, values_per_row) + FIELD(Bitmap, bits) +
-         FIELD(Bitmap, group) + FIELD(LowRank, u) + FIELD(LowRank, v) + FIELD(LowRank, rank) + FIELD(Quantized, rows) +
-         FIELD(Activation, function) + FIELD(Activation, gated) + FIELD(Activation, limit_after) +
-         FIELD(Activation, limit) + FIELD(Activation, alpha) + FIELD(Activation, beta) + FIELD(Layer, hidden) +
-         FIELD(Layer, intermediate) + FIELD(Layer, experts) + FIELD(Layer, mask_bytes) + FIELD(Layer, center) +
-         FIELD(Layer, low_rank) + FIELD(Layer, num_low_rank) + FIELD(Layer, bitmap) + FIELD(Layer, num_bitmap) +
-         FIELD(Layer, quantized) + FIELD(Layer, num_quantized) + FIELD(Layer, bias) + FIELD(Layer, bias_stride) +
-         FIELD(Layer, activation) + FIELD(Layer, dtype);
+         FIELD(Matrix, bits) + FIELD(Matrix, group) + FIELD(Matrix, tables) + FIELD(Bitmap, mask) +
+         FIELD(Bitmap, row_ptr) + FIELD(Bitmap, values) + FIELD(Bitmap, scales) + FIELD(Bitmap, starts) +
+         FIELD(Bitmap, mask_stride) + FIELD(Bitmap, row_ptr_stride) + FIELD(Bitmap, values_stride) +
+         FIELD(Bitmap, scales_stride) + FIELD(Bitmap, starts_stride) + FIELD(Bitmap, readable) +
+         FIELD(Bitmap, values_per_row) + FIELD(Bitmap, bits) + FIELD(Bitmap, group) + FIELD(LowRank, u) +
+         FIELD(LowRank, v) + FIELD(LowRank, rank) + FIELD(Quantized, rows) + FIELD(Activation, function) +
+         FIELD(Activation, gated) + FIELD(Activation, limit_after) + FIELD(Activation, limit) +
+         FIELD(Activation, alpha) + FIELD(Activation, beta) + FIELD(Layer, hidden) + FIELD(Layer, intermediate) +
+         FIELD(Layer, experts) + FIELD(Layer, mask_bytes) + FIELD(Layer, center) + FIELD(Layer, low_rank) +
+         FIELD(Layer, num_low_rank) + FIELD(Layer, bitmap) + FIELD(Layer, num_bitmap) + FIELD(Layer, quantized) +
+         FIELD(Layer, num_quantized) + FIELD(Layer, bias) + FIELD(Layer, bias_stride) + FIELD(Layer, activation) +
+         FIELD(Layer, dtype);
 }
 #undef FIELD
 

@@ -125,9 +125,7 @@ struct CodeRows {
     rest.scales += row * groups;
     return rest;
   }
-  float scale(int64_t row, int64_t g) const {
-    return BF16::scalar(scales[row * groups + g]) * (1.0f / C::kOne);
-  }
+  float scale(int64_t row, int64_t g) const { return BF16::scalar(scales[row * groups + g]) * (1.0f / C::kOne); }
   int64_t begin(int64_t g) const { return g * group / kLanes; }  // octets
   int64_t end(int64_t g) const { return std::min(octets, (g + 1) * group / kLanes); }
   int64_t whole() const { return n / kLanes; }
@@ -205,9 +203,8 @@ void dot_codes(const CodeRows<C>& rows, const float* const* x, const float* cons
       for (int r = 0; r < R; ++r)
         values.template load<decltype(count)::value>(rows, r, o, [&](int j, __m256 w) {
 #pragma GCC unroll 4
-                                                            for (int s = 0; s < S; ++s)
-                                                              acc[r][s] = _mm256_fmadd_ps(w, in[s][j], acc[r][s]);
-                                                          });
+          for (int s = 0; s < S; ++s) acc[r][s] = _mm256_fmadd_ps(w, in[s][j], acc[r][s]);
+        });
     };
     int64_t o = rows.begin(g);
     const int64_t end = rows.end(g), whole = std::min(end, rows.whole());
@@ -244,8 +241,8 @@ void dot_codes(const CodeRows<C>& rows, const float* const* x, const float* cons
 }
 
 template <class C, int R>
-void dot_codes(const CodeRows<C>& rows, int64_t inputs, const float* const* x, const float* const* shifts,
-               float* sums, int64_t ld) {
+void dot_codes(const CodeRows<C>& rows, int64_t inputs, const float* const* x, const float* const* shifts, float* sums,
+               int64_t ld) {
   switch (inputs) {
     case 1:
       return dot_codes<C, R, 1>(rows, x, shifts, sums, ld);
@@ -332,8 +329,7 @@ struct CodeBlock {
       Values<C, 1> values;
       values.fetch(row, begin, end);
       int64_t o = begin;
-      for (; o + 2 <= end; o += 2)
-        values.template load<2>(row, 0, o, [&](int j, __m256 w) { store(o + j, w); });
+      for (; o + 2 <= end; o += 2) values.template load<2>(row, 0, o, [&](int j, __m256 w) { store(o + j, w); });
       if (o < end) values.template load<1>(row, 0, o, [&](int, __m256 w) { store(o, w); });
     }
   }
@@ -373,8 +369,7 @@ struct CodeBlock {
     store_outputs(into, y, o, columns);
   }
   template <int S>
-  void add(const CodeRows<C>& rows, int64_t count, float* const* y, int64_t first, int64_t begin,
-           int64_t end) const {
+  void add(const CodeRows<C>& rows, int64_t count, float* const* y, int64_t first, int64_t begin, int64_t end) const {
     int64_t o = begin;
     for (; o + 4 <= std::min(end, rows.whole()); o += 4) add<S, 4>(count, y, first, begin, o);
     for (; o < end; ++o) add<S, 1>(count, y, first, begin, o, rows.n - o * kLanes);
@@ -385,8 +380,7 @@ constexpr int64_t kBlocked = 8;  // outputs for which rows are widened once for 
 
 // y[s] += sum over r < count of a[s * lda + r] * row r; count at most kRows, outputs at most kInputs.
 template <class C>
-void axpy_codes(const float* a, int64_t lda, const CodeRows<C>& rows, int64_t count, float* const* y,
-                int64_t outputs) {
+void axpy_codes(const float* a, int64_t lda, const CodeRows<C>& rows, int64_t count, float* const* y, int64_t outputs) {
   if (outputs < kBlocked) {
     const auto add = [&](auto rows_at_once, int64_t r) {
       constexpr int R = decltype(rows_at_once)::value;
@@ -452,8 +446,8 @@ void decode_codes(const CodeRows<C>& row, float* out) {
     for (int64_t o = row.begin(g); o < row.end(g); ++o) {
       values.fetch(row, o, row.end(g));
       values.template load<1>(row, 0, o, [&](int, __m256 w) {
-        _mm256_storeu_ps(out + o * kLanes, _mm256_mul_ps(_mm256_add_ps(w, _mm256_set1_ps(C::kShift)),
-                                                         _mm256_set1_ps(row.scale(0, g))));
+        _mm256_storeu_ps(out + o * kLanes,
+                         _mm256_mul_ps(_mm256_add_ps(w, _mm256_set1_ps(C::kShift)), _mm256_set1_ps(row.scale(0, g))));
       });
     }
 }

@@ -1,8 +1,8 @@
 // Trellis codes (compress_tools/format/SPEC.md, 4): levels by byte shuffles, 128 columns at a time.
 //
-// A level is a sum of table entries, one for each field of the last 12 bits of symbols. With 4 bits a field is a symbol;
-// with 3 likewise, of 8 entries; with 2 it is a pair of symbols; with 1 four of them. Before a row's first octet lies its
-// last one.
+// A level is a sum of table entries, one for each field of the last 12 bits of symbols. With 4 bits a field is a
+// symbol; with 3 likewise, of 8 entries; with 2 it is a pair of symbols; with 1 four of them. Before a row's first
+// octet lies its last one.
 #pragma once
 
 #include <immintrin.h>
@@ -40,8 +40,8 @@ inline void split(__m128i packed, __m128i* low, __m128i* high) {
 
 inline int64_t octet_before(int64_t octet, int64_t octets) { return (octet ? octet : octets) - 1; }
 
-// levels(tables, row, octet, octets): of two octets of columns, the first an even one, int8 [16]; if Octets is 1, of one
-// octet, the first 8.
+// levels(tables, row, octet, octets): of two octets of columns, the first an even one, int8 [16]; if Octets is 1, of
+// one octet, the first 8.
 template <int Bits>
 struct Trellis;
 
@@ -65,9 +65,9 @@ struct Trellis<4> {
       own = _mm_srli_si128(before, 8);
       before = _mm_slli_si128(before, 8);
     }
-    return _mm_add_epi8(_mm_add_epi8(_mm_shuffle_epi8(t.newest, own),
-                                     _mm_shuffle_epi8(t.second, _mm_alignr_epi8(own, before, 15))),
-                        _mm_shuffle_epi8(t.third, _mm_alignr_epi8(own, before, 14)));
+    return _mm_add_epi8(
+        _mm_add_epi8(_mm_shuffle_epi8(t.newest, own), _mm_shuffle_epi8(t.second, _mm_alignr_epi8(own, before, 15))),
+        _mm_shuffle_epi8(t.third, _mm_alignr_epi8(own, before, 14)));
   }
 };
 
@@ -84,7 +84,8 @@ struct Trellis<3> {
     __m128i nibbles, pairs, unused;
     split<4>(low, &nibbles, &unused);  // 4 bytes of columns to 8 nibbles
     split<2>(nibbles, &pairs, &unused);
-    const __m128i bytes = _mm_shuffle_epi8(_mm_cvtsi32_si128(high), _mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1));
+    const __m128i bytes =
+        _mm_shuffle_epi8(_mm_cvtsi32_si128(high), _mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1));
     const __m128i bit = _mm_setr_epi8(1, 2, 4, 8, 16, 32, 64, -128, 1, 2, 4, 8, 16, 32, 64, -128);
     const __m128i set = _mm_cmpeq_epi8(_mm_and_si128(bytes, bit), bit);
     return _mm_or_si128(pairs, _mm_and_si128(set, _mm_set1_epi8(4)));
@@ -118,9 +119,9 @@ struct Trellis<2> {
   };
   // Levels of the columns that end a byte's nibbles: 8 to the upper half, the nibbles before them in the lower.
   static inline __m128i of_nibbles(const Tables& t, __m128i nibbles) {
-    return _mm_add_epi8(_mm_add_epi8(_mm_shuffle_epi8(t.newest, nibbles),
-                                     _mm_shuffle_epi8(t.second, _mm_slli_si128(nibbles, 1))),
-                        _mm_shuffle_epi8(t.third, _mm_slli_si128(nibbles, 2)));
+    return _mm_add_epi8(
+        _mm_add_epi8(_mm_shuffle_epi8(t.newest, nibbles), _mm_shuffle_epi8(t.second, _mm_slli_si128(nibbles, 1))),
+        _mm_shuffle_epi8(t.third, _mm_slli_si128(nibbles, 2)));
   }
   template <int Octets>
   static inline __m128i levels(const Tables& t, const uint8_t* row, int64_t octet, int64_t octets) {
@@ -162,8 +163,8 @@ struct Trellis<1> {
   }
 };
 
-// decode_128(tables, row, octet, octets, out): sixteen octets that do not begin the row, 0 < octet. Columns are looked up
-// apart by their place in a byte, and interleaved at the end.
+// decode_128(tables, row, octet, octets, out): sixteen octets that do not begin the row, 0 < octet. Columns are looked
+// up apart by their place in a byte, and interleaved at the end.
 inline __m256i table_32(__m128i entries) { return _mm256_broadcastsi128_si256(entries); }
 inline __m256i load_32(const uint8_t* from) { return _mm256_loadu_si256((const __m256i*)from); }
 inline __m256i low_nibbles(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
@@ -246,14 +247,12 @@ inline void decode_128(const Trellis<3>::Tables& t, const uint8_t* row, int64_t 
   // The last three columns of the four before, then the four.
   __m256i symbols[7], columns[4];
 #pragma GCC unroll 7
-  for (int k = 0; k < 7; ++k)
-    symbols[k] = k < 3 ? symbol(before, tops_before, k + 1) : symbol(own, tops, k - 3);
+  for (int k = 0; k < 7; ++k) symbols[k] = k < 3 ? symbol(before, tops_before, k + 1) : symbol(own, tops, k - 3);
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j)
-    columns[j] = _mm256_add_epi8(_mm256_add_epi8(_mm256_shuffle_epi8(of_age[0], symbols[j + 3]),
-                                                 _mm256_shuffle_epi8(of_age[1], symbols[j + 2])),
-                                 _mm256_add_epi8(_mm256_shuffle_epi8(of_age[2], symbols[j + 1]),
-                                                 _mm256_shuffle_epi8(of_age[3], symbols[j])));
+    columns[j] = _mm256_add_epi8(
+        _mm256_add_epi8(_mm256_shuffle_epi8(of_age[0], symbols[j + 3]), _mm256_shuffle_epi8(of_age[1], symbols[j + 2])),
+        _mm256_add_epi8(_mm256_shuffle_epi8(of_age[2], symbols[j + 1]), _mm256_shuffle_epi8(of_age[3], symbols[j])));
   interleave_four(columns, out);
 }
 
@@ -272,7 +271,8 @@ inline void decode_trellis(const typename Trellis<Bits>::Tables& t, const uint8_
   int64_t k = 0;
   for (; k + 2 <= count; k += 2)
     _mm_storeu_si128((__m128i*)(out + 8 * k), Trellis<Bits>::template levels<2>(t, row, octet + k, octets));
-  if (k < count) _mm_storel_epi64((__m128i*)(out + 8 * k), Trellis<Bits>::template levels<1>(t, row, octet + k, octets));
+  if (k < count)
+    _mm_storel_epi64((__m128i*)(out + 8 * k), Trellis<Bits>::template levels<1>(t, row, octet + k, octets));
 }
 
 template <int Bits>
