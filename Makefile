@@ -27,7 +27,7 @@ cover: $(STAMP)  ## hold format/ and output/ to their floor of lines and branche
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(COVERED:%=--cov=%) --cov-branch --cov-fail-under=95 \
 		$(addprefix tests/compress_tools/,format output slices test_pipeline.py)
 
-demo: $(STAMP)  ## train a small MoE, compress it twice, serve and compare all three
+demo: $(STAMP)  ## train a small MoE, compress it three times, serve and compare all four
 	$(BIN)/resmoe demo
 
 check: $(STAMP)  ## style, types, import contracts, spelling, C++ layout, Dockerfiles; no test is run
@@ -36,7 +36,7 @@ check: $(STAMP)  ## style, types, import contracts, spelling, C++ layout, Docker
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/codespell
-	$(BIN)/clang-format --dry-run --Werror $(wildcard resmoe_vllm/kernels/cpu/csrc/*)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard resmoe_vllm/kernels/cpu/csrc/* compress_tools/residuals/viterbi/csrc/*)
 	$(BIN)/hadolint docker/Dockerfile.cpu docker/Dockerfile.cuda
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 

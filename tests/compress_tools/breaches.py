@@ -80,7 +80,7 @@ def drop_tensor(folder: Path, pick: random.Random) -> str:
 
 def rename_tensor(folder: Path, pick: random.Random) -> str:
     file, name = some_tensor(folder, pick)
-    other = pick.choice([f"{name}.old", f"old.{name}", name.replace("0", "7"), name.replace("weight", "wieght")])
+    other = pick.choice([f"{name}.old", f"old.{name}", name.replace("0", "7"), name.replace("weight", "weigth_")])
     other = f"{name}_" if other == name else other
     edit_tensors(file, lambda tensors: tensors.update({other: tensors.pop(name)}))
     if pick.random() < 0.7:
