@@ -25,7 +25,7 @@ mutate: $(STAMP)  ## try small wrong edits and list those that no test sees, for
 COVERED := compress_tools.format compress_tools.output
 cover: $(STAMP)  ## hold format/ and output/ to their floor of lines and branches that tests reach
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(COVERED:%=--cov=%) --cov-branch --cov-fail-under=95 \
-		$(addprefix tests/compress_tools/,format output slices test_pipeline.py)
+		$(addprefix tests/compress_tools/,format output slices source test_pipeline.py)
 
 demo: $(STAMP)  ## train a small MoE, compress it three times, serve and compare all four
 	$(BIN)/resmoe demo
