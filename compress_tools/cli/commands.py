@@ -354,7 +354,7 @@ def restore(*, src: str, dst: str, resume: bool, overwrite: bool, as_json: bool)
 @cli.command()
 @click.option("--out", "out_dir", default="demo-output", show_default=True, help="Directory of models and results.")
 def demo(*, out_dir: str) -> None:
-    """Train a small MoE, compress it twice, serve all three with vLLM, ask them, compare. Needs the repository."""
+    """Train a small MoE, compress it three times, serve all four with vLLM, ask them, compare. Needs the repository."""
     try:
         from benchmarks.demo import run_demo
     except ModuleNotFoundError as err:
