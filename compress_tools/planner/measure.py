@@ -3,7 +3,7 @@
 A layer of at most ``measure_experts`` experts of at most ``measure_rows`` rows is measured as it would be written. Of
 a larger one evenly spaced experts and rows are, scaled up by the residual's energy, which is taken of all. Low rank
 takes all rows, since a rank means nothing on some of them, of few experts: factorising is what takes longest. What
-trellis codes of large matrices lose is predicted from every row measured, and set right by a search on few of them.
+trellis codes of large matrices lose is predicted for some of the rows, and set right by a search on few of them.
 """
 
 from collections.abc import Callable, Iterable
@@ -29,9 +29,11 @@ from compress_tools.source.design_matrix import design_to_rows, rows_to_design
 
 # Of a layer that is not measured as a whole.
 LOW_RANK_EXPERTS = 2
-# Rows of one expert in trellis codes: all are searched of matrices of so few weights, so many of others.
+# Rows of one expert in trellis codes: all are searched of matrices of so few weights; of others so many are predicted
+# and so many searched.
 TRELLIS_WEIGHTS = 1 << 16
-TRELLIS_ROWS = 8
+TRELLIS_PREDICTED = 64
+TRELLIS_SEARCHED = 8
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,10 @@ def _scaled_up(measured: Tensor, experts: list[int], residuals: Tensor) -> Tenso
     return total
 
 
+def _some(rows: Tensor, most: int) -> Tensor:
+    return rows[torch.tensor(spaced(list(range(len(rows))), most))]
+
+
 class _ExpertErrors:
     """Errors of one expert's residual against one center; factors that neighbouring candidates share are kept.
 
@@ -212,14 +218,17 @@ class _ExpertErrors:
         rows = self._sampled_residual[projection]
         bits, group_size = coder.config.bits, coder.config.group_size or None
         whole = rows.numel() <= TRELLIS_WEIGHTS
-        some = rows if whole else rows[torch.tensor(spaced(list(range(len(rows))), TRELLIS_ROWS))]
+        some = rows if whole else _some(rows, TRELLIS_SEARCHED)
         symbols, scales = trellis_rows(some, bits, group_size)
         restored = restored_rows(symbols, scales, bits, rows.shape[1], group_size)
         found = squared_norm(some - restored)
         if whole:
             return found
         predicted = float(predicted_errors(some, bits, group_size).sum())
-        every = float(predicted_errors(rows, bits, group_size).sum())
+        more = _some(rows, TRELLIS_PREDICTED)
+        every = (
+            float(predicted_errors(more, bits, group_size).sum()) * squared_norm(rows) / max(squared_norm(more), 1e-300)
+        )
         return every * (found / predicted if predicted else 1.0)
 
     def _of_group(self, coder: Coder, group: tuple[Projection, ...]) -> dict[Projection, float]:

@@ -216,7 +216,9 @@ def test_models_it_does_not_know(tiny_olmoe: Path, tmp_path: Path) -> None:
     renamed = {name.replace(".mlp.experts.", ".mlp.expert_list."): tensor for name, tensor in tensors.items()}
     strange = edited_config(tiny_olmoe, tmp_path / "a", model_type="llama")
     save_file(renamed, strange / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UnsupportedArchitectureError, match=r"'llama'.*expert_list\.N\.down_proj.*mixtral, nemotron_h, olmoe"):
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"'llama'.*expert_list\.N\.down_proj.*mixtral, nemotron_h, olmoe"
+    ):
         compress(strange, tmp_path / "small", make_config())
     dense = edited_config(tiny_olmoe, tmp_path / "b", model_type="mixtral", num_local_experts=8)
     save_file({name: tensors[name] for name in tensors if "expert" not in name}, dense / "model.safetensors")

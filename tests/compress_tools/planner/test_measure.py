@@ -6,9 +6,11 @@ from torch import Tensor
 
 from compress_tools.center.barycenter import CenterOptions, find_center
 from compress_tools.config import make_config
-from compress_tools.format.schema import Projection
+from compress_tools.format.schema import Projection, TrellisResidual
 from compress_tools.planner.candidates import Coder
-from compress_tools.planner.measure import LayerMeasurement, Sample, measure_layer
+from compress_tools.planner.measure import TRELLIS_WEIGHTS, LayerMeasurement, Sample, measure_layer
+from compress_tools.residuals.trellis import encode_trellis
+from compress_tools.source.design_matrix import design_to_rows
 
 PROJECTIONS: tuple[Projection, ...] = ("gate_proj", "up_proj", "down_proj")
 LOW_RANK = {"method": "low-rank", "factor_bits": 8}
@@ -79,3 +81,26 @@ def test_energies_are_of_weights_and_residuals() -> None:
     torch.testing.assert_close(found.energies, expected)
     torch.testing.assert_close(found.residuals[0], expected)  # no center: the residual is the weight
     assert (found.residuals[8] < 0.5 * expected).all()
+
+
+@pytest.mark.parametrize("group_size", [0, 128])
+def test_trellis_codes_of_large_matrices_are_predicted_well(group_size: int) -> None:
+    """Rows of long tails and of unlike sizes; against what the encoder makes of all of them."""
+    torch.manual_seed(3)
+    rows, columns = 160, 512
+    sizes = torch.exp(0.5 * torch.randn(1, rows, 1))
+    weights = sizes * torch.distributions.StudentT(6.0).sample(torch.Size((1, rows, 3 * columns)))
+    assert rows * columns > TRELLIS_WEIGHTS
+    coders = tuple(
+        Coder(make_config(method="trellis", bits=bits, group_size=group_size), joint=False, centers=(0,))
+        for bits in (1, 2, 3, 4)
+    )
+    found = find_center(weights, CenterOptions("none"))
+    sampled = measure_layer(weights, found, PROJECTIONS, coders, Sample(0, 0, torch.bfloat16, seed=0, workers=1))
+    assert not sampled.exact
+    for coder in coders:
+        part = TrellisResidual(projections=PROJECTIONS, bits=coder.config.bits, group_size=group_size or None)
+        restored = part.decode(encode_trellis(weights[0], part, torch.bfloat16, 0), columns)
+        left = design_to_rows(weights[0], PROJECTIONS)
+        exact = sum(float((left[p] - restored[p]).square().sum()) for p in PROJECTIONS)
+        assert float(sampled.errors[0, coder].sum()) == pytest.approx(exact, rel=0.1), coder.label
