@@ -128,25 +128,18 @@ struct Trellis {
       for (int i = 0; i < kRun; ++i) cost[e * kRun + i] += add;
     }
     step(cost, next);
-    if constexpr (Bits == 4) {
-      rotate<4>(next, cost);
-      rotate<4>(cost, next);
-    } else if constexpr (Bits == 3) {
-      rotate<2>(next, cost);
-      rotate<4>(cost, next);
-    } else {
-      rotate<kSymbols>(next, cost);
-      memcpy(next, cost, sizeof next);
-    }
+    rotate<Bits == 3 ? 2 : Bits == 4 ? 4 : kSymbols>(next, cost);
+    if constexpr (Bits > 2) rotate<4>(cost, next);
+    const int32_t* found = Bits > 2 ? next : cost;
     for (int i = 0; i < kKept; ++i) {
       int32_t byte = 0;
 #pragma GCC unroll 8
-      for (int k = 0; k < 8 / kWidth; ++k) byte |= (next[k * kKept + i] & kOldest) << k * kWidth;
+      for (int k = 0; k < 8 / kWidth; ++k) byte |= (found[k * kKept + i] & kOldest) << k * kWidth;
       keep[i] = byte;
     }
     add_fields(times, tables, added);
-    const int32_t base = (next[0] & ~kOldest) + added[0];
-    for (int h = 0; h < kHistories; ++h) cost[h] = (next[h] & ~kOldest) + (added[h] - base);
+    const int32_t base = (found[0] & ~kOldest) + added[0];
+    for (int h = 0; h < kHistories; ++h) cost[h] = (found[h] & ~kOldest) + (added[h] - base);
   }
 
   // The state of a column by the history after it.
