@@ -16,6 +16,7 @@ from compress_tools.format.packing import pack_codes
 from compress_tools.format.parts.base import GroupSize
 from compress_tools.format.quantization import dequantize
 from compress_tools.format.row_sizes import code_row_bytes, num_groups
+from compress_tools.numerics.parallel import one_thread_each
 from compress_tools.residuals.quantizer import quantize_rows
 from compress_tools.residuals.trellis import restored_rows, trellis_rows
 
@@ -83,15 +84,15 @@ def measure(matrix: Tensor, tails: str, coder: str, bits: int, group_size: Group
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the rows to FILE.")
 def main(rows: int, json_file: Path | None) -> None:
     """Measure, print, write."""
-    torch.set_num_threads(1)
     found: list[Row] = []
-    for tails, draw in TAILS.items():
-        torch.manual_seed(0)
-        matrix = draw((rows, COLUMNS))
-        for coder, (_, widths) in CODERS.items():
-            for bits in widths:
-                for group_size in GROUPS:
-                    found += measure(matrix, tails, coder, bits, group_size)
+    with one_thread_each():
+        for tails, draw in TAILS.items():
+            torch.manual_seed(0)
+            matrix = draw((rows, COLUMNS))
+            for coder, (_, widths) in CODERS.items():
+                for bits in widths:
+                    for group_size in GROUPS:
+                        found += measure(matrix, tails, coder, bits, group_size)
     print_rows(found, "codes of rows")
     if json_file is not None:
         write_rows(found, json_file)

@@ -22,6 +22,7 @@ NEMOTRON_H = MoEArchitecture(
     intermediate_size_keys=("moe_intermediate_size",),
     # Super and Ultra project to a smaller space before their experts; Nano's entry is null.
     hidden_size_keys=("moe_latent_size", "hidden_size"),
+    own_output=True,
     vllm_cpu=False,
     runs_in="it refuses experts without a gate there, plain checkpoints included; run in transformers, and in vLLM by "
     "a test that lifts this check",

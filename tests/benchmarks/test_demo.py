@@ -30,7 +30,7 @@ def test_demo_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     config = preset_config("tiny", context_length=256, eval_tokens=512)
     run_demo(tmp_path, config)
     rows = {row["name"]: row for row in json.loads((tmp_path / "summary.json").read_text())["rows"]}
-    assert list(rows) == ["original", "pruned 25 %", "low rank 25 %"]
+    assert list(rows) == ["original", "25 % of the bytes", "pruned 25 %", "low rank 25 %"]
 
     original = rows.pop("original")
     expert = 3 * config.hidden_size * config.intermediate_size * 2

@@ -18,7 +18,9 @@ REPO = Path(__file__).resolve().parents[2]
         ("check", "no-such-venv/bin/ruff check ."),
         (
             "cover",
-            " ".join(f"tests/compress_tools/{name}" for name in ("format", "output", "slices", "test_pipeline.py")),
+            " ".join(
+                f"tests/compress_tools/{name}" for name in ("format", "output", "slices", "source", "test_pipeline.py")
+            ),
         ),
     ],
 )

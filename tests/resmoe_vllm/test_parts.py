@@ -3,7 +3,14 @@
 import pytest
 
 from compress_tools.format.parts.base import Part
-from compress_tools.format.schema import ExpertNames, LayerSpec, QuantizedResidual, ResMoEFormat, part_classes
+from compress_tools.format.schema import (
+    ExpertNames,
+    LayerSpec,
+    QuantizedResidual,
+    ResMoEFormat,
+    part_classes,
+    version_for,
+)
 from compress_tools.format.tensors import expert_tensors, shared_tensors
 from resmoe_vllm import ops
 from resmoe_vllm.weights.dummy import dummy_tensors
@@ -21,14 +28,16 @@ def layer_of(part: Part) -> ResMoEFormat:
     elif part.projections != JOINT:
         left = tuple(projection for projection in JOINT if projection not in part.projections)
         residual = (*residual, rest.model_copy(update={"projections": left}))
+    spec = LayerSpec(center=center, residual=residual)
     return ResMoEFormat(
+        format_version=version_for([spec], {}),
         written_by="tests",
         dtype=SIZES.dtype,
         num_experts=3,
         hidden_size=SIZES.hidden_size,
         intermediate_size=SIZES.intermediate_size,
         names=ExpertNames(expert="{layer}.{expert}", projections={name: name for name in JOINT}),
-        layers={0: LayerSpec(center=center, residual=residual)},
+        layers={0: spec},
     )
 
 
