@@ -1,5 +1,7 @@
 """IBM's Granite MoE: ``block_sparse_moe.input_linear`` ``[E, 2I, H]`` and ``output_linear`` ``[E, H, I]``; tied."""
 
+from dataclasses import replace
+
 from compress_tools.architectures.base import MoEArchitecture
 from compress_tools.architectures.layouts import OneByOne, Stacked
 
@@ -22,23 +24,15 @@ GRANITEMOE = MoEArchitecture(
     renames=ROUTER,
     tied=True,
 )
-GRANITEMOESHARED = MoEArchitecture(
+GRANITEMOESHARED = replace(
+    GRANITEMOE,
     model_type="granitemoeshared",
     title="Granite MoE with shared experts",
     models=("moe-7b-1b-active-shared-experts (bf16)",),
-    expert=EXPERT,
-    layouts=LAYOUTS,
-    intermediate_size_keys=("intermediate_size",),
-    renames=ROUTER,
-    tied=True,
 )
-GRANITEMOEHYBRID = MoEArchitecture(
+GRANITEMOEHYBRID = replace(
+    GRANITEMOE,
     model_type="granitemoehybrid",
     title="Granite-4",
     models=("granite-4.0-h-tiny (bf16)", "granite-4.0-h-small (bf16)"),
-    expert=EXPERT,
-    layouts=LAYOUTS,
-    intermediate_size_keys=("intermediate_size",),
-    renames=ROUTER,
-    tied=True,
 )

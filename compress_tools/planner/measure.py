@@ -119,13 +119,15 @@ def measure_layer(
             errors |= {
                 key: _scaled_up(measured[:, number], taken, residuals[key[0]]) for number, key in enumerate(keys)
             }
-    searched = not any("trellis" in coder.config.method for coder in coders) or _searched_whole(design, projections)
+    searched = not any("trellis" in coder.config.method for coder in coders) or _searched_whole(
+        design[0].numel() // len(projections)
+    )
     return LayerMeasurement(errors, residuals, energy[:, 0], exact and searched)
 
 
-def _searched_whole(design: Tensor, projections: tuple[Projection, ...]) -> bool:
-    """Whether trellis codes of a layer of this size are searched in full."""
-    return design[0].numel() // len(projections) <= TRELLIS_WEIGHTS
+def _searched_whole(weights: int) -> bool:
+    """Whether trellis codes of a matrix of so many weights are searched in full."""
+    return weights <= TRELLIS_WEIGHTS
 
 
 def _stored_centers(
@@ -217,7 +219,7 @@ class _ExpertErrors:
         """Of the rows measured; a search of all would take as long as compressing."""
         rows = self._sampled_residual[projection]
         bits, group_size = coder.config.bits, coder.config.group_size or None
-        whole = rows.numel() <= TRELLIS_WEIGHTS
+        whole = _searched_whole(rows.numel())
         some = rows if whole else _some(rows, TRELLIS_SEARCHED)
         symbols, scales = trellis_rows(some, bits, group_size)
         restored = restored_rows(symbols, scales, bits, rows.shape[1], group_size)

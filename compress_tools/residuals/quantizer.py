@@ -47,13 +47,13 @@ def quantize_rows(
         chunk = slice(start, start + step)
         values, mask = matrix[chunk], None
         if keep is not None:
-            values, mask = values.masked_fill(~keep[chunk], 0), _grouped(keep[chunk], groups, width)
+            values, mask = values.masked_fill(~keep[chunk], 0), grouped(keep[chunk], group_size)
         elif groups * width != columns:
-            mask = _grouped(torch.ones_like(values, dtype=torch.bool), groups, width)
-        grouped = _grouped(values, groups, width)
-        fitted = fit_scales(grouped, mask, bits)
+            mask = grouped(torch.ones_like(values, dtype=torch.bool), group_size)
+        in_groups = grouped(values, group_size)
+        fitted = fit_scales(in_groups, mask, bits)
         scales[chunk] = fitted
-        levels = _levels(grouped, _usable(fitted), bits)
+        levels = _levels(in_groups, _usable(fitted), bits)
         codes[chunk] = (levels + half_range(bits)).to(torch.uint8).flatten(1)[:, :columns]
     return codes, scales
 
@@ -71,7 +71,7 @@ def fit_scales(groups: Tensor, keep: Tensor | None, bits: int) -> Tensor:
     peak = groups.abs().amax(-1)
     # Errors are taken of values relative to the peak: squares of tiny residuals would underflow.
     relative = groups / peak.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
-    best = _rounded(peak / half_range(bits))
+    best = rounded_scales(peak / half_range(bits))
     error = _error(relative, keep, best, peak, bits)
 
     def offer(scale: Tensor) -> None:
@@ -81,23 +81,24 @@ def fit_scales(groups: Tensor, keep: Tensor | None, bits: int) -> Tensor:
         best, error = torch.where(better, scale, best), torch.where(better, found, error)
 
     for shrink in SHRINKS[bits]:
-        offer(_rounded(peak * (shrink / half_range(bits))))
+        offer(rounded_scales(peak * (shrink / half_range(bits))))
     for _ in range(REFITS):
         levels = _levels(groups, _usable(best), bits)
         levels = levels if keep is None else levels.mul_(keep)
         # closed form: the scale at least squared error for given levels
         share = (relative * levels).sum(-1) / levels.square().sum(-1).clamp_min(0.25)
-        offer(_rounded(peak * share))
+        offer(rounded_scales(peak * share))
     return best
 
 
-def _grouped(matrix: Tensor, groups: int, width: int) -> Tensor:
+def grouped(matrix: Tensor, group_size: int | None) -> Tensor:
     """``[I, C]`` to ``[I, groups, width]``, the last group filled up with zeros."""
-    filled = torch.nn.functional.pad(matrix, (0, groups * width - matrix.shape[1]))
-    return filled.view(len(matrix), groups, width)
+    columns = matrix.shape[1]
+    groups, width = num_groups(columns, group_size), group_size or columns
+    return torch.nn.functional.pad(matrix, (0, groups * width - columns)).view(len(matrix), groups, width)
 
 
-def _rounded(scale: Tensor) -> Tensor:
+def rounded_scales(scale: Tensor) -> Tensor:
     """To the stored dtype; what is below its normal range becomes 0."""
     rounded = scale.to(DTYPES[SCALE_DTYPE])
     return rounded.masked_fill(rounded < torch.finfo(rounded.dtype).tiny, 0)

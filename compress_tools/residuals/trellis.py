@@ -16,6 +16,7 @@ from compress_tools.format.parts.trellis import TrellisCenter, TrellisResidual
 from compress_tools.format.quantization import expand_scales
 from compress_tools.format.row_sizes import num_groups
 from compress_tools.format.trellis import trellis_levels
+from compress_tools.residuals.quantizer import grouped, rounded_scales
 from compress_tools.residuals.trellis_profiles import PROFILES, Profile
 from compress_tools.residuals.viterbi.plain_torch import to_fixed
 from compress_tools.residuals.viterbi.search import best_symbols
@@ -75,16 +76,13 @@ def restored_rows(symbols: Tensor, scales: Tensor, bits: int, columns: int, grou
 
 def _code(matrix: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Tensor]:
     columns = matrix.shape[1]
-    values = _grouped(matrix, group_size)
+    values = grouped(matrix, group_size)
     peak = values.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
     # Squares of tiny residuals would underflow.
     relative = values / peak.unsqueeze(-1)
     share = first_scales(relative, bits, columns)
     for _ in range(PASSES):
-        # as stored: what is below the dtype's normal range becomes 0
-        scales = (share * peak).to(DTYPES[SCALE_DTYPE])
-        scales.masked_fill_(scales < torch.finfo(scales.dtype).tiny, 0)
-        divisor = scales.float()
+        divisor = rounded_scales(share * peak).float()
         # What a group of zeros restores does not depend on its symbols: they are chosen for the groups beside it.
         least = divisor.masked_fill(divisor == 0, torch.inf).amin(-1, keepdim=True) / 8
         divisor = torch.where(divisor == 0, least.masked_fill(least.isinf(), 1), divisor)
@@ -93,11 +91,10 @@ def _code(matrix: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Te
         filled = torch.nn.functional.pad(x, (0, -columns % 8))
         ratios = (divisor.roll(1, 1) / divisor).square()
         symbols, levels = best_symbols(filled, bits, group_size, ratios)
-        own = _grouped(levels[:, :columns].float(), group_size)
+        own = grouped(levels[:, :columns].float(), group_size)
         # closed form: the scale at least squared error for given levels, which may be 0
         share = ((relative * own).sum(-1) / own.square().sum(-1).clamp_min(1)).clamp_min(0)
-    scales = (share * peak).to(DTYPES[SCALE_DTYPE])
-    return symbols, scales.masked_fill_(scales < torch.finfo(scales.dtype).tiny, 0)
+    return symbols, rounded_scales(share * peak)
 
 
 def first_scales(groups: Tensor, bits: int, columns: int) -> Tensor:
@@ -121,7 +118,7 @@ def predicted_errors(matrix: Tensor, bits: int, group_size: int | None = None) -
         bits: 1, 2, 3 or 4.
         group_size: columns that share a scale; None for the whole row.
     """
-    return _predict(_grouped(matrix, group_size), bits, matrix.shape[1])[1].sum(-1)
+    return _predict(grouped(matrix, group_size), bits, matrix.shape[1])[1].sum(-1)
 
 
 def _predict(groups: Tensor, bits: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -157,10 +154,3 @@ def _lost(levels: Tensor, profile: Profile) -> Tensor:
 def _correction(profile: Profile, deviation: float) -> float:
     """What a value loses more in a row that fills less of the levels than the profile's own."""
     return float(np.interp(deviation, profile.deviations, profile.corrections))
-
-
-def _grouped(matrix: Tensor, group_size: int | None) -> Tensor:
-    """``[I, C]`` to ``[I, G, width]``, the last group filled up with zeros."""
-    columns = matrix.shape[1]
-    width, groups = group_size or columns, num_groups(columns, group_size)
-    return torch.nn.functional.pad(matrix, (0, groups * width - columns)).view(len(matrix), groups, width)

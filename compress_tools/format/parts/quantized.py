@@ -1,22 +1,14 @@
 """Every weight as a code of few bits, with a scale for each group of a row's columns."""
 
 from abc import ABC
-from collections.abc import Iterator
 from typing import ClassVar, Literal
-
-import torch
 
 from compress_tools.format.parts.base import (
     Bits,
     CodedRows,
-    GroupSize,
-    Part,
-    PartSizes,
-    Rows,
-    Stored,
-    TensorSpec,
     describe_codes,
 )
+from compress_tools.format.parts.coded import CodedPart
 
 CENTER_CODES = "resmoe_center_codes"
 CENTER_SCALES = "resmoe_center_scales"
@@ -24,31 +16,11 @@ CODES = "resmoe_codes"
 SCALES = "resmoe_scales"
 
 
-class _Quantized(Part, ABC):
+class _Quantized(CodedPart, ABC):
     since: ClassVar = 2
-    stored_as: ClassVar[CodedRows]
 
     method: Literal["quantized"] = "quantized"
     bits: Bits
-    group_size: GroupSize | None = None
-
-    def tensors(self, sizes: PartSizes) -> Iterator[TensorSpec]:
-        """Codes and scales of each projection."""
-        for projection in self.projections:
-            yield from self.stored_as.tensors(
-                projection, sizes.intermediate_size, sizes.hidden_size, self.bits, self.group_size
-            )
-
-    def params(self, sizes: PartSizes) -> int:
-        """All weights."""
-        return len(self.projections) * sizes.intermediate_size * sizes.hidden_size
-
-    def decode(self, stored: Stored, hidden_size: int, dtype: torch.dtype = torch.float32) -> Rows:
-        """Levels times scales."""
-        return {
-            projection: self.stored_as.decode(stored, projection, hidden_size, self.bits, self.group_size).to(dtype)
-            for projection in self.projections
-        }
 
 
 class QuantizedCenter(_Quantized):

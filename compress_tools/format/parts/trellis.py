@@ -1,25 +1,19 @@
 """Every weight as a symbol of a trellis code, with a scale for each group of a row's columns."""
 
 from abc import ABC
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from compress_tools.format.parts.base import (
     CodedRows,
-    GroupSize,
-    Part,
-    PartSizes,
     Projection,
     Role,
-    Rows,
     Stored,
-    TensorSpec,
     describe_codes,
 )
+from compress_tools.format.parts.coded import CodedPart
 from compress_tools.format.trellis import decode_trellis
 
 CENTER_TRELLIS = "resmoe_center_trellis"
@@ -44,31 +38,11 @@ class TrellisRows(CodedRows):
         return decode_trellis(packed, scales, bits, columns, group_size)
 
 
-class _Trellis(Part, ABC):
+class _Trellis(CodedPart, ABC):
     since: ClassVar = 3
-    stored_as: ClassVar[TrellisRows]
 
     method: Literal["trellis"] = "trellis"
     bits: TrellisBits
-    group_size: GroupSize | None = None
-
-    def tensors(self, sizes: PartSizes) -> Iterator[TensorSpec]:
-        """Symbols and scales of each projection."""
-        for projection in self.projections:
-            yield from self.stored_as.tensors(
-                projection, sizes.intermediate_size, sizes.hidden_size, self.bits, self.group_size
-            )
-
-    def params(self, sizes: PartSizes) -> int:
-        """All weights."""
-        return len(self.projections) * sizes.intermediate_size * sizes.hidden_size
-
-    def decode(self, stored: Stored, hidden_size: int, dtype: torch.dtype = torch.float32) -> Rows:
-        """Levels times scales."""
-        return {
-            projection: self.stored_as.decode(stored, projection, hidden_size, self.bits, self.group_size).to(dtype)
-            for projection in self.projections
-        }
 
 
 class TrellisCenter(_Trellis):

@@ -23,7 +23,7 @@ namespace resmoe {
 
 constexpr int kStateBits = 12, kStates = 1 << kStateBits;
 constexpr int kFractionBits = 5;           // of x, and of costs
-constexpr int32_t kUnreachable = 1 << 29;  // more than any two histories differ by: see search.py
+constexpr int32_t kUnreachable = 1 << 29;  // more than any two histories differ by: see plain_torch.py
 constexpr float kMostReweighted = 1 << 28;
 constexpr int64_t kReach = 64;  // columns on either side of the seam that decide what lies there
 

@@ -28,7 +28,6 @@ inline __m128i load_2(const uint8_t* from) {
   memcpy(&word, from, 2);
   return _mm_cvtsi32_si128(word);
 }
-inline __m128i table_16(const int8_t* entries) { return _mm_loadu_si128((const __m128i*)entries); }
 // Bytes of pairs of symbols of Bits bits, the first lower, to one byte each.
 template <int Bits>
 inline void split(__m128i packed, __m128i* low, __m128i* high) {
@@ -40,6 +39,23 @@ inline void split(__m128i packed, __m128i* low, __m128i* high) {
 
 inline int64_t octet_before(int64_t octet, int64_t octets) { return (octet ? octet : octets) - 1; }
 
+// The tables of three fields of four bits, the newest symbols' first. place(k): the entry that nibble k of a row, as it
+// lies, chooses: the older symbol is the lower one in a row, the newer in a state.
+struct ThreeTables {
+  __m128i newest, second, third;
+  template <class Place>
+  ThreeTables(const int8_t* t, Place place)
+      : newest(ordered(t, place)), second(ordered(t + 16, place)), third(ordered(t + 32, place)) {}
+
+ private:
+  template <class Place>
+  static inline __m128i ordered(const int8_t* t, Place place) {
+    alignas(16) int8_t entries[16];
+    for (int k = 0; k < 16; ++k) entries[k] = t[place(k)];
+    return _mm_load_si128((const __m128i*)entries);
+  }
+};
+
 // levels(tables, row, octet, octets): of two octets of columns, the first an even one, int8 [16]; if Octets is 1, of
 // one octet, the first 8.
 template <int Bits>
@@ -47,9 +63,8 @@ struct Trellis;
 
 template <>
 struct Trellis<4> {
-  struct Tables {
-    __m128i newest, second, third;
-    explicit Tables(const int8_t* t) : newest(table_16(t)), second(table_16(t + 16)), third(table_16(t + 32)) {}
+  struct Tables : ThreeTables {
+    explicit Tables(const int8_t* t) : ThreeTables(t, [](int k) { return k; }) {}
   };
   template <int Octets>
   static inline __m128i levels(const Tables& t, const uint8_t* row, int64_t octet, int64_t octets) {
@@ -107,15 +122,8 @@ struct Trellis<3> {
 
 template <>
 struct Trellis<2> {
-  struct Tables {
-    __m128i newest, second, third;
-    explicit Tables(const int8_t* t) : newest(turned(t)), second(turned(t + 16)), third(turned(t + 32)) {}
-    // In a row the older symbol of a pair is the lower one, in a state the newer.
-    static inline __m128i turned(const int8_t* t) {
-      alignas(16) int8_t entries[16];
-      for (int k = 0; k < 16; ++k) entries[k] = t[k >> 2 | (k & 3) << 2];
-      return table_16(entries);
-    }
+  struct Tables : ThreeTables {
+    explicit Tables(const int8_t* t) : ThreeTables(t, [](int k) { return k >> 2 | (k & 3) << 2; }) {}
   };
   // Levels of the columns that end a byte's nibbles: 8 to the upper half, the nibbles before them in the lower.
   static inline __m128i of_nibbles(const Tables& t, __m128i nibbles) {
@@ -137,14 +145,9 @@ struct Trellis<2> {
 
 template <>
 struct Trellis<1> {
-  struct Tables {
-    __m128i newest, second, third;
-    explicit Tables(const int8_t* t) : newest(turned(t)), second(turned(t + 16)), third(turned(t + 32)) {}
-    static inline __m128i turned(const int8_t* t) {
-      alignas(16) int8_t entries[16];
-      for (int k = 0; k < 16; ++k) entries[k] = t[k >> 3 | (k >> 1 & 2) | (k << 1 & 4) | (k << 3 & 8)];
-      return table_16(entries);
-    }
+  struct Tables : ThreeTables {
+    explicit Tables(const int8_t* t)
+        : ThreeTables(t, [](int k) { return k >> 3 | (k >> 1 & 2) | (k << 1 & 4) | (k << 3 & 8); }) {}
   };
   template <int Octets>
   static inline __m128i levels(const Tables& t, const uint8_t* row, int64_t octet, int64_t octets) {
