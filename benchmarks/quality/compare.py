@@ -51,6 +51,8 @@ class Measured:
     residual_energy: float | None = None
     perplexity: float | None = None
     kl_nats: float | None = None
+    kl_p99_nats: float | None = None
+    kl_max_nats: float | None = None
     top1_agreement: float | None = None
     asked_ratio: float | None = None
 
@@ -85,6 +87,8 @@ def original(subject: Subject, label: str) -> Measured:
         relative_error=0.0,
         perplexity=scores.perplexity,
         kl_nats=scores.mean_kl,
+        kl_p99_nats=scores.kl_percentile(99),
+        kl_max_nats=scores.max_kl,
         top1_agreement=scores.top1_agreement,
     )
 
@@ -203,6 +207,8 @@ def _measured(
         residual_energy=outcome.residual_energy,
         perplexity=scores.perplexity if scores else None,
         kl_nats=scores.mean_kl if scores else None,
+        kl_p99_nats=scores.kl_percentile(99) if scores else None,
+        kl_max_nats=scores.max_kl if scores else None,
         top1_agreement=scores.top1_agreement if scores else None,
         asked_ratio=asked_ratio,
     )

@@ -119,15 +119,15 @@ def census_line(census: Census) -> str:
 
 def evaluation_table(found: Evaluation) -> Table:
     """A text's figures, and what they were taken with."""
-    columns = ["", "perplexity"] + (["KL, nats", "top-1 agreement"] if found.against is not None else [])
-    table = titled_table(f"{found.text}, {found.tokens_scored:,} tokens scored", *columns)
+    compared = ["mean KL, nats", "99th percentile", "maximum", "top-1 agreement"] if found.against is not None else []
+    table = titled_table(f"{found.text}, {found.tokens_scored:,} tokens scored", "", "perplexity", *compared)
     if found.against is None:
         table.add_row(found.model, f"{found.perplexity:.5g}")
     else:
-        table.add_row(found.against, f"{found.original_perplexity:.5g}", "", "")
+        table.add_row(found.against, f"{found.original_perplexity:.5g}", *[""] * len(compared))
         # Rounding may leave a divergence of equal models below 0.
-        divergence = f"{max(found.kl_nats or 0.0, 0):.4g}"
-        table.add_row(found.model, f"{found.perplexity:.5g}", divergence, f"{found.top1_agreement:.2%}")
+        divergences = (f"{max(kl or 0.0, 0):.4g}" for kl in (found.kl_nats, found.kl_p99_nats, found.kl_max_nats))
+        table.add_row(found.model, f"{found.perplexity:.5g}", *divergences, f"{found.top1_agreement:.2%}")
     over = "" if found.kl_over is None else f"; KL over {found.kl_over}"
     table.caption = f"window {found.window}, stride {found.stride}, {found.backend}, {found.dtype}{over}"
     table.caption_justify = "left"

@@ -24,7 +24,9 @@ class TextConfig(BaseModel):
 
     text: str = Field(description="Text file (UTF-8) whose tokens are scored.")
     against: str | None = Field(
-        None, description="The original: adds KL divergence from its predictions, and top-1 agreement with it."
+        None,
+        description="The original: adds KL divergence from its predictions (mean, 99th percentile and maximum over "
+        "positions), and top-1 agreement with it.",
     )
     window: int | None = Field(
         None,

@@ -55,6 +55,8 @@ class Evaluation:
         against: the original's path; the rest is None without one.
         original_perplexity: the original's.
         kl_nats: mean over scored positions of KL(original || model).
+        kl_p99_nats: their 99th percentile by nearest rank, see ``Scores.kl_percentile``.
+        kl_max_nats: their maximum.
         kl_over: ``whole vocabulary``, or what the lower bound was taken over.
         top1_agreement: share of positions where both find the same token most probable.
     """
@@ -70,6 +72,8 @@ class Evaluation:
     against: str | None = None
     original_perplexity: float | None = None
     kl_nats: float | None = None
+    kl_p99_nats: float | None = None
+    kl_max_nats: float | None = None
     kl_over: str | None = None
     top1_agreement: float | None = None
 
@@ -134,6 +138,8 @@ def evaluate(model: str, config: TextConfig, progress: ProgressListener | None =
         "against": config.against,
         "original_perplexity": scores.original_perplexity,
         "kl_nats": scores.mean_kl,
+        "kl_p99_nats": scores.kl_percentile(99),
+        "kl_max_nats": scores.max_kl,
         "kl_over": over,
         "top1_agreement": scores.top1_agreement,
     }

@@ -1,8 +1,10 @@
 """What a model predicted at scored positions, and what two models' predictions have in common."""
 
 import math
-from dataclasses import dataclass
+from array import array
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,13 +69,18 @@ def kl_divergence(original: Predictions, other: Predictions) -> Tensor:
 
 @dataclass
 class Scores:
-    """Sums over scored positions, float64."""
+    """Sums over scored positions, float64, and each position's divergence.
+
+    Attributes:
+        divergences: KL(original || model) of each position in the order they came, fp32: 4 bytes a position.
+    """
 
     positions: int = 0
     loss: float = 0.0
     original_loss: float = 0.0
     kl: float = 0.0
     agreed: int = 0
+    divergences: "array[float]" = field(default_factory=lambda: array("f"), repr=False)
 
     def add(self, predictions: Predictions, original: Predictions | None = None) -> None:
         """Count a window's positions."""
@@ -81,7 +88,9 @@ class Scores:
         self.loss -= predictions.target_logprobs.sum(dtype=torch.float64).item()
         if original is not None:
             self.original_loss -= original.target_logprobs.sum(dtype=torch.float64).item()
-            self.kl += kl_divergence(original, predictions).sum().item()
+            divergence = kl_divergence(original, predictions)
+            self.kl += divergence.sum().item()
+            self.divergences.frombytes(divergence.float().cpu().numpy().tobytes())
             self.agreed += int((original.best() == predictions.best()).sum())
 
     @property
@@ -98,6 +107,23 @@ class Scores:
     def mean_kl(self) -> float:
         """Mean KL(original || model) over positions, nats."""
         return self.kl / self.positions
+
+    def kl_percentile(self, percent: int) -> float:
+        """A percentile of the positions' KL by nearest rank, nats.
+
+        The smallest divergence found that at least ``percent`` percent of the positions do not exceed: a value that was
+        measured, never one between two (numpy's ``inverted_cdf``).
+
+        Args:
+            percent: 1 to 100; 100 is the maximum.
+        """
+        rank = -(-percent * self.positions // 100)
+        return float(np.partition(np.frombuffer(self.divergences, dtype=np.float32), rank - 1)[rank - 1])
+
+    @property
+    def max_kl(self) -> float:
+        """The largest KL of a position, nats."""
+        return max(self.divergences)
 
     @property
     def top1_agreement(self) -> float:

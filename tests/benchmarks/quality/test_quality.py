@@ -83,6 +83,8 @@ def test_scores_are_those_of_resmoe_eval(small, subject, tmp_path, method) -> No
     assert found.positions == wanted.tokens_scored
     assert found.perplexity == pytest.approx(wanted.perplexity, rel=1e-4)
     assert found.mean_kl == pytest.approx(wanted.kl_nats, rel=1e-2, abs=1e-6)
+    assert found.kl_percentile(99) == pytest.approx(wanted.kl_p99_nats, rel=2e-2, abs=1e-6)
+    assert found.max_kl == pytest.approx(wanted.kl_max_nats, rel=2e-2, abs=1e-6)
     assert found.top1_agreement == pytest.approx(wanted.top1_agreement, abs=0.011)
 
 
@@ -183,6 +185,8 @@ def test_command_writes_rows_and_picture(small, tmp_path, monkeypatch) -> None:
     assert {"bytes_disk", "bytes_resident", "relative_error", "kl_nats", "top1_agreement", "window", "commit"} <= set(
         rows[1]
     )
+    assert 0 < rows[1]["kl_nats"] < rows[1]["kl_p99_nats"] <= rows[1]["kl_max_nats"]
+    assert "99 %" in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

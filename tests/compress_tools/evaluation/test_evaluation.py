@@ -84,7 +84,7 @@ def test_against_itself_and_against_the_original(trained) -> None:
     assert (same.tokens_scored, same.window, same.stride, same.dtype) == (TEXT_TOKENS - 1, 31, 15, "float32")
     other = evaluate(small, make_text_config(**options(trained, against=original)))
     assert other.original_perplexity == same.perplexity
-    assert other.kl_nats > 1e-5
+    assert 1e-5 < other.kl_nats < other.kl_p99_nats <= other.kl_max_nats
     assert other.kl_over == "whole vocabulary"
     alone = evaluate(small, make_text_config(**options(trained)))
     assert (alone.perplexity, alone.kl_nats, alone.against) == (other.perplexity, None, None)
@@ -211,7 +211,10 @@ def test_command(trained) -> None:
     done = CliRunner().invoke(cli, [*words, "--json"], catch_exceptions=False)
     assert json.loads(done.stdout)["tokens_scored"] == 59
     shown = CliRunner().invoke(cli, words, catch_exceptions=False).stdout
-    assert all(word in shown for word in ("perplexity", "KL, nats", "window 31, stride 15", "float32"))
+    assert all(
+        word in shown
+        for word in ("perplexity", "mean KL, nats", "99th percentile", "maximum", "window 31, stride 15", "float32")
+    )
     for wrong in (["eval", small], ["eval", small, "--text", "x", "--tasks", "y"], [*words, "--limit", "3"]):
         with pytest.raises(ConfigError):
             CliRunner().invoke(cli, wrong, catch_exceptions=False)

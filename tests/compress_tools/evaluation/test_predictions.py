@@ -39,6 +39,26 @@ def test_windows_add_up() -> None:
     assert scores.perplexity == pytest.approx((2 * 4 * 4) ** (1 / 3))
 
 
+@pytest.mark.parametrize(
+    ("count", "ranks"), [(1, (1, 1)), (99, (99, 50)), (100, (99, 50)), (101, (100, 51)), (250, (248, 125))]
+)
+def test_percentiles_are_divergences_found_by_nearest_rank(count: int, ranks: tuple[int, int]) -> None:
+    """The rank is ceil(percent * N / 100), counted from the smallest."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
+    share = 0.5 + 0.4 * (order + 1) / count
+    model = torch.stack([share, 1 - share], dim=1).log()
+    same = torch.full((count, 2), 0.5).log()
+    original, other = Predictions(same[:, 0], same), Predictions(model[:, 0], model)
+    each = kl_divergence(original, other)
+    scores = Scores()
+    for window in torch.arange(count).tensor_split(3 if count > 2 else 1):
+        scores.add(*(Predictions(one.target_logprobs[window], one.logprobs[window]) for one in (other, original)))
+    assert scores.divergences.tolist() == each.float().tolist()
+    ordered = each.float().sort().values.tolist()
+    assert [scores.kl_percentile(99), scores.kl_percentile(50)] == [ordered[rank - 1] for rank in ranks]
+    assert scores.max_kl == scores.kl_percentile(100) == ordered[-1]
+
+
 def test_the_divergence_is_from_the_original() -> None:
     one, other = given((0.9, 0.1)), given((0.5, 0.5))
     assert kl_divergence(one, other).item() == pytest.approx(0.9 * math.log(1.8) + 0.1 * math.log(0.2))

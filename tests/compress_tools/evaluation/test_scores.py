@@ -307,11 +307,13 @@ def test_numbers_of_an_evaluation_are_the_windows_own(trained, monkeypatch) -> N
     share, rest = math.exp(2) / (math.exp(2) + 3), 1 / (math.exp(2) + 3)
     apart = math.log(math.exp(1) + 3) - math.log(math.exp(2) + 3)
     assert found.kl_nats == pytest.approx(share * (1 + apart) + 3 * rest * apart, abs=1e-6)
+    assert (found.kl_p99_nats, found.kl_max_nats) == (pytest.approx(found.kl_nats, abs=1e-6),) * 2  # all alike
     assert (found.top1_agreement, found.kl_over) == (1.0, "whole vocabulary")
     calls.clear()
     alone = evaluate("model", make_text_config(text="t"))
     assert calls == [("model", "float16", "cpu", False, None)]
     assert (alone.kl_nats, alone.kl_over, alone.top1_agreement, alone.original_perplexity) == (None,) * 4
+    assert (alone.kl_p99_nats, alone.kl_max_nats) == (None, None)
     monkeypatch.setattr(perplexity, "find_spec", lambda name: object())
     lists = evaluate("model", make_text_config(text="t", against="original", backend="vllm", top_k=7))
     assert lists.kl_over == "7 most probable tokens and the rest: a lower bound"
