@@ -40,10 +40,11 @@ class CompressionConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    # The paper's own; the command line plans where no method is named.
     method: Method = Field(
-        "prune",
-        description="Residual coder: magnitude pruning (bitmap + values), low rank (SVD), plain codes or trellis codes "
-        "of every weight, or low rank with its remainder in either.",
+        default_factory=lambda: "prune",
+        description="One coder for all residuals: magnitude pruning (bitmap + values), low rank (SVD), plain codes or "
+        "trellis codes of every weight, or low rank with its remainder in either. [default: none, the planner chooses]",
     )
     retain_ratio: float = Field(
         default_factory=_default_ratio,

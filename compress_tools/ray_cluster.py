@@ -1,7 +1,7 @@
 """One compression on a Ray cluster: slices as tasks, then a merge.
 
     pip install 'resmoe[ray]'
-    python -m compress_tools.ray_cluster SRC DST --shards 8 --method low-rank
+    python -m compress_tools.ray_cluster SRC DST --shards 8 --method trellis
 
 SRC and DST must be the same directories on every node (a shared file system); SRC may be ORG/NAME of the hub, of which
 each node fetches what its slices need. Each task is ``resmoe compress SRC DST --shard I/N --resume``: a node that dies
@@ -189,6 +189,10 @@ def cli(src: str, dst: str, **options: Any) -> None:
     cluster = Cluster(*(options.pop(name) for name in ("address", "cpus_per_task", "gpus_per_task")))
     hub = HubOptions(options.pop("revision"), options.pop("stream"))
     shards, keep_slices = options.pop("shards"), options.pop("keep_slices")
+    if options["method"] is None:
+        raise ConfigError(
+            "--method is missing: all slices are made by one coder; a plan for a byte budget needs one run"
+        )
     config = make_config(**{"workers": cluster.cpus_per_task, **given(options)})
     report = compress_on_cluster(src, dst, config, shards, cluster, hub=hub, keep_slices=keep_slices)
     print_report(report, dst, as_json=False)

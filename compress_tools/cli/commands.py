@@ -121,13 +121,14 @@ def compress(  # noqa: PLR0913 - click hands over each option by its name
     """Compress the MoE checkpoint SRC, a directory or ORG/NAME of the hub, into the ResMoE checkpoint DST.
 
     \b
-    One coder for all layers (--method ...), a byte budget that is spent where it pays
-    (--target-bytes-ratio), or a plan from an earlier run or by hand (--plan).
+    By default a quarter of the experts' bytes is spent where it loses least. Or another budget
+    (--target-bytes-ratio, --target-size), a plan from an earlier run or by hand (--plan), or
+    one coder for all layers (--method; the paper's is --method prune).
 
     A log is kept in DST.log.
     """  # noqa: D301 - click's mark of lines to keep
     from compress_tools.cli.printing import print_report, print_result, progress_on_stderr, with_command
-    from compress_tools.cli.request import kept_plan_path, plan_for_output, read_request
+    from compress_tools.cli.request import BUDGETS, kept_plan_path, plan_for_output, read_request
     from compress_tools.cli.sources import opened_source
     from compress_tools.pipeline import compress as run
     from compress_tools.pipeline import compress_slice
@@ -137,9 +138,10 @@ def compress(  # noqa: PLR0913 - click hands over each option by its name
     part = None if shard is None else make_slice(shard)
     _check_exclusive(resume=resume, overwrite=overwrite)
     if part is not None and request.budget is not None:
+        asked = "" if BUDGETS.isdisjoint(given(options)) else "--target-bytes-ratio ... "
         raise ConfigError(
-            "--shard needs a plan that all slices follow: `resmoe plan SRC --target-bytes-ratio ... --out plan.yaml`, "
-            "then --plan plan.yaml with each slice"
+            f"--shard needs a plan that all slices follow: `resmoe plan SRC {asked}--out plan.yaml`, then "
+            "--plan plan.yaml with each slice; or one --method for all layers"
         )
     if dry_run:
         _print_plan(src, request, partial(opened_source, src, revision, stream=stream), as_json=as_json, part=part)
@@ -209,7 +211,7 @@ def merge(
 @cli.command(cls=ConfigCommand, configs=_request_configs)
 @click.argument("src")
 @plan_option
-@click.option("--out", metavar="FILE", help="Write the plan for --target-bytes-ratio; edit it, then pass it to --plan.")
+@click.option("--out", metavar="FILE", help="Write the plan for a byte budget; edit it, then pass it to --plan.")
 @click.option("--overwrite", is_flag=True, help="Replace the file of --out.")
 @revision_option
 @stream_option
@@ -225,9 +227,10 @@ def plan(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Say what `resmoe compress SRC` would write: params, bytes, peak memory.
+    """Say what `resmoe compress SRC DST` would write with the same options: params, bytes, peak memory.
 
-    Weights are read only with --target-bytes-ratio, which measures them; nothing is written but --out.
+    A byte budget, which is the default, is planned for: every layer is read and measured. With --method or --plan no
+    weights are read. Nothing is written but --out.
     """
     from compress_tools.cli.request import read_request
     from compress_tools.cli.sources import opened_source

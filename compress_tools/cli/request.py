@@ -3,15 +3,22 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from compress_tools.config import CompressionConfig, make_config
+from compress_tools.config import CompressionConfig, Method, make_config
 from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.output.output_file import check_output_file, write_output_file
 from compress_tools.output.staging import Staging
 from compress_tools.output.target import CompressionTarget, make_target
 from compress_tools.planner.budget import plan_for_budget, request_digest
-from compress_tools.planner.config import CENTER_FIELDS, CHOSEN_BY_PLANNER, PlannerConfig, make_planner_config
+from compress_tools.planner.config import (
+    CENTER_FIELDS,
+    CHOSEN_BY_PLANNER,
+    DEFAULT_BYTES_RATIO,
+    PlannerConfig,
+    default_budget,
+    make_planner_config,
+)
 from compress_tools.planner.plan_file import PlanFile, parse_plan, read_plan
 from compress_tools.progress.listener import ProgressListener
 from compress_tools.report import PLAN_NAME
@@ -26,7 +33,7 @@ BUDGETS = frozenset({"target_bytes_ratio", "target_size"})
 
 @dataclass(frozen=True)
 class Request:
-    """What a command line asks for: a uniform recipe, a budget to be planned for, or a plan.
+    """What a command line asks for: a uniform recipe, a budget to be planned for (the default), or a plan.
 
     Attributes:
         config: the recipe; of a budget or a plan what concerns layers, centers and the machine.
@@ -60,11 +67,33 @@ def read_request(given: Mapping[str, Any], plan: str | None) -> Request:
         why = f"with {_option(min(asked))}, which chooses coders; --coders restricts the choice"
         _refuse(CHOSEN_BY_PLANNER, given, why)
         return Request(make_config(**recipe), make_planner_config(**budget))
-    _refuse(budget, given, "without --target-bytes-ratio or --target-size")
+    if "method" not in recipe:
+        if orphans := [name for name in CHOSEN_BY_PLANNER if name in recipe]:
+            raise ConfigError(_needs_method(orphans[0], recipe))
+        config = make_config(**recipe)
+        return Request(config, default_budget(config.layers, budget))
+    _refuse(budget, given, "with --method, which is one coder at its own size; leave --method out to plan for a budget")
     config = make_config(**recipe)
     for name, why in config.without_effect().items():
         _refuse([name], given, f"with {why}")
     return Request(config)
+
+
+def _needs_method(name: str, recipe: Mapping[str, Any]) -> str:
+    """Why an option of a coder says nothing by itself, and the methods that take it together with the others given."""
+    fitting = []
+    for method in get_args(Method):
+        try:
+            config = make_config(**recipe, method=method)
+        except ConfigError:
+            continue
+        if not config.without_effect().keys() & recipe.keys():
+            fitting.append(method)
+    methods = f" {' or '.join(fitting)}" if fitting else ""
+    return (
+        f"{_option(name)} needs --method{methods}; without a method the planner chooses coders and their settings, "
+        f"for --target-bytes-ratio {DEFAULT_BYTES_RATIO} or the budget you name"
+    )
 
 
 def _refuse(names: Collection[str], given: Collection[str], why: str) -> None:
@@ -90,15 +119,16 @@ def plan_for_output(
     """``plan_for_budget``, kept in ``DST.plan.yaml`` until ``DST`` is whole, so that a resumed run measures nothing.
 
     Raises:
+        ConfigError: ``dst`` is the source, or within it.
         CheckpointError: ``dst`` could not be written, which is better known before the measuring; or it is finished
             and was planned for something else.
     """
-    output, kept = Staging(dst), kept_plan_path(dst)
+    output, kept, reader = Staging(dst), kept_plan_path(dst), SourceReader(src)
+    output.check_apart(reader.path)
     output.check_free(resume=resume, overwrite=overwrite)
     finished = resume and output.is_finished
     if finished:
         kept = output.dst / PLAN_NAME
-    reader = SourceReader(src)
     if resume and reader.store.origin:
         # The hub's model may have changed since, and measuring another one first would take hours.
         output.check_begun_from(reader.fingerprint())
@@ -110,6 +140,8 @@ def plan_for_output(
             f"{output.dst}: is finished, and was not planned for this budget, from this source, by these versions; "
             "choose another directory, or pass --overwrite to replace it"
         )
+    _keep("", kept)  # measuring may take hours: a place that can't be written is better known before
+    kept.unlink()
     planned = plan_for_budget(src, config, budget, progress)
     _keep(planned.text, kept)
     return planned
@@ -147,7 +179,8 @@ def planned_sizes(
     """
     if out is not None:
         if request.budget is None:
-            raise ConfigError("--out has no effect without --target-bytes-ratio or --target-size")
+            given = "--plan" if request.planned is not None else "--method"
+            raise ConfigError(f"--out has no effect with {given}: it writes the plan that is found for a byte budget")
         check_output_file("--out", out)
         if Path(out).exists() and not overwrite:
             raise ConfigError(f"--out {out}: exists, perhaps edited; choose another name or pass --overwrite")

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -11,6 +11,8 @@ from compress_tools.config import CompressionConfig, validated
 from compress_tools.errors import ConfigError
 from compress_tools.source.layer_selection import select_layers
 
+# What `resmoe compress SRC DST` plans for: about the bytes of plain 4-bit codes.
+DEFAULT_BYTES_RATIO: Final = 0.25
 MENU_METHODS = ("trellis", "quantize", "prune", "low-rank", "low-rank+quantize", "low-rank+trellis")
 
 
@@ -25,7 +27,8 @@ class PlannerConfig(BaseModel):
         lt=1,
         allow_inf_nan=False,
         description="Choose how each layer and projection is stored, so that the experts take at most this share of "
-        "their original bytes, everything counted, at the least total error.",
+        "their original bytes, everything counted, at the least total error. [default: without --method and --plan "
+        f"{DEFAULT_BYTES_RATIO}; with --layers of the bytes of those layers]",
     )
     target_size: str | None = Field(
         None,
@@ -79,6 +82,25 @@ class PlannerConfig(BaseModel):
         if unknown := [name for name in names if name not in MENU_METHODS]:
             raise ValueError(f"--coders {self.coders}: {unknown[0]!r} is none of {', '.join(MENU_METHODS)}")
         return names
+
+
+class LayersBudget(PlannerConfig):
+    """A share of the bytes of those layers alone that are compressed, in place of all experts' bytes."""
+
+    counted: Literal["the layers compressed"] = "the layers compressed"
+
+
+def default_budget(layers: str, options: dict[str, object]) -> PlannerConfig:
+    """What is planned for where neither a budget nor a method is asked for.
+
+    Args:
+        layers: ``--layers``. Others stay as they are: if their bytes counted, the rest would pay for them unasked.
+        options: the planner's other options.
+    Raises:
+        ConfigError: names the option, the value found and the rule.
+    """
+    kind = PlannerConfig if layers == "all" else LayersBudget
+    return validated(kind, {**options, "target_bytes_ratio": DEFAULT_BYTES_RATIO})
 
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

@@ -17,7 +17,7 @@ from compress_tools.output.target import CompressionTarget, make_target
 from compress_tools.planner.allocate import Allocation, allocate, smallest
 from compress_tools.planner.candidates import CenterBits, Coder, Sizes, menu
 from compress_tools.planner.choices import Choice, Rated, expert_groups
-from compress_tools.planner.config import PlannerConfig, layer_bounds
+from compress_tools.planner.config import LayersBudget, PlannerConfig, layer_bounds
 from compress_tools.planner.estimate import layer_seconds
 from compress_tools.planner.frontier import Frontier, Point
 from compress_tools.planner.measure import Sample, measure_layer
@@ -70,8 +70,24 @@ def find_plan(
     """
     check_device(config.device)
     base = _base_plan(reader, config)
-    request = as_ratio(request, base)
+    request = _of_all_experts(as_ratio(request, base), base)
     return choose(measure(base, config, request, progress or Silent()), request)
+
+
+def _of_all_experts(request: PlannerConfig, base: CompressionTarget) -> PlannerConfig:
+    """A share of some layers' bytes as that of all experts'."""
+    if not isinstance(request, LayersBudget):
+        return request
+    dense = _dense_bytes(base)
+    own = sum(dense[layer] for layer in base.fmt.layers)
+    ratio = 1 - (1 - ratio_of(request)) * own / sum(dense.values())
+    return request.model_copy(update={"target_bytes_ratio": ratio})
+
+
+def _dense_bytes(base: CompressionTarget) -> dict[int, int]:
+    """Bytes of every MoE layer as it is."""
+    source = base.source
+    return {layer: sum(map(source.reader.nbytes, source.expected(layer))) for layer in source.layers}
 
 
 @dataclass(frozen=True)
@@ -103,7 +119,7 @@ def measure(
 ) -> Measured:
     """Measure the menu on each layer that ``base`` compresses; one layer at a time is in memory."""
     source, sizes = base.source, Sizes(base.fmt)
-    dense = {layer: sum(map(source.reader.nbytes, source.expected(layer))) for layer in source.layers}
+    dense = _dense_bytes(base)
     selected = sorted(base.fmt.layers)
     layer_bounds(request.layer_bytes_ratio, selected)  # refused before the first long step
     budget = _budget(ratio_of(request), dense, selected)

@@ -66,3 +66,8 @@ def test_a_failed_slice_fails_the_run_and_the_others_are_kept(tiny_olmoe: Path, 
     (tmp_path / "small" / "file").touch()
     with pytest.raises(CheckpointError, match="not empty"):
         compress_on_cluster(source, tmp_path / "small", QUICK, 2)
+
+
+def test_the_command_wants_a_method(tiny_mixtral: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--method is missing"):
+        cli.main([str(tiny_mixtral), str(tmp_path / "small"), "--shards", "2"], standalone_mode=False)

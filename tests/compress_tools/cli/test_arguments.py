@@ -32,7 +32,12 @@ def places(tiny_olmoe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         ("compress||{folder}/new", 2, "the checkpoint is an empty string; name a directory"),
         ("compress|{pipe}|{folder}/new", 4, "pipe: is no directory; expected the directory of a Hugging Face"),
         ("compress|{file}|{folder}/new", 4, "file: is a file; expected the directory of a Hugging Face"),
-        ("compress|{src}|/proc/new", 4, "/proc/new.partial: can't write: no such file or directory"),
+        ("compress|{src}|/proc/new|--method|prune", 4, "/proc/new.partial: can't write: no such file or directory"),
+        (
+            "compress|{src}|/proc/new",
+            4,
+            "resmoe: /proc/new.plan.yaml: the plan can't be kept: no such file or directory",
+        ),
         ("merge|{folder}/new|{file}", 4, "file: not a slice, it has no resmoe_slice.json"),
         ("plan|{src}|--target-bytes-ratio|0.4|--out|", 2, "--out: an empty string; name a file"),
         ("plan|{src}|--target-bytes-ratio|0.4|--out|{pipe}|--overwrite", 2, "pipe: is no regular file"),

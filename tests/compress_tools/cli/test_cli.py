@@ -47,7 +47,7 @@ def test_the_whole_way(resmoe: Resmoe, tiny_mixtral: Path, tmp_path: Path) -> No
 
 
 def test_a_dry_run_of_a_slice_says_its_layers(resmoe: Resmoe, tiny_mixtral: Path, tmp_path: Path) -> None:
-    words = ("compress", tiny_mixtral, tmp_path / "x", "--dry-run")
+    words = ("compress", tiny_mixtral, tmp_path / "x", "--method", "prune", "--dry-run")
     code, stdout, _ = resmoe(*words, "--shard", "2/2", "--json")
     assert code == 0
     content = json.loads(stdout)
@@ -60,7 +60,7 @@ def test_slices_and_merge(resmoe: Resmoe, tiny_mixtral: Path, tmp_path: Path) ->
     target = tmp_path / "small"
     for shard in ("2/2", "1/2"):
         code, stdout, stderr = resmoe(
-            "compress", tiny_mixtral, target, "--shard", shard, "--center", "mean", "--resume"
+            "compress", tiny_mixtral, target, "--method", "prune", "--shard", shard, "--center", "mean", "--resume"
         )
         assert code == 0, stderr
         assert f"resmoe merge {target}" in stdout.replace("\n", "")
@@ -83,8 +83,16 @@ def test_slices_and_merge(resmoe: Resmoe, tiny_mixtral: Path, tmp_path: Path) ->
         (["compress", "{model}", "{new}", "--retain-ratio", "1.5"], 2, "--retain-ratio"),
         (["compress", "{model}", "{new}", "--retain-ratio", "much"], 2, "not a valid float"),
         (["compress", "{model}", "{new}", "--method", "magic"], 2, "'prune', 'low-rank'"),
-        (["compress", "{model}", "{new}", "--bits", "3"], 2, "--bits 3 has no effect with --method prune"),
-        (["compress", "{model}", "{new}", "--bits", "4"], 2, "--bits has no effect with --method prune"),
+        (
+            ["compress", "{model}", "{new}", "--method", "prune", "--bits", "3"],
+            2,
+            "--bits 3 has no effect with --method prune",
+        ),
+        (
+            ["compress", "{model}", "{new}", "--method", "prune", "--bits", "4"],
+            2,
+            "--bits has no effect with --method prune",
+        ),
         (["compress", "{model}", "{new}", "--method", "quantize", "--bits", "5"], 2, "'5' is not one of"),
         (["compress", "{model}", "{new}", "--layers", "9"], 2, "MoE layers are 0-2"),
         (["compress", "{model}", "{new}", "--resume", "--overwrite"], 2, "exclude each other"),
@@ -94,7 +102,7 @@ def test_slices_and_merge(resmoe: Resmoe, tiny_mixtral: Path, tmp_path: Path) ->
         (["compress", "{model}", "{new}", "--shard", "5/4"], 2, "--shard 5/4: expected I/N"),
         (["compress", "{model}", "{new}", "--shard", "0/4"], 2, "--shard 0/4: expected I/N"),
         (["compress", "{model}", "{new}", "--shard", "a/b"], 2, "--shard a/b: expected I/N"),
-        (["compress", "{model}", "{new}", "--shard", "1/4"], 2, "at most 3 slices"),
+        (["compress", "{model}", "{new}", "--method", "prune", "--shard", "1/4"], 2, "at most 3 slices"),
         (["compress", "{model}", "/"], 4, "root of a file system"),
         (["merge", "{new}"], 4, "no slices new.shard-I-of-N"),
         (["merge", "{new}", "{model}"], 4, "not a slice"),
@@ -141,7 +149,7 @@ def test_a_plan_says_what_it_predicts_and_replaces_a_file_only_when_told(
 
 def test_a_family_that_vllm_cannot_serve_is_not_sent_there(resmoe: Resmoe, tmp_path: Path) -> None:
     source = save_tiny_model("switch_transformers", tmp_path / "model", torch.bfloat16)
-    code, stdout, stderr = resmoe("compress", source, tmp_path / "small", "--center", "mean")
+    code, stdout, stderr = resmoe("compress", source, tmp_path / "small", "--method", "prune", "--center", "mean")
     assert code == 0, stderr
     assert "vllm serve" not in stdout
     assert "runs in transformers only" in " ".join(stdout.split())
@@ -160,3 +168,84 @@ def test_the_cards_command_is_accepted(resmoe: Resmoe, tiny_mixtral: Path, tmp_p
     assert code == 0, stderr
     for name in ("config.json", "resmoe_report.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "small" / name).read_bytes()
+
+
+def test_by_default_a_quarter_of_the_bytes_is_planned_for(resmoe: Resmoe, tiny_mixtral: Path, tmp_path: Path) -> None:
+    """`plan`, `--dry-run` and `compress` without options say and write what `--target-bytes-ratio 0.25` does."""
+    quick = ("--coders", "quantize", "--center", "none")
+    asked = ("--target-bytes-ratio", "0.25")
+    said = []
+    for words in (
+        ("plan", tiny_mixtral, *quick, "--out", tmp_path / "plan.yaml"),
+        ("plan", tiny_mixtral, *quick, *asked),
+        ("compress", tiny_mixtral, tmp_path / "none", *quick, "--dry-run"),
+    ):
+        code, stdout, stderr = resmoe(*words, "--json")
+        assert code == 0, stderr
+        said.append(json.loads(stdout))
+    assert said[0] == said[1] == said[2]
+    assert not (tmp_path / "none").exists()
+    for name, words in (("default", ()), ("asked", asked)):
+        code, stdout, stderr = resmoe("compress", tiny_mixtral, tmp_path / name, *quick, *words, "--json")
+        assert code == 0, stderr
+        report = json.loads(stdout)
+        assert report["expert_bytes_ratio"] <= 0.25
+        assert report["expert_bytes_after"] == said[0]["expert_bytes"]["after"]
+    plans = [
+        (tmp_path / name).read_text() for name in ("plan.yaml", "default/resmoe_plan.yaml", "asked/resmoe_plan.yaml")
+    ]
+    assert plans[0] == plans[1] == plans[2]
+    # The same request, however it is said: a finished run is recognised.
+    assert resmoe("compress", tiny_mixtral, tmp_path / "default", *quick, *asked, "--resume")[0] == 0
+
+
+def test_with_layers_the_default_is_a_quarter_of_those_layers(resmoe: Resmoe, tiny_mixtral: Path) -> None:
+    words = ("plan", tiny_mixtral, "--coders", "quantize", "--center", "none", "--layers", "top:1", "--json")
+    code, stdout, stderr = resmoe(*words)
+    assert code == 0, stderr
+    found = json.loads(stdout)
+    assert [layer for layer, spec in found["plan"]["layers"].items() if spec != "dense"] == ["2"]
+    whole = found["expert_bytes"]["before"]
+    # Two of three equal layers stay as they are.
+    assert 0.1 * whole / 3 < found["expert_bytes"]["after"] - 2 * whole / 3 <= 0.25 * whole / 3 + 1
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["--bits", "3"],
+            "--bits needs --method quantize or low-rank+quantize or trellis or low-rank+trellis; without",
+        ),
+        (["--bits", "8"], "--bits needs --method quantize or low-rank+quantize; without a method the planner chooses"),
+        (["--bits", "1"], "--bits needs --method trellis or low-rank+trellis; without"),
+        (["--retain-ratio", "0.25"], "--retain-ratio needs --method prune or low-rank or low-rank+quantize or "),
+        (["--value-bits", "8"], "--value-bits needs --method prune; without"),
+        (["--center-bits", "8"], "--center-bits needs --method prune or low-rank or quantize or "),
+        (["--retain-ratio", "1.5"], "--retain-ratio needs --method; without a method the planner chooses"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else None,
+)
+@pytest.mark.parametrize("command", ["plan", "compress"])
+def test_an_option_of_a_coder_needs_one(
+    resmoe: Resmoe, command: str, words: list[str], sentence: str, tiny_mixtral: Path, tmp_path: Path
+) -> None:
+    dst = [tmp_path / "new"] if command == "compress" else []
+    code, stdout, stderr = resmoe(command, tiny_mixtral, *dst, *words)
+    assert (code, stdout) == (2, "")
+    assert sentence in stderr
+    assert stderr.endswith("for --target-bytes-ratio 0.25 or the budget you name\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [("--method", "trellis"), ("--plan", "{plan}")], ids=lambda words: words[0])
+def test_a_method_or_a_plan_reads_no_weights(
+    words: tuple[str, ...], resmoe: Resmoe, tiny_mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = tmp_path / "plan.yaml"
+    assert resmoe("plan", tiny_mixtral, "--coders", "quantize", "--center", "none", "--out", plan)[0] == 0
+    given = [word.format(plan=plan) for word in words]
+    code, stdout, _ = resmoe("plan", tiny_mixtral, *given, "--out", tmp_path / "other.yaml")
+    assert (code, stdout) == (2, "")
+    monkeypatch.setattr("compress_tools.planner.planner.read_layer", None)
+    assert resmoe("plan", tiny_mixtral, *given)[0] == 0

@@ -21,9 +21,9 @@ from compress_tools.pipeline import compress
 
 DOCUMENTED = {0, 2, 3, 4, 5}
 COMMANDS: dict[str, tuple[str, ...]] = {
-    "plan": ("plan", "{dense}"),
+    "plan": ("plan", "{dense}", "--method", "prune"),
     "plan-budget": ("plan", "{dense}", "--target-bytes-ratio", "0.4", "--coders", "quantize"),
-    "compress": ("compress", "{dense}", "{new}", "--center", "mean"),
+    "compress": ("compress", "{dense}", "{new}", "--method", "prune", "--center", "mean"),
     "probe": ("probe", "{dense}", "--max-layers", "1", "--experts", "2"),
     "inspect": ("inspect", "{small}"),
     "verify": ("verify", "{small}"),

@@ -42,7 +42,9 @@ def test_compress_as_from_a_directory(
     hub: HubServer, mixtral: Repository, tiny_mixtral: Path, tmp_path: Path, resmoe: Resmoe
 ) -> None:
     compress(tiny_mixtral, tmp_path / "here", QUICK)
-    code, _, err = resmoe("compress", NAME, tmp_path / "fetched", "--center", "mean", "--workers", "1")
+    code, _, err = resmoe(
+        "compress", NAME, tmp_path / "fetched", "--method", "prune", "--center", "mean", "--workers", "1"
+    )
     assert (code, f"{NAME} at commit {mixtral.revisions['main']} (main)" in err) == (0, True)
     here, fetched = files_of(tmp_path / "here"), files_of(tmp_path / "fetched")
     assert weights_of(tmp_path / "here") == weights_of(tmp_path / "fetched")
@@ -54,7 +56,9 @@ def test_the_commit_is_in_report_card_and_record(
     hub: HubServer, mixtral: Repository, tmp_path: Path, resmoe: Resmoe
 ) -> None:
     commit = mixtral.revisions["main"]
-    assert resmoe("compress", NAME, tmp_path / "small", "--center", "mean", "--workers", "1")[0] == 0
+    assert (
+        resmoe("compress", NAME, tmp_path / "small", "--method", "prune", "--center", "mean", "--workers", "1")[0] == 0
+    )
     report = json.loads((tmp_path / "small" / "resmoe_report.json").read_text())
     assert report["source"] == {"repository": NAME, "revision": "main", "commit": commit}
     index = json.loads((tmp_path / "small" / "model.safetensors.index.json").read_text())
@@ -185,7 +189,7 @@ def test_a_directory_wins(
     assert is_hub_name(NAME)
     shutil.copytree(tiny_mixtral, tmp_path / NAME)
     assert not is_hub_name(NAME)
-    assert resmoe("plan", NAME)[0] == 0
+    assert resmoe("plan", NAME, "--method", "prune")[0] == 0
     assert hub.asked == []
     code, _, err = resmoe("plan", NAME, "--revision", "main")
     assert (code, f"--revision has no effect: {NAME} is not a model of the hub" in err) == (2, True)
@@ -257,7 +261,9 @@ def test_steps_of_a_transfer() -> None:
 
 def test_the_library_keeps_quiet(hub: HubServer, mixtral: Repository, tmp_path: Path, resmoe: Resmoe) -> None:
     hub.faults = [Fault("/store/", 2, status=503), Fault("/store/", 2, methods=("GET",), cut_after=100)]
-    code, out, err = resmoe("compress", NAME, tmp_path / "small", "--center", "mean", "--workers", "1", "--json")
+    code, out, err = resmoe(
+        "compress", NAME, tmp_path / "small", "--method", "prune", "--center", "mean", "--workers", "1", "--json"
+    )
     assert (code, err) == (0, "")
     assert json.loads(out)["source"]["repository"] == NAME
     assert [fault.times for fault in hub.faults] == [0, 0]

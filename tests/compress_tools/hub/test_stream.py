@@ -32,7 +32,7 @@ from tests.hub_server.repository import Repository, files_of
 from tests.hub_server.server import HubServer
 
 QUICK = make_config(center="mean", workers=1)
-OPTIONS = ("--center", "mean", "--workers", "1", "--stream")
+OPTIONS = ("--method", "prune", "--center", "mean", "--workers", "1", "--stream")
 
 
 def layer_shards(model: Path) -> dict[int, set[str]]:
@@ -232,7 +232,7 @@ def test_another_commit_is_not_mixed_in(
     files = mixtral.commits[first]
     second = mixtral.commit({**files, "notes.md": b"The weights are as they were.\n"})
     asked = len(hub.asked)
-    code, _, err = resmoe(*words, *(budget or ("--center", "mean")), "--resume")
+    code, _, err = resmoe(*words, *(budget or ("--method", "prune", "--center", "mean")), "--resume")
     assert code == 4
     assert f"was started from another source (commit {first}, now {second})" in err.replace("source: ", "")
     assert f"--revision {first}" in err
@@ -242,7 +242,7 @@ def test_another_commit_is_not_mixed_in(
     kept = list((tmp_path / "small.source").glob("*.safetensors"))
     assert kept
     if not budget:
-        assert resmoe(*words, "--center", "mean", "--resume", "--revision", first)[0] == 0
+        assert resmoe(*words, "--method", "prune", "--center", "mean", "--resume", "--revision", first)[0] == 0
         assert {hub.whole(file.name) for file in kept} == {1}
         report = json.loads((tmp_path / "small" / "resmoe_report.json").read_text())
         assert report["source"] == {"repository": NAME, "revision": first, "commit": first}

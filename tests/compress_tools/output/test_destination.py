@@ -450,12 +450,14 @@ def resmoe(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_present_directory(source: Path, made: Path, tmp_path: Path) -> None:
     (tmp_path / "small").mkdir()
-    done = resmoe("compress", source, ".", "--center", "mean", "--workers", "1", cwd=tmp_path / "small")
+    done = resmoe(
+        "compress", source, ".", "--method", "prune", "--center", "mean", "--workers", "1", cwd=tmp_path / "small"
+    )
     assert done.returncode == 0, done.stderr
     assert "`cd .`" in done.stderr
     assert contents(tmp_path / "small") == contents(made / "small")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small", "small.log"]
-    again = resmoe("compress", source, ".", "--center", "mean", "--resume", cwd=tmp_path / "small")
+    again = resmoe("compress", source, ".", "--method", "prune", "--center", "mean", "--resume", cwd=tmp_path / "small")
     assert again.returncode == 0, again.stderr
     assert "is finished" in again.stderr
     (tmp_path / "dense").mkdir()
@@ -583,7 +585,7 @@ def test_a_destination_below_a_file(source: Path, tmp_path: Path) -> None:
     for name, message in (("file", "exists and is not a directory"), ("file/small", "file is a file; choose")):
         with pytest.raises(CheckpointError, match=message):
             compress(source, tmp_path / name, QUICK)
-    done = resmoe("compress", source, "file/small", "--center", "mean", cwd=tmp_path)
+    done = resmoe("compress", source, "file/small", "--method", "prune", "--center", "mean", cwd=tmp_path)
     assert done.returncode == 4
     assert "is a file; choose a place in a directory" in done.stderr
     assert "Traceback" not in done.stderr

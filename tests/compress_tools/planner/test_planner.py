@@ -379,9 +379,12 @@ def test_a_resumed_run_measures_nothing(
         (["--target-bytes-ratio", "0.3", "--layer-bytes-ratio", "0:1"], "expected LAYERS:LEAST..MOST"),
         (["--target-bytes-ratio", "0.3", "--layer-bytes-ratio", "9:0.."], "no experts in layers [9]"),
         (["--target-bytes-ratio", "0.3", "--shard", "1/2"], "resmoe plan SRC --target-bytes-ratio ... --out"),
+        (["--shard", "1/2"], "`resmoe plan SRC --out plan.yaml`, then --plan plan.yaml with each slice"),
+        (["--coders", "quantize", "--shard", "1/2"], "`resmoe plan SRC --out plan.yaml`, then"),
+        (["--coders", "magic"], "'magic' is none of trellis, quantize, prune"),
         (["--target-bytes-ratio", "0.3", "--plan", "x"], "exclude each other"),
-        (["--optimize", "output"], "--optimize has no effect without --target-bytes-ratio"),
-        (["--uniform"], "--uniform has no effect without --target-bytes-ratio"),
+        (["--method", "prune", "--optimize", "output"], "--optimize has no effect with --method"),
+        (["--method", "prune", "--uniform"], "--uniform has no effect with --method"),
         (["--plan", "nowhere.yaml"], "--plan nowhere.yaml: not readable"),
         (["--plan", "x", "--seed", "1"], "--seed has no effect with --plan"),
     ],
@@ -399,6 +402,17 @@ def test_refusals(
     assert (code, stdout) == (4 if "not readable" in sentence and "plan" not in sentence else 2, ""), stderr
     assert sentence in stderr
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".log"]
+
+
+def test_a_destination_that_cannot_be_written_is_known_before_measuring(
+    models: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress_tools.planner.budget.find_plan", None)
+    code, _, stderr = resmoe(capsys, monkeypatch, "compress", models["random"], "/proc/new")
+    assert (code, stderr.count("\n")) == (4, 1)
+    assert stderr.startswith("resmoe: /proc/new.plan.yaml: the plan can't be kept")
+    code, _, stderr = resmoe(capsys, monkeypatch, "compress", models["random"], models["random"] / "inside")
+    assert (code, "lie one inside the other" in stderr) == (2, True)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6])

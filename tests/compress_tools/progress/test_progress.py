@@ -151,7 +151,7 @@ def test_together_passes_everything_on() -> None:
 
 def test_under_nohup_every_stage_is_a_line_and_in_the_log(tiny_olmoe: Path, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "compress_tools", "compress", str(tiny_olmoe), str(tmp_path / "small")]
-    done = subprocess.run([*words, "--center", "mean"], capture_output=True, text=True, check=True)
+    done = subprocess.run([*words, "--method", "prune", "--center", "mean"], capture_output=True, text=True, check=True)
     lines = [line.split(" INFO ")[1].split(" (left")[0] for line in done.stderr.splitlines()]
     for layer in (0, 1):
         for stage in ("reading", "center", "residuals", "writing"):
