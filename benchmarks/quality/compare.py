@@ -11,6 +11,7 @@ import torch
 from benchmarks.harness.rows import Row
 from benchmarks.models.reference_models import ReferenceModelConfig
 from benchmarks.models.reference_models.model import expert_modules, new_model, upcycle
+from benchmarks.quality.gguf_baselines import GGUF, run_gguf
 from benchmarks.quality.methods import (
     CENTER_BITS,
     CENTER_TRELLIS,
@@ -106,6 +107,8 @@ def bytes_section(subject: Subject, label: str, ratios: list[float], say: Say) -
     for outcome in run_merging(subject, sorted({int(ratio * experts) for ratio in ratios} - {0})):
         yield _scored("bytes", label, subject, outcome, say)
     for outcome in run_fixed(subject, [*PLAIN_BITS, *CENTER_BITS, *TRELLIS_BITS, *CENTER_TRELLIS]):
+        yield _scored("bytes", label, subject, outcome, say)
+    for outcome in run_gguf(subject, GGUF, lambda text: say(f"{label}: {text}")):
         yield _scored("bytes", label, subject, outcome, say)
     for method in fitted_methods():
         for ratio in ratios:

@@ -17,6 +17,7 @@ STYLES = {
     "plain pruning, 4-bit values": ("#6b7280", "^"),
     "plain SVD": ("#9ca3af", "x"),
     "plain 2, 3, 4, 8 bits": ("#111827", "o"),
+    "GGUF Q4_0, Q8_0": ("#57534e", "s"),
     "merging, plain average": ("#d97706", "x"),
     "merging, Git Re-Basin average": ("#d97706", "+"),
     "merging, barycenter": ("#d97706", "1"),
@@ -39,6 +40,8 @@ def line_of(method: str) -> str:
     """The line that a method's point belongs to."""
     if method in STYLES:
         return method
+    if method.startswith("GGUF"):
+        return "GGUF Q4_0, Q8_0"
     if method.startswith("plain"):
         return "plain 2, 3, 4, 8 bits"
     if method.startswith("trellis"):
@@ -77,7 +80,7 @@ def _draw_model(axis: Any, model: str, rows: list[Measured], original: float) ->
             marker=marker,
             markersize=11 if marker == "*" else 6,
             linewidth=2 if name.startswith("ResMoE planner") else 1.2,
-            linestyle="--" if name.startswith("plain") else ":" if name.startswith("merging") else "-",
+            linestyle="--" if name.startswith(("plain", "GGUF")) else ":" if name.startswith("merging") else "-",
             label=name,
             zorder=3 if name.startswith("ResMoE planner") else 2,
             clip_on=False,

@@ -373,7 +373,7 @@ EXTRAS = {
         ("click", "huggingface_hub", "lap", "ot", "yaml", "rich", "threadpoolctl", "transformers"), "compress"
     ),
     "matplotlib": "plot",
-    **dict.fromkeys(("openai", "psutil", "tokenizers"), "demo"),
+    **dict.fromkeys(("gguf", "openai", "psutil", "tokenizers"), "demo"),
     "ray": "ray",
     "lm_eval": "eval",
 }
