@@ -1,8 +1,4 @@
-"""The CPU's kernel. Two strategies, same result: C++, and torch for many tokens where that has native products.
-
-The C++ kernel multiplies with AVX2. Processors that multiply bf16 or fp16 in hardware (AVX-512, AMX) are left to
-torch once an expert meets enough tokens.
-"""
+"""The CPU's kernel: C++ at every number of tokens, and plain torch, same result, where it cannot be built."""
 
 from torch import Tensor
 
@@ -10,12 +6,12 @@ from resmoe_vllm.kernels.activation import Activation
 from resmoe_vllm.kernels.cpu import native, plain_torch
 from resmoe_vllm.weights.bound import ResMoEWeights
 
-# Above, where torch has native products, they win over reading each weight once for four tokens.
-MAX_CPP_TOKENS = 64
-
 
 class CpuKernel:
-    """One layer, or group of experts, bound to both strategies.
+    """One layer, or group of experts, bound to its kernel.
+
+    The number of tokens does not choose between the two: a token's bits would depend on its batch, and torch keeps a
+    oneDNN primitive for each shape that it has multiplied.
 
     Args:
         weights: contiguous, on the CPU.
@@ -29,7 +25,6 @@ class CpuKernel:
 
     def __call__(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None = None) -> Tensor:
         """See ``fused_moe_ref``."""
-        few = len(x) <= MAX_CPP_TOKENS or plain_torch.product_dtype(x.dtype) != x.dtype
-        if few and self._native is not None:
+        if self._native is not None:
             return self._native(x, topk_weights, topk_ids, expert_map)
         return plain_torch.fused_moe(x, topk_weights, topk_ids, self._weights, self._activation, expert_map)

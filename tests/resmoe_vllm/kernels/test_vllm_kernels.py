@@ -15,7 +15,7 @@ from vllm.forward_context import override_forward_context
 from compress_tools.format.dtypes import DTYPES
 from compress_tools.format.tensors import BIAS
 from resmoe_vllm.kernels.activation import SILU
-from resmoe_vllm.kernels.cpu import dispatch, native, plain_torch
+from resmoe_vllm.kernels.cpu import native, plain_torch
 from resmoe_vllm.kernels.reference import fused_moe_ref
 from resmoe_vllm.ops import BoundLayer
 from resmoe_vllm.weights.layer_loader import LayerLoader
@@ -82,10 +82,9 @@ def run_ref(x, weights, ids, module, loader, activation=SILU, expert_map=None) -
     return fused_moe_ref(x, weights, ids, bound, activation, expert_map)
 
 
-def op_products(tokens: int, dtype: str) -> torch.dtype:
+def op_products(dtype: str) -> torch.dtype:
     """What the CPU's kernel rounds operands of products to: the C++ one to nothing, torch's where it serves."""
-    few = tokens <= dispatch.MAX_CPP_TOKENS
-    return torch.float32 if few and native.load() else plain_torch.product_dtype(DTYPES[dtype])
+    return torch.float32 if native.load() else plain_torch.product_dtype(DTYPES[dtype])
 
 
 def bound_of(x, weights, ids, module, loader, products: torch.dtype, activation=SILU, expert_map=None) -> Tensor:
@@ -187,7 +186,7 @@ def test_op_is_the_reference(loaded, kind: str, size: str, dtype: str) -> None:
         x = hidden_states(ids.shape[0], layer.fmt.hidden_size, dtype)
         before = x.clone()
         found = run_op(x, weights, ids, module, loader)
-        limit = bound_of(x, weights, ids, module, loader, op_products(len(x), dtype))
+        limit = bound_of(x, weights, ids, module, loader, op_products(dtype))
         assert found.dtype == x.dtype
         assert_within(found, run_ref(x, weights, ids, module, loader), limit)
         assert found.is_contiguous()
@@ -347,23 +346,27 @@ def test_a_layer_is_released_with_its_owner() -> None:
     assert [reference() for reference in memory] == [None] * len(memory)
 
 
+@pytest.mark.skipif(native.load() is None, reason="torch's own products don't promise it")
 @pytest.mark.parametrize("kind", layer_kinds(40, 128))
 @pytest.mark.parametrize(("dtype", "columns"), [("float32", 128), ("bfloat16", 128), ("float32", 333)])
 def test_a_tokens_result_does_not_depend_on_its_batch(kind: str, dtype: str, columns: int) -> None:
-    """Bit for bit, in the C++ kernel; torch's own products don't promise it."""
-    if native.load() is None:
-        pytest.skip("no C++ kernel here")
+    """Bit for bit, from one token to many blocks of them; all tokens at each expert."""
     layer = store_layer(layer_kinds(40, columns)[kind], 4, 40, columns, dtype)
     module, loader = new_loader(layer)
     load_all(module, loader, layer)
-    tokens = 60  # all of them at each expert: more than a block
-    x = hidden_states(tokens, columns, dtype)
+    x = hidden_states(1000, columns, dtype)
     generator = torch.Generator().manual_seed(5)
-    ids = torch.rand(tokens, 4, generator=generator).argsort(1).int()
-    weights = torch.rand(tokens, 4, generator=generator)
+    ids = torch.rand(1000, 4, generator=generator).argsort(1).int()
+    weights = torch.rand(1000, 4, generator=generator)
     run = bind_layer(module, loader)
-    together = run(x, weights, ids)
-    for begin in (0, 1, 50, tokens - 5):
-        for size in range(1, 6):
-            some = slice(begin, begin + size)
-            assert torch.equal(run(x[some], weights[some], ids[some]), together[some])
+
+    def some(begin: int, size: int) -> Tensor:
+        tokens = slice(begin, begin + size)
+        return run(x[tokens], weights[tokens], ids[tokens])
+
+    alone = torch.cat([some(token, 1) for token in range(1000)])
+    for size in (60, 64, 65, 80, 256, 1000):
+        assert torch.equal(some(0, size), alone[:size])
+    for begin in (0, 1, 50, 995):
+        for size in range(2, 6):
+            assert torch.equal(some(begin, size), alone[begin : begin + size])
