@@ -22,29 +22,16 @@ from benchmarks.quality.compare import (
     original,
     paper_section,
 )
-from benchmarks.quality.methods import PLANNER, PLANNER_BY_OUTPUT
 from benchmarks.quality.picture import draw
 from benchmarks.quality.subject import Subject
 from benchmarks.quality.tables import print_section
+from benchmarks.quality.verdicts import verdicts
 from compress_tools.errors import ResMoEError
 
-PRESETS = {"upcycled": "quality-upcycled", "scratch": "quality-scratch"}
+PRESETS = {"upcycled": "quality-upcycled", "scratch": "quality-scratch", "merged": "quality-merged"}
 SECTIONS = ("paper", "bytes", "layers", "experts")
-RATIOS = (0.15, 0.2, 0.25, 0.32, 0.45)
+RATIOS = (0.1, 0.15, 0.2, 0.25, 0.32, 0.45)
 EXPERTS_RATIO = 0.25
-PLANNER_RATIO = 0.25
-ENERGY_TARGET = 0.2
-# The paper's order in error, at its own accounting: the first at most the second.
-ORDER = (
-    ("ResMoE (UP)", "plain pruning (UP)"),
-    ("ResMoE (SVD)", "plain SVD"),
-    ("ResMoE (UP)", "merging, barycenter"),
-    ("ResMoE (SVD)", "merging, barycenter"),
-    ("merging, barycenter", "merging, Git Re-Basin average"),
-    ("merging, Git Re-Basin average", "merging, plain average"),
-    ("ResMoE (UP)", "Git Re-Basin center + UP"),
-    ("Git Re-Basin center + UP", "mean center + UP"),
-)
 
 
 @dataclass(frozen=True)
@@ -96,7 +83,7 @@ class Options:
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="A model of `benchmarks.models.reference_models`; may be given more than once. [default: train both]",
+    help="A model of `benchmarks.models.reference_models`; may be given more than once. [default: train all three]",
 )
 @click.option(
     "--cache",
@@ -143,7 +130,10 @@ def main(**options: Any) -> None:
         print_section(section, measured, setup)
     print_rows(rows, "Figures with a target")
     if chosen.json_file:
-        write_rows([*(one.row(setup) for one in measured), *rows], chosen.json_file)
+        labels = tuple({f"{one.model.partition(',')[0]}: " for one in measured})
+        every = [*(one.row(setup) for one in measured), *rows]
+        # Models may be measured one by one into one file.
+        write_rows(every, chosen.json_file, keep=lambda name: not name.startswith(labels))
     if chosen.picture:
         draw(measured, chosen.picture)
 
@@ -167,28 +157,6 @@ def measure(
     if "experts" in sections:
         found += experts_section(subject, label, EXPERTS_RATIO, say)
     return found
-
-
-def verdicts(label: str, energy_share: float, found: list[Measured]) -> list[Row]:
-    """The rows that have a target: residual energy, the paper's order, the planner against plain 4-bit."""
-    name, context = f"{label}: residual energy share, unaligned", {"model": label}
-    rows = [Row.at_least(name, energy_share, "", ENERGY_TARGET, **context)]
-    error = {one.name: one.relative_error for one in found if one.section == "paper"}
-    for lower, higher in ORDER if error else ():
-        rows.append(
-            Row.at_most(
-                f"{label}: error of {lower}, at most that of {higher}", error[lower], "", error[higher], **context
-            )
-        )
-    by_name = {one.name: one for one in found if one.section == "bytes" and one.asked_ratio in (None, PLANNER_RATIO)}
-    plain = by_name.get("plain 4-bit")
-    for planner in (PLANNER, PLANNER_BY_OUTPUT):
-        planned = by_name.get(planner.name)
-        if planned and plain:
-            sizes = f"{planned.ratio:.1%}, at most plain 4-bit's at {plain.ratio:.1%}"
-            title = f"{label}: perplexity of {planner.name} at {sizes}"
-            rows.append(Row.at_most(title, planned.perplexity, "", plain.perplexity, **context))
-    return rows
 
 
 if __name__ == "__main__":

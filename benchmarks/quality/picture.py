@@ -1,6 +1,12 @@
-"""The comparison as a picture: what a method adds to the perplexity, against bytes; one panel a model."""
+"""The comparison as a picture: what a method adds to the perplexity, against bytes; one panel a model.
 
+`python -m benchmarks.quality.picture quality-cpu.json quality-pareto.png` draws it from rows measured before.
+"""
+
+import json
+import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +100,17 @@ def _draw_model(axis: Any, model: str, rows: list[Measured], original: float) ->
     axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.grid(alpha=0.2, which="both")
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def read_measured(path: Path) -> list[Measured]:
+    """The measurements in a file of `python -m benchmarks.quality --json`."""
+    names = {one.name for one in fields(Measured)} - {"name"}
+    return [
+        Measured(name=row["method"], **{key: value for key, value in row.items() if key in names})
+        for row in json.loads(path.read_text())["rows"]
+        if "method" in row
+    ]
+
+
+if __name__ == "__main__":
+    draw(read_measured(Path(sys.argv[1])), Path(sys.argv[2]))

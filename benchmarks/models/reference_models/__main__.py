@@ -74,7 +74,12 @@ def report_table(report: ReferenceModelReport) -> Table:
     """The short final table."""
     table = Table(show_header=False, title=report.out_dir)
     share = report.num_expert_params / report.num_params
-    phases = {"bigrams": report.bigram_loss, "dense": report.dense_loss, "MoE": report.moe_loss}
+    phases = {
+        "bigrams": report.bigram_loss,
+        "dense": report.dense_loss,
+        "experts": report.expert_loss,
+        "MoE": report.moe_loss,
+    }
     losses = ", ".join(f"{name} {loss:.3f}" for name, loss in phases.items() if loss is not None)
     rows = {
         "params": f"{report.num_params / 1e6:.2f} M, {share:.0%} in experts",

@@ -1,5 +1,6 @@
-"""The whole way: corpus, tokenizer, bigrams, dense phase, upcycling, MoE phase, checkpoint, report."""
+"""The whole way: corpus, tokenizer, bigrams, dense phase, upcycling or fine-tuned experts, MoE phase, checkpoint."""
 
+import copy
 import json
 import math
 import platform
@@ -36,6 +37,7 @@ class ReferenceModelReport:
     train_tokens: int
     bigram_loss: float | None
     dense_loss: float | None
+    expert_loss: float | None
     moe_loss: float | None
     heldout_loss: float
     heldout_perplexity: float
@@ -67,20 +69,56 @@ def _train(
 ) -> tuple[PreTrainedModel, dict[str, PhaseResult]]:
     """The recipe's phases in order; the trained model and each phase's result by name."""
     results = {}
-    upcycled = config.recipe == "upcycled"
-    num_experts, top_k = (1, 1) if upcycled else (config.num_experts, config.top_k)
+    begins_dense = config.recipe != "scratch"
+    num_experts, top_k = (1, 1) if begins_dense else (config.num_experts, config.top_k)
     model = models.new_model(config, num_experts, top_k, config.seed)
     if config.bigram_steps:
         results["bigrams"] = fit_bigrams(model, tokens, config.bigram_steps, progress)
-    if upcycled:
+    if begins_dense:
         dense = Phase("dense", config.dense_steps, config.dense_lr, config.seed)
         results["dense"] = train_phase(model, tokens, config, dense, progress)
+    if config.recipe == "upcycled":
         model = models.upcycle(model, config)
+    if config.recipe == "merged":
+        model, results["experts"] = _fine_tune_experts(model, tokens, config, progress)
     if config.moe_steps:
         # Another seed than the dense phase's: not the same windows in the same order again.
         moe = Phase("moe", config.moe_steps, config.moe_lr, config.seed + 1)
         results["moe"] = train_phase(model, tokens, config, moe, progress)
     return model, results
+
+
+def _fine_tune_experts(
+    dense: PreTrainedModel,
+    tokens: torch.Tensor,
+    config: ReferenceModelConfig,
+    progress: ProgressCallback | None,
+) -> tuple[PreTrainedModel, PhaseResult]:
+    """One MoE model out of a dense one's MLPs, each fine-tuned on a part of the text; its routers alone may train on.
+
+    Args:
+        dense: model of the same shape with one expert; left unchanged.
+        tokens: training ids [N] int64, in an order in which neighbours are alike; an expert gets a run of them.
+        config: the MoE model's sizes; steps and rate of the fine-tuning.
+        progress: told of all experts' steps as one phase.
+    """
+    moe, losses, seconds = models.upcycle(dense, config), [], 0.0
+    total = config.num_experts * config.expert_steps
+    for expert, part in enumerate(tokens.tensor_split(config.num_experts)):
+        one = copy.deepcopy(dense)
+        models.train_only(one, ".mlp.experts.")
+        phase = Phase("experts", config.expert_steps, config.expert_lr, config.seed + 3 + expert)
+        told = None if progress is None else _told_of_all(progress, expert * config.expert_steps, total)
+        result = train_phase(one, part, config, phase, told)
+        losses += result.losses
+        seconds += result.seconds
+        models.copy_expert(one, moe, expert)
+    models.train_only(moe, ".mlp.gate.")
+    return moe, PhaseResult(tuple(losses), seconds)
+
+
+def _told_of_all(progress: ProgressCallback, before: int, total: int) -> ProgressCallback:
+    return lambda phase, done, _, state: progress(phase, before + done, total, state)
 
 
 def _save(
@@ -150,6 +188,7 @@ def build_reference_model(
         "train_tokens": len(tokens),
         "bigram_loss": results["bigrams"].losses[-1] if "bigrams" in results else None,
         "dense_loss": results["dense"].final_loss if "dense" in results else None,
+        "expert_loss": results["experts"].final_loss if "experts" in results else None,
         "moe_loss": results["moe"].final_loss if "moe" in results else None,
         "heldout_loss": loss,
         "heldout_perplexity": math.exp(loss),

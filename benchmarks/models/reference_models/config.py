@@ -17,9 +17,10 @@ class ReferenceModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    recipe: Literal["upcycled", "scratch"] = Field(
+    recipe: Literal["upcycled", "scratch", "merged"] = Field(
         "upcycled",
-        description="upcycled: dense model first, its MLP copied into every expert; scratch: MoE only",
+        description="upcycled: dense model first, its MLP copied into every expert; scratch: MoE only; merged: dense "
+        "model first, its MLP fine-tuned once for each expert on a part of the text, then the routers alone",
     )
     architecture: Literal["mixtral", "olmoe"] = Field("mixtral", description="transformers model class")
 
@@ -40,9 +41,11 @@ class ReferenceModelConfig(BaseModel):
         description="full-batch steps that fit embedding and head to the bigrams before all else; 0: none",
     )
     dense_steps: int = Field(0, ge=0, description="steps of the dense phase; upcycled only")
-    moe_steps: int = Field(400, ge=0, description="steps of the MoE phase")
+    expert_steps: int = Field(0, ge=0, description="steps of each expert's fine-tuning; merged only")
+    moe_steps: int = Field(400, ge=0, description="steps of the MoE phase; merged trains routers alone")
     batch_size: int = Field(8, ge=1, description="windows per step")
     dense_lr: float = Field(3e-3, gt=0, le=1, description="peak learning rate of the dense phase")
+    expert_lr: float = Field(1e-3, gt=0, le=1, description="peak learning rate of each expert's fine-tuning")
     moe_lr: float = Field(3e-3, gt=0, le=1, description="peak learning rate of the MoE phase")
     final_lr_share: float = Field(0.05, ge=0, le=1, description="last learning rate / peak, at the cosine's end")
     warmup_share: float = Field(0.05, ge=0, lt=1, description="share of a phase's steps in linear warm-up")
@@ -106,8 +109,15 @@ class ReferenceModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_phases(self) -> Self:
-        if self.recipe == "upcycled" and self.dense_steps == 0:
-            raise ValueError("recipe upcycled needs dense_steps >= 1: there is nothing to copy otherwise")
+        if self.recipe != "scratch" and self.dense_steps == 0:
+            raise ValueError(f"recipe {self.recipe} needs dense_steps >= 1: there is nothing to copy otherwise")
+        if (self.recipe == "merged") != (self.expert_steps > 0):
+            raise ValueError(
+                f"expert_steps must be {'at least 1' if self.recipe == 'merged' else '0'} in recipe {self.recipe}, "
+                f"found {self.expert_steps}"
+            )
+        if self.recipe == "merged" and (self.drop_fraction or self.expert_noise):
+            raise ValueError("recipe merged fine-tunes its experts: drop_fraction and expert_noise must be 0")
         if self.recipe == "scratch":
             for name in ("dense_steps", "drop_fraction", "expert_noise"):
                 if getattr(self, name):
@@ -133,6 +143,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quality-scratch": {
         "recipe": "scratch", "architecture": "olmoe", "intermediate_size": 256, "num_kv_heads": 4,
         "num_experts": 16, "top_k": 4, "vocab_size": 2048, "batch_size": 4, "moe_steps": 2000, "moe_lr": 2e-3,
+    },
+    # As merged models of the hub are made; fine-tuning moves a weight by a tenth of its size.
+    "quality-merged": {
+        "recipe": "merged", "vocab_size": 2048, "batch_size": 4, "dense_steps": 1000,
+        "expert_steps": 150, "expert_lr": 5e-4, "moe_steps": 200,
     },
     "tiny": {
         "hidden_size": 64, "intermediate_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1,

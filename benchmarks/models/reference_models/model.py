@@ -43,7 +43,7 @@ def hf_config(config: ReferenceModelConfig, num_experts: int, top_k: int) -> Pre
         built = MixtralConfig(num_local_experts=num_experts, head_dim=config.head_dim, **shape)
     else:
         # Copied experts must add up to the dense MLP: the chosen weights have to sum to 1 there.
-        built = OlmoeConfig(num_experts=num_experts, norm_topk_prob=config.recipe == "upcycled", **shape)
+        built = OlmoeConfig(num_experts=num_experts, norm_topk_prob=config.recipe != "scratch", **shape)
     built._experts_implementation = config.experts_implementation
     return built
 
@@ -87,6 +87,20 @@ def upcycle(dense: PreTrainedModel, config: ReferenceModelConfig) -> PreTrainedM
                 getattr(target, name).copy_(getattr(source, name).cpu().expand_as(getattr(target, name)))
             _perturb(target, config, generator)
     return moe
+
+
+def train_only(model: PreTrainedModel, part: str) -> None:
+    """Freeze every parameter but those whose name holds ``part``."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part in name)
+
+
+def copy_expert(dense: PreTrainedModel, moe: PreTrainedModel, expert: int) -> None:
+    """Put a dense model's MLPs, one expert each, in an expert's place in every layer."""
+    with torch.no_grad():
+        for source, target in zip(expert_modules(dense), expert_modules(moe), strict=True):
+            for name in ("gate_up_proj", "down_proj"):
+                getattr(target, name)[expert] = getattr(source, name)[0].to(getattr(target, name).device)
 
 
 def _perturb(experts: nn.Module, config: ReferenceModelConfig, generator: torch.Generator) -> None:

@@ -71,8 +71,9 @@ def learning_rate(step: int, steps: int, peak: float, config: ReferenceModelConf
 
 
 def _optimizer(model: PreTrainedModel, config: ReferenceModelConfig) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim >= 2]
+    vectors = [p for p in trained if p.ndim < 2]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -91,7 +92,7 @@ def train_phase(
     phase: Phase,
     progress: ProgressCallback | None = None,
 ) -> PhaseResult:
-    """Train in place on config.device: AdamW, warm-up and cosine, clipped gradients.
+    """Train in place on config.device what requires gradients: AdamW, warm-up and cosine, clipped gradients.
 
     Args:
         model: float32 weights; moved to the device and left there.

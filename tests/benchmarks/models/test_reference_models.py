@@ -13,7 +13,13 @@ from benchmarks.models.reference_models import PRESETS, build, build_reference_m
 from benchmarks.models.reference_models import __main__ as cli
 from benchmarks.models.reference_models.bigram import bigram_counts, fit_bigrams
 from benchmarks.models.reference_models.corpus import HELD_OUT, read_corpus
-from benchmarks.models.reference_models.model import expert_modules, new_model, residual_energy_shares, upcycle
+from benchmarks.models.reference_models.model import (
+    expert_modules,
+    new_model,
+    residual_energy_shares,
+    train_only,
+    upcycle,
+)
 from benchmarks.models.reference_models.tokenizer import END_OF_TEXT, encode_documents, train_tokenizer
 from benchmarks.models.reference_models.train import Phase, heldout_loss, learning_rate, train_phase, window_batches
 
@@ -177,6 +183,34 @@ def test_drop_and_noise_move_the_experts_apart():
     assert residual_energy_shares(noisy) == pytest.approx([0.15] * 2, abs=0.02)
 
 
+# --- merging
+
+MERGED = {"recipe": "merged", "expert_steps": 3}
+
+
+def test_each_expert_is_the_dense_mlp_fine_tuned_on_its_own_part(corpus, tokenizer):
+    config = preset_config("tiny", **MERGED)
+    tokens = encode_documents(tokenizer, [m.text for m in corpus.train])
+    dense = new_model(config, 1, 1, seed=3)
+    told = []
+    merged, result = build._fine_tune_experts(dense, tokens, config, lambda *event: told.append(event[:3]))
+    assert told == [("experts", step + 1, 12) for step in range(12)]
+    assert len(result.losses) == 12
+    share = max(residual_energy_shares(merged))
+    assert 0 < share < 0.2  # a few steps away from each other
+    frozen = {name for name, p in merged.named_parameters() if not p.requires_grad}
+    trained = {name for name, _ in merged.named_parameters()} - frozen
+    assert trained == {f"model.layers.{layer}.mlp.gate.weight" for layer in range(2)}
+    theirs = dict(dense.named_parameters())
+    for name, value in merged.named_parameters():
+        if ".mlp." not in name:
+            assert torch.equal(value, theirs[name])
+    again = new_model(config, 1, 1, seed=3)
+    train_only(again, ".mlp.experts.")
+    train_phase(again, tokens.tensor_split(4)[2], config, Phase("experts", 3, config.expert_lr, config.seed + 5))
+    assert torch.equal(expert_modules(merged)[1].down_proj[2], expert_modules(again)[1].down_proj[0])
+
+
 # --- the whole way
 
 
@@ -262,6 +296,10 @@ def test_presets_are_valid(name):
         ({"recipe": "scratch"}, "no dense phase"),
         ({"recipe": "scratch", "dense_steps": 0, "drop_fraction": 0.1}, "no dense phase"),
         ({"recipe": "scratch", "dense_steps": 0, "moe_steps": 0}, "needs moe_steps"),
+        ({"recipe": "merged"}, "expert_steps must be at least 1"),
+        ({"expert_steps": 2}, "expert_steps must be 0"),
+        (MERGED | {"dense_steps": 0}, "needs dense_steps"),
+        (MERGED | {"expert_noise": 0.1}, "must be 0"),
         ({"vocab_size": 100}, "greater than or equal to 320"),
         ({"eval_tokens": 64, "context_length": 128}, "eval_tokens"),
         ({"moe_lr": 0}, "greater than 0"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from click.testing import CliRunner
 
 from benchmarks.models.reference_models import build_reference_model, preset_config
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import compare, methods
+from benchmarks.quality import compare, methods, verdicts
 from benchmarks.quality.merging import RouterUse, merge_all, merge_groups
 from benchmarks.quality.methods import (
     CENTER_BITS,
@@ -24,7 +25,7 @@ from benchmarks.quality.methods import (
     knob_for,
     run_method,
 )
-from benchmarks.quality.picture import STYLES, line_of
+from benchmarks.quality.picture import STYLES, line_of, read_measured
 from benchmarks.quality.subject import Checkpoint, Subject
 from compress_tools.config import make_config
 from compress_tools.errors import CheckpointError
@@ -55,8 +56,8 @@ def paper(subject) -> dict[str, compare.Measured]:
 
 def test_order_of_methods_in_the_papers_table(subject, paper) -> None:
     assert 0.1 < subject.residual_energy_share < 0.6
-    rows = {row.name: row for row in command.verdicts("small", subject.residual_energy_share, [*paper.values()])}
-    assert len(rows) == 1 + len(command.ORDER)
+    rows = {row.name: row for row in verdicts.verdicts("small", subject.residual_energy_share, [*paper.values()])}
+    assert len(rows) == 1 + len(verdicts.ORDER)
     assert not [name for name, row in rows.items() if "error of" in name and not row.met]
     error = {name: one.relative_error for name, one in paper.items()}
     assert error["ResMoE (UP)"] < 0.7 * error["plain pruning (UP)"]
@@ -188,14 +189,50 @@ def test_command_writes_rows_and_picture(small, tmp_path, monkeypatch) -> None:
     assert 0 < rows[1]["kl_nats"] < rows[1]["kl_p99_nats"] <= rows[1]["kl_max_nats"]
     assert "99 %" in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
+    again = read_measured(rows_file)
+    assert [one.name for one in again] == [row["method"] for row in rows if "method" in row]
+    assert all(one.kl_nats is not None and one.ratio > 0 for one in again)
+    other = tmp_path / "other"
+    shutil.copytree(small, other)
+    words[1] = str(other)
+    # Rows of another model are added to the file.
+    monkeypatch.setattr(command, "bytes_section", lambda *_: [])
+    more = CliRunner().invoke(command.main, [*words, "--json", str(rows_file)])
+    assert more.exit_code == 0, more.output
+    assert {row["model"] for row in json.loads(rows_file.read_text())["rows"]} == {"small", "other"}
 
 
 def test_target_row_holds_the_planner_against_plain_4_bit(paper) -> None:
     base = replace(paper["ResMoE (UP)"], section="bytes", perplexity=20.0)
     plain = replace(base, name="plain 4-bit", perplexity=21.0)
     planned = replace(base, name="ResMoE planner", asked_ratio=0.25)
-    (_, row) = command.verdicts("small", 0.3, [plain, planned, replace(planned, asked_ratio=0.45, perplexity=19.0)])
+    (_, row) = verdicts.verdicts("small", 0.3, [plain, planned, replace(planned, asked_ratio=0.45, perplexity=19.0)])
     assert (row.value, row.target, row.met) == (20.0, 21.0, True)
+
+
+def test_target_rows_of_trellis_codes_the_planner_and_a_merged_model(paper) -> None:
+    base = replace(paper["ResMoE (UP)"], section="bytes", family="plain", perplexity=20.0, kl_nats=0.010)
+    at = {ratio: round(ratio * base.bytes_original) for ratio in (0.08, 0.1, 0.14, 0.19, 0.2)}
+    found = [
+        replace(base, section="original", name="original", perplexity=19.9),
+        replace(base, name="plain 2-bit", bytes_disk=at[0.14], kl_nats=0.050),
+        replace(base, name="plain 3-bit", bytes_disk=at[0.19]),
+        replace(base, name="plain 4-bit", bytes_disk=round(0.26 * base.bytes_original), kl_nats=0.001),
+        replace(base, name="trellis 3-bit", family="ResMoE", kl_nats=0.006, perplexity=19.9),
+        replace(base, name="ResMoE planner", family="ResMoE", asked_ratio=0.2, bytes_disk=at[0.2], kl_nats=0.008),
+        replace(base, name="ResMoE planner", family="ResMoE", asked_ratio=0.1, bytes_disk=at[0.08], perplexity=20.1),
+    ]
+    rows = {row.name: row for row in verdicts.verdicts("merged", 0.01, found)}
+    kl = next(row for name, row in rows.items() if "KL of trellis 3-bit" in name)
+    assert (kl.value, kl.target, kl.met) == (pytest.approx(0.6), 0.7, True)
+    assert next(row for name, row in rows.items() if "perplexity of trellis 3-bit" in name).met
+    # Of plain methods the best that fits: 3 bits, not 4.
+    planned = next(row for name, row in rows.items() if "KL of ResMoE planner" in name)
+    assert (planned.value, planned.target, planned.met) == (pytest.approx(0.8), 0.65, False)
+    assert "plain 3-bit's at 19.0%" in planned.name
+    assert next(row for name, row in rows.items() if "1.005 times the original's" in name).met
+    assert not next(row for name, row in rows.items() if "at most plain 3-bit's" in name).met
+    assert len(rows) == 5
 
 
 @pytest.mark.parametrize(
