@@ -65,6 +65,12 @@ def _evaluation_configs() -> "Sequence[type[BaseModel]]":
     return TextConfig, TasksConfig
 
 
+def _calibration_configs() -> "Sequence[type[BaseModel]]":
+    from compress_tools.calibration.config import CalibrationConfig
+
+    return (CalibrationConfig,)
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 revision_option = click.option(
     "--revision", metavar="REV", help="Branch, tag or commit of a model of the hub.  [default: main]"
@@ -262,6 +268,40 @@ def probe(*, src: str, picture: str | None, revision: str | None, as_json: bool,
     if picture is not None:
         draw_probe(found, picture)
     print_result(found.content(), lambda: probe_tables(found), as_json=as_json)
+
+
+@cli.command(cls=ConfigCommand, configs=_calibration_configs)
+@click.argument("src")
+@click.option("--out", metavar="FILE", required=True, help="Write what was measured; pass it to --calibration.")
+@click.option("--overwrite", is_flag=True, help="Replace the file of --out.")
+@revision_option
+@stream_option
+@json_option
+def calibrate(
+    *, src: str, out: str, overwrite: bool, revision: str | None, stream: bool, as_json: bool, **options: Any
+) -> None:
+    """Measure on a text what errors of the MoE checkpoint SRC's weights count, for --calibration of compress and plan.
+
+    \b
+    resmoe calibrate SRC --out calibration.safetensors --text text.txt
+    resmoe compress SRC DST --target-bytes-ratio 0.25 --calibration calibration.safetensors
+
+    The model runs one decoder layer at a time, in transformers: memory holds a layer, the embeddings and the text's
+    activations.
+    """  # noqa: D301 - click's mark of lines to keep
+    from compress_tools.calibration.calibrate import calibrate as run
+    from compress_tools.calibration.config import make_calibration_config
+    from compress_tools.cli.printing import print_result, progress_on_stderr
+    from compress_tools.cli.sources import opened_source
+    from compress_tools.cli.tables import calibration_lines
+
+    config = make_calibration_config(**given(options))
+    with (
+        progress_on_stderr(quiet=as_json) as progress,
+        opened_source(src, revision, progress, stream=stream) as source,
+    ):
+        found = run(source, out, config, progress, overwrite=overwrite)
+    print_result(asdict(found), lambda: calibration_lines(found), as_json=as_json)
 
 
 @cli.command()

@@ -4,6 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
+from compress_tools.calibration.calibrate import Calibrated
 from compress_tools.evaluation.perplexity import Evaluation
 from compress_tools.output.target import CompressionTarget
 from compress_tools.planner.planned import Planned
@@ -141,3 +142,14 @@ def tasks_table(model: str, found: dict[str, dict[str, Any]]) -> Table:
         for metric, value in metrics.items():
             table.add_row(task, metric, f"{value:.4f}" if isinstance(value, float) else str(value))
     return table
+
+
+def calibration_lines(found: Calibrated) -> str:
+    """What a calibration measured."""
+    lines = f"Written to {found.path}: {len(found.layers)} layers, {found.tokens} tokens."
+    if found.unreached:
+        lines += f" No token reached {found.unreached} experts; they count as their layers' mean, and little."
+    if found.coefficients is not None:
+        table = ", ".join(f"{layer}: {value:.3g}" for layer, value in found.coefficients.items())
+        lines += f"\nKL in nats for each unit of relative squared error, by layer: {table}"
+    return lines

@@ -11,17 +11,17 @@ from transformers import PreTrainedModel
 
 from compress_tools.architectures.experts import ExpertWeights
 from compress_tools.errors import CheckpointError
-from compress_tools.format.schema import ResMoEFormat
+from compress_tools.format.schema import ExpertNames, Projection
 from compress_tools.hf.factored_experts import GateFunction
 
 
-def experts_module(model: PreTrainedModel, fmt: ResMoEFormat, layer: int) -> str:
+def experts_module(model: PreTrainedModel, names: ExpertNames, layer: int) -> str:
     """Name of a layer's experts in the live model, whose modules are not always called as its checkpoint's tensors.
 
     Raises:
         CheckpointError: transformers' class of this family has no one module of experts.
     """
-    text = fmt.names.layers.get(layer, f"layers.{layer}")
+    text = names.layers.get(layer, f"layers.{layer}")
     within = re.compile(rf"(?:.*\.)?{re.escape(text)}\.(?:.*\.)?experts")
     found: list[str] = [name for name, _ in model.named_modules() if within.fullmatch(name)]
     if not found:
@@ -80,6 +80,26 @@ def fill_experts(dense: nn.Module, experts: Sequence[ExpertWeights]) -> nn.Modul
                 gate_up.copy_(torch.cat([weights.matrix("gate_proj"), weights.up]))
                 down.copy_(weights.down)
     return dense
+
+
+def expert_of(dense: nn.Module, number: int) -> ExpertWeights:
+    """One expert of an experts module, as views of its parameters; the inverse of ``fill_experts``."""
+    if isinstance(dense, nn.ModuleDict):
+        wide, narrow = (dense.get_parameter(f"expert_{number}.{name}.weight") for name in ("wi", "wo"))
+        return ExpertWeights(None, wide, narrow)
+    down: Tensor = dense.get_parameter("down_proj")[number]
+    if _is_ungated(dense):
+        return ExpertWeights(None, dense.get_parameter("up_proj")[number], down)
+    gate_up: Tensor = dense.get_parameter("gate_up_proj")[number]
+    if _is_interleaved(dense):
+        bias = dense.get_parameter("gate_up_proj_bias")[number]
+        biases: dict[Projection, Tensor] = {"gate_proj": bias[::2], "up_proj": bias[1::2]}
+        biases["down_proj"] = dense.get_parameter("down_proj_bias")[number]
+        return ExpertWeights(gate_up[:, ::2].T, gate_up[:, 1::2].T, down.T, biases)
+    if takes_rows(dense):
+        gate_up, down = gate_up.T, down.T
+    gate, up = gate_up.chunk(2)
+    return ExpertWeights(gate, up, down)
 
 
 def takes_rows(dense: nn.Module) -> bool:

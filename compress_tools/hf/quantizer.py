@@ -74,7 +74,7 @@ class ResMoEQuantizer(HfQuantizer):
         self._dense: dict[str, nn.Module] = {}
         # transformers' classes have no multi-token prediction.
         for layer in self._checkpoint.fmt.decoder_layers:
-            name = experts_module(model, self._checkpoint.fmt, layer)
+            name = experts_module(model, self._checkpoint.fmt.names, layer)
             self._dense[name] = dense = model.get_submodule(name)
             if isinstance(dense, nn.ModuleDict):
                 # Switch initialises its experts by name while loading: they stay until the factored ones come.
