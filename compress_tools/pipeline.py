@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor
 
 from compress_tools.config import CompressionConfig, check_device
+from compress_tools.damage import refusal
 from compress_tools.format.dtypes import DTYPES
 from compress_tools.format.tensors import layer_bytes
 from compress_tools.layer import CompressedLayer, compress_layer
 from compress_tools.numerics.clock import StageClock
 from compress_tools.numerics.parallel import one_thread_each
 from compress_tools.numerics.work import Work
-from compress_tools.output.finish import finish, finished_report, output_name_of_file, say_finished
+from compress_tools.output.finish import finish, finished_report, output_name_of_file, resume_forced, say_finished
 from compress_tools.output.outline import Outline, make_outline
 from compress_tools.output.run_identity import MACHINE, machine, versions
 from compress_tools.output.staging import Staging
@@ -32,7 +34,7 @@ from compress_tools.source.moe_source import open_source
 from compress_tools.source.source_reader import SourceReader
 
 
-def compress(
+def compress(  # noqa: PLR0913  source, destination, recipe or plan, and how the run behaves
     src: str | Path | CheckpointFiles,
     dst: str | Path,
     config: CompressionConfig,
@@ -40,6 +42,7 @@ def compress(
     planned: PlanFile | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    most_error: float = inf,
     progress: ProgressListener | None = None,
 ) -> CompressionReport:
     """Compress a Hugging Face MoE checkpoint into a ResMoE checkpoint.
@@ -52,6 +55,7 @@ def compress(
             are still the recipe's.
         resume: go on with an interrupted run.
         overwrite: replace ``dst``.
+        most_error: mean relative error above which the run ends, as soon as that is known, and can be resumed.
         progress: told of shards, layers and stages.
     Returns:
         the report that is also written to ``dst``.
@@ -59,12 +63,12 @@ def compress(
         ConfigError, UnsupportedArchitectureError, CheckpointError, NumericalError: see errors.py.
     """
     progress = progress or Silent()
-    job = _prepare(src, Path(dst), config, planned)
+    job = _prepare(src, Path(dst), config, planned, most_error)
     with CheckpointWriter(dst, job.identity, resume=resume, overwrite=overwrite) as writer:
         if writer.is_finished:
             return finished_report(writer.dst, progress)
         records = _write_shards(job, list(job.target.shards), job.files, writer, progress)
-        return finish(writer, job.outline, job.files, records, progress)
+        return finish(writer, job.outline, job.files, records, progress, most_error)
 
 
 def compress_slice(  # noqa: PLR0913  what compress takes, and the slice
@@ -76,6 +80,7 @@ def compress_slice(  # noqa: PLR0913  what compress takes, and the slice
     planned: PlanFile | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    most_error: float = inf,
     progress: ProgressListener | None = None,
 ) -> Path:
     """Make one slice of what ``compress`` makes; ``merge`` joins all of them.
@@ -88,6 +93,7 @@ def compress_slice(  # noqa: PLR0913  what compress takes, and the slice
         planned: see ``compress``.
         resume: go on with an interrupted run.
         overwrite: replace the slice.
+        most_error: see ``compress``; of this slice's layers.
         progress: told of shards, layers and stages.
     Returns:
         the slice's directory.
@@ -95,7 +101,7 @@ def compress_slice(  # noqa: PLR0913  what compress takes, and the slice
         ConfigError, UnsupportedArchitectureError, CheckpointError, NumericalError: see errors.py.
     """
     progress = progress or Silent()
-    job = _prepare(src, Path(dst), config, planned)
+    job = _prepare(src, Path(dst), config, planned, most_error)
     shards = shards_of(job.target, part)
     target = slice_path(dst, part)
     with CheckpointWriter(target, job.identity, resume=resume, overwrite=overwrite) as writer:
@@ -118,9 +124,16 @@ class _Job:
     outline: Outline
     identity: dict[str, Any]
     files: dict[Path, Path]
+    most_error: float
 
 
-def _prepare(src: str | Path | CheckpointFiles, dst: Path, config: CompressionConfig, planned: PlanFile | None) -> _Job:
+def _prepare(
+    src: str | Path | CheckpointFiles,
+    dst: Path,
+    config: CompressionConfig,
+    planned: PlanFile | None,
+    most_error: float,
+) -> _Job:
     check_device(config.device)
     reader = SourceReader(src)
     Staging(dst).check_apart(reader.path)
@@ -138,7 +151,7 @@ def _prepare(src: str | Path | CheckpointFiles, dst: Path, config: CompressionCo
         MACHINE: machine(config.device),
     }
     files = {output_name_of_file(file.relative_to(reader.path)): file for file in reader.other_files()}
-    return _Job(config, target, outline, identity, files)
+    return _Job(config, target, outline, identity, files, most_error)
 
 
 def _write_shards(
@@ -158,6 +171,7 @@ def _write_shards(
         progress.say(f"resuming: {len(records)} of {len(shards)} shards are written")
     if begun != here:
         progress.say(f"begun on {begun}, goes on on {here}: the result is as good, but its last bits may differ")
+    errors: list[float] = []
     store.prepare(sorted({name for names in read.values() for name in names}))
     with one_thread_each():
         for shard in _in_order(job, shards):
@@ -166,8 +180,21 @@ def _write_shards(
             record = records[shard.filename]
             if shard.layer is not None:
                 progress.layer_done(LayerReport(**record["layer"]), record["seconds"])
+                errors.append(record["layer"]["relative_error"])
+                _check_damage(job, errors, sum(each.layer is not None for each in shards), writer)
             progress.shard_done()
     return records
+
+
+def _check_damage(job: _Job, errors: list[float], count: int, writer: CheckpointWriter) -> None:
+    """End a run that will be refused: hours may be left.
+
+    Layers that are all stored alike lose about alike, so the first ones tell. A plan's need not: there the mean is
+    above the limit for certain, whatever the rest loses.
+    """
+    known = len(errors) if job.outline.plan_text is None else count
+    if (found := sum(errors) / known) > job.most_error:
+        raise refusal(found, f"after {len(errors)} of {count} layers", resume_forced(writer))
 
 
 def _write(job: _Job, shard: Shard, writer: CheckpointWriter, progress: ProgressListener) -> dict[str, Any]:

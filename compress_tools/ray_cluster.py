@@ -10,16 +10,18 @@ costs at most the layer it worked on, and the same command goes on where it stop
 
 import sys
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import click
 
-from compress_tools.cli.commands import given, main, recipe_configs, revision_option, stream_option
+from compress_tools.cli.commands import force_option, given, main, recipe_configs, revision_option, stream_option
 from compress_tools.cli.options import ConfigCommand
 from compress_tools.cli.printing import print_report
 from compress_tools.cli.sources import opened_source
 from compress_tools.config import CompressionConfig, make_config
+from compress_tools.damage import RUINED_ERROR
 from compress_tools.errors import ConfigError, ResMoEError
 from compress_tools.hub.files import is_hub_name
 from compress_tools.output.staging import Staging
@@ -64,7 +66,14 @@ class HubOptions:
     stream: bool = False
 
 
-def make_slice_here(src: str, dst: str, config: CompressionConfig, part: Slice, hub: HubOptions | None = None) -> str:
+def make_slice_here(
+    src: str,
+    dst: str,
+    config: CompressionConfig,
+    part: Slice,
+    hub: HubOptions | None = None,
+    most_error: float = inf,
+) -> str:
     """What one task does on its node; ``DST.shard-I-of-N.log`` tells how far it is.
 
     Args:
@@ -73,6 +82,7 @@ def make_slice_here(src: str, dst: str, config: CompressionConfig, part: Slice, 
         config: the recipe.
         part: which slice.
         hub: how ``ORG/NAME`` is fetched.
+        most_error: see ``compress_slice``.
     Returns:
         the slice's directory.
     """
@@ -81,10 +91,10 @@ def make_slice_here(src: str, dst: str, config: CompressionConfig, part: Slice, 
         logged(Staging(own).log_path, to_stderr=False) as progress,
         opened_source(src, hub.revision, progress, stream=hub.stream, dst=own) as source,
     ):
-        return str(compress_slice(source, dst, config, part, resume=True, progress=progress))
+        return str(compress_slice(source, dst, config, part, resume=True, most_error=most_error, progress=progress))
 
 
-def compress_on_cluster(
+def compress_on_cluster(  # noqa: PLR0913  what compress takes, and the cluster
     src: str | Path,
     dst: str | Path,
     config: CompressionConfig,
@@ -93,6 +103,7 @@ def compress_on_cluster(
     *,
     hub: HubOptions | None = None,
     keep_slices: bool = False,
+    most_error: float = inf,
 ) -> CompressionReport:
     """Compress ``src`` into ``dst`` in ``shards`` slices, as tasks of a Ray cluster.
 
@@ -104,6 +115,7 @@ def compress_on_cluster(
         cluster: where they run; default: Ray on this machine, a CPU for each task.
         hub: how ``ORG/NAME`` is fetched.
         keep_slices: leave the slices beside ``dst``.
+        most_error: see ``compress_slice`` and ``merge``.
     Returns:
         the report that is also written to ``dst``.
     Raises:
@@ -138,7 +150,7 @@ def compress_on_cluster(
         task = ray.remote(make_slice_here).options(
             num_cpus=cluster.cpus_per_task, num_gpus=cluster.gpus_per_task, max_retries=MAX_RETRIES
         )
-        running = {task.remote(source, str(output.dst), config, part, hub): part for part in parts}
+        running = {task.remote(source, str(output.dst), config, part, hub, most_error): part for part in parts}
         failures: list[ResMoEError] = []
         pending = list(running)
         while pending:
@@ -155,7 +167,9 @@ def compress_on_cluster(
             ray.shutdown()
     with logged(output.log_path, to_stderr=False) as progress:
         made = [slice_path(output.dst, part) for part in parts]
-        return merge(output.dst, made, resume=True, remove_slices=not keep_slices, progress=progress)
+        return merge(
+            output.dst, made, resume=True, remove_slices=not keep_slices, most_error=most_error, progress=progress
+        )
 
 
 def _as_our_own(part: Slice, err: Exception) -> ResMoEError:
@@ -184,17 +198,21 @@ def _as_our_own(part: Slice, err: Exception) -> ResMoEError:
 @click.option("--keep-slices", is_flag=True, help="Leave the slices beside DST.")
 @revision_option
 @stream_option
+@force_option
 def cli(src: str, dst: str, **options: Any) -> None:
     """Compress the MoE checkpoint SRC into DST on a Ray cluster. The same command goes on after a failure."""
     cluster = Cluster(*(options.pop(name) for name in ("address", "cpus_per_task", "gpus_per_task")))
     hub = HubOptions(options.pop("revision"), options.pop("stream"))
     shards, keep_slices = options.pop("shards"), options.pop("keep_slices")
+    most_error = inf if options.pop("force") else RUINED_ERROR
     if options["method"] is None:
         raise ConfigError(
             "--method is missing: all slices are made by one coder; a plan for a byte budget needs one run"
         )
     config = make_config(**{"workers": cluster.cpus_per_task, **given(options)})
-    report = compress_on_cluster(src, dst, config, shards, cluster, hub=hub, keep_slices=keep_slices)
+    report = compress_on_cluster(
+        src, dst, config, shards, cluster, hub=hub, keep_slices=keep_slices, most_error=most_error
+    )
     print_report(report, dst, as_json=False)
 
 

@@ -63,6 +63,11 @@ class CompressionReport:
         """Plain mean of the layers' relative errors."""
         return sum(layer.relative_error for layer in self.layers) / len(self.layers)
 
+    @property
+    def errors(self) -> dict[int, float]:
+        """Relative error by layer."""
+        return {layer.layer: layer.relative_error for layer in self.layers}
+
     def content(self) -> dict[str, Any]:
         """The report file's content: everything that is the same in every run."""
         before, after, other = self.expert_bytes_before, self.expert_bytes_after, self.other_bytes

@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
+from math import inf
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from compress_tools.cli.options import ConfigCommand
+from compress_tools.damage import RUINED_ERROR
 from compress_tools.errors import CheckpointError, ConfigError, ResMoEError
 from compress_tools.text_file import in_words
 from compress_tools.version import __version__
@@ -81,6 +83,11 @@ stream_option = click.option(
     help="Never hold all of a model of the hub: fetch its weight files as layers need them, and remove them after.",
 )
 plan_option = click.option("--plan", "plan_file", metavar="FILE", help="Store each layer as this plan says.")
+force_option = click.option(
+    "--force",
+    is_flag=True,
+    help=f"Write a result whose error says that the model is ruined (mean relative error above {RUINED_ERROR}).",
+)
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace DST and what an unfinished run left.")
 
 
@@ -109,6 +116,7 @@ def cli() -> None:
 @stream_option
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same source and recipe.")
 @overwrite_option
+@force_option
 @json_option
 def compress(  # noqa: PLR0913 - click hands over each option by its name
     *,
@@ -121,6 +129,7 @@ def compress(  # noqa: PLR0913 - click hands over each option by its name
     stream: bool,
     resume: bool,
     overwrite: bool,
+    force: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -134,7 +143,7 @@ def compress(  # noqa: PLR0913 - click hands over each option by its name
     A log is kept in DST.log.
     """  # noqa: D301 - click's mark of lines to keep
     from compress_tools.cli.printing import print_report, print_result, progress_on_stderr, with_command
-    from compress_tools.cli.request import BUDGETS, kept_plan_path, plan_for_output, read_request
+    from compress_tools.cli.request import BUDGETS, check_prediction, kept_plan_path, plan_for_output, read_request
     from compress_tools.cli.sources import opened_source
     from compress_tools.pipeline import compress as run
     from compress_tools.pipeline import compress_slice
@@ -142,6 +151,7 @@ def compress(  # noqa: PLR0913 - click hands over each option by its name
 
     request = read_request(given(options), plan_file)
     part = None if shard is None else make_slice(shard)
+    most_error = inf if force else RUINED_ERROR
     _check_exclusive(resume=resume, overwrite=overwrite)
     if part is not None and request.budget is not None:
         asked = "" if BUDGETS.isdisjoint(given(options)) else "--target-bytes-ratio ... "
@@ -167,6 +177,7 @@ def compress(  # noqa: PLR0913 - click hands over each option by its name
                 progress=progress,
                 resume=resume,
                 overwrite=overwrite,
+                most_error=most_error,
             )
         print_result(
             {"path": str(path), "slice": [part.number, part.count]},
@@ -183,8 +194,16 @@ def compress(  # noqa: PLR0913 - click hands over each option by its name
             planned = plan_for_output(
                 source, dst, request.config, request.budget, resume=resume, overwrite=overwrite, progress=progress
             )
+            check_prediction(planned, request.budget, dst, most_error)
         report = run(
-            source, dst, request.config, planned=planned, progress=progress, resume=resume, overwrite=overwrite
+            source,
+            dst,
+            request.config,
+            planned=planned,
+            progress=progress,
+            resume=resume,
+            overwrite=overwrite,
+            most_error=most_error,
         )
         if request.budget is not None:
             kept_plan_path(dst).unlink(missing_ok=True)
@@ -197,9 +216,17 @@ def compress(  # noqa: PLR0913 - click hands over each option by its name
 @click.option("--remove-slices", is_flag=True, help="Remove the slices, shard by shard as they are taken.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted merge.")
 @overwrite_option
+@force_option
 @json_option
 def merge(
-    *, dst: str, slices: tuple[str, ...], remove_slices: bool, resume: bool, overwrite: bool, as_json: bool
+    *,
+    dst: str,
+    slices: tuple[str, ...],
+    remove_slices: bool,
+    resume: bool,
+    overwrite: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Join the SLICES of `resmoe compress SRC DST --shard I/N` into DST; by default those beside DST.
 
@@ -210,7 +237,15 @@ def merge(
 
     _check_exclusive(resume=resume, overwrite=overwrite)
     with progress_on_stderr(quiet=as_json, dst=dst) as progress:
-        report = run(dst, slices, resume=resume, overwrite=overwrite, remove_slices=remove_slices, progress=progress)
+        report = run(
+            dst,
+            slices,
+            resume=resume,
+            overwrite=overwrite,
+            remove_slices=remove_slices,
+            most_error=inf if force else RUINED_ERROR,
+            progress=progress,
+        )
     print_report(report, dst, as_json=as_json)
 
 
@@ -490,8 +525,8 @@ def _print_plan(
     overwrite: bool = False,
 ) -> None:
     """The whole plan; ``opened`` is the source ``src``, with ``part`` also what that slice makes of it."""
-    from compress_tools.cli.printing import print_for_people, print_result, progress_on_stderr, with_command
-    from compress_tools.cli.request import planned_sizes
+    from compress_tools.cli.printing import loud, print_for_people, print_result, progress_on_stderr, with_command
+    from compress_tools.cli.request import planned_sizes, prediction_warning
     from compress_tools.cli.tables import plan_table, planned_table
     from compress_tools.slices.slices import shards_of
 
@@ -502,6 +537,8 @@ def _print_plan(
         made, planned = planned_sizes(source, request, out_file, progress, overwrite=overwrite)
     remarks = made.remarks()
     content = {**made.summary(), "remarks": remarks} | ({} if planned is None else {"plan": planned.resolved()})
+    warning = None if planned is None or request.budget is None else prediction_warning(planned, request.budget)
+    content |= {} if warning is None else {"warning": warning}
     layers: list[int] = []
     if part is not None:
         layers = [shard.layer for shard in shards_of(made, part) if shard.layer is not None]
@@ -512,6 +549,8 @@ def _print_plan(
     print_for_people(*remarks)
     if request.budget is not None and planned is not None and planned.found is not None:
         print_for_people(planned_table(planned.found, request.budget.optimize))
+    if warning is not None:
+        print_for_people(loud(warning))
     if part is not None:
         print_for_people(f"Slice {part} makes layers {', '.join(map(str, layers))} of these.")
     if out_file is not None:

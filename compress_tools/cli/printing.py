@@ -13,6 +13,7 @@ from rich.text import Text
 
 from compress_tools.architectures.registry import find_architecture
 from compress_tools.cli import tables
+from compress_tools.damage import damage_warning
 from compress_tools.output.model_card import serve_words
 from compress_tools.output.staging import Staging
 from compress_tools.output.trusted_code import must_be_trusted
@@ -65,10 +66,19 @@ def with_command(text: str, *words: object) -> Text:
     return Text.assemble(text + " ", (shlex.join(map(str, words)), "bold"))
 
 
+def loud(text: str) -> Text:
+    """A warning that is not to be missed where there is colour."""
+    return Text(text, style="bold red")
+
+
 def print_report(report: CompressionReport, dst: str, *, as_json: bool) -> None:
     """What a compression did, and what to do with it."""
-    print_result(report.content(), lambda: tables.report_table(report), as_json=as_json)
+    warning = damage_warning(report.errors)
+    content = report.content() | ({} if warning is None else {"warning": warning})
+    print_result(content, lambda: tables.report_table(report), as_json=as_json)
     if not as_json:
+        if warning is not None:
+            print_for_people(loud(warning))
         config = CheckpointReader(dst).config
         family, trust = find_architecture(config), must_be_trusted(Path(dst), config)
         runs_in = f"{family.title} runs in {family.runs_in}{', with trust_remote_code=True' if trust else ''}"

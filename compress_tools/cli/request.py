@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from compress_tools.config import CompressionConfig, Method, make_config
+from compress_tools.damage import damage_warning, mean, refusal
 from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.output.output_file import check_output_file, write_output_file
 from compress_tools.output.staging import Staging
@@ -20,6 +21,7 @@ from compress_tools.planner.config import (
     make_planner_config,
 )
 from compress_tools.planner.plan_file import PlanFile, parse_plan, read_plan
+from compress_tools.planner.plan_text import predicted_errors
 from compress_tools.progress.listener import ProgressListener
 from compress_tools.report import PLAN_NAME
 from compress_tools.source.files import CheckpointFiles
@@ -156,6 +158,28 @@ def _keep(text: str, file: Path) -> None:
         unfinished.replace(file)
     except OSError as err:
         raise CheckpointError(f"{file}: the plan can't be kept: {in_words(err)}; make room, or choose another") from err
+
+
+def check_prediction(planned: PlanFile, budget: PlannerConfig, dst: str | Path, most_error: float) -> None:
+    """Refuse a plan that will ruin the model, before hours of compressing.
+
+    Raises:
+        ConfigError: the mean relative error that is predicted is above ``most_error``.
+    """
+    errors = _predicted_errors(planned, budget)
+    if errors and mean(errors) > most_error:
+        kept = f"the same command with --resume --force takes the plan that is kept in {kept_plan_path(dst)}"
+        raise refusal(mean(errors), "is predicted", kept)
+
+
+def prediction_warning(planned: PlanFile, budget: PlannerConfig) -> str | None:
+    """``damage_warning`` of what a plan predicts."""
+    return damage_warning(_predicted_errors(planned, budget))
+
+
+def _predicted_errors(planned: PlanFile, budget: PlannerConfig) -> dict[int, float]:
+    """Relative errors of the compressed layers; none where the objective is another."""
+    return predicted_errors(planned.text) if budget.optimize == "error" else {}
 
 
 def planned_sizes(

@@ -1,9 +1,11 @@
 """The last step, once every shard is there: report, recipe, model card and index beside them, then the rename."""
 
 import json
+from math import inf
 from pathlib import Path
 from typing import Any
 
+from compress_tools.damage import damage_warning, refusal
 from compress_tools.errors import CheckpointError
 from compress_tools.output.model_card import model_card
 from compress_tools.output.outline import Outline
@@ -100,12 +102,18 @@ def output_name_of_file(relative: Path) -> Path:
     return Path(SOURCE_CARD_NAME) if str(relative) == CARD_NAME else relative
 
 
+def resume_forced(writer: CheckpointWriter) -> str:
+    """How to go on with what was refused."""
+    return f"the same command with --resume --force goes on from {writer.staging}, and --overwrite starts again"
+
+
 def finish(
     writer: CheckpointWriter,
     outline: Outline,
     files: dict[Path, Path],
     records: dict[str, dict[str, Any]],
     progress: ProgressListener,
+    most_error: float = inf,
 ) -> CompressionReport:
     """Write everything but the shards, and publish.
 
@@ -114,13 +122,19 @@ def finish(
         outline: of the checkpoint.
         files: files to copy through: relative output path to source path.
         records: by output file, as the writer returned them.
-        progress: told where the checkpoint lies, if that needs to be said.
+        progress: told where the checkpoint lies, if that needs to be said; and of a ruined result.
+        most_error: mean relative error above which nothing is published; the shards stay, for a resume.
     Returns:
         the report that is also written.
     Raises:
+        ConfigError: the error is above ``most_error``.
         CheckpointError: the disk is full or fails; can be resumed.
     """
     report = make_report(outline, records)
+    if report.relative_error > most_error:
+        raise refusal(report.relative_error, "over all layers", resume_forced(writer))
+    if (warning := damage_warning(report.errors)) is not None:
+        progress.say(warning)
     for relative, file in files.items():
         writer.copy_file(file, relative)
     planned = {"plan": outline.recipe["plan"]} if outline.plan_text is not None else {}

@@ -1,5 +1,6 @@
 """A found plan as the text of a plan file, what was predicted in comments."""
 
+import re
 from typing import Any
 
 import yaml
@@ -45,6 +46,11 @@ def plan_text(
         comment = f"# error {layer.error:.6g}, {layer.nbytes} of {layer.dense_bytes} bytes ({share:.4f})"
         lines += [f"  {index}: {DENSE if layer.spec is None else ''} {comment}", *_spec_lines(layer.spec)]
     return "\n".join(lines) + "\n"
+
+
+def predicted_errors(text: str) -> dict[int, float]:
+    """What ``plan_text`` noted of each layer that is compressed: the only place of a kept plan that says it."""
+    return {int(found[1]): float(found[2]) for found in re.finditer(r"^  (\d+):  # error (\S+), ", text, re.MULTILINE)}
 
 
 def _spec_lines(spec: LayerSpec | None) -> list[str]:

@@ -4,6 +4,7 @@ import glob
 import re
 import shutil
 from collections.abc import Iterable
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def merge(
     resume: bool = False,
     overwrite: bool = False,
     remove_slices: bool = False,
+    most_error: float = inf,
     progress: ProgressListener | None = None,
 ) -> CompressionReport:
     """Join the slices that ``compress_slice`` made.
@@ -37,10 +39,12 @@ def merge(
         resume: go on with an interrupted merge.
         overwrite: replace ``dst``.
         remove_slices: remove each shard from its slice once it is taken, and the slices at the end.
+        most_error: mean relative error above which nothing is published; the merge can be resumed.
         progress: told of shards.
     Returns:
         the report that is also written to ``dst``.
     Raises:
+        ConfigError: the error is above ``most_error``.
         CheckpointError: a slice is missing, given twice, unfinished, damaged, or of another source, recipe or version;
             or the disk is full.
     """
@@ -64,7 +68,7 @@ def merge(
             owner.check_shard(filename)
     with CheckpointWriter(output.dst, first.identity, resume=resume, overwrite=overwrite) as writer:
         records = _take_shards(writer, first.outline, owners, progress, remove=remove_slices)
-        report = finish(writer, first.outline, first.files(), records, progress)
+        report = finish(writer, first.outline, first.files(), records, progress, most_error)
     if remove_slices:
         _remove(manifests)
     return report
