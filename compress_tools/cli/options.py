@@ -47,8 +47,12 @@ def config_options(*configs: "type[BaseModel]") -> list[click.Option]:
 def _option(name: str, field: "FieldInfo") -> click.Option:
     kind = _plain(field.annotation)
     shown = isinstance(field.default, str | int | float) and kind is not bool
+    flag = "--" + name.replace("_", "-")
+    if kind is bool and field.default is None:
+        # Neither: what runs decides.
+        flag += "/--no-" + name.replace("_", "-")
     return click.Option(
-        ["--" + name.replace("_", "-"), name],
+        [flag, name],
         type=click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind,
         is_flag=True if kind is bool else None,
         multiple=get_origin(field.annotation) is tuple,

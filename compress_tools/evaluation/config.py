@@ -1,5 +1,6 @@
 """What `resmoe eval` is asked: validated before a model is loaded."""
 
+import json
 from collections.abc import Collection
 from typing import Any, Literal, Self
 
@@ -73,13 +74,35 @@ def make_text_config(**options: object) -> TextConfig:
 
 
 class TasksConfig(BaseModel):
-    """lm-eval tasks, and the dtype vLLM runs in."""
+    """lm-eval tasks, how they are asked, and what vLLM is told."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tasks: str = Field(min_length=1, description="lm-eval tasks, separated by commas, run through vLLM.")
     include_path: str | None = Field(None, description="Directory of lm-eval task files (YAML) of your own.")
     limit: int | None = Field(None, ge=1, description="Use only so many examples of each task.")
+    num_fewshot: int | None = Field(
+        None, ge=0, description="Solved examples before each question. [default: each task's own]"
+    )
+    apply_chat_template: bool = Field(
+        default=False, description="Ask as a user's message, in the model's chat template."
+    )
+    fewshot_as_multiturn: bool | None = Field(
+        None,
+        description="With --apply-chat-template, each solved example as two messages, or all of them in one. "
+        "[default: lm-eval's]",
+    )
+    max_model_len: int | None = Field(
+        None, ge=1, description="Tokens of context that vLLM makes room for. [default: the model's]"
+    )
+    tensor_parallel_size: int | None = Field(
+        None, ge=1, description="Devices that vLLM spreads each layer over. [default: 1]"
+    )
+    model_args: str | None = Field(
+        None,
+        description="More for lm-eval's vLLM class and vLLM's engine: NAME=VALUE[,NAME=VALUE], such as "
+        "gpu_memory_utilization=0.8,add_bos_token=true; or a JSON object.",
+    )
     dtype: DType = _DTYPE
     trust_remote_code: bool = _TRUST
 
@@ -87,12 +110,55 @@ class TasksConfig(BaseModel):
     def _some_task(self) -> Self:
         if not self.names:
             raise ValueError(f"--tasks {self.tasks!r} names no task")
+        if self.fewshot_as_multiturn is not None and not self.apply_chat_template:
+            name = "fewshot-as-multiturn" if self.fewshot_as_multiturn else "no-fewshot-as-multiturn"
+            raise ValueError(f"--{name} has no effect without --apply-chat-template")
+        self.extra_model_args()
         return self
 
     @property
     def names(self) -> list[str]:
         """The tasks' names."""
         return [name.strip() for name in self.tasks.split(",") if name.strip()]
+
+    def extra_model_args(self) -> dict[str, Any]:
+        """``model_args`` by name.
+
+        Raises:
+            ValueError: not NAME=VALUE, a name given twice, or no JSON object.
+        """
+        text = (self.model_args or "").strip()
+        if text.startswith("{"):
+            try:
+                found: dict[str, Any] = json.loads(text)
+            except json.JSONDecodeError as err:
+                raise ValueError(f"--model-args {text:.60}: no JSON object: {err}") from err
+            return found
+        found = {}
+        for part in filter(None, text.split(",")):
+            name, equals, value = part.partition("=")
+            name = name.strip()
+            if not equals or not name.isidentifier():
+                raise ValueError(f"--model-args: expected NAME=VALUE[,NAME=VALUE] or a JSON object, found {part!r}")
+            if name in found:
+                raise ValueError(f"--model-args gives {name} twice")
+            found[name] = _typed(value.strip())
+        return found
+
+
+def _typed(text: str) -> bool | int | float | str | None:
+    """A value of ``--model-args``, read as lm-eval reads it: quotes make a string of anything."""
+    if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
+    constants = {"true": True, "false": False, "none": None}
+    if text.lower() in constants:
+        return constants[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
 
 
 def one_kind(given: Collection[str]) -> Literal["text", "tasks"]:

@@ -61,6 +61,22 @@ def read_tokens(model: str, text: str, max_tokens: int | None, **loading: bool) 
         ConfigError: the text is missing, not UTF-8, or shorter than two tokens.
     """
     content = read_text(text, ConfigError, f"--text {text}")
+    ids = load_tokenizer(model, **loading)(content, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = torch.tensor(ids, dtype=torch.int64)[:max_tokens]
+    if len(tokens) < 2:
+        raise ConfigError(f"--text {text}: {len(tokens)} tokens; at least 2 are needed, one to predict the next")
+    return tokens
+
+
+def load_tokenizer(model: str, **loading: bool) -> Any:
+    """A checkpoint's tokenizer.
+
+    Args:
+        model: checkpoint.
+        loading: of ``from_pretrained``, see ``loading_options``.
+    Raises:
+        CheckpointError: no tokenizer beside the weights, or none that transformers can load.
+    """
     if not any((Path(model) / name).is_file() for name in _TOKENIZER_FILES):
         raise CheckpointError(
             f"{model}: no tokenizer beside the weights; expected tokenizer.json or tokenizer.model, as in the original"
@@ -68,17 +84,12 @@ def read_tokens(model: str, text: str, max_tokens: int | None, **loading: bool) 
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, **loading)
+        return AutoTokenizer.from_pretrained(model, **loading)
     # The tokenizers library raises Exception itself for files that it can't read.
     except Exception as err:
         # transformers names its own argument.
         why = in_words(err).replace("`trust_remote_code=True`", "--trust-remote-code")
         raise CheckpointError(f"{model}: transformers can't load its tokenizer: {why}") from err
-    ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
-    tokens = torch.tensor(ids, dtype=torch.int64)[:max_tokens]
-    if len(tokens) < 2:
-        raise ConfigError(f"--text {text}: {len(tokens)} tokens; at least 2 are needed, one to predict the next")
-    return tokens
 
 
 def loading_options(*, trust_remote_code: bool) -> dict[str, bool]:

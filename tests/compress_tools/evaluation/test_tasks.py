@@ -7,13 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from compress_tools.cli.commands import cli
 from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.evaluation import tasks
 from compress_tools.evaluation.config import make_tasks_config
 from compress_tools.evaluation.predictions import Predictions, kl_divergence
 from compress_tools.evaluation.source import read_tokens
 from compress_tools.evaluation.tasks import run_tasks
+
+
+class _VLLMClass:
+    """Takes what lm-eval's class takes by name, and hands the rest to the engine."""
+
+    def __init__(self, pretrained: str, add_bos_token: bool | None = None, **kwargs: Any) -> None:
+        raise AssertionError("lm-eval makes it, not we")
 
 
 @pytest.fixture
@@ -31,12 +40,17 @@ def lm_eval(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         if noted.fails is not None:
             raise noted.fails
         metrics = {"alias": "one", "samples": 3, "acc,none": 0.5, "acc_stderr,none": 0.1}
-        return {"results": dict.fromkeys(asked["tasks"], metrics), "configs": {}}
+        shots = {} if asked["num_fewshot"] is None else {"n-shot": dict.fromkeys(asked["tasks"], asked["num_fewshot"])}
+        return {"results": dict.fromkeys(asked["tasks"], metrics), "configs": {}, **shots}
 
     package, module = ModuleType("lm_eval"), ModuleType("lm_eval.tasks")
     package.simple_evaluate, module.TaskManager = simple_evaluate, TaskManager
     monkeypatch.setitem(sys.modules, "lm_eval", package)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", module)
+    vllm_class = ModuleType("lm_eval.models.vllm_causallms")
+    vllm_class.VLLM = _VLLMClass
+    monkeypatch.setitem(sys.modules, "lm_eval.models", ModuleType("lm_eval.models"))
+    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", vllm_class)
     monkeypatch.setattr(tasks, "find_spec", lambda name: object())
     monkeypatch.setattr(tasks, "read_model_config", lambda path: {"dtype": "bfloat16"})
     monkeypatch.delenv("VLLM_LOGGING_STREAM", raising=False)
@@ -61,6 +75,106 @@ def test_lm_eval_is_asked_for_the_tasks_and_its_metrics_are_kept(
     run_tasks("model", make_tasks_config(tasks="one", dtype="float16", trust_remote_code=True))
     assert lm_eval.asked["model_args"]["trust_remote_code"] is True
     assert (lm_eval.include_path, lm_eval.asked["limit"], os.environ["VLLM_LOGGING_STREAM"]) == (None, None, "mine")
+
+
+def asked_for(noted: SimpleNamespace, **options: Any) -> dict[str, Any]:
+    """What the stand-in is asked, of options of `resmoe eval --tasks one`."""
+    run_tasks("model", make_tasks_config(tasks="one", **options))
+    return noted.asked
+
+
+def test_how_tasks_are_asked_reaches_lm_eval(lm_eval: SimpleNamespace, monkeypatch) -> None:
+    monkeypatch.setenv("VLLM_LOGGING_STREAM", "mine")
+    monkeypatch.setattr(tasks, "load_tokenizer", lambda path: SimpleNamespace(chat_template="{{ messages }}"))
+    plain = asked_for(lm_eval)
+    assert (plain["num_fewshot"], plain["apply_chat_template"]) == (None, False)
+    assert "fewshot_as_multiturn" not in plain
+    shots = asked_for(lm_eval, num_fewshot=0, apply_chat_template=True)
+    assert (shots["num_fewshot"], shots["apply_chat_template"]) == (0, True)
+    assert "fewshot_as_multiturn" not in shots
+    for turns in (True, False):
+        asked = asked_for(lm_eval, apply_chat_template=True, fewshot_as_multiturn=turns)
+        assert asked["fewshot_as_multiturn"] is turns
+    found = run_tasks("model", make_tasks_config(tasks="one", num_fewshot=3))
+    assert found == {"one": {"acc,none": 0.5, "acc_stderr,none": 0.1, "n-shot": 3}}
+
+
+def test_a_chat_template_that_is_not_there_is_named_before_the_engine_starts(lm_eval, monkeypatch) -> None:
+    monkeypatch.setattr(tasks, "load_tokenizer", lambda path: SimpleNamespace(chat_template=None))
+    with pytest.raises(ConfigError, match="--apply-chat-template: the tokenizer of model has no chat template"):
+        asked_for(lm_eval, apply_chat_template=True)
+    assert lm_eval.asked is None
+
+
+def test_what_vllm_is_told_reaches_lm_eval(lm_eval: SimpleNamespace, monkeypatch) -> None:
+    monkeypatch.setenv("VLLM_LOGGING_STREAM", "mine")
+    ours = {"pretrained": "model", "dtype": "bfloat16"}
+    assert asked_for(lm_eval, max_model_len=512)["model_args"] == {**ours, "max_model_len": 512}
+    assert asked_for(lm_eval, tensor_parallel_size=2)["model_args"] == {**ours, "tensor_parallel_size": 2}
+    given = "gpu_memory_utilization=0.5, add_bos_token=True,seed=-7,revision='123',load_format=dummy,hf_token=none"
+    more = {
+        "gpu_memory_utilization": 0.5,
+        "add_bos_token": True,
+        "seed": -7,
+        "revision": "123",
+        "load_format": "dummy",
+        "hf_token": None,
+    }
+    assert asked_for(lm_eval, model_args=given)["model_args"] == {**ours, **more}
+    nested = '{"max_num_seqs": 4, "hf_overrides": {"a": [1, 2]}}'
+    assert asked_for(lm_eval, model_args=nested)["model_args"] == {
+        **ours,
+        "max_num_seqs": 4,
+        "hf_overrides": {"a": [1, 2]},
+    }
+
+
+def test_model_args_go_over_ours_where_no_option_says_otherwise(lm_eval: SimpleNamespace, monkeypatch) -> None:
+    monkeypatch.setenv("VLLM_LOGGING_STREAM", "mine")
+    assert asked_for(lm_eval, model_args="dtype=float16")["model_args"]["dtype"] == "float16"
+    same = asked_for(
+        lm_eval, dtype="float16", max_model_len=9, model_args="dtype=float16,max_length=9,pretrained=model"
+    )
+    assert same["model_args"] == {"pretrained": "model", "dtype": "float16", "max_model_len": 9}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_args": "pretrained=other"}, "pretrained is MODEL, model; leave it out"),
+        ({"model_args": "model=other"}, "model is MODEL, model; leave it out"),
+        ({"model_args": "dtype=float32", "dtype": "float16"}, "dtype=float32 contradicts --dtype float16"),
+        ({"model_args": "max_model_len=8", "max_model_len": 9}, "max_model_len=8 contradicts --max-model-len 9"),
+        ({"model_args": "max_length=8", "max_model_len": 9}, "max_model_len=8 contradicts --max-model-len 9"),
+        ({"model_args": "max_length=8,max_model_len=9"}, "max_length and max_model_len are one thing"),
+        ({"model_args": "tensor_parallel_size=2", "tensor_parallel_size": 4}, "contradicts --tensor-parallel-size 4"),
+        ({"model_args": "trust_remote_code=false", "trust_remote_code": True}, "contradicts --trust-remote-code"),
+        ({"model_args": "gpu_memory=1,seed=1,add_bos=1"}, "engine knows add_bos, gpu_memory;"),
+        ({"model_args": "seed"}, "expected NAME=VALUE"),
+        ({"model_args": "=3"}, "expected NAME=VALUE"),
+        ({"model_args": "seed=1,seed=2"}, "gives seed twice"),
+        ({"model_args": '{"seed": 1'}, "no JSON object"),
+        ({"fewshot_as_multiturn": True}, "--fewshot-as-multiturn has no effect without --apply-chat-template"),
+        ({"fewshot_as_multiturn": False}, "--no-fewshot-as-multiturn has no effect without"),
+        ({"num_fewshot": -1}, "--num-fewshot"),
+        ({"max_model_len": 0}, "--max-model-len"),
+        ({"tensor_parallel_size": 0}, "--tensor-parallel-size"),
+    ],
+    ids=str,
+)
+def test_what_contradicts_or_is_unknown_is_refused(lm_eval: SimpleNamespace, options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        asked_for(lm_eval, **options)
+    assert lm_eval.asked is None
+
+
+def test_a_flag_that_may_be_left_to_lm_eval_has_a_no(lm_eval: SimpleNamespace, monkeypatch) -> None:
+    monkeypatch.setenv("VLLM_LOGGING_STREAM", "mine")
+    monkeypatch.setattr(tasks, "load_tokenizer", lambda path: SimpleNamespace(chat_template="x"))
+    words = ["eval", "model", "--tasks", "one", "--json", "--apply-chat-template"]
+    for flag, wanted in (("--fewshot-as-multiturn", True), ("--no-fewshot-as-multiturn", False)):
+        CliRunner().invoke(cli, [*words, flag], catch_exceptions=False)
+        assert lm_eval.asked["fewshot_as_multiturn"] is wanted
 
 
 def test_unknown_tasks_are_named_in_order(lm_eval: SimpleNamespace, monkeypatch) -> None:
