@@ -10,6 +10,7 @@ from compress_tools.errors import ConfigError
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 Method = Literal["prune", "low-rank", "quantize", "low-rank+quantize", "trellis", "low-rank+trellis"]
 CenterBits = Literal[16, 8, 4, 3, 2]
+RestBits = Literal[16, 8]
 CenterCoder = Literal["codes", "trellis"]
 Center = Literal["barycenter", "git-rebasin", "mean", "none"]
 
@@ -24,6 +25,10 @@ _LOW_RANK_SHARE = {"low-rank+quantize": 0.02, "low-rank+trellis": 0.02}
 
 def _default_ratio(given: dict[str, Any]) -> float:
     return _LOW_RANK_SHARE.get(given.get("method", ""), 0.25)
+
+
+def _default(model: type[BaseModel], name: str) -> object:
+    return model.model_fields[name].default
 
 
 # Where a default depends on the method: that of a method that has no use for it.
@@ -83,6 +88,11 @@ class CompressionConfig(BaseModel):
     )
     center_bits: CenterBits = Field(16, description="Bits of the center; 16 is the model's dtype.")
     center_coder: CenterCoder = Field("codes", description="Codes of a center of fewer bits: plain or trellis codes.")
+    rest_bits: RestBits = Field(
+        16,
+        description="Bits of all that is no routed expert: 16 leaves it as it is; 8 stores attention, dense layers, "
+        "shared experts, embedding and output layer in codes by row. Routers, norms and biases stay exact.",
+    )
     max_iterations: int = Field(25, ge=1, description="Most barycenter fixed-point iterations of each start.")
     tolerance: float = Field(
         1e-4,
@@ -156,7 +166,7 @@ class CompressionConfig(BaseModel):
 
     def recipe(self) -> dict[str, object]:
         """What determines the output: every field but ``device`` and ``workers``; a newer one only where it is used."""
-        newer = {"center_coder"} if self.center_coder == "codes" else set()
+        newer = {name for name in ("center_coder", "rest_bits") if getattr(self, name) == _default(type(self), name)}
         return self.model_dump(exclude={"device", "workers", *newer})
 
 

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from compress_tools.config import CompressionConfig, check_device
 from compress_tools.damage import refusal
+from compress_tools.errors import NumericalError
 from compress_tools.format.dtypes import DTYPES
+from compress_tools.format.rest import encode_rows, row_names
 from compress_tools.format.tensors import layer_bytes
 from compress_tools.layer import CompressedLayer, compress_layer
 from compress_tools.numerics.clock import StageClock
@@ -218,14 +220,24 @@ def _names_read(job: _Job, shard: Shard) -> Collection[str]:
 
 def _copied(job: _Job, shard: Shard, progress: ProgressListener) -> dict[str, Tensor]:
     job.target.source.need_copied(shard.copied, job.target.fmt.layers)
-    progress.stage("copying other tensors", len(shard.tensors))
-    tensors, uses = {}, Counter(shard.copied)
-    for name, copied in zip(shard.tensors, shard.copied, strict=True):
+    progress.stage("copying other tensors", len(shard.copied))
+    uses = Counter(shard.copied)
+    tensors: dict[str, Tensor] = {}
+    for name, copied in zip(shard.names, shard.copied, strict=True):
         tensor = job.target.source.reader.get(copied)
-        if tensor.is_floating_point() and tensor.itemsize > 1 and not torch.isfinite(tensor).all():
-            progress.say(f"{copied} holds NaN or Inf; it is copied as it is")
-        # One tensor under two names shares its memory, which safetensors refuses.
-        tensors[name] = tensor.clone() if uses[copied] > 1 else tensor
+        finite = not tensor.is_floating_point() or tensor.itemsize == 1 or bool(torch.isfinite(tensor).all())
+        if name in job.target.fmt.rest_tensors:
+            if not finite:
+                raise NumericalError(
+                    f"{job.target.source.reader.path}: {copied!r} holds NaN or Inf, which codes can't hold; "
+                    "--rest-bits 16 copies it as it is"
+                )
+            tensors |= zip(row_names(name), encode_rows(tensor), strict=True)
+        else:
+            if not finite:
+                progress.say(f"{copied} holds NaN or Inf; it is copied as it is")
+            # One tensor under two names shares its memory, which safetensors refuses.
+            tensors[name] = tensor.clone() if uses[copied] > 1 else tensor
         progress.step()
     progress.stage("writing other tensors", None)
     return tensors
@@ -244,4 +256,4 @@ def _file_bytes(job: _Job, shard: Shard) -> int:
     header = sum(len(name) + 128 for name in shard.tensors) + 1024
     if shard.layer is not None:
         return layer_bytes(job.target.fmt, shard.layer) + header
-    return sum(map(job.target.source.reader.nbytes, shard.copied)) + header
+    return job.target.copied_bytes(shard) + header

@@ -45,7 +45,8 @@ class CompressionReport:
 
     ``shards`` are the SHA-256 checksums of the weight files, by name; ``decoded`` counts the source's quantised tensors
     by their form, ``left_out`` says why tensors and files of the source are not in the output, ``origin`` from which
-    repository, revision and commit a source was fetched.
+    repository, revision and commit a source was fetched. ``other_bytes_after`` is None where all but the experts is as
+    in the source.
     """
 
     layers: list[LayerReport]
@@ -57,6 +58,7 @@ class CompressionReport:
     decoded: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
+    other_bytes_after: int | None = None
 
     @property
     def relative_error(self) -> float:
@@ -68,6 +70,11 @@ class CompressionReport:
         """Relative error by layer."""
         return {layer.layer: layer.relative_error for layer in self.layers}
 
+    @property
+    def other_after(self) -> int:
+        """Bytes of all tensors but the routed experts' in the output."""
+        return self.other_bytes if self.other_bytes_after is None else self.other_bytes_after
+
     def content(self) -> dict[str, Any]:
         """The report file's content: everything that is the same in every run."""
         before, after, other = self.expert_bytes_before, self.expert_bytes_after, self.other_bytes
@@ -76,7 +83,8 @@ class CompressionReport:
             "expert_bytes_after": after,
             "expert_bytes_ratio": after / before,
             "other_bytes": other,
-            "total_bytes_ratio": (after + other) / (before + other),
+            **({} if self.other_bytes_after is None else {"other_bytes_after": self.other_bytes_after}),
+            "total_bytes_ratio": (after + self.other_after) / (before + other),
             "mean_relative_error": self.relative_error,
             "layers": [asdict(layer) for layer in self.layers],
             "shards": self.shards,

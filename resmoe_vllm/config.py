@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from compress_tools.errors import KernelUnsupportedError
 from compress_tools.format.schema import QUANT_METHOD, ResMoEFormat, parse_format
 from resmoe_vllm.compat import (
     LinearBase,
@@ -59,7 +60,10 @@ class ResMoEConfig(QuantizationConfig):
         Raises:
             FormatError: see ``parse_format``.
         """
-        return cls(parse_format(config))
+        fmt = parse_format(config)
+        if fmt.rest is not None:
+            raise KernelUnsupportedError("matrices in 8-bit codes (rest) are not served yet; `resmoe restore` first")
+        return cls(fmt)
 
     # vLLM asks an instance, whose model is built by then.
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:

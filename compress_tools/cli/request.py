@@ -1,7 +1,7 @@
 """From the command's options to a plan: which options go together, and the plan kept beside an unfinished output."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -64,7 +64,11 @@ def read_request(given: Mapping[str, Any], plan: str | None) -> Request:
             raise ConfigError(f"--plan and {_option(min(asked))} exclude each other; a plan has its sizes")
         of_plan = (*CHOSEN_BY_PLANNER, *CENTER_FIELDS, "layers", *budget)
         _refuse(of_plan, given, "with --plan; it is the plan's to say")
-        return Request(make_config(**recipe), planned=read_plan(plan))
+        config, planned = make_config(**recipe), read_plan(plan)
+        # Of the rest a plan says what goes unless the command line does.
+        if "rest_bits" in given:
+            planned = replace(planned, rest_bits=config.rest_bits)
+        return Request(config, planned=planned)
     if asked := BUDGETS & set(budget):
         why = f"with {_option(min(asked))}, which chooses coders; --coders restricts the choice"
         _refuse(CHOSEN_BY_PLANNER, given, why)

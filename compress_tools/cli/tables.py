@@ -29,16 +29,18 @@ def report_table(report: CompressionReport) -> Table:
         human_bytes(after),
         f"{after / before:.3f}",
     )
-    table.add_row("everything else", "", "", "", human_bytes(other), human_bytes(other), "1")
-    total = before + other
+    stored = report.other_after
+    share = "1" if stored == other else f"{stored / other:.3f}"
+    table.add_row("everything else", "", "", "", human_bytes(other), human_bytes(stored), share)
+    total, left = before + other, after + stored
     table.add_row(
         "checkpoint",
         "",
         "",
         "",
         human_bytes(total),
-        human_bytes(after + other),
-        f"{(after + other) / total:.3f}",
+        human_bytes(left),
+        f"{left / total:.3f}",
     )
     return table
 
@@ -50,8 +52,11 @@ def plan_table(target: CompressionTarget) -> Table:
     for label, key in (
         ("expert params, center included", "expert_params"),
         ("expert bytes", "expert_bytes"),
+        ("other bytes", "other_bytes"),
         ("total bytes", "total_bytes"),
     ):
+        if key not in summary:
+            continue
         before, after = summary[key]["before"], summary[key]["after"]
         show = human_bytes if key.endswith("bytes") else lambda count: f"{count:,}"
         table.add_row(label, show(before), show(after), f"{after / before:.3f}")
@@ -94,13 +99,20 @@ def inspection_table(found: Inspection) -> Table:
             f"{layer.bytes_disk / layer.bytes_dense:.3f}",
         )
     table.add_section()
-    table.add_row("rest", "as in the source", "", human_bytes(found.other_bytes), human_bytes(found.other_bytes), "")
+    rest, exact = found.rest, found.other_bytes
+    if rest is not None:
+        exact -= rest.bytes_disk
+        disk = human_bytes(rest.bytes_disk)
+        coding, share = f"{rest.bits}-bit by row, {rest.matrices} matrices", f"{rest.bytes_disk / rest.bytes_dense:.3f}"
+        table.add_row("rest", coding, human_bytes(rest.bytes_dense), disk, disk, share)
+    table.add_row("rest", "as in the source", "", human_bytes(exact), human_bytes(exact), "")
     return table
 
 
 def verdict_table(found: Verification) -> Table:
     """A verification's findings."""
     table = titled_table("verified", "layer", "experts", "relative error", "reported")
+    rest = found.rest
     for verdict in found.layers:
         table.add_row(
             str(verdict.layer),
@@ -108,13 +120,18 @@ def verdict_table(found: Verification) -> Table:
             "-" if verdict.relative_error is None else f"{verdict.relative_error:.6f}",
             "-" if verdict.reported_relative_error is None else f"{verdict.reported_relative_error:.6f}",
         )
+    if rest is not None:
+        error = "-" if rest.relative_error is None else f"{rest.relative_error:.6f}"
+        table.add_section()
+        table.add_row("rest", f"{rest.matrices} matrices", error, "-")
     return table
 
 
 def census_line(census: Census) -> str:
     """Where the tensors and files of a source went."""
     written_out = f", {census.written_out} written out a second time" if census.written_out else ""
-    tensors = f"{census.replaced} tensors replaced, {census.copied} copied{written_out}"
+    coded = f", {census.coded} of these in codes" if census.coded else ""
+    tensors = f"{census.replaced} tensors replaced, {census.copied} copied{coded}{written_out}"
     return f"All of the source is accounted for: {tensors}; {census.files} files copied; {census.left_out} left out."
 
 

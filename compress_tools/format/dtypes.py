@@ -12,6 +12,7 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "uint8": torch.uint8,
+    "int8": torch.int8,
 }
-SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
+SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8"}
 WEIGHT_DTYPES: dict[str, WeightDtype] = {SAFETENSORS_NAMES[name]: name for name in get_args(WeightDtype)}

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
@@ -14,6 +15,7 @@ from compress_tools.format.parts.dense import DenseCenter
 from compress_tools.format.parts.low_rank import LowRankResidual
 from compress_tools.format.parts.quantized import QuantizedCenter, QuantizedResidual
 from compress_tools.format.parts.trellis import TrellisBits, TrellisCenter, TrellisResidual
+from compress_tools.format.rest import WEIGHT
 
 # The block and everything that it is made of.
 __all__ = [
@@ -22,9 +24,11 @@ __all__ = [
     "PROJECTIONS",
     "QUANT_METHOD",
     "READABLE_VERSIONS",
+    "REST_VERSION",
     "BitmapResidual",
     "Bits",
     "CenterPart",
+    "CodedRest",
     "DenseCenter",
     "ExpertGroup",
     "ExpertNames",
@@ -54,6 +58,7 @@ READABLE_VERSIONS: tuple[FormatVersion, ...] = get_args(FormatVersion)
 # The least that is written: a later one where a layer needs it, so that what could be written before stays as it was.
 FORMAT_VERSION: Final = 2
 DRAFTS_VERSION: Final = 3
+REST_VERSION: Final = 3
 QUANT_METHOD: Final = "resmoe"
 
 # Every way of storing rows: a new one is a class in parts/ and a row here.
@@ -188,6 +193,24 @@ class ExpertNames(Frozen):
         return self.expert.replace("{layer}", text).replace("{expert}", str(expert))
 
 
+class CodedRest(Frozen):
+    """Matrices beside the routed experts that are stored in codes by row (``format/rest.py``).
+
+    ``tensors`` names each, as it is called where it is not coded: ``<module>.weight``.
+    """
+
+    bits: Literal[8]
+    tensors: tuple[str, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _weights_once(self) -> Self:
+        if odd := next((name for name in self.tensors if not name.endswith(WEIGHT)), None):
+            raise ValueError(f"rest.tensors: expected names that end in {WEIGHT}, found {odd!r}")
+        if len(set(self.tensors)) != len(self.tensors):
+            raise ValueError("rest.tensors names a tensor twice")
+        return self
+
+
 class ResMoEFormat(Frozen):
     """The whole block. ``layers`` is keyed by layer index; absent layers are not compressed.
 
@@ -204,6 +227,12 @@ class ResMoEFormat(Frozen):
     biases: bool = False
     names: ExpertNames
     layers: dict[int, LayerSpec]
+    rest: CodedRest | None = None
+
+    @cached_property
+    def rest_tensors(self) -> frozenset[str]:
+        """Names of the matrices beside the routed experts that are stored in codes."""
+        return frozenset() if self.rest is None else frozenset(self.rest.tensors)
 
     @property
     def decoder_layers(self) -> tuple[int, ...]:
@@ -227,6 +256,12 @@ class ResMoEFormat(Frozen):
             raise ValueError(f"names.drafts needs format_version {DRAFTS_VERSION}, this is {self.format_version}")
         if unknown := sorted(set(drafts) - set(self.layers)):
             raise ValueError(f"names.drafts: {unknown} are not in layers")
+        return self
+
+    @model_validator(mode="after")
+    def _rest_fits(self) -> Self:
+        if self.rest is not None and self.format_version < REST_VERSION:
+            raise ValueError(f"rest needs format_version {REST_VERSION}, this is {self.format_version}")
         return self
 
     @model_validator(mode="after")
@@ -258,10 +293,10 @@ class ResMoEFormat(Frozen):
                 raise ValueError(f"layer {index}: {fault}")
 
 
-def version_for(layers: Iterable[LayerSpec], drafts: Mapping[int, str]) -> FormatVersion:
+def version_for(layers: Iterable[LayerSpec], drafts: Mapping[int, str], rest: CodedRest | None = None) -> FormatVersion:
     """The ``format_version`` to write: the first, from ``FORMAT_VERSION`` on, that has all of a checkpoint."""
     specs = list(layers)
-    least = DRAFTS_VERSION if drafts else FORMAT_VERSION
+    least = max(FORMAT_VERSION, DRAFTS_VERSION if drafts else 0, 0 if rest is None else REST_VERSION)
     versions = [version for version in READABLE_VERSIONS if version >= least]
     return next(version for version in versions if not any(spec.newer_than(version) for spec in specs))
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from compress_tools.format.dtypes import DTYPES
 from compress_tools.format.parts.base import Projection, Role, TensorSpec
+from compress_tools.format.rest import ROW_SUFFIXES
 from compress_tools.format.schema import LayerSpec, ResMoEFormat, part_classes
 
 BIAS = "resmoe_bias"
@@ -107,4 +108,5 @@ def tensor_name(fmt: ResMoEFormat, layer: int, expert: int | None, projection: P
 
 def is_resmoe_name(name: str) -> bool:
     """Whether a tensor name ends in a ResMoE suffix."""
-    return name.rsplit(".", 1)[-1] in ROLES
+    suffix = name.rsplit(".", 1)[-1]
+    return suffix in ROLES or suffix in ROW_SUFFIXES

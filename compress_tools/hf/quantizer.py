@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import WeightTransform
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -23,6 +24,7 @@ from compress_tools.errors import CheckpointError
 from compress_tools.format.dtypes import DTYPES
 from compress_tools.format.loading_guard import GUARD_KEY
 from compress_tools.format.schema import QUANT_METHOD, parse_format
+from compress_tools.hf.coded_rest import DecodeRows, with_coded_rest
 from compress_tools.hf.dense_experts import experts_module, fill_experts, gate_function, takes_rows
 from compress_tools.hf.factored_experts import FactoredExperts
 from compress_tools.source.design_matrix import rows_to_expert
@@ -64,6 +66,14 @@ class ResMoEQuantizer(HfQuantizer):
         self._asked_dtype = dtype
         return dtype
 
+    def update_weight_conversions(self, weight_conversions: list[WeightTransform]) -> list[WeightTransform]:
+        """Decode matrices that are in codes while they are loaded."""
+        fmt = self._checkpoint.fmt
+        if fmt.rest is None:
+            return weight_conversions
+        self._decode = DecodeRows(DTYPES[fmt.dtype], self._asked_dtype)
+        return with_coded_rest(weight_conversions, fmt.rest.tensors, self._decode)
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> PreTrainedModel:
@@ -93,6 +103,11 @@ class ResMoEQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """Put the factored experts in."""
         checkpoint, fmt = self._checkpoint, self._checkpoint.fmt
+        if fmt.rest is not None and self._decode.decoded < len(fmt.rest.tensors):
+            raise CheckpointError(
+                f"{checkpoint.reader.path}: {len(fmt.rest.tensors) - self._decode.decoded} of {len(fmt.rest.tensors)} "
+                "matrices in 8-bit codes have no place in transformers' class of this model; `resmoe restore` it first"
+            )
         # transformers leaves what it renames (Mixtral's router) in the stored dtype where a model is quantised.
         for parameter in model.parameters():
             if parameter.dtype == DTYPES[fmt.dtype] != self._asked_dtype:

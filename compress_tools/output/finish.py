@@ -44,6 +44,7 @@ def make_report(outline: Outline, records: dict[str, dict[str, Any]]) -> Compres
         outline.decoded,
         outline.left_out,
         outline.origin,
+        outline.other_bytes_after,
     )
 
 
@@ -67,6 +68,7 @@ def read_report(directory: Path) -> CompressionReport:
             content.get("decoded", {}),
             content.get("left_out", {}),
             content.get("source", {}),
+            content.get("other_bytes_after"),
         )
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise CheckpointError(
@@ -148,7 +150,7 @@ def finish(
     writer.finish(
         outline.config,
         {filename: tuple(names) for filename, (_, names) in outline.shards.items()},
-        outline.expert_bytes_after + outline.other_bytes,
+        report.expert_bytes_after + report.other_after,
     )
     say_where(writer, progress)
     return report

@@ -18,7 +18,9 @@ def command_line(outline: Outline, dst_name: str) -> str:
     if outline.origin:
         words += ["--revision", outline.origin["commit"]]
     if outline.plan_text is not None:
-        return shlex.join([*words, "--plan", PLAN_NAME])
+        # The plan's text need not say it: it may have been given beside a plan.
+        rest = [] if outline.other_bytes_after is None else ["--rest-bits", "8"]
+        return shlex.join([*words, "--plan", PLAN_NAME, *rest])
     idle = CompressionConfig(**outline.recipe).without_effect()
     for name, value in outline.recipe.items():
         if name not in idle:
@@ -79,13 +81,23 @@ expert for each MoE layer, and for each expert a compressed residual. One-shot, 
 | | bytes before | bytes after | ratio |
 |---|---|---|---|
 | routed experts | {before} | {after} | {content["expert_bytes_ratio"]:.4f} |
-| everything else | {other} | {other} | 1 |
-| whole checkpoint | {before + other} | {after + other} | {content["total_bytes_ratio"]:.4f} |
+| everything else | {other} | {report.other_after} | {_ratio(report.other_after, other)} |
+| whole checkpoint | {before + other} | {after + report.other_after} | {content["total_bytes_ratio"]:.4f} |
 
-{decoded}{len(report.layers)} of {outline.moe_layers} MoE layers are compressed.
+{decoded}{_rest_line(report)}{len(report.layers)} of {outline.moe_layers} MoE layers are compressed.
 Error: `||T_k W_k - restored_k||_F^2 / I`, mean over experts, and relative to `||W_k||_F^2`.
 
 | layer | error | relative | bytes before | bytes after |
 |---|---|---|---|---|
 {rows}
 """
+
+
+def _ratio(after: int, before: int) -> str:
+    return "1" if after == before else f"{after / before:.4f}"
+
+
+def _rest_line(report: CompressionReport) -> str:
+    if report.other_bytes_after is None:
+        return ""
+    return "Attention, dense layers, shared experts, embedding and output layer are stored in 8-bit codes by row.\n\n"

@@ -25,10 +25,11 @@ class Outline:
         shards: by output file, in order: the layer (None for copied tensors) and the tensor names.
         expert_bytes_before: bytes of all routed experts in the source.
         expert_bytes_after: bytes of the same in the output.
-        other_bytes: bytes of all other tensors.
+        other_bytes: bytes of all other tensors in the source.
         decoded: how many of the source's tensors were decoded, by the form that they were quantised in.
         left_out: tensors and files of the source that the output has no place for, and why.
         origin: repository, revision and commit of a source that was fetched.
+        other_bytes_after: bytes of all other tensors in the output; None where they are as in the source.
     """
 
     source: str
@@ -46,6 +47,7 @@ class Outline:
     decoded: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
+    other_bytes_after: int | None = None
 
     def content(self) -> dict[str, Any]:
         """As JSON values."""
@@ -77,4 +79,5 @@ def make_outline(
         decoded=source.decoded(),
         left_out=source.left_out(),
         origin=dict(source.reader.store.origin),
+        other_bytes_after=None if target.fmt.rest is None else target.other_bytes_after,
     )

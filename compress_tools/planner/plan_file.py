@@ -16,6 +16,8 @@ layers:
   1: dense
 ```
 
+``rest_bits: 8``, which may be left out, stores all but the experts in codes by row.
+
 The words are those of ``quantization_config`` (format/SPEC.md, section 2): ``center``, and ``residual`` or ``groups``.
 ``dense`` leaves a layer as it is; every MoE layer is listed.
 """
@@ -27,7 +29,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from compress_tools.config import CompressionConfig, make_config
+from compress_tools.config import CompressionConfig, RestBits, make_config
 from compress_tools.errors import ConfigError
 from compress_tools.format.schema import LayerSpec
 from compress_tools.planner.config import CENTER_FIELDS, center_recipe
@@ -38,7 +40,8 @@ from compress_tools.text_file import read_text
 DENSE = "dense"
 PLAN_VERSION = 1
 _REQUIRED = ("version", *CENTER_FIELDS, "layers")
-_KNOWN = (*_REQUIRED, "request")
+REST_BITS = "rest_bits"
+_KNOWN = (*_REQUIRED, "request", REST_BITS)
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class PlanFile:
         specs: by decoder layer index; None leaves a layer as it is.
         request: digest of source and request that the plan was found for; None where the plan does not say.
         found: what the planner predicted, where it has just made the plan.
+        rest_bits: bits of all but the experts.
     """
 
     text: str
@@ -60,10 +64,11 @@ class PlanFile:
     specs: dict[int, LayerSpec | None]
     request: str | None = None
     found: Planned | None = None
+    rest_bits: RestBits = 16
 
     def config(self, device: str, workers: int) -> CompressionConfig:
         """How centers are found, on this machine."""
-        return make_config(**self.recipe, device=device, workers=workers)
+        return make_config(**self.recipe, rest_bits=self.rest_bits, device=device, workers=workers)
 
     def compressed(self, source: MoESource) -> dict[int, LayerSpec]:
         """The layers to be compressed.
@@ -85,7 +90,8 @@ class PlanFile:
     def resolved(self) -> dict[str, Any]:
         """As JSON values."""
         layers = {str(index): DENSE if spec is None else spec_content(spec) for index, spec in self.specs.items()}
-        return {**self.recipe, "layers": layers}
+        rest = {} if self.rest_bits == 16 else {REST_BITS: self.rest_bits}
+        return {**self.recipe, **rest, "layers": layers}
 
 
 def read_plan(path: str | Path) -> PlanFile:
@@ -136,7 +142,7 @@ class _Parser:
                 raise self._error((), f"{key} is missing")
         if content["version"] != PLAN_VERSION:
             raise self._error(("version",), f"found {content['version']!r}, this version reads {PLAN_VERSION}")
-        recipe = {key: content[key] for key in CENTER_FIELDS}
+        recipe = {key: content[key] for key in (*CENTER_FIELDS, *({REST_BITS} & set(content)))}
         for key, value in recipe.items():
             try:
                 make_config(**{key: value})
@@ -145,10 +151,17 @@ class _Parser:
         layers = content["layers"]
         if not isinstance(layers, dict) or not layers:
             raise self._error(("layers",), "expected layer indices, each with a center and a residual")
-        recipe = center_recipe(make_config(**recipe))
+        config = make_config(**recipe)
         specs = {index: self._spec(index, layers[index]) for index in layers}
         request = content.get("request")
-        return PlanFile(self._text, self._where, recipe, specs, None if request is None else str(request))
+        return PlanFile(
+            self._text,
+            self._where,
+            center_recipe(config),
+            specs,
+            None if request is None else str(request),
+            rest_bits=config.rest_bits,
+        )
 
     def _content(self) -> Any:
         try:

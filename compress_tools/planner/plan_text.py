@@ -9,7 +9,7 @@ from compress_tools.config import CompressionConfig
 from compress_tools.format.schema import LayerSpec
 from compress_tools.planner.config import PlannerConfig, center_recipe
 from compress_tools.planner.output_weights import unrouted_text
-from compress_tools.planner.plan_file import DENSE, PLAN_VERSION, spec_content
+from compress_tools.planner.plan_file import DENSE, PLAN_VERSION, REST_BITS, spec_content
 from compress_tools.planner.planned import Planned
 
 
@@ -39,7 +39,8 @@ def plan_text(
         label, error = planned.best_uniform
         lines.append(f"# Mean error of the best single coder within the budget: {error:.6g} ({label})")
     lines += [f"# Layer {layer}: {unrouted_text(experts)}" for layer, experts in planned.unrouted.items()]
-    recipe = (f"{key}: {value}" for key, value in center_recipe(config).items())
+    recipe = [f"{key}: {value}" for key, value in center_recipe(config).items()]
+    recipe += [] if config.rest_bits == 16 else [f"{REST_BITS}: {config.rest_bits}"]
     lines += [f"version: {PLAN_VERSION}", f"request: '{digest}'", *recipe, "layers:"]
     for index, layer in planned.layers.items():
         share = layer.nbytes / layer.dense_bytes

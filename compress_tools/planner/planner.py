@@ -183,7 +183,8 @@ def choose(measured: Measured, request: PlannerConfig) -> Planned:
 
 def _base_plan(reader: CheckpointReader, config: CompressionConfig) -> CompressionTarget:
     """Any valid plan of the layers asked for: it tells sizes, dtype and names, and has checked the source."""
-    return make_target(reader, make_config(method="quantize", layers=config.layers, workers=config.workers))
+    uniform = make_config(method="quantize", layers=config.layers, workers=config.workers, rest_bits=config.rest_bits)
+    return make_target(reader, uniform)
 
 
 @dataclass(frozen=True)

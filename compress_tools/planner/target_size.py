@@ -22,15 +22,20 @@ def as_ratio(request: PlannerConfig, target: CompressionTarget) -> PlannerConfig
         return request
     asked = parse_size(request.target_size)
     names = sum(len(shard.tensors) for shard in target.shards)
-    rest = target.other_bytes + HEADER_BYTES * names
-    whole = target.expert_bytes_before + rest
+    headers = HEADER_BYTES * names
+    rest, whole = target.other_bytes_after + headers, target.expert_bytes_before + target.other_bytes + headers
     ratio = (asked - rest) / target.expert_bytes_before
+    coded = target.fmt.rest is not None
     if ratio >= 1:
-        raise ConfigError(f"--target-size {request.target_size}: the model takes {human_bytes(whole)} as it is")
-    if ratio <= 0:
+        with_codes = f", {human_bytes(target.expert_bytes_before + rest)} with --rest-bits 8" if coded else ""
         raise ConfigError(
-            f"--target-size {request.target_size}: all but the experts alone takes {human_bytes(rest)}, and is not "
-            f"compressed; the model as it is takes {human_bytes(whole)}"
+            f"--target-size {request.target_size}: the model takes {human_bytes(whole)} as it is{with_codes}"
+        )
+    if ratio <= 0:
+        how = "even in 8-bit codes" if coded else "and is not compressed (--rest-bits 8 halves most of it)"
+        raise ConfigError(
+            f"--target-size {request.target_size}: all but the experts alone takes {human_bytes(rest)}, {how}; the "
+            f"model as it is takes {human_bytes(whole)}"
         )
     return request.model_copy(update={"target_bytes_ratio": ratio})
 

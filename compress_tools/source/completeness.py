@@ -34,6 +34,7 @@ def check_whole(
     root: str,
     stems: Collection[str],
     moe_layers: Collection[int],
+    names: Collection[str] | None = None,
 ) -> None:
     """Refuse a checkpoint that lacks a layer, a tensor of a layer, or what stands around the layers.
 
@@ -43,16 +44,18 @@ def check_whole(
         root: what the decoder's names begin with.
         stems: what experts' names begin with behind the root; what is under them is not looked at.
         moe_layers: layers with experts.
+        names: of its tensors, where they are not those that are stored.
     Raises:
         CheckpointError: names what is missing.
     """
+    names = reader.names if names is None else names
     count = architecture.num_layers(reader.config)
     if architecture.layer_texts(reader.config) or count is None:
         return
-    absent = absent_from_layers(reader.names, reader.config, count, root, stems, moe_layers)
+    absent = absent_from_layers(names, reader.config, count, root, stems, moe_layers)
     if architecture.known:
-        absent += absent_experts(reader.names, reader.config, count, root, stems, moe_layers)
-    absent += absent_around(reader.names, reader.config, root, tied=architecture.tied)
+        absent += absent_experts(names, reader.config, count, root, stems, moe_layers)
+    absent += absent_around(names, reader.config, root, tied=architecture.tied)
     if absent:
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
         raise CheckpointError(

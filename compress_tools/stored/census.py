@@ -6,7 +6,6 @@ from pathlib import Path
 
 from compress_tools.errors import CheckpointError, FormatError
 from compress_tools.format.loading_guard import GUARD_KEY
-from compress_tools.format.tensors import layer_tensors
 from compress_tools.output.finish import output_name_of_file
 from compress_tools.output.run_record import read_record
 from compress_tools.report import CARD_NAME
@@ -29,6 +28,7 @@ class Census:
         written_out: tensors that are a second copy of a source's: an output layer that was tied.
         files: files that are copied.
         left_out: tensors and files that the report names as left out.
+        coded: of the copied tensors, those that are stored in codes.
     """
 
     replaced: int
@@ -36,6 +36,7 @@ class Census:
     written_out: int
     files: int
     left_out: int
+    coded: int = 0
 
 
 def take_census(checkpoint: ResMoECheckpoint, source: MoESource, left_out: Mapping[str, str]) -> Census:
@@ -54,16 +55,18 @@ def take_census(checkpoint: ResMoECheckpoint, source: MoESource, left_out: Mappi
         if name not in left_out:
             raise FormatError(f"{path}: {name!r} of {there} is left out ({why}), and the report does not say so")
     copied = source.copied(checkpoint.fmt.layers)
-    if missing := next((name for name in copied if name not in checkpoint.reader), None):
+    plain = set(checkpoint.plain_names)
+    if missing := next((name for name in copied if name not in plain), None):
         raise FormatError(f"{path}: {missing!r} of {there} is missing")
-    made = {name for layer in checkpoint.fmt.layers for name in layer_tensors(checkpoint.fmt, layer)}
-    if extra := next((name for name in checkpoint.reader.names if name not in copied and name not in made), None):
+    # Of names that the format gives, the checkpoint has been seen to have those of its config alone.
+    if extra := next((name for name in checkpoint.plain_names if name not in copied), None):
         raise FormatError(f"{path}: {extra!r} is no tensor of {there}")
     _check_config(checkpoint, source)
     files = _check_files(checkpoint, source, left_out)
     written_out = len(source.written_out())
     replaced = sum(len(source.expected(layer)) for layer in checkpoint.fmt.layers)
-    return Census(replaced, len(copied) - written_out, written_out, files, len(source.left_out()))
+    coded = len(checkpoint.fmt.rest_tensors)
+    return Census(replaced, len(copied) - written_out, written_out, files, len(source.left_out()), coded)
 
 
 def _check_config(checkpoint: ResMoECheckpoint, source: MoESource) -> None:

@@ -1,7 +1,8 @@
 """A ResMoE checkpoint opened for reading: validated, and its experts by layer and index."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
+from math import prod
 from pathlib import Path
 from typing import Self
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from compress_tools.errors import FormatError, NumericalError
 from compress_tools.format.codec import restore_expert
 from compress_tools.format.dtypes import DTYPES, SAFETENSORS_NAMES
-from compress_tools.format.parts.base import Rows, StoredTensors, TensorSpec
+from compress_tools.format.parts.base import SCALE_DTYPE, Rows, StoredTensors, TensorSpec
+from compress_tools.format.rest import ROW_CODES_DTYPE, decode_rows, row_names, rows_fault
 from compress_tools.format.schema import Projection, parse_format
 from compress_tools.format.tensors import (
     BIAS,
@@ -49,6 +51,36 @@ class ResMoECheckpoint:
         made = copy(self)
         made._given, made._last_shared = given, None
         return made
+
+    @property
+    def plain_names(self) -> list[str]:
+        """Names of all tensors that are no experts', those in codes as they are called where they are not; sorted."""
+        kept = [name for name in self.reader.names if not is_resmoe_name(name)]
+        return sorted([*kept, *self.fmt.rest_tensors])
+
+    def plain_bytes(self, name: str) -> int:
+        """Bytes of a tensor of ``plain_names``, decoded."""
+        if name not in self.fmt.rest_tensors:
+            return self.reader.nbytes(name)
+        return prod(self.reader.shape(row_names(name)[0])) * self.dtype.itemsize
+
+    def plain(self, name: str) -> Tensor:
+        """A tensor of ``plain_names``, decoded."""
+        if name not in self.fmt.rest_tensors:
+            return self.reader.get(name)
+        codes, scales = map(self._tensor, row_names(name))
+        return decode_rows(codes, scales, self.dtype)
+
+    def check_rows(self, name: str) -> tuple[Tensor, Tensor]:
+        """Codes and scales of a matrix of ``fmt.rest_tensors``.
+
+        Raises:
+            FormatError: they hold what the format forbids.
+        """
+        codes, scales = map(self._tensor, row_names(name))
+        if fault := rows_fault(codes, scales):
+            raise FormatError(f"{self.reader.path}: {name!r} in codes {fault}")
+        return codes, scales
 
     def expert(self, layer: int, expert: int) -> Rows:
         """One restored expert, fp32 ``[I, H]`` rows for each projection."""
@@ -125,11 +157,35 @@ class ResMoECheckpoint:
                         f"{self.reader.path}: {name!r} is {found[1]} {list(found[0])}, the config says "
                         f"{SAFETENSORS_NAMES[spec.dtype]} {list(spec.shape)}"
                     )
+        expected.update(self._check_rest())
         extra = [name for name in self.reader.names if is_resmoe_name(name) and name not in expected]
         if extra:
             raise FormatError(
                 f"{self.reader.path}: {len(extra)} tensors that the config does not name, first {extra[0]!r}"
             )
+
+    def _check_rest(self) -> Iterator[str]:
+        """Names of the tensors of all matrices in codes; their shapes fit each other."""
+        for name in sorted(self.fmt.rest_tensors):
+            if name in self.reader:
+                raise FormatError(
+                    f"{self.reader.path}: {name!r} is there beside its codes; the config says that codes are all"
+                )
+            for own in row_names(name):
+                if own not in self.reader:
+                    raise FormatError(f"{self.reader.path}: tensor {own!r} is missing")
+                yield own
+            codes, scales = row_names(name)
+            shape = self.reader.shape(codes)
+            if len(shape) != 2:
+                raise FormatError(f"{self.reader.path}: {codes!r} has shape {list(shape)}, expected two dimensions")
+            for own, dtype, size in ((codes, ROW_CODES_DTYPE, shape), (scales, SCALE_DTYPE, (shape[0], 1))):
+                found = (self.reader.dtype(own), self.reader.shape(own))
+                if found != (SAFETENSORS_NAMES[dtype], size):
+                    raise FormatError(
+                        f"{self.reader.path}: {own!r} is {found[0]} {list(found[1])}, expected "
+                        f"{SAFETENSORS_NAMES[dtype]} {list(size)}"
+                    )
 
     @property
     def dtype(self) -> torch.dtype:

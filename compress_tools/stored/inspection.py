@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from compress_tools.format.rest import row_names
 from compress_tools.format.schema import LayerSpec
 from compress_tools.format.tensors import (
     dense_layer_bytes,
     group_map_bytes,
-    is_resmoe_name,
     layer_bytes,
     row_pointer_bytes,
 )
@@ -34,8 +34,29 @@ class LayerInspection:
 
 
 @dataclass(frozen=True)
+class RestInspection:
+    """Matrices beside the routed experts that are stored in codes.
+
+    Attributes:
+        matrices: how many.
+        bits: of a code.
+        bytes_dense: decoded, in the checkpoint's dtype.
+        bytes_disk: stored bytes.
+    """
+
+    matrices: int
+    bits: int
+    bytes_dense: int
+    bytes_disk: int
+
+
+@dataclass(frozen=True)
 class Inspection:
-    """A whole checkpoint. ``other_bytes`` counts every tensor that is not ResMoE's, uncompressed experts included."""
+    """A whole checkpoint.
+
+    ``other_bytes`` counts every tensor that is no compressed expert's, uncompressed experts included; ``rest`` how many
+    of these are stored in codes, and their bytes, decoded and stored.
+    """
 
     model_type: str
     written_by: str
@@ -46,6 +67,7 @@ class Inspection:
     intermediate_size: int
     other_bytes: int
     layers: list[LayerInspection]
+    rest: RestInspection | None = None
 
 
 def describe_coding(layer: LayerSpec) -> str:
@@ -86,6 +108,24 @@ def inspect(path: str | Path) -> Inspection:
         num_experts=fmt.num_experts,
         hidden_size=fmt.hidden_size,
         intermediate_size=fmt.intermediate_size,
-        other_bytes=sum(reader.nbytes(name) for name in reader.names if not is_resmoe_name(name)),
+        other_bytes=sum(_stored_bytes(checkpoint, name) for name in checkpoint.plain_names),
         layers=layers,
+        rest=_inspect_rest(checkpoint),
+    )
+
+
+def _stored_bytes(checkpoint: ResMoECheckpoint, name: str) -> int:
+    names = row_names(name) if name in checkpoint.fmt.rest_tensors else (name,)
+    return sum(map(checkpoint.reader.nbytes, names))
+
+
+def _inspect_rest(checkpoint: ResMoECheckpoint) -> RestInspection | None:
+    rest = checkpoint.fmt.rest
+    if rest is None:
+        return None
+    return RestInspection(
+        len(rest.tensors),
+        rest.bits,
+        sum(map(checkpoint.plain_bytes, rest.tensors)),
+        sum(_stored_bytes(checkpoint, name) for name in rest.tensors),
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 from compress_tools.architectures.base import MoEArchitecture
 from compress_tools.architectures.registry import find_architecture
 from compress_tools.format.loading_guard import GUARD_KEY
-from compress_tools.format.tensors import dense_layer_bytes, is_resmoe_name
+from compress_tools.format.tensors import dense_layer_bytes
 from compress_tools.output.finish import say_finished, say_where
 from compress_tools.output.run_identity import versions
 from compress_tools.output.shard_names import group_by_bytes, shard_names
@@ -56,8 +56,8 @@ def restore(
             "as their names say they lay; see that your loader reports no missing weight"
         )
     identity = {"source": reader.fingerprint(), "recipe": "restore", "version": versions()}
-    kept = [name for name in reader.names if not is_resmoe_name(name)]
-    total_bytes = sum(reader.nbytes(name) for name in kept) + len(fmt.layers) * dense_layer_bytes(fmt)
+    kept = checkpoint.plain_names
+    total_bytes = sum(map(checkpoint.plain_bytes, kept)) + len(fmt.layers) * dense_layer_bytes(fmt)
     with CheckpointWriter(dst, identity, resume=resume, overwrite=overwrite) as writer:
         if writer.is_finished:
             CheckpointReader(writer.dst)
@@ -77,13 +77,13 @@ def _write(
     progress: ProgressListener,
 ) -> None:
     reader, fmt = checkpoint.reader, checkpoint.fmt
-    groups = group_by_bytes(kept, reader.nbytes)
+    groups = group_by_bytes(kept, checkpoint.plain_bytes)
     layers = sorted(fmt.layers)
     filenames = shard_names(len(groups) + len(layers))
     progress.start(len(filenames))
 
     def copied(names: list[str]) -> dict[str, Tensor]:
-        return {name: reader.get(name) for name in names}
+        return {name: checkpoint.plain(name) for name in names}
 
     def dense_layer(layer: int) -> dict[str, Tensor]:
         progress.stage("restoring", fmt.num_experts, layer)

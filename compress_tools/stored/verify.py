@@ -12,8 +12,9 @@ from torch import Tensor
 from compress_tools.architectures.registry import find_architecture
 from compress_tools.center.alignment import align_experts
 from compress_tools.errors import ConfigError, FormatError, NumericalError
-from compress_tools.format.dtypes import DTYPES
-from compress_tools.format.parts.base import TensorSpec
+from compress_tools.format.dtypes import DTYPES, SAFETENSORS_NAMES
+from compress_tools.format.parts.base import SCALE_DTYPE, TensorSpec
+from compress_tools.format.rest import ROW_CODES_DTYPE, row_names
 from compress_tools.format.schema import QUANT_METHOD
 from compress_tools.format.shard_file import SinglePass, StoredTensor, is_file_name
 from compress_tools.format.tensors import layer_tensors
@@ -33,6 +34,9 @@ from compress_tools.text_file import read_json_object
 
 # The best matching of restored rows to source rows can only beat the one the report was made with.
 REPORT_TOLERANCE = 1e-3
+# Weights of a matrix in codes that are compared at a time.
+_ROWS_AT_A_TIME = 2**24
+_ROW_DTYPES = {SAFETENSORS_NAMES[name]: DTYPES[name] for name in (ROW_CODES_DTYPE, SCALE_DTYPE)}
 
 
 @dataclass(frozen=True)
@@ -53,16 +57,31 @@ class LayerVerdict:
 
 
 @dataclass(frozen=True)
+class RestVerdict:
+    """The verified matrices in codes beside the routed experts.
+
+    Attributes:
+        matrices: how many.
+        relative_error: of all together, recomputed; None without a source.
+    """
+
+    matrices: int
+    relative_error: float | None
+
+
+@dataclass(frozen=True)
 class Verification:
     """A checkpoint in order.
 
     Attributes:
         layers: its compressed layers.
         census: where the tensors and files of the source went; None without a source.
+        rest: its matrices in codes; None where it has none.
     """
 
     layers: list[LayerVerdict]
     census: Census | None
+    rest: RestVerdict | None = None
 
 
 def verify(
@@ -104,8 +123,8 @@ def verification(
     _check_rest(checkpoint)
     report = _read_report(checkpoint.reader.path)
     census = None if source is None else take_census(checkpoint, source, report.left_out)
-    layers = _Verification(checkpoint, source, report, workers, progress or Silent()).run()
-    return Verification(layers, census)
+    run = _Verification(checkpoint, source, report, workers, progress or Silent())
+    return Verification(run.run(), census, run.rest())
 
 
 @dataclass(frozen=True)
@@ -151,6 +170,18 @@ class _Verification:
         self._held: dict[int, dict[str, Tensor]] = {layer: {} for layer in self._awaited}
         self._copied = {} if source is None else source.copied(checkpoint.fmt.layers)
         self._verdicts: dict[int, LayerVerdict] = {}
+        # Which matrix a tensor of codes or scales is of, and what has been read of those that are not whole yet.
+        self._coded = {own: name for name in checkpoint.fmt.rest_tensors for own in row_names(name)}
+        self._rows: dict[str, dict[str, Tensor]] = {}
+        self._rest_error = self._rest_energy = 0.0
+
+    def rest(self) -> RestVerdict | None:
+        """What was found of matrices in codes; after ``run``."""
+        rest = self._checkpoint.fmt.rest
+        if rest is None:
+            return None
+        error = None if self._source is None else _ratio(self._rest_error, self._rest_energy)
+        return RestVerdict(len(rest.tensors), error)
 
     def run(self) -> list[LayerVerdict]:
         """See ``verify``."""
@@ -170,7 +201,8 @@ class _Verification:
         reader = self._checkpoint.reader
         names = [name for name in reader.names if reader.shard_of(name) == filename]
         if self._source is not None:
-            copied = [self._copied[name] for name in names if name in self._copied]
+            plain = [self._coded.get(name, name) for name in names]
+            copied = [self._copied[name] for name in plain if name in self._copied]
             self._source.need_copied(copied, self._checkpoint.fmt.layers)
         self._progress.stage(f"reading {filename}", len(names))
         content = SinglePass(self._path / filename)
@@ -193,6 +225,12 @@ class _Verification:
     def _tensor(self, name: str, stored: StoredTensor, octets: bytearray) -> None:
         if self._source is not None and name in self._copied:
             self._check_copied(self._source.reader, name, stored, octets)
+        if name in self._coded:
+            matrix = self._coded[name]
+            held = self._rows.setdefault(matrix, {})
+            held[name] = torch.frombuffer(octets, dtype=_ROW_DTYPES[stored.dtype]).view(stored.shape)
+            if len(held) == len(row_names(matrix)):
+                self._matrix(matrix, self._rows.pop(matrix))
         if name not in self._layer_of:
             return
         layer = self._layer_of[name]
@@ -207,6 +245,27 @@ class _Verification:
             if not octets or torch.equal(theirs, torch.frombuffer(octets, dtype=torch.uint8)):
                 return
         raise FormatError(f"{self._path}: {name!r} differs from {reader.path}; not made from it")
+
+    def _matrix(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """One matrix in codes: nothing forbidden in it, and of the source's each value within half a code."""
+        codes, scales = self._checkpoint.with_tensors(tensors).check_rows(name)
+        if self._source is None:
+            return
+        reader = self._source.reader
+        original = reader.get(self._copied[name])
+        if original.shape != codes.shape:
+            raise FormatError(
+                f"{self._path}: {name!r} is {list(codes.shape)} in codes, {list(original.shape)} in {reader.path}"
+            )
+        step = max(1, _ROWS_AT_A_TIME // codes.shape[1])
+        for begin in range(0, len(codes), step):
+            part = slice(begin, begin + step)
+            weight, wide = original[part].float(), scales[part].float()
+            off = codes[part].float() * wide - weight
+            if (off.abs() > (0.5 + 2**-6) * wide).any():
+                raise FormatError(f"{self._path}: {name!r} in codes differs from {reader.path}; not made from it")
+            self._rest_error += float(off.square().sum(dtype=torch.float64))
+            self._rest_energy += float(weight.square().sum(dtype=torch.float64))
 
     def _layer(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
         checkpoint = self._checkpoint.with_tensors(tensors)
@@ -229,8 +288,12 @@ class _Verification:
             error += squared_distance(design[perm], restored)
             energy += squared_norm(design)
             self._progress.step()
-        # A layer of zeros is restored exactly, or infinitely badly.
-        return error / energy if energy else inf if error else 0.0
+        return _ratio(error, energy)
+
+
+def _ratio(error: float, energy: float) -> float:
+    # What is all zeros is restored exactly, or infinitely badly.
+    return error / energy if energy else inf if error else 0.0
 
 
 def _check_rest(checkpoint: ResMoECheckpoint) -> None:
@@ -240,7 +303,11 @@ def _check_rest(checkpoint: ResMoECheckpoint) -> None:
     root = expert.removesuffix(architecture.expert)
     stems = [layout.stem for layout in architecture.layouts] + [expert.removeprefix(root).partition("{expert}")[0]]
     dense = (found.layers for found in architecture.locate(reader.names, reader.config) if found.root == root)
-    check_whole(reader, architecture, root, stems, set(checkpoint.fmt.layers).union(*dense))
+    moe_layers = set(checkpoint.fmt.layers).union(*dense)
+    # Experts' names say that a layer has some; what is beside them is called as it is in a source.
+    coded = {own for name in checkpoint.fmt.rest_tensors for own in row_names(name)}
+    names = [*(name for name in reader.names if name not in coded), *checkpoint.fmt.rest_tensors]
+    check_whole(reader, architecture, root, stems, moe_layers, names)
 
 
 def _open_original(path: str | Path | CheckpointFiles, checkpoint: ResMoECheckpoint) -> MoESource:

@@ -21,6 +21,7 @@ from compress_tools.format.schema import ResMoEFormat, parse_format
 from compress_tools.format.tensors import layer_tensors, tensor_name
 
 HERE = Path(__file__).parent
+REST = HERE / "v3_rest"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ALL = list(PROJECTIONS)
 NAMES = {
@@ -163,8 +164,25 @@ def golden_tensors_2(fmt: ResMoEFormat) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def block_rest() -> dict[str, Any]:
+    """The block of version 3 with a coded output layer, of layer 3 alone."""
+    whole = block(3)
+    return {
+        **whole,
+        "names": {key: value for key, value in whole["names"].items() if key != "drafts"},
+        "layers": {"3": whole["layers"]["3"]},
+        "rest": {"bits": 8, "tensors": ["lm_head.weight"]},
+    }
+
+
+def rest_tensors() -> dict[str, torch.Tensor]:
+    """An output layer ``[3, 4]`` in codes: scales 0.5, 0 and 2."""
+    codes = torch.tensor([[127, -2, 0, 1], [0, 0, 0, 0], [-127, 3, -4, 5]], dtype=torch.int8)
+    return {"lm_head.resmoe_row_codes": codes, "lm_head.resmoe_row_scales": torch.tensor([[0.5], [0], [2]]).bfloat16()}
+
+
 def main() -> None:
-    """Write ``v1/``, ``v2/`` and ``v3/``, whichever is not there yet."""
+    """Write ``v1/``, ``v2/``, ``v3/`` and ``v3_rest/``, whichever is not there yet."""
     for version, make in ((1, golden_tensors), (2, golden_tensors_2), (3, golden_tensors_2)):
         target = HERE / f"v{version}"
         if target.exists():
@@ -176,6 +194,13 @@ def main() -> None:
         save_file({**tensors, "lm_head.weight": torch.ones(3, 4)}, target / "model.safetensors")
         config = {"model_type": "mixtral", "quantization_config": fmt.model_dump(mode="json")}
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    if not REST.exists():
+        fmt = parse_format(block_rest())
+        REST.mkdir()
+        save_file({**golden_tensors_2(fmt), **rest_tensors()}, REST / "model.safetensors")
+        config = {"model_type": "mixtral", "quantization_config": fmt.model_dump(mode="json")}
+        (REST / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 if __name__ == "__main__":
