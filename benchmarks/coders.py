@@ -1,9 +1,9 @@
-"""`python -m benchmarks.coders`: what plain and trellis codes lose, and how fast they are found, on rows made here.
+"""`python -m benchmarks.coders`: what plain and trellis codes lose, on rows made here.
 
-Relative squared errors of rows whose distribution is known, all bits counted; weights a second on one thread.
+Relative squared errors of rows whose distribution is known, all bits counted. How fast trellis codes are found is
+measured by `benchmarks.compress`.
 """
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,8 +22,6 @@ from compress_tools.residuals.trellis import restored_rows, trellis_rows
 
 COLUMNS = 2048
 GROUPS: tuple[GroupSize | None, ...] = (None, 128, 32)
-# Weights a second and thread that an encoder of trellis codes is to find, at these widths.
-TARGET, TARGET_BITS = 1.5e6, (2, 3, 4)
 
 
 def student(shape: tuple[int, int]) -> Tensor:
@@ -58,25 +56,15 @@ def trellis(matrix: Tensor, bits: int, group_size: int | None) -> Tensor:
 CODERS = {"plain codes": (plain, (2, 3, 4, 8)), "trellis": (trellis, (1, 2, 3, 4))}
 
 
-def measure(matrix: Tensor, tails: str, coder: str, bits: int, group_size: GroupSize | None) -> list[Row]:
-    """Error and speed of one coder on one matrix."""
+def measure(matrix: Tensor, tails: str, coder: str, bits: int, group_size: GroupSize | None) -> Row:
+    """Error of one coder on one matrix."""
     code, _ = CODERS[coder]
-    code(matrix[:1], bits, group_size)  # what is compiled or loaded at the first call
-    begun = time.process_time()
     found = code(matrix, bits, group_size)
-    rate = matrix.numel() / (time.process_time() - begun)
     stored = code_row_bytes(bits, COLUMNS) + 2 * num_groups(COLUMNS, group_size)
-    about = {"rows": len(matrix), "columns": COLUMNS, "bits_a_weight": 8 * stored / COLUMNS, "weights_per_s": rate}
+    about = {"rows": len(matrix), "columns": COLUMNS, "bits_a_weight": 8 * stored / COLUMNS}
     name = f"{tails}, {coder}, {bits} bits by {group_size or 'row'}"
     error = float((matrix - found).square().sum() / matrix.square().sum())
-    rows = [Row(f"{name}: relative squared error", error, context=about)]
-    if tails == "gaussian" and group_size is None and coder == "trellis":
-        speed = f"{name}: weights a second, one thread"
-        if bits in TARGET_BITS:
-            rows.append(Row.at_least(speed, rate, "1/s", TARGET))
-        else:
-            rows.append(Row(speed, rate, "1/s"))
-    return rows
+    return Row(f"{name}: relative squared error", error, context=about)
 
 
 @click.command(help=__doc__)
@@ -92,7 +80,7 @@ def main(rows: int, json_file: Path | None) -> None:
             for coder, (_, widths) in CODERS.items():
                 for bits in widths:
                     for group_size in GROUPS:
-                        found += measure(matrix, tails, coder, bits, group_size)
+                        found.append(measure(matrix, tails, coder, bits, group_size))
     print_rows(found, "codes of rows")
     if json_file is not None:
         write_rows(found, json_file)

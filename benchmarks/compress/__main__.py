@@ -1,4 +1,4 @@
-"""`python -m benchmarks.compress`: the engine on one layer at true shapes, stage by stage; and against POT's solver.
+"""`python -m benchmarks.compress`: the engine on one layer at true shapes; the trellis encoder; and POT's own solver.
 
 All of it takes one to two hours on 2 cores; `--shape` and `--kind` choose. Each layer runs in a process of its own,
 so that its peak memory is its own.
@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from benchmarks.compress import encoder
 from benchmarks.compress.pot import CASES, Comparison, compare
 from benchmarks.compress.run import STAGES, LayerRun, run_layer
 from benchmarks.compress.source import KINDS, Kind, write_source
@@ -38,6 +39,8 @@ class Options:
     kinds: tuple[Kind, ...]
     with_layers: bool
     with_pot: bool
+    with_encoder: bool
+    with_trellis_layer: bool
     workers: int
     check_svd: bool | None
     work_dir: Path | None
@@ -88,6 +91,15 @@ def pot_rows(found: Comparison) -> list[Row]:
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(KINDS), help="Default: both.")
 @click.option("--layers/--no-layers", "with_layers", default=True, show_default=True, help="Run the layers.")
 @click.option("--pot/--no-pot", "with_pot", default=True, show_default=True, help="Compare with POT's own solver.")
+@click.option(
+    "--encoder/--no-encoder", "with_encoder", default=True, show_default=True, help="Speed of the trellis encoder."
+)
+@click.option(
+    "--trellis-layer",
+    "with_trellis_layer",
+    is_flag=True,
+    help=f"A whole layer of {encoder.LAYER_SHAPE} in trellis codes: minutes, and 2 GB of disk.",
+)
 @click.option("--workers", default=default_workers, type=click.IntRange(min=1), help="Default: the number of cores.")
 @click.option("--check-svd/--no-check-svd", default=None, help="Exact tail of one expert. Default: not for Mixtral.")
 @click.option("--work-dir", type=click.Path(path_type=Path, file_okay=False), help="Default: a temporary directory.")
@@ -104,6 +116,10 @@ def main(**options: Any) -> None:
         for case in CASES:
             rows += pot_rows(compare(*case, workers=chosen.workers))
             click.echo(f"{rows[-2].name}: {rows[-2].value:.6f}; {rows[-1].name}", err=True)
+    if chosen.with_encoder:
+        rows += encoder.encoder_rows()
+    if chosen.with_trellis_layer:
+        rows += encoder.layer_rows(workers=chosen.workers)
     for name in (chosen.shapes or TARGETS) if chosen.with_layers else ():
         for kind in chosen.kinds or KINDS:
             rows += layer_rows(_in_a_process(name, kind, chosen))
