@@ -101,6 +101,11 @@ class CompressionConfig(BaseModel):
         description="Stop when the barycenter objective falls by less, relatively.",
     )
     seed: int = Field(0, ge=0, description="Seed of randomised steps.")
+    calibration: str | None = Field(
+        None,
+        description="What errors count, a file of `resmoe calibrate SRC --out FILE`: coders spend bits where the "
+        "model's output depends on them. [default: no data]",
+    )
     device: str = Field("cpu", description="Where products and factorisations run: cpu, cuda, cuda:N.")
     workers: int = Field(
         default_factory=default_workers,
@@ -165,9 +170,12 @@ class CompressionConfig(BaseModel):
         return f"--method {self.method}"
 
     def recipe(self) -> dict[str, object]:
-        """What determines the output: every field but ``device`` and ``workers``; a newer one only where it is used."""
+        """What determines the output: every field but ``device`` and ``workers``; a newer one only where it is used.
+
+        Of ``calibration`` that is the file's content, which its reader knows.
+        """
         newer = {name for name in ("center_coder", "rest_bits") if getattr(self, name) == _default(type(self), name)}
-        return self.model_dump(exclude={"device", "workers", *newer})
+        return self.model_dump(exclude={"device", "workers", "calibration", *newer})
 
 
 def make_config(**options: object) -> CompressionConfig:

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from compress_tools.architectures.experts import MoESizes
 from compress_tools.errors import CheckpointError
 from compress_tools.format.schema import Projection
 from compress_tools.format.shard_file import file_checksum
@@ -55,24 +56,21 @@ class Importance:
 
     Attributes:
         rows: by projection, fp32 ``[I]``, above 0.
-        columns: by projection, fp32 ``[H]``, above 0; ones for ``down_proj``.
+        columns: fp32 ``[H]``, above 0, by projection; those of ``down_proj`` count alike, and are not in it.
     """
 
     rows: Mapping[Projection, Tensor]
     columns: Mapping[Projection, Tensor]
 
     def permuted(self, perm: Tensor) -> "Importance":
-        """Of the expert whose rows stand in this order."""
+        """Of these rows, in this order."""
         return Importance({p: own[perm] for p, own in self.rows.items()}, self.columns)
 
     def weighed(self, projection: Projection, matrix: Tensor) -> Tensor:
         """``[I, H]`` times the roots: its squares are what each entry counts."""
-        rows, columns = self.rows[projection].to(matrix.device), self.columns[projection].to(matrix.device)
-        return matrix * rows.sqrt().unsqueeze(1) * columns.sqrt()
-
-    def some(self, rows: Tensor) -> "Importance":
-        """Of some rows."""
-        return self.permuted(rows)
+        weighed = matrix * self.rows[projection].to(matrix.device).sqrt().unsqueeze(1)
+        columns = self.columns.get(projection)
+        return weighed if columns is None else weighed * columns.to(matrix.device).sqrt()
 
 
 @dataclass(frozen=True)
@@ -95,11 +93,8 @@ class LayerImportance:
 
     def expert(self, expert: int) -> Importance:
         """Of one expert, its rows in the source's order."""
-        ones = torch.ones_like(self.columns[expert])
-        return Importance(
-            {p: own[expert] for p, own in self.rows.items()},
-            {p: ones if p == "down_proj" else self.columns[expert] for p in self.rows},
-        )
+        rows: dict[Projection, Tensor] = {p: own[expert] for p, own in self.rows.items()}
+        return Importance(rows, {p: self.columns[expert] for p in rows if p != "down_proj"})
 
     @cached_property
     def center(self) -> Importance:
@@ -107,10 +102,7 @@ class LayerImportance:
         shares = self.rows["up_proj"].mean(1)
         columns = (shares / shares.sum()) @ self.columns
         flat = torch.ones(self.rows["up_proj"].shape[1])
-        return Importance(
-            dict.fromkeys(self.rows, flat),
-            {p: torch.ones_like(columns) if p == "down_proj" else columns for p in self.rows},
-        )
+        return Importance(dict.fromkeys(self.rows, flat), {p: columns for p in self.rows if p != "down_proj"})
 
 
 class CalibrationFile:
@@ -162,17 +154,13 @@ class CalibrationFile:
         """Whether the layer was measured; layers for multi-token prediction are not, as the model does not run them."""
         return tensor_key(layer, COLUMNS) in self._names
 
-    def layer(
-        self, layer: int, projections: Collection[Projection], num_experts: int, rows: int, columns: int
-    ) -> LayerImportance:
+    def layer(self, layer: int, projections: Collection[Projection], sizes: MoESizes) -> LayerImportance:
         """Read one layer; what few tokens said is drawn towards the layer's mean.
 
         Args:
             layer: index.
             projections: of the experts.
-            num_experts: E.
-            rows: I.
-            columns: H.
+            sizes: E, H, I.
         Raises:
             CheckpointError: not there, of another shape, or not finite.
         """
@@ -190,9 +178,9 @@ class CalibrationFile:
                     )
                 return tensor
 
-            counts, routing, output = (read(what, num_experts) for what in (COUNTS, ROUTING, OUTPUT))
-            own_columns = read(COLUMNS, num_experts, columns)
-            own_rows = {p: read(p, num_experts, rows) for p in projections}
+            counts, routing, output = (read(what, sizes.num_experts) for what in (COUNTS, ROUTING, OUTPUT))
+            own_columns = read(COLUMNS, sizes.num_experts, sizes.hidden_size)
+            own_rows = {p: read(p, sizes.num_experts, sizes.intermediate_size) for p in projections}
             measured = tensor_key(layer, COEFFICIENT) in self._names
             coefficient = float(read(COEFFICIENT)) if measured else None
         if not (routing.sum() > 0 and output.sum() > 0):
@@ -222,6 +210,17 @@ class CalibrationFile:
         except (SafetensorError, OSError) as err:
             why = in_words(err) if isinstance(err, OSError) else str(err)
             raise CheckpointError(f"--calibration {self.path}: not readable: {why}") from err
+
+
+def opened_calibration(path: str | Path, fingerprint: Mapping[str, str]) -> CalibrationFile:
+    """A file that was made from the source of this fingerprint.
+
+    Raises:
+        CheckpointError: not readable, not such a file, or of another source.
+    """
+    file = CalibrationFile(path)
+    file.check_source(fingerprint)
+    return file
 
 
 def is_calibration(path: str | Path) -> bool:

@@ -11,6 +11,7 @@ from compress_tools.format.codec import decode_residual, restore_center
 from compress_tools.format.dtypes import DTYPES
 from compress_tools.format.parts.base import StoredTensors
 from compress_tools.format.tensors import BIAS, layer_bytes, layer_tensors, tensor_name
+from compress_tools.importance import LayerImportance
 from compress_tools.numerics.parallel import in_parallel
 from compress_tools.numerics.products import squared_distance, squared_norm
 from compress_tools.numerics.work import Work
@@ -52,7 +53,12 @@ class CompressedLayer:
 
 
 def compress_layer(
-    target: CompressionTarget, config: CompressionConfig, layer: int, weights: LayerWeights, work: Work
+    target: CompressionTarget,
+    config: CompressionConfig,
+    layer: int,
+    weights: LayerWeights,
+    work: Work,
+    importance: LayerImportance | None = None,
 ) -> CompressedLayer:
     """Compress one MoE layer that has been read.
 
@@ -62,13 +68,14 @@ def compress_layer(
         layer: decoder layer index.
         weights: its experts.
         work: how it is done and watched.
+        importance: what errors count while its rows are coded; None where all count alike.
     """
     fmt = target.fmt
     work.progress.stage("center", None, layer)
     # Without a center there is nothing to align to: rows keep their order, which is the plain baseline's.
     kind = config.center if fmt.layers[layer].center else "none"
     found = find_center(weights.design, CenterOptions(kind, config.max_iterations, config.tolerance), work)
-    coded = code_layer(target, layer, weights, found, config.seed, work)
+    coded = code_layer(target, layer, weights, found, config.seed, work, importance)
     energy = sum(in_parallel(squared_norm, weights.design, work.workers))
     report = LayerReport(
         layer=layer,
@@ -88,7 +95,13 @@ def compress_layer(
 
 
 def code_layer(
-    target: CompressionTarget, layer: int, weights: LayerWeights, found: CenterResult, seed: int, work: Work
+    target: CompressionTarget,
+    layer: int,
+    weights: LayerWeights,
+    found: CenterResult,
+    seed: int,
+    work: Work,
+    importance: LayerImportance | None = None,
 ) -> CodedLayer:
     """Code one layer by its spec, experts side by side, and measure each expert's error on what is stored."""
     spec = target.fmt.layers[layer]
@@ -96,7 +109,7 @@ def code_layer(
     shared: StoredTensors = {}
     center = None
     if found.center is not None:
-        shared = encode_center(spec, found.center, dtype)
+        shared = encode_center(spec, found.center, dtype, importance=None if importance is None else importance.center)
         # The residual is taken against the center as stored, so that its rounding is not lost.
         absent = torch.zeros(sizes.intermediate_size, sizes.hidden_size)
         rows = {**dict.fromkeys(projections, absent), **restore_center(spec, shared, sizes.hidden_size)}
@@ -111,7 +124,8 @@ def code_layer(
         aligned = weights.design[expert][perm.to(weights.design.device)]
         residual = aligned.float() if center is None else aligned - center
         own = spec.of_expert(expert)
-        stored = encode_residual(own, residual, dtype, seed)
+        counts = None if importance is None else importance.expert(expert).permuted(perm)
+        stored = encode_residual(own, residual, dtype, seed, counts)
         energy = squared_norm(residual)
         del residual
         for projection, bias in weights.biases[expert].items():

@@ -16,6 +16,7 @@ from compress_tools.errors import NumericalError
 from compress_tools.format.dtypes import DTYPES
 from compress_tools.format.rest import encode_rows, row_names
 from compress_tools.format.tensors import layer_bytes
+from compress_tools.importance import CalibrationFile, opened_calibration
 from compress_tools.layer import CompressedLayer, compress_layer
 from compress_tools.numerics.clock import StageClock
 from compress_tools.numerics.parallel import one_thread_each
@@ -127,6 +128,7 @@ class _Job:
     identity: dict[str, Any]
     files: dict[Path, Path]
     most_error: float
+    calibration: CalibrationFile | None
 
 
 def _prepare(
@@ -139,12 +141,15 @@ def _prepare(
     check_device(config.device)
     reader = SourceReader(src)
     Staging(dst).check_apart(reader.path)
+    calibration = None if config.calibration is None else opened_calibration(config.calibration, reader.fingerprint())
     if planned is None:
         target = make_target(reader, config)
     else:
         config = planned.config(config.device, config.workers)
         target = make_target(reader, config, planned.compressed(open_source(reader)))
     recipe = config.recipe() if planned is None else {"plan": planned.resolved()}
+    if calibration is not None:
+        recipe = {**recipe, "calibration": calibration.digest()}
     outline = make_outline(src, recipe, target, None if planned is None else planned.text)
     identity = {
         "source": reader.fingerprint(),
@@ -153,7 +158,7 @@ def _prepare(
         MACHINE: machine(config.device),
     }
     files = {output_name_of_file(file.relative_to(reader.path)): file for file in reader.other_files()}
-    return _Job(config, target, outline, identity, files, most_error)
+    return _Job(config, target, outline, identity, files, most_error, calibration)
 
 
 def _write_shards(
@@ -247,7 +252,11 @@ def _read_and_compress(job: _Job, layer: int, progress: ProgressListener) -> tup
     """One layer, and its seconds by stage; the weights as read are gone before it is written."""
     config, clock = job.config, StageClock()
     weights = read_layer(job.target.source, layer, DTYPES[job.target.fmt.dtype], config.device, progress, clock)
-    made = compress_layer(job.target, config, layer, weights, Work(config.workers, progress, clock))
+    source = job.target.source
+    importance = None
+    if job.calibration is not None and not (layer in source.drafts and not job.calibration.holds(layer)):
+        importance = job.calibration.layer(layer, source.projections, source.sizes)
+    made = compress_layer(job.target, config, layer, weights, Work(config.workers, progress, clock), importance)
     return made, clock.seconds
 
 

@@ -8,6 +8,7 @@ from typing import Any, get_args
 from compress_tools.config import CompressionConfig, Method, make_config
 from compress_tools.damage import damage_warning, mean, refusal
 from compress_tools.errors import CheckpointError, ConfigError
+from compress_tools.importance import is_calibration
 from compress_tools.output.output_file import check_output_file, write_output_file
 from compress_tools.output.staging import Staging
 from compress_tools.output.target import CompressionTarget, make_target
@@ -59,6 +60,12 @@ def read_request(given: Mapping[str, Any], plan: str | None) -> Request:
     """
     budget = {name: value for name, value in given.items() if name in PlannerConfig.model_fields}
     recipe = {name: value for name, value in given.items() if name not in budget}
+    calibration = given.get("calibration")
+    if calibration is not None and (plan is not None or "method" in recipe):
+        # A plan's coders, or the method's, use it; a file of layers' inputs is for planning alone.
+        recipe["calibration"] = budget.pop("calibration")
+    elif calibration is not None and is_calibration(calibration):
+        recipe["calibration"] = calibration
     if plan is not None:
         if asked := BUDGETS & set(budget):
             raise ConfigError(f"--plan and {_option(min(asked))} exclude each other; a plan has its sizes")

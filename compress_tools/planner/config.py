@@ -41,9 +41,9 @@ class PlannerConfig(BaseModel):
     )
     calibration: str | None = Field(
         None,
-        description="Inputs of MoE layers for --optimize output, a safetensors file: layer.INDEX [N, H], optionally "
-        "layer.INDEX.routing [N, E]; an expert that it does not reach keeps a hundredth of the mean expert's part. "
-        "[default: gaussian inputs, no data]",
+        description="What errors count, a file of `resmoe calibrate SRC --out FILE`: plan and coders spend bits where "
+        "the model's output depends on them. With --optimize output and a budget also a safetensors file of layers' "
+        "inputs: layer.INDEX [N, H], optionally layer.INDEX.routing [N, E]. [default: no data]",
     )
     layer_bytes_ratio: str | None = Field(
         None,
@@ -68,7 +68,9 @@ class PlannerConfig(BaseModel):
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> Self:
-        if self.calibration is not None and self.optimize != "output":
+        from compress_tools.importance import is_calibration  # torch takes seconds, which `--help` need not
+
+        if self.calibration is not None and self.optimize != "output" and not is_calibration(self.calibration):
             raise ValueError("--calibration has no effect with --optimize error; add --optimize output")
         self.coder_names()
         parse_bounds(self.layer_bytes_ratio)

@@ -18,6 +18,7 @@ from compress_tools.format.codec import restore_center
 from compress_tools.format.parts.base import Rows
 from compress_tools.format.quantization import expand_scales, half_range
 from compress_tools.format.schema import LayerSpec, Projection, QuantizedResidual, ResidualPart
+from compress_tools.importance import Importance, LayerImportance
 from compress_tools.numerics.parallel import in_parallel
 from compress_tools.numerics.products import squared_norm
 from compress_tools.numerics.sampling import spaced
@@ -71,6 +72,7 @@ def measure_layer(
     coders: Iterable[Coder],
     sample: Sample,
     advance: Callable[[], None] = lambda: None,
+    importance: LayerImportance | None = None,
 ) -> LayerMeasurement:
     """Measure one layer.
 
@@ -81,26 +83,31 @@ def measure_layer(
         coders: the menu.
         sample: how much of the layer.
         advance: called after each expert.
+        importance: what errors count; then every error and energy is a sum of squares times that.
     """
     coders = tuple(coders)
     num_experts, num_rows = design.shape[:2]
     experts = spaced(list(range(num_experts)), sample.experts or num_experts)
     rows = torch.tensor(spaced(list(range(num_rows)), sample.rows or num_rows))
-    centers = _stored_centers(design, found, projections, coders, sample.dtype)
+    of_center = None if importance is None else importance.center
+    centers = _stored_centers(design, found, projections, coders, sample.dtype, of_center)
+
+    def counts(expert: int) -> Importance | None:
+        return None if importance is None else importance.expert(expert).permuted(found.perm[expert])
 
     def aligned(expert: int) -> Rows:
         return design_to_rows(design[expert][found.perm[expert].to(design.device)].float(), projections)
 
     def energies(expert: int) -> list[list[float]]:
-        own = aligned(expert)
+        own, counted = aligned(expert), counts(expert)
         wanted = [own, *({p: own[p] - center[p] for p in projections} for center in centers.values())]
-        return [[squared_norm(matrices[p]) for p in projections] for matrices in wanted]
+        return [[_energy(matrices[p], p, counted) for p in projections] for matrices in wanted]
 
     def errors_of(some: tuple[Coder, ...], expert: int) -> list[list[float]]:
         own, found_errors = aligned(expert), []
         for bits, center in centers.items():
             residual = {p: own[p] - center[p] for p in projections}
-            measured = _ExpertErrors(residual, rows, sample.dtype, sample.seed)
+            measured = _ExpertErrors(residual, rows, sample.dtype, sample.seed, counts(expert))
             found_errors += [measured.of(coder) for coder in some if bits in coder.centers]
         advance()
         return found_errors
@@ -136,6 +143,7 @@ def _stored_centers(
     projections: tuple[Projection, ...],
     coders: tuple[Coder, ...],
     dtype: torch.dtype,
+    importance: Importance | None,
 ) -> dict[CenterBits, Rows]:
     """Each center as a checkpoint would hold it, fp32 ``[I, H]`` by projection; zeros for none."""
     hidden_size = design.shape[2] // len(projections)
@@ -147,7 +155,8 @@ def _stored_centers(
             some = LayerSpec.model_construct(
                 center=center_parts(bits, projections), residual=(_covering(projections),), groups=None
             )
-            restored = restore_center(some, encode_center(some, found.center, dtype), hidden_size)
+            stored = encode_center(some, found.center, dtype, importance=importance)
+            restored = restore_center(some, stored, hidden_size)
             whole = rows_to_design({p: restored[p] for p in projections}).to(design.device)
             centers[bits] = design_to_rows(whole, projections)
     return centers
@@ -167,8 +176,13 @@ def _scaled_up(measured: Tensor, experts: list[int], residuals: Tensor) -> Tenso
     return total
 
 
-def _some(rows: Tensor, most: int) -> Tensor:
-    return rows[torch.tensor(spaced(list(range(len(rows))), most))]
+def _energy(matrix: Tensor, projection: Projection, importance: Importance | None) -> float:
+    """Squares, each times what it counts."""
+    return squared_norm(matrix if importance is None else importance.weighed(projection, matrix))
+
+
+def _some(count: int, most: int) -> Tensor:
+    return torch.tensor(spaced(list(range(count)), most))
 
 
 class _ExpertErrors:
@@ -179,24 +193,32 @@ class _ExpertErrors:
         rows: indices of the rows to measure.
         dtype: of stored values.
         seed: of randomised steps.
+        importance: what errors count, in the order of the residual's rows; None where all count alike.
     """
 
-    def __init__(self, residual: Rows, rows: Tensor, dtype: torch.dtype, seed: int) -> None:
+    def __init__(
+        self, residual: Rows, rows: Tensor, dtype: torch.dtype, seed: int, importance: Importance | None
+    ) -> None:
         self._residual, self._rows, self._dtype, self._seed = residual, rows, dtype, seed
         self._all = len(rows) == len(next(iter(residual.values())))
         # The last factors of each group of projections and what they left: candidates of equal factors are neighbours.
         self._after_low_rank: dict[tuple[Projection, ...], tuple[ResidualPart, Rows]] = {}
+        self._importance = importance
+        self._sampled_importance = None if importance is None else importance.permuted(rows)
         sampled = {p: self._sampled(matrix) for p, matrix in residual.items()}
         self._sampled_residual = sampled
         # from the energy of the rows measured to that of all
         self._scale = {
-            p: 1.0 if self._all else squared_norm(residual[p]) / max(squared_norm(sampled[p]), 1e-300) for p in residual
+            p: 1.0
+            if self._all
+            else _energy(residual[p], p, importance) / max(_energy(sampled[p], p, self._sampled_importance), 1e-300)
+            for p in residual
         }
 
     def of(self, coder: Coder) -> list[float]:
         """Squared error for each projection."""
         projections = tuple(self._residual)
-        if coder.config.method == "quantize":
+        if coder.config.method == "quantize" and self._importance is None:
             return self._of_quantised(coder, projections)
         if coder.config.method == "trellis":
             return [self._of_trellis(coder, p) * self._scale[p] for p in projections]
@@ -217,21 +239,28 @@ class _ExpertErrors:
 
     def _of_trellis(self, coder: Coder, projection: Projection) -> float:
         """Of the rows measured; a search of all would take as long as compressing."""
-        rows = self._sampled_residual[projection]
+        rows, importance = self._sampled_residual[projection], self._sampled_importance
         bits, group_size = coder.config.bits, coder.config.group_size or None
+        columns = None if importance is None else importance.columns.get(projection)
         whole = _searched_whole(rows.numel())
-        some = rows if whole else _some(rows, TRELLIS_SEARCHED)
-        symbols, scales = trellis_rows(some, bits, group_size)
+        picked = _some(len(rows), len(rows) if whole else TRELLIS_SEARCHED)
+        some, counted = (rows if whole else rows[picked]), None if importance is None else importance.permuted(picked)
+        symbols, scales = trellis_rows(some, bits, group_size, columns)
         restored = restored_rows(symbols, scales, bits, rows.shape[1], group_size)
-        found = squared_norm(some - restored)
+        found = _energy(some - restored, projection, counted)
         if whole:
             return found
-        predicted = float(predicted_errors(some, bits, group_size).sum())
-        more = _some(rows, TRELLIS_PREDICTED)
-        every = (
-            float(predicted_errors(more, bits, group_size).sum()) * squared_norm(rows) / max(squared_norm(more), 1e-300)
-        )
-        return every * (found / predicted if predicted else 1.0)
+
+        def predicted(of: Tensor, counted: Importance | None) -> float:
+            lost = predicted_errors(of, bits, group_size, columns)
+            return float((lost if counted is None else lost * counted.rows[projection].to(lost.device)).sum())
+
+        on_searched = predicted(some, counted)
+        picked = _some(len(rows), TRELLIS_PREDICTED)
+        more, counted = rows[picked], None if importance is None else importance.permuted(picked)
+        energy = max(_energy(more, projection, counted), 1e-300)
+        every = predicted(more, counted) * _energy(rows, projection, importance) / energy
+        return every * (found / on_searched if on_searched else 1.0)
 
     def _of_group(self, coder: Coder, group: tuple[Projection, ...]) -> dict[Projection, float]:
         num_rows, hidden_size = next(iter(self._residual.values())).shape
@@ -242,22 +271,23 @@ class _ExpertErrors:
         factors, *others = coder.parts(group, num_rows, hidden_size)
         kept = self._after_low_rank.get(group)
         if kept is None or kept[0] != factors:
-            kept = factors, self._left({p: self._residual[p] for p in group}, factors, hidden_size)
+            kept = factors, self._left({p: self._residual[p] for p in group}, factors, hidden_size, self._importance)
             self._after_low_rank[group] = kept
         left = kept[1]
         if not others:
-            return {p: squared_norm(matrix) for p, matrix in left.items()}
+            return {p: _energy(matrix, p, self._importance) for p, matrix in left.items()}
         return self._coded({p: self._sampled(matrix) for p, matrix in left.items()}, tuple(others), hidden_size)
 
     def _coded(self, left: Rows, parts: tuple[ResidualPart, ...], hidden_size: int) -> dict[Projection, float]:
         for part in parts:
-            left = left | self._left({p: left[p] for p in part.projections}, part, hidden_size)
-        return {p: squared_norm(matrix) * self._scale[p] for p, matrix in left.items()}
+            own = {p: left[p] for p in part.projections}
+            left = left | self._left(own, part, hidden_size, self._sampled_importance)
+        return {p: _energy(matrix, p, self._sampled_importance) * self._scale[p] for p, matrix in left.items()}
 
-    def _left(self, rows: Rows, part: ResidualPart, hidden_size: int) -> Rows:
+    def _left(self, rows: Rows, part: ResidualPart, hidden_size: int, importance: Importance | None) -> Rows:
         """What a part, as stored, leaves."""
         columns = torch.cat([rows[p] for p in part.projections], 1)
-        made = encode_part(columns, part, self._dtype, self._seed)
+        made = encode_part(columns, part, self._dtype, self._seed, importance)
         return {p: rows[p] - decoded.to(rows[p].device) for p, decoded in part.decode(made, hidden_size).items()}
 
     def _sampled(self, matrix: Tensor) -> Tensor:

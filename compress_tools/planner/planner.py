@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from math import ceil, inf
 
 import torch
+from torch import Tensor
 
 from compress_tools.center.barycenter import CenterOptions, find_center
 from compress_tools.config import CompressionConfig, check_device, make_config
 from compress_tools.errors import ConfigError
 from compress_tools.format.dtypes import DTYPES
+from compress_tools.importance import LayerImportance
 from compress_tools.numerics.clock import StageClock
 from compress_tools.numerics.work import Work
 from compress_tools.output.target import CompressionTarget, make_target
@@ -18,6 +20,7 @@ from compress_tools.planner.allocate import Allocation, allocate, smallest
 from compress_tools.planner.candidates import CenterBits, Coder, Sizes, menu
 from compress_tools.planner.choices import Choice, Rated, expert_groups
 from compress_tools.planner.config import LayersBudget, PlannerConfig, layer_bounds
+from compress_tools.planner.counted import Calibration, counted_by_output, open_calibration
 from compress_tools.planner.estimate import layer_seconds
 from compress_tools.planner.frontier import Frontier, Point
 from compress_tools.planner.measure import Sample, measure_layer
@@ -26,7 +29,7 @@ from compress_tools.planner.planned import Planned, PlannedLayer
 from compress_tools.planner.target_size import as_ratio, asked_for, ratio_of
 from compress_tools.progress.listener import ProgressListener, Silent
 from compress_tools.progress.text import human_s
-from compress_tools.source.layer_weights import read_layer
+from compress_tools.source.layer_weights import LayerWeights, read_layer
 from compress_tools.source.reader import CheckpointReader
 
 
@@ -125,9 +128,16 @@ def measure(
     budget = _budget(ratio_of(request), dense, selected)
     centers: tuple[CenterBits, ...] = (0,) if config.center == "none" else (0, 4, 8, 16)
     coders = menu(sizes, request.coder_names(), centers, max(budget, 0) / len(selected))
-    inputs = open_inputs(request, source, config.seed)
-    measuring = _Measuring(base, config, request, coders, inputs, sizes, progress)
+    calibration = open_calibration(request, source, selected)
+    inputs = None
+    if calibration is None:
+        inputs = open_inputs(request, source, config.seed)
+    elif any(calibration.layer(layer) is None for layer in selected):
+        inputs = open_inputs(request.model_copy(update={"calibration": None}), source, config.seed)
+    measuring = _Measuring(base, config, request, coders, inputs, calibration, sizes, progress)
     progress.say(measuring.expectation(len(selected)))
+    if calibration is not None and calibration.coefficients:
+        progress.say("errors are KL in nats, by the coefficients of the calibration's layers")
     layers: dict[int, LayerChoices] = {}
     begun = time.monotonic()
     for layer in source.as_they_lie(selected):
@@ -196,6 +206,7 @@ class _Measuring:
     request: PlannerConfig
     coders: tuple[Coder, ...]
     inputs: LayerInputs | None
+    calibration: Calibration | None
     sizes: Sizes
     progress: ProgressListener
 
@@ -226,12 +237,11 @@ class _Measuring:
         options = CenterOptions(config.center, config.max_iterations, config.tolerance)
         found = find_center(read.design, options, Work(config.workers, progress, clock))
         progress.stage(f"measuring {self.candidates} candidates", None, layer)
-        measured = measure_layer(read.design, found, self.sizes.projections, self.coders, self.sample, progress.step)
-        unrouted: tuple[int, ...] = ()
-        if self.inputs is None:
-            weights = torch.ones_like(measured.energies) / measured.energies.sum()
-        else:
-            weights, unrouted = output_weights(read, self.sizes.projections, self.inputs, layer, config.workers)
+        importance = None if self.calibration is None else self.calibration.layer(layer)
+        measured = measure_layer(
+            read.design, found, self.sizes.projections, self.coders, self.sample, progress.step, importance
+        )
+        weights, unrouted = self._weights(read, layer, measured.energies, importance)
         if unrouted:
             progress.say(f"layer {layer}: {unrouted_text(unrouted)}")
         hardness = (measured.residuals[max(measured.residuals)] * weights).sum(1)
@@ -239,6 +249,22 @@ class _Measuring:
         groups = expert_groups(hardness, self.request.expert_groups)
         uniform = {key: rated.uniform(*key) for key in measured.errors}
         return LayerChoices(rated.choices(groups, dense_bytes), uniform, measured.exact, unrouted)
+
+    def _weights(
+        self, read: LayerWeights, layer: int, energies: Tensor, importance: LayerImportance | None
+    ) -> tuple[Tensor, tuple[int, ...]]:
+        """What a unit of squared error counts, ``[E, P]``, and experts that are hardly routed to."""
+        projections, workers = self.sizes.projections, self.config.workers
+        factor = 1.0 if self.calibration is None else self.calibration.factor(layer)
+        if importance is not None and self.request.optimize == "output":
+            coefficient = importance.coefficient if self.calibration and self.calibration.coefficients else None
+            counted = counted_by_output(read.design, projections, importance, coefficient, workers)
+            return torch.full_like(energies, counted), importance.unrouted
+        if self.inputs is None:
+            unrouted = () if importance is None else importance.unrouted
+            return torch.ones_like(energies) / energies.sum(), unrouted
+        weights, unrouted = output_weights(read, projections, self.inputs, layer, workers)
+        return weights * factor, unrouted
 
 
 def _uniforms(

@@ -8,6 +8,7 @@ from torch import Tensor
 from compress_tools.config import CompressionConfig
 from compress_tools.format.parts.base import StoredTensors
 from compress_tools.format.schema import Part, Projection, ResidualPart
+from compress_tools.importance import Importance
 
 AnyPart = TypeVar("AnyPart", bound=Part, contravariant=True)
 
@@ -15,7 +16,9 @@ AnyPart = TypeVar("AnyPart", bound=Part, contravariant=True)
 class Encoder(Protocol[AnyPart]):
     """Codes what one expert's earlier parts left, or a layer's center."""
 
-    def __call__(self, rows: Tensor, part: AnyPart, dtype: torch.dtype, seed: int, /) -> StoredTensors:
+    def __call__(
+        self, rows: Tensor, part: AnyPart, dtype: torch.dtype, seed: int, importance: Importance | None = None, /
+    ) -> StoredTensors:
         """Make the part's tensors.
 
         Args:
@@ -23,6 +26,7 @@ class Encoder(Protocol[AnyPart]):
             part: how they are to be stored.
             dtype: dtype of stored values or factors.
             seed: seed of randomised steps.
+            importance: what errors count, in the order of the rows; None where all count alike.
         Returns:
             ``part.tensors`` by (projection, suffix), on the CPU.
         """

@@ -22,6 +22,7 @@ from compress_tools.format.parts.bitmap import (
     encode_bitmap,
     encode_row_bitmap,
 )
+from compress_tools.importance import Importance
 from compress_tools.residuals.budget import kept_per_row, kept_values
 from compress_tools.residuals.quantizer import quantize_rows
 from compress_tools.source.design_matrix import design_to_rows
@@ -113,26 +114,34 @@ def pruned_parts(
     )
 
 
-def prune(rows: Tensor, part: BitmapResidual, dtype: torch.dtype, _seed: int) -> StoredTensors:
+def prune(
+    rows: Tensor, part: BitmapResidual, dtype: torch.dtype, _seed: int, importance: Importance | None = None
+) -> StoredTensors:
     """See ``Encoder``."""
     own = design_to_rows(rows, part.projections)
-    keep = design_to_rows(largest_magnitudes(rows, part.values_per_expert), part.projections)
+    scores = rows
+    if importance is not None:
+        scores = torch.cat([importance.weighed(projection, matrix) for projection, matrix in own.items()], 1)
+    keep = design_to_rows(largest_magnitudes(scores, part.values_per_expert), part.projections)
     if part.value_bits is None:
         return _on_cpu(encode_bitmap(own, keep, dtype))
-    codes, scales = _coded_values(own, keep, part.value_bits, part.group_size)
+    codes, scales = _coded_values(own, keep, part.value_bits, part.group_size, importance)
     stored = encode_bitmap(codes, keep, torch.uint8)
     stream = stored.pop((part.projections[0], VALUES))
     stored[part.projections[0], VALUE_CODES] = pack_codes(stream, part.value_bits)
     return _on_cpu(stored | scales)
 
 
-def prune_rows(rows: Tensor, part: RowBitmapResidual, dtype: torch.dtype, _seed: int) -> StoredTensors:
+def prune_rows(
+    rows: Tensor, part: RowBitmapResidual, dtype: torch.dtype, _seed: int, importance: Importance | None = None
+) -> StoredTensors:
     """See ``Encoder``."""
     own = design_to_rows(rows, part.projections)
-    keep = {projection: largest_of_each_row(matrix, part.values_per_row) for projection, matrix in own.items()}
+    scores = own if importance is None else {p: importance.weighed(p, matrix) for p, matrix in own.items()}
+    keep = {projection: largest_of_each_row(matrix, part.values_per_row) for projection, matrix in scores.items()}
     if part.value_bits is None:
         return _on_cpu(encode_row_bitmap(own, keep, dtype))
-    codes, scales = _coded_values(own, keep, part.value_bits, part.group_size)
+    codes, scales = _coded_values(own, keep, part.value_bits, part.group_size, importance)
     stored = encode_row_bitmap(codes, keep, torch.uint8)
     for projection in part.projections:
         values = stored.pop((projection, ROW_VALUES))
@@ -140,12 +149,17 @@ def prune_rows(rows: Tensor, part: RowBitmapResidual, dtype: torch.dtype, _seed:
     return _on_cpu(stored | scales)
 
 
-def _coded_values(rows: Rows, keep: Rows, bits: int, group_size: int | None) -> tuple[Rows, StoredTensors]:
+def _coded_values(
+    rows: Rows, keep: Rows, bits: int, group_size: int | None, importance: Importance | None
+) -> tuple[Rows, StoredTensors]:
     """Codes ``[I, H]`` for each projection, and the scales as stored."""
     codes: Rows = {}
     scales: StoredTensors = {}
     for projection, own in rows.items():
-        codes[projection], scales[projection, VALUE_SCALES] = quantize_rows(own, bits, group_size, keep[projection])
+        columns = None if importance is None else importance.columns.get(projection)
+        codes[projection], scales[projection, VALUE_SCALES] = quantize_rows(
+            own, bits, group_size, keep[projection], columns
+        )
     return codes, scales
 
 

@@ -26,7 +26,11 @@ CHUNK_VALUES = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 def quantize_rows(
-    matrix: Tensor, bits: int, group_size: int | None = None, keep: Tensor | None = None
+    matrix: Tensor,
+    bits: int,
+    group_size: int | None = None,
+    keep: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of rows.
 
@@ -35,26 +39,30 @@ def quantize_rows(
         bits: 2, 3, 4 or 8.
         group_size: columns that share a scale; None for the whole row.
         keep: bool ``[I, C]``: entries whose error counts; None for all. The codes of others mean nothing.
+        columns: fp32 ``[C]``: what errors of each column count; None where all count alike.
     Returns:
         codes uint8 ``[I, C]``, not packed, and scales bfloat16 ``[I, num_groups(C, group_size)]``, on the
         matrix's device. A group of zeros has scale 0, which restores zeros whatever the codes.
     """
-    rows, columns = matrix.shape
-    groups, width = num_groups(columns, group_size), group_size or columns
-    codes = torch.empty(rows, columns, dtype=torch.uint8, device=matrix.device)
+    rows, number = matrix.shape
+    groups, width = num_groups(number, group_size), group_size or number
+    counts = None if columns is None else grouped((columns / columns.mean()).to(matrix.device)[None], group_size)
+    codes = torch.empty(rows, number, dtype=torch.uint8, device=matrix.device)
     scales = torch.empty(rows, groups, dtype=DTYPES[SCALE_DTYPE], device=matrix.device)
     for start in range(0, rows, step := max(1, CHUNK_VALUES[matrix.device.type] // (groups * width))):
         chunk = slice(start, start + step)
         values, mask = matrix[chunk], None
         if keep is not None:
             values, mask = values.masked_fill(~keep[chunk], 0), grouped(keep[chunk], group_size)
-        elif groups * width != columns:
+        elif groups * width != number:
             mask = grouped(torch.ones_like(values, dtype=torch.bool), group_size)
         in_groups = grouped(values, group_size)
+        if counts is not None:
+            mask = counts if mask is None else mask * counts
         fitted = fit_scales(in_groups, mask, bits)
         scales[chunk] = fitted
         levels = _levels(in_groups, _usable(fitted), bits)
-        codes[chunk] = (levels + half_range(bits)).to(torch.uint8).flatten(1)[:, :columns]
+        codes[chunk] = (levels + half_range(bits)).to(torch.uint8).flatten(1)[:, :number]
     return codes, scales
 
 
@@ -63,7 +71,7 @@ def fit_scales(groups: Tensor, keep: Tensor | None, bits: int) -> Tensor:
 
     Args:
         groups: ``[..., C]`` fp32, zero where not kept.
-        keep: bool ``[..., C]``; None for all.
+        keep: bool ``[..., C]``, or fp32 what each error counts; None for all alike.
         bits: 2, 3, 4 or 8.
     Returns:
         bfloat16 ``[...]``.
@@ -84,9 +92,14 @@ def fit_scales(groups: Tensor, keep: Tensor | None, bits: int) -> Tensor:
         offer(rounded_scales(peak * (shrink / half_range(bits))))
     for _ in range(REFITS):
         levels = _levels(groups, _usable(best), bits)
-        levels = levels if keep is None else levels.mul_(keep)
         # closed form: the scale at least squared error for given levels
-        share = (relative * levels).sum(-1) / levels.square().sum(-1).clamp_min(0.25)
+        if keep is None or keep.dtype == torch.bool:
+            levels = levels if keep is None else levels.mul_(keep)
+            share = (relative * levels).sum(-1) / levels.square().sum(-1).clamp_min(0.25)
+        else:
+            counted = levels * keep
+            least = torch.finfo(torch.float32).tiny
+            share = (relative * counted).sum(-1) / (levels * counted).sum(-1).clamp_min(least)
         offer(rounded_scales(peak * share))
     return best
 

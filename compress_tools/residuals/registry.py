@@ -17,6 +17,7 @@ from compress_tools.format.schema import (
     TrellisCenter,
     TrellisResidual,
 )
+from compress_tools.importance import Importance
 from compress_tools.residuals.base import Encoder
 from compress_tools.residuals.dense import store_dense
 from compress_tools.residuals.low_rank import factorise
@@ -38,12 +39,16 @@ ENCODERS: dict[type[Part], Encoder[Any]] = {
 }
 
 
-def encode_part(rows: Tensor, part: Part, dtype: torch.dtype, seed: int) -> StoredTensors:
+def encode_part(
+    rows: Tensor, part: Part, dtype: torch.dtype, seed: int, importance: Importance | None = None
+) -> StoredTensors:
     """One part's tensors, by its encoder; see ``Encoder``."""
-    return ENCODERS[type(part)](rows, part, dtype, seed)
+    return ENCODERS[type(part)](rows, part, dtype, seed, importance)
 
 
-def encode_center(spec: LayerSpec, center: Tensor, dtype: torch.dtype, seed: int = 0) -> StoredTensors:
+def encode_center(
+    spec: LayerSpec, center: Tensor, dtype: torch.dtype, seed: int = 0, importance: Importance | None = None
+) -> StoredTensors:
     """The center as stored, of the projections that have one.
 
     Args:
@@ -51,6 +56,7 @@ def encode_center(spec: LayerSpec, center: Tensor, dtype: torch.dtype, seed: int
         center: ``[I, D]`` fp32, columns in design-matrix order.
         dtype: stored dtype of a dense center.
         seed: seed of randomised steps.
+        importance: what errors count; None where all count alike.
     Returns:
         stored tensors by (projection, suffix), on the CPU.
     """
@@ -58,11 +64,13 @@ def encode_center(spec: LayerSpec, center: Tensor, dtype: torch.dtype, seed: int
     stored: StoredTensors = {}
     for part in spec.center:
         whole = part.projections == spec.projections
-        stored |= encode_part(center if whole else _joined(rows, part.projections), part, dtype, seed)
+        stored |= encode_part(center if whole else _joined(rows, part.projections), part, dtype, seed, importance)
     return stored
 
 
-def encode_residual(spec: LayerSpec, residual: Tensor, dtype: torch.dtype, seed: int) -> StoredTensors:
+def encode_residual(
+    spec: LayerSpec, residual: Tensor, dtype: torch.dtype, seed: int, importance: Importance | None = None
+) -> StoredTensors:
     """One expert's residual, coded part by part: each part codes what the earlier ones, as stored, left.
 
     Args:
@@ -70,6 +78,7 @@ def encode_residual(spec: LayerSpec, residual: Tensor, dtype: torch.dtype, seed:
         residual: ``[I, D]`` fp32, columns in design-matrix order; not changed.
         dtype: dtype of stored values or factors.
         seed: seed of randomised steps.
+        importance: what errors count, in the order of the rows; None where all count alike.
     Returns:
         stored tensors by (projection, suffix), on the CPU.
     """
@@ -78,7 +87,7 @@ def encode_residual(spec: LayerSpec, residual: Tensor, dtype: torch.dtype, seed:
     stored: StoredTensors = {}
     for number, part in enumerate(spec.residual):
         whole = part.projections == spec.projections and number == 0
-        made = encode_part(residual if whole else _joined(left, part.projections), part, dtype, seed)
+        made = encode_part(residual if whole else _joined(left, part.projections), part, dtype, seed, importance)
         stored |= made
         if any(set(later.projections) & set(part.projections) for later in spec.residual[number + 1 :]):
             for projection, rows in part.decode(made, hidden_size).items():

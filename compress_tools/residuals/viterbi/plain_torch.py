@@ -17,6 +17,10 @@ FRACTION_BITS = 5
 MOST = 255
 UNREACHABLE = 1 << 29
 MOST_REWEIGHTED = float(1 << 28)
+# Where single columns have ratios: the most that a cost may lie over the least one in the next column's units, and what
+# only histories that no row can have lie over it: an error of one column, 2 * 2**26, fits between.
+MOST_OVER = float(1 << 27)
+HOPELESS = 1 << 28
 # Columns on either side of a row's seam that decide what lies there.
 REACH = 64
 # Costs held at a time.
@@ -29,7 +33,7 @@ def to_fixed(rows: Tensor) -> Tensor:
 
 
 def torch_search(x: Tensor, bits: int, width: int, ratios: Tensor) -> tuple[Tensor, Tensor]:
-    """See ``best_symbols``, on the rows' device; ``width``: columns of a group."""
+    """See ``best_symbols``, on the rows' device; ``width``: columns of a group, or 0."""
     histories = 1 << STATE_BITS - bits
     step = max(1, _CHUNK_COSTS[x.device.type] // (histories << bits))
     found = [_search(x[i : i + step], bits, width, ratios[i : i + step]) for i in range(0, len(x), step)]
@@ -58,7 +62,9 @@ class _Histories:
     def advance(self, t: int) -> None:
         """Through one column."""
         size, cost, count = self._size, self.cost, self.cost.shape[1]
-        if self.kept and t % self._width == 0:
+        if self.kept and not self._width:
+            cost = self._of_next_column(self._ratios[:, t, None])
+        elif self.kept and t % self._width == 0:
             ratio = self._ratios[:, t // self._width, None]
             scaled = (cost.float() * ratio).clamp_(-MOST_REWEIGHTED, MOST_REWEIGHTED).round_().int() & -size
             cost = torch.where(ratio == 1, cost, scaled)
@@ -68,6 +74,16 @@ class _Histories:
         self.kept.append((found & size - 1).to(torch.uint8))
         cost = (found & -size) + times * self._after
         self.cost = cost - cost[:, :1].clone()
+
+    def _of_next_column(self, ratio: Tensor) -> Tensor:
+        """Costs in units of the next column.
+
+        Ratios of single columns may multiply up: costs are taken over the least one and bounded, so that a history far
+        from the best stays far from it, and one that no row can have lies above all others.
+        """
+        over = self.cost - self.cost.amin(1, keepdim=True)
+        scaled = (over.float() * ratio).clamp_(max=MOST_OVER).round_().int() & -self._size
+        return torch.where(over >= HOPELESS, UNREACHABLE, scaled)
 
     def state(self, step: int, history: Tensor) -> Tensor:
         """Of a column, counted as it was advanced through, by the history after it: int64 ``[I]``."""

@@ -22,13 +22,13 @@ def best_symbols(
         x: int16 ``[I, N]``, ``to_fixed`` of the rows; N at least 1. A packed row ends with an octet: N is a multiple
             of 8 where the symbols are to be packed.
         bits: 1, 2, 3 or 4.
-        group_size: columns of a group; None for the whole row. 12 or more.
+        group_size: columns of a group; None for the whole row. 12 or more; or 0: ratios are of single columns.
         ratios: fp32 ``[I, num_groups]``: what an error in the group before counts in this group's units, in the last
-            group for the first; None where all count alike.
+            group for the first; None where all count alike. With ``group_size`` 0 the same of columns, ``[I, N]``.
     Returns:
         symbols uint8 ``[I, N]`` and their levels int8 ``[I, N]``, on the rows' device.
     """
-    width = group_size or x.shape[1]
+    width = x.shape[1] if group_size is None else group_size
     if ratios is None:
         ratios = torch.ones(len(x), -(-x.shape[1] // width), dtype=torch.float32, device=x.device)
     library = _library() if x.device.type == "cpu" else None

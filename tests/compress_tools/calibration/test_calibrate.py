@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from benchmarks.models.tiny_models import save_tiny_model
+from compress_tools.architectures.experts import MoESizes
 from compress_tools.calibration.calibrate import calibrate
 from compress_tools.calibration.config import make_calibration_config
 from compress_tools.calibration.noise import NOISE, add_noise, mean_kl
@@ -21,26 +22,14 @@ from tests.compress_tools.calibration.test_statistics import opened
 GATED = ("gate_proj", "up_proj", "down_proj")
 
 
-@pytest.fixture(scope="module")
-def text(trained: tuple[Path, Path]) -> Path:
-    return trained[0] / "heldout.txt"
-
-
-@pytest.fixture(scope="module")
-def made(trained: tuple[Path, Path], text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("calibration") / "calibration.safetensors"
-    calibrate(trained[0], out, make_calibration_config(text=str(text), max_tokens=2000, coefficients=True))
-    return out
-
-
 def test_holds_every_layer_and_belongs_to_its_source(made: Path, trained: tuple[Path, Path], tiny_olmoe: Path) -> None:
     sizes = SourceReader(trained[0]).config
-    shape = (sizes["num_local_experts"], sizes["intermediate_size"], sizes["hidden_size"])
+    shape = MoESizes(sizes["num_local_experts"], sizes["hidden_size"], sizes["intermediate_size"])
     found = CalibrationFile(made)
     found.check_source(SourceReader(trained[0]).fingerprint())
     assert found.metadata["tokens"] == 1984  # 64 windows of 31 tokens
     for layer in range(sizes["num_hidden_layers"]):
-        own = found.layer(layer, GATED, *shape)
+        own = found.layer(layer, GATED, shape)
         assert own.energy > 0
         assert own.coefficient is not None
         assert own.coefficient > 0
@@ -49,9 +38,9 @@ def test_holds_every_layer_and_belongs_to_its_source(made: Path, trained: tuple[
     with pytest.raises(CheckpointError, match="was made from other weights"):
         found.check_source(SourceReader(tiny_olmoe).fingerprint())
     with pytest.raises(CheckpointError, match=r"holds no 'layer\.99\.counts'"):
-        found.layer(99, GATED, *shape)
+        found.layer(99, GATED, shape)
     with pytest.raises(CheckpointError, match=r"'layer\.0\.counts' has shape .*, expected \[7\]"):
-        found.layer(0, GATED, 7, 1, 1)
+        found.layer(0, GATED, MoESizes(7, 1, 1))
 
 
 def test_coefficients_change_nothing_else(made: Path, trained: tuple[Path, Path], text: Path, tmp_path: Path) -> None:
@@ -78,7 +67,7 @@ def test_what_few_tokens_say_is_drawn_towards_the_mean(made: Path, tmp_path: Pat
     for name in ("columns", "output", *GATED):
         tensors[f"layer.0.{name}"][0] = 0
     save_file(tensors, tmp_path / "edited", metadata)
-    own = CalibrationFile(tmp_path / "edited").layer(0, GATED, experts, rows, columns)
+    own = CalibrationFile(tmp_path / "edited").layer(0, GATED, MoESizes(experts, columns, rows))
     routing = tensors["layer.0.routing"]
     mean = (routing / routing.sum()) @ tensors["layer.0.columns"]
     assert own.unrouted == (0,)

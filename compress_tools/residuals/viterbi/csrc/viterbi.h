@@ -25,6 +25,8 @@ constexpr int kStateBits = 12, kStates = 1 << kStateBits;
 constexpr int kFractionBits = 5;           // of x, and of costs
 constexpr int32_t kUnreachable = 1 << 29;  // more than any two histories differ by: see plain_torch.py
 constexpr float kMostReweighted = 1 << 28;
+constexpr float kMostOver = 1 << 27;
+constexpr int32_t kHopeless = 1 << 28;
 constexpr int64_t kReach = 64;  // columns on either side of the seam that decide what lies there
 
 #ifdef __AVX512F__
@@ -110,7 +112,20 @@ struct Trellis {
     }
   }
 
-  // One row. x: [n], levels times 2**kFractionBits. ratios: for each group, what an error in the group before counts.
+  // The same from one column to the next: over the least cost and bounded, since such ratios multiply up. See
+  // plain_torch.py.
+  static void reweight_column(int32_t* cost, float ratio) {
+    int32_t least = cost[0];
+    for (int h = 1; h < kHistories; ++h) least = std::min(least, cost[h]);
+    for (int h = 0; h < kHistories; ++h) {
+      const int32_t over = cost[h] - least;
+      const int32_t scaled = (int32_t)std::nearbyint(std::min((float)over * ratio, kMostOver)) & ~kOldest;
+      cost[h] = over >= kHopeless ? kUnreachable : scaled;
+    }
+  }
+
+  // One row. x: [n], levels times 2**kFractionBits. ratios: for each group, what an error in the group before counts;
+  // with group 0 for each column.
   struct Row {
     const int16_t* x;
     int64_t n, group;
@@ -120,7 +135,9 @@ struct Trellis {
   // One column: cost is that of histories, before and after it; keep: the oldest symbols of the best, packed.
   void advance(const Row& row, int64_t t, bool first, int32_t* cost, uint8_t* keep) const {
     alignas(64) int32_t next[kHistories], added[kHistories];
-    if (!first && t % row.group == 0 && row.ratios[t / row.group] != 1) reweight(cost, row.ratios[t / row.group]);
+    if (!row.group) {
+      if (!first) reweight_column(cost, row.ratios[t]);
+    } else if (!first && t % row.group == 0 && row.ratios[t / row.group] != 1) reweight(cost, row.ratios[t / row.group]);
     const int32_t times = -2 * kSymbols * (int32_t)row.x[t];
     constexpr int kRun = kHistories / kEntries;
     for (int e = 0; e < kEntries; ++e) {
