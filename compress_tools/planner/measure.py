@@ -32,7 +32,7 @@ from compress_tools.source.design_matrix import design_to_rows, rows_to_design
 LOW_RANK_EXPERTS = 2
 # Rows of one expert in trellis codes: all are searched of matrices of so few weights; of others so many are predicted
 # and so many searched.
-TRELLIS_WEIGHTS = 1 << 16
+TRELLIS_WEIGHTS = 1 << 13
 TRELLIS_PREDICTED = 64
 TRELLIS_SEARCHED = 8
 
