@@ -1,10 +1,13 @@
 """What csrc/fused_moe_cpu.cpp needs of a processor, and its build."""
 
 import ctypes
+import os
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 
 from compress_tools import native_library
+from compress_tools.errors import KernelUnsupportedError
 from compress_tools.native_library import NativeSource, cpu_flags
 from resmoe_vllm.kernels.cpu import self_test, structs
 
@@ -20,6 +23,31 @@ SOURCE = NativeSource(
     flags=("-fopenmp",),
 )
 NEEDED_CPU_FLAGS = ("avx2", "bmi2", "fma", "f16c")
+PATH_VARIABLE = "RESMOE_CPU_PATH"
+
+
+@dataclass(frozen=True)
+class CpuPath:
+    """Instructions that the kernel can be built of; csrc/path.h chooses by what the compiler is told.
+
+    One library for each: everything in it is compiled for the path, and ``-march=native`` knows the processor better
+    than a list of targets would.
+
+    Attributes:
+        cpu_flags: what a processor needs for it beside ``NEEDED_CPU_FLAGS``.
+        flags: for the compiler, so that it takes nothing better.
+    """
+
+    cpu_flags: tuple[str, ...]
+    flags: tuple[str, ...]
+
+
+# the best first
+PATHS = {
+    "avx512": CpuPath(("avx512bw", "avx512vl", "avx512_vnni", "avx512vbmi"), ()),
+    "avxvnni": CpuPath(("avx_vnni",), ("-mno-avx512f",)),
+    "avx2": CpuPath((), ("-mno-avx512f", "-mno-avxvnni")),
+}
 
 
 def missing_cpu_flags() -> list[str]:
@@ -30,12 +58,33 @@ def missing_cpu_flags() -> list[str]:
     return [flag for flag in NEEDED_CPU_FLAGS if flag not in flags] if flags else ["/proc/cpuinfo"]
 
 
+def available_paths() -> list[str]:
+    """The paths that this processor can run, the best first."""
+    own = set(cpu_flags())
+    return [name for name, path in PATHS.items() if own.issuperset(path.cpu_flags)]
+
+
+def chosen_path() -> str:
+    """The processor's best path, or the one that ``RESMOE_CPU_PATH`` names.
+
+    Raises:
+        KernelUnsupportedError: it names one that does not exist or that this processor can't run.
+    """
+    available = available_paths()
+    named = os.environ.get(PATH_VARIABLE) or available[0]
+    if named not in available:
+        raise KernelUnsupportedError(
+            f"{PATH_VARIABLE} is {named!r}; this processor runs {', '.join(available)}: name one of them, or none"
+        )
+    return named
+
+
 def build(*more_flags: str) -> Path:
-    """The library, compiled now or before; see ``native_library.build``.
+    """The library of the chosen path, compiled now or before; see ``native_library.build``.
 
     Raises:
         OSError: no compiler, or the cache cannot be written.
         CalledProcessError: the compiler refuses.
-        KernelUnsupportedError: the library fails its self-test; it does not enter the cache.
+        KernelUnsupportedError: the library fails its self-test, and does not enter the cache; or there is no such path.
     """
-    return native_library.build(SOURCE, *more_flags)
+    return native_library.build(SOURCE, *PATHS[chosen_path()].flags, *more_flags)

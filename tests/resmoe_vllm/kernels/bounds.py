@@ -6,6 +6,8 @@ A result that cancels is small while its rounding errors are not, so no share of
 - Roundings to bf16 or fp16 of operands and results: each is at most half a unit of its own number, and they are
   independent, so that the root of the sum of their squares grows no faster than they do. Absolute values would also
   be right, and too many: among 67 products rounded to bf16, no single one could be missed.
+- Roundings of what codes are multiplied with to 16 bits, one scale for a block of it: each is at most 2^-15 of the
+  block's largest. On the way down a block is rows, whose scales are in.
 
 Both pass through the activation by its slope.
 """
@@ -34,7 +36,8 @@ class Precision:
     """What a kernel rounds to.
 
     Attributes:
-        products: dtype of the operands and results of products; sums are fp32 everywhere.
+        products: dtype of the operands and results of products; sums are fp32 everywhere. int16: of what codes are
+            multiplied with; weights and results are not rounded.
         out: dtype of the layer's result.
     """
 
@@ -44,7 +47,15 @@ class Precision:
     @property
     def unit(self) -> float:
         """Largest relative error of an operand; 0 where it stays fp32, whose roundings ``sum_error`` holds."""
-        return 0.0 if self.products == torch.float32 else torch.finfo(self.products).eps / 2
+        return torch.finfo(self.products).eps / 2 if self.products in (torch.bfloat16, torch.float16) else 0.0
+
+    @property
+    def share(self) -> float:
+        """Largest error of an operand, as a share of the largest one beside it."""
+        return 2**-15 if self.products == torch.int16 else 0.0
+
+
+_EXACT = Precision(torch.float32, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -82,8 +93,9 @@ class _Hidden:
     squares: Tensor
 
 
-def _hidden(x: Tensor, weights: ResMoEWeights, expert: int, activation: Activation, unit: float) -> _Hidden:
-    up = _product(x.double(), weights, "up_proj", expert, unit)
+def _hidden(x: Tensor, weights: ResMoEWeights, expert: int, activation: Activation, precision: Precision) -> _Hidden:
+    unit = precision.unit
+    up = _product(x.double(), weights, "up_proj", expert, precision)
     error = sum_error(weights.hidden_size + _rank(weights))
     if not activation.gated:
         value = activation(None, up.value)
@@ -93,7 +105,7 @@ def _hidden(x: Tensor, weights: ResMoEWeights, expert: int, activation: Activati
             error * slope * up.size + 8 * _EPS32 * value.abs(),
             slope**2 * up.squares + (unit * value) ** 2,
         )
-    gate = _product(x.double(), weights, "gate_proj", expert, unit)
+    gate = _product(x.double(), weights, "gate_proj", expert, precision)
     value = activation(gate.value, up.value)
     # By the function itself, not clamped after: what is more is a wider bound.
     limit = float("inf") if activation.limit is None else activation.limit
@@ -119,7 +131,7 @@ def _slope(activation: Activation, x: "_Product") -> Tensor | float:
 
 def hidden_bound(x: Tensor, weights: ResMoEWeights, expert: int, activation: Activation) -> Tensor:
     """Largest error of the activation in fp32, before router weights: fp64 ``[T, I]``."""
-    return _hidden(x, weights, expert, activation, unit=0).error
+    return _hidden(x, weights, expert, activation, _EXACT).error
 
 
 def layer_bound(
@@ -149,8 +161,8 @@ def layer_bound(
     result, bound, squares = (torch.zeros(x.shape, dtype=torch.float64) for _ in range(3))
     for expert in sorted(set(ids.flatten().tolist()) - {-1}):
         share = (topk_weights.double() * (ids == expert)).sum(1, keepdim=True)  # [T, 1]
-        hidden = _hidden(x, weights, expert, activation, precision.unit)
-        down = _product(hidden.value, weights, "down_proj", expert, precision.unit, transposed=True)
+        hidden = _hidden(x, weights, expert, activation, precision)
+        down = _product(hidden.value, weights, "down_proj", expert, precision, transposed=True)
         sizes, matrix_squares = _sizes(weights, "down_proj", expert)
         result += share * down.value
         bound += share.abs() * (hidden.error @ sizes + error * down.size)
@@ -215,11 +227,28 @@ def _sizes(weights: ResMoEWeights, projection: Projection, expert: int) -> tuple
     return sizes, torch.stack([u if v is None else u @ v for u, v in terms]).sum(0) ** 2
 
 
+def _share_squares(x: Tensor, matrix: Tensor, transposed: bool) -> Tensor:
+    """Squares of what errors of ``x [T, N]``, each as large as x's largest, make of ``x @ matrix``.
+
+    Transposed, rows' scales are in x: the largest is that of x times a row's largest weight, which no row's level may
+    exceed more than twofold.
+    """
+    if not transposed:
+        return x.abs().amax(1, keepdim=True) ** 2 * (matrix**2).sum(0)
+    largest = 2 * (x.abs() * matrix.abs().amax(1)).amax(1, keepdim=True)
+    return (len(matrix) * largest**2).expand(-1, matrix.shape[1])
+
+
 def _product(
-    x: Tensor, weights: ResMoEWeights, projection: Projection, expert: int, unit: float, transposed: bool = False
+    x: Tensor,
+    weights: ResMoEWeights,
+    projection: Projection,
+    expert: int,
+    precision: Precision,
+    transposed: bool = False,
 ) -> _Product:
     """``x [T, H]`` times one expert's ``[I, H]`` transposed; ``x [T, I]`` times ``[I, H]`` if ``transposed``."""
-    values, sizes, squares = [], [], []
+    values, sizes, squares, shares = [], [], [], []
     for u, v in _terms(weights, projection, expert):
         if v is None:
             matrix = u if transposed else u.T
@@ -227,6 +256,7 @@ def _product(
             sizes.append(x.abs() @ matrix.abs())
             # the weight; twice, for a kernel may round its sum with another; the result
             squares.append(2 * (x**2 @ matrix**2) + values[-1] ** 2)
+            shares.append(_share_squares(x, matrix, transposed))
             continue
         first, second = (u, v) if transposed else (v.T, u.T)
         shrunk = x @ first
@@ -234,8 +264,10 @@ def _product(
         sizes.append(x.abs() @ first.abs() @ second.abs())
         # the first factor; what it gives and the second one; the result
         squares.append(x**2 @ first**2 @ second**2 + 2 * (shrunk**2 @ second**2) + values[-1] ** 2)
+        shares.append(_share_squares(x, first, transposed) @ second**2 + _share_squares(shrunk, second, transposed))
     if projection in weights.biases:
         bias = weights.biases[projection][expert].double()
         values.append(bias.expand_as(values[0]))
         sizes.append(bias.abs().expand_as(sizes[0]))
-    return _Product(torch.stack(values).sum(0), torch.stack(sizes).sum(0), unit**2 * torch.stack(squares).sum(0))
+    rounded = precision.unit**2 * torch.stack(squares).sum(0) + precision.share**2 * torch.stack(shares).sum(0)
+    return _Product(torch.stack(values).sum(0), torch.stack(sizes).sum(0), rounded)

@@ -12,7 +12,13 @@ from resmoe_vllm.kernels.cpu import native, plain_torch
 from resmoe_vllm.kernels.gpu import layer as gpu_layer
 from resmoe_vllm.kernels.reference import fused_moe_ref
 from tests.resmoe_vllm.kernels.bounds import Precision, assert_within, layer_bound
-from tests.resmoe_vllm.kernels.test_vllm_kernels import DENSE_ACTIVATIONS, clamped_swiglu, dense_loop, hidden_states
+from tests.resmoe_vllm.kernels.test_vllm_kernels import (
+    DENSE_ACTIVATIONS,
+    clamped_swiglu,
+    dense_loop,
+    hidden_states,
+    op_products,
+)
 from tests.resmoe_vllm.layers import (
     StoredLayer,
     bind_layer,
@@ -108,7 +114,9 @@ def test_every_executor_gives_the_reference(name: str, biases: bool, dtype: str)
             plain_torch.product_dtype(case.x.dtype): [plain_torch.fused_moe(*inputs, weights, activation)],
         }
         if library is not None:
-            found.setdefault(torch.float32, []).append(native.NativeKernel(library, weights, activation)(*inputs))
+            found.setdefault(op_products(case.x.dtype), []).append(
+                native.NativeKernel(library, weights, activation)(*inputs)
+            )
         if not torch.cuda.is_available():
             found.setdefault(case.x.dtype, []).append(gpu_layer.GpuKernel(weights, activation)(*inputs))
         for products, results in found.items():

@@ -12,12 +12,14 @@ from torch import Tensor
 from compress_tools import native_library
 from compress_tools.errors import KernelUnsupportedError
 from compress_tools.format.dtypes import DTYPES
+from compress_tools.format.packing import pack_codes
+from compress_tools.format.schema import Projection
 from resmoe_vllm.kernels.activation import SILU
 from resmoe_vllm.kernels.cpu import build, native, plain_torch, self_test, structs
 from resmoe_vllm.kernels.reference import fused_moe_ref
-from resmoe_vllm.weights.bound import ResMoEWeights
+from resmoe_vllm.weights.bound import Coded, QuantizedWeights, ResMoEWeights
 from tests.resmoe_vllm.kernels.bounds import Precision, assert_within, layer_bound
-from tests.resmoe_vllm.kernels.test_vllm_kernels import hidden_states, make_routing
+from tests.resmoe_vllm.kernels.test_vllm_kernels import hidden_states, make_routing, op_products
 from tests.resmoe_vllm.layers import bound_weights, layer_kinds, load_all, new_loader, store_layer
 
 LIBRARY = native.load()
@@ -39,7 +41,7 @@ def bound(kind: str, dtype: str, size_i: int = 33, size_h: int = 67) -> ResMoEWe
 
 def check(found: Tensor, x: Tensor, weights: Tensor, ids: Tensor, layer: ResMoEWeights) -> None:
     """Within the bound of the reference."""
-    limit = layer_bound(x, weights, ids, layer, SILU, Precision(torch.float32, x.dtype))
+    limit = layer_bound(x, weights, ids, layer, SILU, Precision(op_products(x.dtype), x.dtype))
     assert_within(found, fused_moe_ref(x, weights, ids, layer, SILU), limit)
 
 
@@ -84,17 +86,80 @@ def test_the_result_is_rounded_to_nearest(kind: str, dtype: str) -> None:
     assert torch.equal(kernel(x, weights, ids), exact.to(DTYPES[dtype]))
 
 
-def test_a_processor_without_avx512_gives_the_same() -> None:
-    """What this one would not run by itself; bit for bit, for both expand values and multiply them in one order."""
-    smaller = native.open_library(str(build.build("-mno-avx512f")))
+@pytest.mark.parametrize("path", build.PATHS)
+def test_every_path_gives_the_reference(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that this processor would not run by itself."""
+    monkeypatch.setenv(build.PATH_VARIABLE, path)
+    if path not in build.available_paths():
+        with pytest.raises(KernelUnsupportedError, match=f"RESMOE_CPU_PATH is '{path}'; this processor runs"):
+            build.build()
+        return
+    library = native.open_library(str(build.build()))
     for kind in SUMS + TRELLIS:
         for dtype in ("float32", "bfloat16", "float16"):
             layer = bound(kind, dtype, 9, 192)
             for routing in ("T1-KE", "T13-K2"):
                 weights, ids = make_routing(4, routing)
                 x = hidden_states(len(ids), 192, dtype)
-                found = native.NativeKernel(smaller, layer, SILU)(x, weights, ids)
+                found = native.NativeKernel(library, layer, SILU)(x, weights, ids)
                 check(found, x, weights, ids, layer)
+
+
+def test_a_path_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(build.PATH_VARIABLE, "mmx")
+    with pytest.raises(KernelUnsupportedError, match="RESMOE_CPU_PATH is 'mmx'"):
+        build.build()
+
+
+def coded(bits: int, trellis: bool, experts: int, rows: int, columns: int, code: int | None = None) -> Coded:
+    """Random codes, or one code everywhere."""
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(2**bits, (experts, rows, columns), generator=generator).byte()
+    if code is not None:
+        codes.fill_(code)
+    scales = (columns**-0.5 / 2**bits * (1 + torch.rand(experts, rows, 1, generator=generator))).bfloat16()
+    return Coded(pack_codes(codes, bits), scales, bits, columns, None, trellis)
+
+
+def coded_layer(bits: int, trellis: bool, rows: int, columns: int, code: int | None = None) -> ResMoEWeights:
+    """One expert of nothing but codes."""
+    parts: dict[Projection, Coded] = {
+        p: coded(bits, trellis, 1, rows, columns, code) for p in ("gate_proj", "up_proj", "down_proj")
+    }
+    residual = (QuantizedWeights(tuple(parts), parts),)
+    return ResMoEWeights(columns, rows, {}, residual, frozenset({"trellis" if trellis else "quantized"}))
+
+
+CODES = [(bits, False) for bits in (2, 3, 4, 8)] + [(bits, True) for bits in (1, 2, 3, 4)]
+ONE = torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("path", build.PATHS)
+def test_no_sum_overflows(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest rows of the largest levels of each sign, times numbers that are all as large as they can be."""
+    if path not in build.available_paths():
+        pytest.skip(f"this processor has no {path}")
+    monkeypatch.setenv(build.PATH_VARIABLE, path)
+    library = native.open_library(str(build.build()))
+    for bits, trellis in CODES:
+        for code in (0, 2**bits - 1):
+            layer = coded_layer(bits, trellis, 40, 32768, code)
+            x = torch.tensor([1.0, -1.0, 0.99609375])[:, None].expand(3, 32768).contiguous()
+            check(native.NativeKernel(library, layer, SILU)(x, *ONE), x, *ONE, layer)
+
+
+@pytest.mark.parametrize(("bits", "trellis"), CODES)
+@pytest.mark.parametrize(("largest", "limit"), [(None, 2**-12), (300.0, 2**-10)])
+def test_codes_multiply_more_exactly_than_bf16(bits: int, trellis: bool, largest: float | None, limit: float) -> None:
+    """Numbers that bf16 holds, one of them far larger than its block; rounding to bf16 leaves 2^-9 of each number."""
+    layer = coded_layer(bits, trellis, 64, 2048)
+    x = hidden_states(3, 2048, "bfloat16").float()
+    if largest is not None:
+        x[:, 700] = largest
+    expected = fused_moe_ref(x, *ONE, layer, SILU)
+    wrong = native.NativeKernel(LIBRARY, layer, SILU)(x, *ONE) - expected
+    assert expected.norm() > 0
+    assert wrong.norm() / expected.norm() < limit
 
 
 def test_no_byte_beyond_a_tensor_is_read() -> None:

@@ -2,6 +2,7 @@
 //
 // A pair is (token, local expert, router weight); pairs of one expert stand together. Phases, a barrier after each:
 //
+//   0  round_inputs: x in 16 bits, for rows of codes
 //   1  project_inputs: rows of center gate/up . x, once per token; rows of low-rank V gate/up . x, once per pair
 //   2  run_experts: for each block of an expert's pairs and of rows
 //        add_gate_up:    gate, up = center + bias + residual
@@ -14,9 +15,9 @@
 // U is read once for gate, up and down. Each thread owns its rows, so nothing is shared but sums per thread, and the
 // result depends on the number of threads by rounding only.
 //
-// Products (dense.h) read rows in the layer's dtype where they lie. Rows of codes (codes.h) are multiplied while they
-// are decoded, rows of bitmaps (bitmap.h) for few tokens too; for many these are decoded four at a time for all tokens
-// of an expert.
+// Products (dense.h) read rows in the layer's dtype where they lie. Rows of codes (codes.h) are multiplied in integers.
+// Rows of bitmaps (bitmap.h) are multiplied while they are decoded for few tokens; for many they are decoded four at a
+// time for all tokens of an expert.
 #pragma once
 
 #include <math.h>
@@ -127,20 +128,28 @@ struct Run {
   std::vector<std::vector<float>> shrunk_inputs[2];     // per low-rank part: [P, R], V gate . x and V up . x
   std::vector<std::vector<float>> shrunk_hidden;        // per part: [threads, P, R], U^T a
   std::vector<float> partial;                           // [threads, T, H]
+  std::vector<Images> images;                           // of x, for each kind of codes: [T, limbs]
+  std::vector<uint8_t> fine;  // [T]: 16 bits don't hold x; then what is left of it is used too
+  int64_t limbs;              // 2 where a token is fine
 
   // One thread's buffers.
   struct Scratch {
-    std::vector<float> rows;    // four decoded rows
-    std::vector<float> sums;    // [kRows, kSums]: of gate, then of up
-    std::vector<float> hidden;  // [kInputs, kRows]
-    std::vector<float> shifts;  // [kSums, groups, 8], of codes
+    std::vector<float> rows;     // four decoded rows
+    std::vector<float> sums;     // [kRows, kSums]: of gate, then of up
+    std::vector<float> hidden;   // [kInputs, kRows]
+    std::vector<float> rest;     // of numbers rounded to 16 bits
+    std::vector<Images> shrunk;  // of a block's pairs, by low-rank part: [kSums, 2]
+    Inputs inputs;
+    CodeScratch codes;
     const float* in[kSums];
     float* into[kInputs];
+    bool fine[kInputs];
     int64_t ld;
     explicit Scratch(int64_t columns) : ld(columns + 2 * kLanes) {
       rows.resize(4 * ld);
       sums.resize(kRows * kSums);
       hidden.resize(kInputs * kRows);
+      rest.resize(columns);
     }
   };
 
@@ -158,10 +167,13 @@ struct Run {
       shrunk_hidden[g].assign(most_threads * routing.pairs() * rank, 0.0f);
     }
     partial.assign(most_threads * tokens * H, 0.0f);
+    prepare_images();
 #pragma omp parallel num_threads(most_threads)
     {
       const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
       Scratch scratch(columns);
+      round_inputs(thread, threads, scratch);
+#pragma omp barrier
       project_inputs(thread, threads, scratch);
 #pragma omp barrier
       run_experts(thread, threads, scratch);
@@ -170,6 +182,50 @@ struct Run {
 #pragma omp barrier
       add_partial_outputs(thread, threads);
     }
+  }
+
+  // Room for the images of x that any rows of codes need.
+  void prepare_images() {
+    fine.resize(tokens);
+    const auto need = [&](const Matrix& m) {
+      if (!m.data || !m.bits) return;
+      const ImageKind kind = kind_of(m, layer.hidden);
+      for (const Images& own : images)
+        if (own.kind == kind) return;
+      images.emplace_back(kind);
+    };
+    for (int p = kGate; p <= kUp; ++p) {
+      need(layer.center[p]);
+      for (int64_t g = 0; g < layer.num_low_rank; ++g) need(layer.low_rank[g].v[p]);
+      for (int64_t g = 0; g < layer.num_quantized; ++g) need(layer.quantized[g].rows[p]);
+    }
+    limbs = 1;
+    for (int64_t t = 0; t < tokens; ++t) {
+      fine[t] = is_fine(x + t * layer.hidden, layer.hidden);
+      if (fine[t]) limbs = 2;
+    }
+    for (Images& own : images) own.resize(tokens * limbs);
+  }
+  void round_inputs(int thread, int threads, Scratch& scratch) {
+    const Span own = share(tokens, 1, thread, threads);
+    for (Images& kind : images)
+      for (int64_t t = own.begin; t < own.end; ++t) round(kind, t * limbs, x + t * layer.hidden, fine[t], scratch);
+  }
+  static void round(Images& to, int64_t i, const float* numbers, bool fine, Scratch& scratch) {
+    to.make(i, numbers, fine ? scratch.rest.data() : nullptr);
+    if (fine) to.make(i + 1, scratch.rest.data(), nullptr);
+  }
+  // Input s is x of token(s).
+  template <class Token>
+  void use_tokens(const Matrix& m, int64_t inputs, Scratch& scratch, Token token) const {
+    for (int64_t s = 0; s < inputs; ++s) scratch.in[s] = x + token(s) * layer.hidden;
+    if (!m.bits) return;
+    const ImageKind kind = kind_of(m, layer.hidden);
+    const Images* own = images.data();
+    while (!(own->kind == kind)) ++own;
+    scratch.inputs.clear();
+    for (int64_t s = 0; s < inputs; ++s)
+      for (int64_t limb = 0; limb <= fine[token(s)]; ++limb) scratch.inputs.push(own->at(token(s) * limbs + limb), s);
   }
 
   // visit(first pair, pairs) for blocks of each expert's pairs.
@@ -211,31 +267,12 @@ struct Run {
     visit(T());
   }
 
-  // sums[r * kSums + s] += row i + r . in[s]
+  // sums[r * kSums + s] += row i + r . in[s], or, of codes, inputs' images.
   void dots(const Matrix& m, int64_t e, int64_t i, int64_t rows, int64_t n, int64_t inputs, float* sums,
             Scratch& scratch) const {
     if (!m.bits) return add_dots<T>(stored(m, e, i, n), n, rows, n, scratch.in, inputs, sums, kSums);
-    with_codes(m, e, i, n, [&](const auto& codes) { dots(codes, rows, inputs, sums, scratch); });
-  }
-  template <class C>
-  void dots(const CodeRows<C>& codes, int64_t rows, int64_t inputs, float* sums, Scratch& scratch) const {
-    const int64_t size = codes.groups * kLanes;
-    if ((int64_t)scratch.shifts.size() < kSums * size) scratch.shifts.resize(kSums * size);
-    const float* shifts[kSums];
-    for (int64_t s = 0; s < inputs; ++s) {
-      float* own = scratch.shifts.data() + s * size;
-      shift_sums(codes, scratch.in[s], own);
-      shifts[s] = own;
-    }
-    for (int64_t r = 0; r < rows; r += 4)
-      for (int64_t s = 0; s < inputs; s += 3) {
-        const int64_t count = std::min<int64_t>(3, inputs - s);
-        if (rows - r >= 4)
-          dot_codes<C, 4>(codes.from(r), count, scratch.in + s, shifts + s, sums + r * kSums + s, kSums);
-        else
-          for (int64_t k = r; k < rows; ++k)
-            dot_codes<C, 1>(codes.from(k), count, scratch.in + s, shifts + s, sums + k * kSums + s, kSums);
-      }
+    with_codes(m, e, i, n,
+               [&](const auto& codes) { dot_codes(codes, rows, scratch.inputs, sums, kSums, scratch.codes); });
   }
   void dots(const Bitmap& part, int p, int64_t e, int64_t i, int64_t rows, int64_t inputs, float* sums,
             Scratch& scratch) const {
@@ -261,7 +298,9 @@ struct Run {
   void axpys(const float* a, int64_t lda, const Matrix& m, int64_t e, int64_t i, int64_t rows, int64_t n,
              int64_t outputs, Scratch& scratch) const {
     if (!m.bits) return add_axpys<T>(a, lda, stored(m, e, i, n), n, rows, n, scratch.into, outputs);
-    with_codes(m, e, i, n, [&](const auto& codes) { axpy_codes(a, lda, codes, rows, scratch.into, outputs); });
+    with_codes(m, e, i, n, [&](const auto& codes) {
+      axpy_codes(a, lda, codes, rows, scratch.into, scratch.fine, outputs, scratch.codes);
+    });
   }
   void axpys(const float* a, int64_t lda, const Bitmap& part, int64_t e, int64_t i, int64_t rows, int64_t outputs,
              Scratch& scratch) const {
@@ -302,9 +341,9 @@ struct Run {
     float* sums = scratch.sums.data();
     for (int64_t t = 0; t < tokens; t += kInputs) {
       const int64_t inputs = std::min(kInputs, tokens - t);
-      for (int64_t s = 0; s < inputs; ++s) scratch.in[s] = x + (t + s) * H;
       for (int p = kGate; p <= kUp; ++p)
-        if (layer.center[p].data)
+        if (layer.center[p].data) {
+          use_tokens(layer.center[p], inputs, scratch, [&](int64_t s) { return t + s; });
           for (int64_t i = rows.begin; i < rows.end; i += kRows) {
             const int64_t count = std::min(kRows, rows.end - i);
             clear(sums, count, inputs);
@@ -312,14 +351,15 @@ struct Run {
             for (int64_t s = 0; s < inputs; ++s)
               for (int64_t r = 0; r < count; ++r) center_products[p][(t + s) * I + i + r] = sums[r * kSums + s];
           }
+        }
     }
     for (int64_t g = 0; g < layer.num_low_rank; ++g) {
       const LowRank& part = layer.low_rank[g];
       const Span ranks = share(part.rank, 4, thread, threads);
       for_pair_blocks([&](int64_t e, int64_t q, int64_t inputs) {
-        for (int64_t s = 0; s < inputs; ++s) scratch.in[s] = x + routing.token[q + s] * H;
         for (int p = kGate; p <= kUp; ++p)
-          if (part.v[p].data)
+          if (part.v[p].data) {
+            use_tokens(part.v[p], inputs, scratch, [&](int64_t s) { return routing.token[q + s]; });
             for (int64_t k = ranks.begin; k < ranks.end; k += kRows) {
               const int64_t count = std::min(kRows, ranks.end - k);
               clear(sums, count, inputs);
@@ -328,6 +368,7 @@ struct Run {
                 for (int64_t r = 0; r < count; ++r)
                   shrunk_inputs[p][g][(q + s) * part.rank + k + r] = sums[r * kSums + s];
             }
+          }
       });
     }
   }
@@ -340,6 +381,7 @@ struct Run {
   void run_experts(int thread, int threads, Scratch& scratch) {
     const Span rows = share(layer.intermediate, 4, thread, threads);
     for_pair_blocks([&](int64_t e, int64_t q, int64_t pairs) {
+      round_shrunk_inputs(q, pairs, scratch);
       for (int64_t i = rows.begin; i < rows.end; i += kRows) {
         const Block block{e, q, pairs, i, std::min(kRows, rows.end - i)};
         float* sums[2] = {scratch.sums.data(), scratch.sums.data() + pairs};
@@ -348,6 +390,27 @@ struct Run {
         add_down(block, thread, scratch);
       }
     });
+  }
+
+  // Whether gate and up, one of them or neither go through U.
+  static Span projections_of(const LowRank& part) {
+    return {part.v[kGate].data ? kGate : kUp, (part.v[kUp].data ? kUp : kGate) + 1};
+  }
+  // Images of shrunk inputs, where U is in codes.
+  void round_shrunk_inputs(int64_t q, int64_t pairs, Scratch& scratch) const {
+    for (int64_t g = 0; g < layer.num_low_rank; ++g) {
+      const LowRank& part = layer.low_rank[g];
+      if ((int64_t)scratch.shrunk.size() == g)
+        scratch.shrunk.emplace_back(part.u.bits ? kind_of(part.u, part.rank) : ImageKind{1, 1, kBlock, 0});
+      if (!part.u.bits) continue;
+      Images& own = scratch.shrunk[g];
+      own.resize(2 * kSums);
+      const Span both = projections_of(part);
+      for (int64_t p = both.begin; p < both.end; ++p)
+        for (int64_t s = 0; s < pairs; ++s)
+          round(own, 2 * ((p - both.begin) * pairs + s), shrunk_inputs[p][g].data() + (q + s) * part.rank,
+                fine[routing.token[q + s]], scratch);
+    }
   }
 
   // sums[p][r * kSums + s]: the center's product, the bias, and what the residual's parts add to it.
@@ -365,20 +428,29 @@ struct Run {
     for (int64_t g = 0; g < layer.num_low_rank; ++g) {
       const LowRank& part = layer.low_rank[g];
       // Gate and up where U serves both: its rows are read once.
-      const int first = part.v[kGate].data ? kGate : kUp, last = part.v[kUp].data ? kUp : kGate;
-      if (first > last) continue;
-      for (int p = first; p <= last; ++p)
-        for (int64_t s = 0; s < b.pairs; ++s)
-          scratch.in[(p - first) * b.pairs + s] = shrunk_inputs[p][g].data() + (b.first_pair + s) * part.rank;
-      dots(part.u, e, i, b.rows, part.rank, (last - first + 1) * b.pairs, sums[first], scratch);
+      const Span both = projections_of(part);
+      if (both.begin >= both.end) continue;
+      scratch.inputs.clear();
+      for (int64_t p = both.begin; p < both.end; ++p)
+        for (int64_t s = 0; s < b.pairs; ++s) {
+          const int64_t into = (p - both.begin) * b.pairs + s;
+          scratch.in[into] = shrunk_inputs[p][g].data() + (b.first_pair + s) * part.rank;
+          if (part.u.bits)
+            for (int64_t limb = 0; limb <= fine[token[s]]; ++limb)
+              scratch.inputs.push(scratch.shrunk[g].at(2 * into + limb), into);
+        }
+      dots(part.u, e, i, b.rows, part.rank, (both.end - both.begin) * b.pairs, sums[both.begin], scratch);
     }
+    const auto token_of = [&](int64_t s) { return token[s]; };
     for (int64_t s = 0; s < b.pairs; ++s) scratch.in[s] = x + token[s] * H;
     for (int p = kGate; p <= kUp; ++p) {
       for (int64_t g = 0; g < layer.num_bitmap; ++g)
         if (layer.bitmap[g].mask[p]) dots(layer.bitmap[g], p, e, i, b.rows, b.pairs, sums[p], scratch);
       for (int64_t g = 0; g < layer.num_quantized; ++g)
-        if (layer.quantized[g].rows[p].data)
+        if (layer.quantized[g].rows[p].data) {
+          use_tokens(layer.quantized[g].rows[p], b.pairs, scratch, token_of);
           dots(layer.quantized[g].rows[p], e, i, b.rows, H, b.pairs, sums[p], scratch);
+        }
     }
   }
 
@@ -401,6 +473,7 @@ struct Run {
     const int64_t H = layer.hidden, e = b.expert, i = b.first_row;
     const int32_t* token = routing.token.data() + b.first_pair;
     const float* hidden = scratch.hidden.data();
+    for (int64_t s = 0; s < b.pairs; ++s) scratch.fine[s] = fine[token[s]];
     for (int64_t g = 0; g < layer.num_low_rank; ++g)
       if (layer.low_rank[g].v[kDown].data) {
         const int64_t rank = layer.low_rank[g].rank;
@@ -423,7 +496,10 @@ struct Run {
     if (layer.center[kDown].data)
       for (int64_t t = 0; t < tokens; t += kInputs) {
         const int64_t outputs = std::min(kInputs, tokens - t);
-        for (int64_t s = 0; s < outputs; ++s) scratch.into[s] = own_out + (t + s) * H;
+        for (int64_t s = 0; s < outputs; ++s) {
+          scratch.into[s] = own_out + (t + s) * H;
+          scratch.fine[s] = fine[t + s];
+        }
         for (int64_t i = rows.begin; i < rows.end; i += kRows)
           axpys(mixed_hidden.data() + t * I + i, I, layer.center[kDown], 0, i, std::min(kRows, rows.end - i), H,
                 outputs, scratch);
@@ -434,7 +510,10 @@ struct Run {
       if (!part.v[kDown].data) continue;
       const Span ranks = share(part.rank, 4, thread, threads);
       for_pair_blocks([&](int64_t e, int64_t q, int64_t outputs) {
-        for (int64_t s = 0; s < outputs; ++s) scratch.into[s] = own_out + routing.token[q + s] * H;
+        for (int64_t s = 0; s < outputs; ++s) {
+          scratch.into[s] = own_out + routing.token[q + s] * H;
+          scratch.fine[s] = fine[routing.token[q + s]];
+        }
         for (int64_t k = ranks.begin; k < ranks.end; k += kRows) {
           const int64_t count = std::min(kRows, ranks.end - k);
           for (int64_t s = 0; s < outputs; ++s)
@@ -472,7 +551,7 @@ struct Run {
 template <class T>
 void run(const Layer& layer, const float* x, int64_t tokens, const Routing& routing, void* out, int32_t out_dtype,
          int threads) {
-  Run<T> work{layer, x, tokens, routing, out, out_dtype, {}, {}, {}, {}, {}};
+  Run<T> work{layer, x, tokens, routing, out, out_dtype, {}, {}, {}, {}, {}, {}, {}, 1};
   work.run(threads);
 }
 

@@ -1,0 +1,176 @@
+// Dots in integers: unsigned levels of a byte times numbers rounded to 16 bits.
+//
+// Numbers are rounded once, symmetrically, with one scale, a power of two, for each kBlock columns: what bf16 holds
+// stays exact down to 2^-7 of a block's largest, and nothing is off by more than 2^-15 of that. Sums of levels and
+// numbers are exact: at most kBlock columns in kWide sums of 32 bits, 255 * kLargest * kBlock / kWide = 2^29, so they
+// can't overflow, however long a row is; and they are the same in any order, so a result's bits depend neither on the
+// batch nor on how a row was decoded.
+#pragma once
+
+#include <string.h>
+
+#include <cmath>
+#include <vector>
+
+#include "path.h"
+
+namespace resmoe {
+
+constexpr int64_t kBlock = 512;
+constexpr int kLargest = 127 * 256 + 127;  // whose halves are both within int8
+
+// Rounds n numbers to q and returns the scale; a NaN or an infinity among them makes it NaN.
+inline float round_to_16_bits(const float* x, int64_t n, int16_t* q) {
+  uint32_t top = 0;
+  for (int64_t c = 0; c < n; ++c) {
+    uint32_t bits;
+    memcpy(&bits, x + c, 4);
+    bits &= 0x7fffffff;
+    top = std::max(top, bits);
+  }
+  if (top == 0 || top >= 0x7f800000) {
+    memset(q, 0, 2 * n);
+    return top ? NAN : 0;
+  }
+  float largest, scale, inverse;
+  memcpy(&largest, &top, 4);
+  const auto power_of_two = [](int exponent, float* into) {
+    const uint32_t bits = (uint32_t)(exponent + 127) << 23;
+    memcpy(into, &bits, 4);
+  };
+  const int exponent = std::max((int)(top >> 23) - 127, -100) - 14;
+  power_of_two(exponent, &scale);
+  power_of_two(-exponent, &inverse);
+  if (largest * inverse >= kLargest + 0.5f) {
+    scale *= 2;
+    inverse *= 0.5f;
+  }
+  constexpr float kRound = 3 << 22;  // sums with it have no fraction
+  for (int64_t c = 0; c < n; ++c) {
+    const float rounded = x[c] * inverse + kRound;
+    int32_t bits;
+    memcpy(&bits, &rounded, 4);
+    q[c] = (int16_t)(bits - 0x4B400000);
+  }
+  return scale;
+}
+
+// Whether 16 bits of mantissa don't hold these: they are not bf16 or fp16.
+inline bool is_fine(const float* x, int64_t n) {
+  uint32_t low = 0;
+  for (int64_t c = 0; c < n; ++c) {
+    uint32_t bits;
+    memcpy(&bits, x + c, 4);
+    low |= bits;
+  }
+  return low & 0x1fff;
+}
+
+// How a row of numbers is laid out for rows of levels.
+struct ImageKind {
+  int64_t columns;
+  int64_t places;      // columns in a byte of codes: see levels.h
+  int64_t span;        // columns whose sums are scaled together: a whole number of chunks
+  int64_t twice_bias;  // of levels
+  bool operator==(const ImageKind& other) const {
+    return columns == other.columns && places == other.places && span == other.span && twice_bias == other.twice_bias;
+  }
+  int64_t chunk() const { return places * kBytes; }
+  int64_t vectors() const { return (columns + chunk() - 1) / chunk() * places; }
+  int64_t spans() const { return (vectors() * kBytes + span - 1) / span; }
+  int64_t blocks() const { return (columns + kBlock - 1) / kBlock; }
+};
+
+// One row of numbers as levels are multiplied with it.
+struct Image {
+  const uint8_t* vectors;  // [vectors, 2, kBytes], column places * k + j of a chunk for byte k of its vector j
+  const float* scale;      // [blocks]
+  const int32_t* start;    // [spans, kWide]: what the bias takes away, and half a level more is in
+  const float* half;       // [spans, kWide]
+};
+
+class Images {
+ public:
+  explicit Images(const ImageKind& kind) : kind(kind) {}
+  const ImageKind kind;
+
+  void resize(int64_t count) {
+    if (count <= (int64_t)(scale_.size() / kind.blocks())) return;
+    vectors_.resize(count * kind.vectors() * 2 * kBytes + 64);
+    scale_.resize(count * kind.blocks());
+    start_.resize(count * kind.spans() * kWide);
+    half_.resize(count * kind.spans() * kWide);
+  }
+  Image at(int64_t i) const {
+    return {vectors() + i * kind.vectors() * 2 * kBytes, scale_.data() + i * kind.blocks(),
+            start_.data() + i * kind.spans() * kWide, half_.data() + i * kind.spans() * kWide};
+  }
+  // rest: what rounding left of x; or null.
+  void make(int64_t i, const float* x, float* rest) {
+    switch (kind.places) {
+      case 1:
+        return make<1>(i, x, rest);
+      case 2:
+        return make<2>(i, x, rest);
+      case 4:
+        return make<4>(i, x, rest);
+      default:
+        return make<8>(i, x, rest);
+    }
+  }
+
+ private:
+  std::vector<uint8_t> vectors_;
+  std::vector<float> scale_, half_;
+  std::vector<int32_t> start_;
+
+  const uint8_t* vectors() const { return (const uint8_t*)(((uintptr_t)vectors_.data() + 63) & ~(uintptr_t)63); }
+
+  template <int Places>
+  void make(int64_t i, const float* x, float* rest) {
+    const Image to = at(i);
+    int32_t* start = const_cast<int32_t*>(to.start);
+    float* half = const_cast<float*>(to.half);
+    memset(start, 0, kind.spans() * kWide * 4);
+    for (int64_t b = 0, c = 0; c < kind.columns; ++b, c += kBlock) {
+      const int64_t n = std::min(kBlock, kind.columns - c);
+      int16_t q[kBlock] = {};
+      const float scale = round_to_16_bits(x + c, n, q);
+      const_cast<float*>(to.scale)[b] = scale;
+      if (rest)
+        for (int64_t k = 0; k < n; ++k) rest[c + k] = scale == scale ? x[c + k] - scale * q[k] : 0;
+      constexpr int64_t kChunk = Places * kBytes;
+      for (int64_t from = 0; from < n; from += kChunk)
+        for (int j = 0; j < Places; ++j) {
+          int16_t own[kBytes];
+          for (int k = 0; k < kBytes; ++k) own[k] = q[from + Places * k + j];
+          uint8_t* vector = const_cast<uint8_t*>(to.vectors) + ((c + from) / kBytes + j) * 2 * kBytes;
+          split(own, kBytes, vector, vector + kBytes);
+          int32_t* sums = start + (c + from) / kind.span * kWide;
+          for (int l = 0; l < kWide; ++l) sums[l] += own[4 * l] + own[4 * l + 1] + own[4 * l + 2] + own[4 * l + 3];
+        }
+    }
+    const int32_t bias = kind.twice_bias / 2;
+    const float rest_of_bias = kind.twice_bias % 2 ? -0.5f : 0;
+    for (int64_t k = 0; k < kind.spans() * kWide; ++k) {
+      half[k] = rest_of_bias * start[k];
+      start[k] *= -bias;
+    }
+  }
+};
+
+// What rows are multiplied with: the numbers of one input are its image and, where they are finer than 16 bits, that of
+// what rounding left of them, whose product goes to the same sum.
+struct Inputs {
+  static constexpr int64_t kMost = 4 * 48;
+  Image image[kMost];
+  int32_t sum[kMost];
+  int64_t count = 0;
+  void clear() { count = 0; }
+  void push(const Image& from, int64_t to) {
+    image[count] = from;
+    sum[count++] = (int32_t)to;
+  }
+};
+
+}  // namespace resmoe

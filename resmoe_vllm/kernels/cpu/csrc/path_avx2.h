@@ -1,0 +1,155 @@
+// The vectors of integer dots on AVX2: 32 bytes of levels, 8 sums; with AVX-VNNI as path_avx512.h has them.
+//
+// Without it x stays int16, the even numbers of a quad apart from the odd ones, and so are levels for vpmaddwd.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <algorithm>
+
+namespace resmoe {
+
+constexpr int kBytes = 32, kWide = 8;
+constexpr int kTileRows = 2, kTileInputs = 2;  // of a tile of dots: its sums stay in registers
+using Bytes = __m256i;
+using Ints = __m256i;
+using Floats = __m256;
+
+inline Bytes load_bytes(const uint8_t* from) { return _mm256_loadu_si256((const __m256i*)from); }
+inline void store_bytes(uint8_t* to, Bytes v) { _mm256_storeu_si256((__m256i*)to, v); }
+inline Bytes byte_set(uint8_t v) { return _mm256_set1_epi8((char)v); }
+inline Bytes both(Bytes a, Bytes b) { return _mm256_and_si256(a, b); }
+inline Bytes either(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
+inline Bytes plus(Bytes a, Bytes b) { return _mm256_add_epi8(a, b); }
+template <int N>  // of 16-bit words
+inline Bytes right(Bytes v) {
+  return N ? _mm256_srli_epi16(v, N) : v;
+}
+template <int N>
+inline Bytes left(Bytes v) {
+  return N ? _mm256_slli_epi16(v, N) : v;
+}
+inline Bytes table_of(__m128i entries) { return _mm256_broadcastsi128_si256(entries); }
+inline Bytes look_up(Bytes table, Bytes index) { return _mm256_shuffle_epi8(table, index); }
+inline Bytes low_8(Bytes a, Bytes b) { return _mm256_unpacklo_epi8(a, b); }
+inline Bytes high_8(Bytes a, Bytes b) { return _mm256_unpackhi_epi8(a, b); }
+inline Bytes low_16(Bytes a, Bytes b) { return _mm256_unpacklo_epi16(a, b); }
+inline Bytes high_16(Bytes a, Bytes b) { return _mm256_unpackhi_epi16(a, b); }
+inline Bytes low_32(Bytes a, Bytes b) { return _mm256_unpacklo_epi32(a, b); }
+inline Bytes high_32(Bytes a, Bytes b) { return _mm256_unpackhi_epi32(a, b); }
+// 16 bytes of each 128-bit lane to `to`, `apart` bytes from one lane to the next.
+inline void store_lanes_apart(uint8_t* to, Bytes v, int64_t apart) {
+  _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(v));
+  _mm_storeu_si128((__m128i*)(to + apart), _mm256_extracti128_si256(v, 1));
+}
+
+template <int By>
+inline void copy_window(const uint8_t* from, int64_t size, int64_t at, uint8_t* to, int64_t most) {
+  int64_t done = 0;
+  if (at == 0)
+    for (; done < By; ++done) to[done] = from[(2 * size + done - By) % size];
+  memcpy(to + done, from + at - By + done, std::min(most - done, size - at + By - done));
+}
+// Bytes at - By.. of `size` of them, which bite their tail; zeros beyond. At: from 0 on in steps of whole vectors.
+template <int By>
+inline Bytes load_window(const uint8_t* from, int64_t size, int64_t at) {
+  if (at >= By && at - By + kBytes <= size) return load_bytes(from + at - By);
+  alignas(32) uint8_t copy[kBytes] = {};
+  copy_window<By>(from, size, at, copy, kBytes);
+  return load_bytes(copy);
+}
+// The same of half a vector, each byte in a word of its own.
+template <int By>
+inline Bytes load_window_of_words(const uint8_t* from, int64_t size, int64_t at) {
+  if (at >= By && at - By + kBytes / 2 <= size)
+    return _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(from + at - By)));
+  alignas(16) uint8_t copy[kBytes / 2] = {};
+  copy_window<By>(from, size, at, copy, kBytes / 2);
+  return _mm256_cvtepu8_epi16(_mm_load_si128((const __m128i*)copy));
+}
+
+// Bytes so placed that levels of four rows, interleaved, come to lie in column order; a byte holds Columns columns.
+template <int Columns>
+inline Bytes turn(Bytes v) {
+  if constexpr (Columns == 1) {  // 32-bit words: [4 * lane + q] from [2 * q + lane]
+    return _mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+  } else {  // units of a lane that belong to the first lane below those of the second; then halves to their lanes
+    const __m128i words = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    const __m128i bytes = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    const __m256i apart = _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(Columns == 2 ? words : bytes));
+    return _mm256_permute4x64_epi64(apart, _MM_SHUFFLE(3, 1, 2, 0));
+  }
+}
+
+#ifdef __AVXVNNI__
+// Two halves of int16 numbers, at most kLargest: what levels are multiplied with, four by four.
+inline void split(const int16_t* x, int64_t count, uint8_t* first, uint8_t* second) {
+  for (int64_t k = 0; k < count; ++k) {
+    const int16_t high = (int16_t)(x[k] + 128) >> 8;
+    first[k] = (uint8_t)high;
+    second[k] = (uint8_t)(x[k] - 256 * high);
+  }
+}
+using Levels = Bytes;
+inline Levels prepare(Bytes levels) { return levels; }
+struct Acc {
+  Ints high, low;
+};
+inline Acc start(Ints from) { return {_mm256_setzero_si256(), from}; }
+inline void dot(Acc& acc, Levels levels, Ints first, Ints second) {
+  acc.high = _mm256_dpbusd_avx_epi32(acc.high, levels, first);
+  acc.low = _mm256_dpbusd_avx_epi32(acc.low, levels, second);
+}
+inline Ints value(const Acc& acc) { return _mm256_add_epi32(_mm256_slli_epi32(acc.high, 8), acc.low); }
+#else
+// Even and odd ones of int16 numbers: what levels are multiplied with, four by four.
+inline void split(const int16_t* x, int64_t count, uint8_t* first, uint8_t* second) {
+  int16_t *even = (int16_t*)first, *odd = (int16_t*)second;
+  for (int64_t k = 0; k < count / 2; ++k) {
+    even[k] = x[2 * k];
+    odd[k] = x[2 * k + 1];
+  }
+}
+struct Levels {
+  Bytes even, odd;
+};
+inline Levels prepare(Bytes levels) {
+  return {_mm256_and_si256(levels, _mm256_set1_epi16(255)), _mm256_srli_epi16(levels, 8)};
+}
+struct Acc {
+  Ints all;
+};
+inline Acc start(Ints from) { return {from}; }
+inline void dot(Acc& acc, const Levels& levels, Ints first, Ints second) {
+  acc.all = _mm256_add_epi32(
+      acc.all, _mm256_add_epi32(_mm256_madd_epi16(levels.even, first), _mm256_madd_epi16(levels.odd, second)));
+}
+inline Ints value(const Acc& acc) { return acc.all; }
+#endif
+
+inline Ints load_ints(const void* from) { return _mm256_loadu_si256((const __m256i*)from); }
+inline Ints int_set(int32_t v) { return _mm256_set1_epi32(v); }
+inline Floats to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
+inline Floats load_floats(const float* from) { return _mm256_loadu_ps(from); }
+inline void store_floats(float* to, Floats v) { _mm256_storeu_ps(to, v); }
+inline Floats float_set(float v) { return _mm256_set1_ps(v); }
+inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline float sum_of(Floats v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+// y[0..] += scale * v, the first `columns` of them.
+inline void add_scaled(float* y, Floats scale, Floats v, int64_t columns) {
+  if (columns >= kWide) return store_floats(y, fma(scale, v, load_floats(y)));
+  alignas(32) float factor[kWide], own[kWide];
+  store_floats(factor, scale);
+  store_floats(own, v);
+  for (int64_t k = 0; k < columns; ++k) y[k] = __builtin_fmaf(factor[k], own[k], y[k]);
+}
+
+}  // namespace resmoe

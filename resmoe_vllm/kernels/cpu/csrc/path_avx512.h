@@ -1,0 +1,136 @@
+// The vectors of integer dots on AVX-512 with VNNI and VBMI: 64 bytes of levels, 16 sums.
+//
+// x is 256 * high + low, both int8: vpdpbusd adds four products of unsigned levels at once, once for each half.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#include <algorithm>
+
+namespace resmoe {
+
+constexpr int kBytes = 64, kWide = 16;
+constexpr int kTileRows = 4, kTileInputs = 3;  // of a tile of dots: its sums stay in registers
+using Bytes = __m512i;
+using Ints = __m512i;
+using Floats = __m512;
+
+inline Bytes load_bytes(const uint8_t* from) { return _mm512_loadu_si512(from); }
+inline void store_bytes(uint8_t* to, Bytes v) { _mm512_storeu_si512(to, v); }
+inline Bytes byte_set(uint8_t v) { return _mm512_set1_epi8((char)v); }
+inline Bytes both(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
+inline Bytes either(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
+inline Bytes plus(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
+template <int N>  // of 16-bit words
+inline Bytes right(Bytes v) {
+  return N ? _mm512_srli_epi16(v, N) : v;
+}
+template <int N>
+inline Bytes left(Bytes v) {
+  return N ? _mm512_slli_epi16(v, N) : v;
+}
+inline Bytes table_of(__m128i entries) { return _mm512_broadcast_i32x4(entries); }
+inline Bytes look_up(Bytes table, Bytes index) { return _mm512_shuffle_epi8(table, index); }
+inline Bytes low_8(Bytes a, Bytes b) { return _mm512_unpacklo_epi8(a, b); }
+inline Bytes high_8(Bytes a, Bytes b) { return _mm512_unpackhi_epi8(a, b); }
+inline Bytes low_16(Bytes a, Bytes b) { return _mm512_unpacklo_epi16(a, b); }
+inline Bytes high_16(Bytes a, Bytes b) { return _mm512_unpackhi_epi16(a, b); }
+inline Bytes low_32(Bytes a, Bytes b) { return _mm512_unpacklo_epi32(a, b); }
+inline Bytes high_32(Bytes a, Bytes b) { return _mm512_unpackhi_epi32(a, b); }
+// 16 bytes of each 128-bit lane to `to`, `apart` bytes from one lane to the next.
+inline void store_lanes_apart(uint8_t* to, Bytes v, int64_t apart) {
+  _mm_storeu_si128((__m128i*)to, _mm512_castsi512_si128(v));
+  _mm_storeu_si128((__m128i*)(to + apart), _mm512_extracti32x4_epi32(v, 1));
+  _mm_storeu_si128((__m128i*)(to + 2 * apart), _mm512_extracti32x4_epi32(v, 2));
+  _mm_storeu_si128((__m128i*)(to + 3 * apart), _mm512_extracti32x4_epi32(v, 3));
+}
+
+// Bytes at - By.. of `size` of them, which bite their tail; zeros beyond. At: from 0 on in steps of whole vectors.
+template <int By>
+inline Bytes load_window(const uint8_t* from, int64_t size, int64_t at) {
+  if (at >= By && at - By + kBytes <= size) return load_bytes(from + at - By);
+  const int64_t count = std::min<int64_t>(kBytes, size - at + By);
+  __mmask64 inside = count >= 64 ? ~0ull : (1ull << count) - 1;
+  if (at == 0) inside &= ~((1ull << By) - 1);
+  Bytes v = _mm512_maskz_loadu_epi8(inside, from + at - By);
+  if (By == 1 && at == 0) v = _mm512_mask_set1_epi8(v, 1, (char)from[size - 1]);
+  if (By == 2 && at == 0) v = _mm512_mask_set1_epi16(v, 1, (short)(from[(2 * size - 2) % size] | from[size - 1] << 8));
+  return v;
+}
+// The same of half a vector, each byte in a word of its own.
+template <int By>
+inline Bytes load_window_of_words(const uint8_t* from, int64_t size, int64_t at) {
+  if (at >= By && at - By + kBytes / 2 <= size)
+    return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(from + at - By)));
+  const int64_t count = std::min<int64_t>(kBytes / 2, size - at + By);
+  __mmask32 inside = count >= 32 ? ~0u : (1u << count) - 1;
+  if (at == 0) inside &= ~((1u << By) - 1);
+  __m256i v = _mm256_maskz_loadu_epi8(inside, from + at - By);
+  if (By == 1 && at == 0) v = _mm256_mask_set1_epi8(v, 1, (char)from[size - 1]);
+  return _mm512_cvtepu8_epi16(v);
+}
+
+// Bytes so placed that levels of four rows, interleaved, come to lie in column order; a byte holds Columns columns.
+template <int Columns>
+inline Bytes turn(Bytes v) {
+  if constexpr (Columns == 1) {  // 32-bit words: [4 * lane + q] from [4 * q + lane]
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), v);
+  } else if constexpr (Columns == 2) {  // 16-bit words: [8 * lane + 4 * o + q] from [16 * o + 4 * q + lane]
+    return _mm512_permutexvar_epi16(_mm512_set_epi16(31, 27, 23, 19, 15, 11, 7, 3, 30, 26, 22, 18, 14, 10, 6, 2, 29, 25,
+                                                     21, 17, 13, 9, 5, 1, 28, 24, 20, 16, 12, 8, 4, 0),
+                                    v);
+  } else {  // bytes: [16 * lane + 4 * i + d] from [16 * i + 4 * d + lane]
+    static_assert(Columns == 4);
+    return _mm512_permutexvar_epi8(
+        _mm512_set_epi8(63, 59, 55, 51, 47, 43, 39, 35, 31, 27, 23, 19, 15, 11, 7, 3, 62, 58, 54, 50, 46, 42, 38, 34,
+                        30, 26, 22, 18, 14, 10, 6, 2, 61, 57, 53, 49, 45, 41, 37, 33, 29, 25, 21, 17, 13, 9, 5, 1, 60,
+                        56, 52, 48, 44, 40, 36, 32, 28, 24, 20, 16, 12, 8, 4, 0),
+        v);
+  }
+}
+
+// Two halves of int16 numbers, at most kLargest: what levels are multiplied with, four by four.
+inline void split(const int16_t* x, int64_t count, uint8_t* first, uint8_t* second) {
+  for (int64_t k = 0; k < count; ++k) {
+    const int16_t high = (int16_t)(x[k] + 128) >> 8;
+    first[k] = (uint8_t)high;
+    second[k] = (uint8_t)(x[k] - 256 * high);
+  }
+}
+
+using Levels = Bytes;
+inline Levels prepare(Bytes levels) { return levels; }
+struct Acc {
+  Ints high, low;
+};
+inline Acc start(Ints from) { return {_mm512_setzero_si512(), from}; }
+inline void dot(Acc& acc, Levels levels, Ints first, Ints second) {
+  acc.high = _mm512_dpbusd_epi32(acc.high, levels, first);
+  acc.low = _mm512_dpbusd_epi32(acc.low, levels, second);
+}
+inline Ints value(const Acc& acc) { return _mm512_add_epi32(_mm512_slli_epi32(acc.high, 8), acc.low); }
+
+inline Ints load_ints(const void* from) { return _mm512_loadu_si512(from); }
+inline Ints int_set(int32_t v) { return _mm512_set1_epi32(v); }
+inline Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
+inline Floats load_floats(const float* from) { return _mm512_loadu_ps(from); }
+inline void store_floats(float* to, Floats v) { _mm512_storeu_ps(to, v); }
+inline Floats float_set(float v) { return _mm512_set1_ps(v); }
+inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline float sum_of(Floats v) {
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+// y[0..] += scale * v, the first `columns` of them.
+inline void add_scaled(float* y, Floats scale, Floats v, int64_t columns) {
+  if (columns >= kWide) return store_floats(y, fma(scale, v, load_floats(y)));
+  const __mmask16 inside = (__mmask16)((1u << columns) - 1);
+  _mm512_mask_storeu_ps(y, inside, fma(scale, v, _mm512_maskz_loadu_ps(inside, y)));
+}
+
+}  // namespace resmoe
