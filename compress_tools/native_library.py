@@ -42,12 +42,13 @@ def cpu_flags() -> list[str]:
     return next((line.split()[2:] for line in lines if line.startswith(("flags", "Features"))), [])
 
 
-def build(source: NativeSource, *more_flags: str) -> Path:
+def build(source: NativeSource, *more_flags: str, say: Callable[[str], None] | None = None) -> Path:
     """Compile and test, unless these sources, compiler and processor were compiled for before.
 
     Args:
         source: the library.
         more_flags: for the compiler, after all others: ``-mno-avx512f`` leaves the paths of a smaller processor.
+        say: told in a sentence before the compiler is called, which takes up to a minute; not where nothing is built.
     Returns:
         the library, in the user's cache.
     Raises:
@@ -70,6 +71,8 @@ def build(source: NativeSource, *more_flags: str) -> Path:
             raise OSError(f"cannot write to {cache}, where built kernels are kept ({err.strerror}); XDG_CACHE_HOME "
                           f"names another place") from err  # fmt: skip
         # Workers may build at the same time: each its own file, the last rename wins.
+        if say is not None:
+            say(f"compiling {source.path.name} for this processor with {' '.join(compiler)}; kept in {cache}")
         with folder as name:
             built = Path(name) / target.name
             command = [*compiler, *flags, str(source.path), "-o", str(built)]
@@ -86,10 +89,10 @@ def _compiler() -> list[str]:
     """The compiler's command; CXX may hold several words."""
     named = shlex.split(os.environ.get("CXX", ""))
     if named and shutil.which(named[0]) is None:
-        raise OSError(f"CXX names {named[0]!r}, which is no command")
+        raise OSError(f"CXX names {named[0]!r}, which is no command; unset it or install that compiler")
     found = named or [path for path in (shutil.which("g++") or shutil.which("clang++"),) if path]
     if not found:
-        raise OSError("found neither g++ nor clang++")
+        raise OSError("found neither g++ nor clang++; install g++ and start again")
     return found
 
 

@@ -21,6 +21,7 @@ from resmoe_vllm.fused_moe import ResMoEFusedMoEMethod
 from resmoe_vllm.gpt_oss import STREAMED_NAMES, streams_experts
 from resmoe_vllm.lora import keep_lora_off
 from resmoe_vllm.plain_layers import PlainEmbeddingMethod, PlainLinearMethod
+from resmoe_vllm.start_log import StartLog
 
 
 class ResMoEConfig(QuantizationConfig):
@@ -34,6 +35,7 @@ class ResMoEConfig(QuantizationConfig):
         super().__init__()
         self.fmt = fmt
         self._names = WeightsMapper()
+        self._start_log = StartLog()
 
     def get_name(self) -> str:
         """Name under ``quant_method`` in config.json."""
@@ -79,7 +81,7 @@ class ResMoEConfig(QuantizationConfig):
             index = layer_index(prefix, self.fmt)
             if index is None:
                 return UnquantizedFusedMoEMethod(layer.moe_config)
-            return ResMoEFusedMoEMethod(layer.moe_config, self.fmt, index)
+            return ResMoEFusedMoEMethod(layer.moe_config, self.fmt, index, self._start_log)
         if isinstance(layer, LinearBase):
             return PlainLinearMethod(prefix)
         if isinstance(layer, VocabParallelEmbedding):

@@ -6,6 +6,7 @@ from typing_extensions import override
 
 from compress_tools.errors import ConfigError, FormatError
 from compress_tools.format.schema import ResMoEFormat
+from compress_tools.format.tensors import dense_layer_bytes
 from resmoe_vllm import llama4, ops
 from resmoe_vllm.compat import (
     FusedMoEConfig,
@@ -16,6 +17,7 @@ from resmoe_vllm.compat import (
 )
 from resmoe_vllm.gpt_oss import add_places, remove_places, streams_experts
 from resmoe_vllm.kernels.activation import make_activation
+from resmoe_vllm.start_log import LoadedLayer, StartLog, held_bytes
 from resmoe_vllm.weights.layer_loader import LayerLoader
 
 
@@ -28,13 +30,15 @@ class ResMoEFusedMoEMethod(FusedMoEMethodBase):
         moe: vLLM's description of the layer.
         fmt: the checkpoint's format block.
         index: decoder layer index.
+        start_log: told of the layer once it is bound; the model's, so that all its layers are told at once.
     Raises:
         ConfigError: vLLM is asked for something that compressed experts can't do.
         FormatError: the model's experts are not the checkpoint's.
     """
 
-    def __init__(self, moe: FusedMoEConfig, fmt: ResMoEFormat, index: int) -> None:
+    def __init__(self, moe: FusedMoEConfig, fmt: ResMoEFormat, index: int, start_log: StartLog | None = None) -> None:
         super().__init__(moe)
+        self._start_log = start_log or StartLog()
         self.fmt = fmt
         self.index = index
         refuse_unsupported(moe, fmt, index)
@@ -86,6 +90,8 @@ class ResMoEFusedMoEMethod(FusedMoEMethodBase):
         if streams_experts(layer):
             add_places(layer, loader)
         self.loader, self.dummy = loader, is_dummy_load()
+        self._dtype = params_dtype
+        self._start_log.expect(self.index)
 
     @override
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
@@ -102,6 +108,13 @@ class ResMoEFusedMoEMethod(FusedMoEMethodBase):
         self.loader.check_complete()
         self.loader.finished = True
         self.bound = ops.BoundLayer(self.loader.bind(layer), self.activation, platform_device())
+        self._start_log.add(self.index, self._loaded(layer), ops.describe_kernel(platform_device()))
+
+    def _loaded(self, layer: RoutedExperts) -> LoadedLayer:
+        experts = sum(len(group.rows) for group in self.loader.groups)
+        dense = dense_layer_bytes(self.fmt, self._dtype.itemsize) * experts
+        dense //= self.fmt.num_experts * self.moe.tp_size
+        return LoadedLayer(self.fmt.layers[self.index].describe(), experts, held_bytes(layer), dense)
 
     @override
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:

@@ -25,6 +25,7 @@ from compress_tools.format.schema import (
 )
 from resmoe_vllm.compat import direct_register_custom_op, quant_method_of
 from resmoe_vllm.kernels.activation import Activation
+from resmoe_vllm.kernels.cpu import native
 from resmoe_vllm.kernels.cpu.dispatch import CpuKernel
 from resmoe_vllm.kernels.gpu import dispatch as gpu
 from resmoe_vllm.weights.bound import ResMoEWeights
@@ -79,6 +80,11 @@ def check_kernel(coders: frozenset[str], dtype: torch.dtype, device: str) -> Non
         raise KernelUnsupportedError(
             f"resmoe has no kernel in {names[0]} on {device}; it has: {', '.join(names[1:])} on {' and '.join(KERNELS)}"
         )
+
+
+def describe_kernel(device: str) -> str:
+    """What serves a bound layer on a device, in words."""
+    return native.loaded().words if device == "cpu" else "Triton"
 
 
 class BoundLayer:

@@ -11,7 +11,7 @@ from compress_tools.planner.planned import Planned
 from compress_tools.progress.text import human_bytes, layer_table, titled_table
 from compress_tools.report import CompressionReport
 from compress_tools.stored.census import Census
-from compress_tools.stored.inspection import Inspection, describe_coding
+from compress_tools.stored.inspection import Inspection
 from compress_tools.stored.verify import Verification
 
 
@@ -71,7 +71,7 @@ def planned_table(planned: Planned, optimize: str) -> Table:
     what = "error" if optimize == "error" else "effect on output"
     table = titled_table("as planned", "layer", "coding", "bytes", f"predicted {what}")
     for index, layer in planned.layers.items():
-        coding = "as it is" if layer.spec is None else describe_coding(layer.spec)
+        coding = "as it is" if layer.spec is None else layer.spec.describe()
         table.add_row(str(index), coding, f"{layer.nbytes / layer.dense_bytes:.3f}", f"{layer.error:.4g}")
     table.add_section()
     share = planned.expert_bytes_after / planned.expert_bytes_before

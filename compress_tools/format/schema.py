@@ -138,6 +138,17 @@ class LayerSpec(Frozen):
         parts: list[Part] = [*self.center, *(part for residual in residuals for part in residual)]
         return next((newer for part in parts if (newer := part.newer_than(version))), None)
 
+    def describe(self) -> str:
+        """For people: ``dense center + bitmap (1234 values, joint)``."""
+        center = " + ".join(part.describe() for part in self.center) or "no center"
+        if self.groups is None:
+            return " + ".join([center, *(part.describe() for part in self.residual)])
+        groups = [
+            f"{len(group.experts)} experts {' + '.join(part.describe() for part in group.residual)}"
+            for group in self.groups
+        ]
+        return f"{center} + [{'; '.join(groups)}]"
+
     @property
     def projections(self) -> tuple[Projection, ...]:
         """The layer's projections, those that its residuals cover, in the design matrix's order."""

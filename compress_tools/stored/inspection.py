@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress_tools.format.rest import row_names
-from compress_tools.format.schema import LayerSpec
 from compress_tools.format.tensors import (
     dense_layer_bytes,
     group_map_bytes,
@@ -70,18 +69,6 @@ class Inspection:
     rest: RestInspection | None = None
 
 
-def describe_coding(layer: LayerSpec) -> str:
-    """A layer's coding in words: ``dense center + bitmap (1234 values, joint)``."""
-    center = " + ".join(part.describe() for part in layer.center) or "no center"
-    if layer.groups is None:
-        return " + ".join([center, *(part.describe() for part in layer.residual)])
-    groups = [
-        f"{len(group.experts)} experts {' + '.join(part.describe() for part in group.residual)}"
-        for group in layer.groups
-    ]
-    return f"{center} + [{'; '.join(groups)}]"
-
-
 def inspect(path: str | Path) -> Inspection:
     """Open and describe a checkpoint.
 
@@ -93,7 +80,7 @@ def inspect(path: str | Path) -> Inspection:
     layers = [
         LayerInspection(
             index,
-            describe_coding(fmt.layers[index]),
+            fmt.layers[index].describe(),
             dense_layer_bytes(fmt),
             layer_bytes(fmt, index),
             layer_bytes(fmt, index) + row_pointer_bytes(fmt, index) + group_map_bytes(fmt, index),

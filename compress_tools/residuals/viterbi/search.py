@@ -43,7 +43,7 @@ def _library() -> "native.Library | None":
         return native.load()
     except (OSError, subprocess.CalledProcessError) as err:
         log.warning(
-            "trellis codes are searched for by torch, 20 times as slow, same result: %s; install g++ and start again",
+            "trellis codes are searched for by torch, 20 times as slow, same result: %s",
             getattr(err, "stderr", "") or err,
         )
         return None

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,12 +80,15 @@ def chosen_path() -> str:
     return named
 
 
-def build(*more_flags: str) -> Path:
+def build(*more_flags: str, say: Callable[[str], None] | None = None) -> Path:
     """The library of the chosen path, compiled now or before; see ``native_library.build``.
 
+    Args:
+        more_flags: for the compiler.
+        say: told before the compiler is called.
     Raises:
         OSError: no compiler, or the cache cannot be written.
         CalledProcessError: the compiler refuses.
         KernelUnsupportedError: the library fails its self-test, and does not enter the cache; or there is no such path.
     """
-    return native_library.build(SOURCE, *PATHS[chosen_path()].flags, *more_flags)
+    return native_library.build(SOURCE, *PATHS[chosen_path()].flags, *more_flags, say=say)

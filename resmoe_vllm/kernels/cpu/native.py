@@ -7,39 +7,68 @@ import ctypes
 import functools
 import logging
 import subprocess
+import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from compress_tools.errors import KernelUnsupportedError
 from resmoe_vllm.kernels.activation import Activation
-from resmoe_vllm.kernels.cpu.build import build, missing_cpu_flags
+from resmoe_vllm.kernels.cpu.build import build, chosen_path, missing_cpu_flags
 from resmoe_vllm.kernels.cpu.structs import DTYPES, BoundStruct, pointer_to
 from resmoe_vllm.weights.bound import ResMoEWeights
 
 log = logging.getLogger(__name__)
+# vLLM shows what is logged below its own name, and nothing else of this level.
+told = logging.getLogger("vllm.resmoe")
 
 
-@functools.cache
+@dataclass(frozen=True)
+class Loaded:
+    """What serves on this processor.
+
+    Attributes:
+        library: compiled; None where plain torch serves.
+        words: kernel, path and how it came here, for people.
+    """
+
+    library: ctypes.CDLL | None
+    words: str
+
+
 def load() -> ctypes.CDLL | None:
     """The compiled library, or None with the reason logged.
 
     Raises:
-        KernelUnsupportedError: a library that was built now decodes wrongly on this processor; never seen.
+        KernelUnsupportedError: a library that was built now decodes wrongly on this processor, never seen; or
+            ``RESMOE_CPU_PATH`` names no path of this processor.
     """
+    return loaded().library
+
+
+@functools.cache
+def loaded() -> Loaded:
+    """``load``, and what a start says of it."""
     missing = missing_cpu_flags()
     if missing:
         log.warning("resmoe: no C++ kernel, plain torch serves: the processor lacks %s", ", ".join(missing))
-        return None
+        return Loaded(None, f"plain torch: the processor lacks {', '.join(missing)}")
+    compiled: list[str] = []
+
+    def say(text: str) -> None:
+        compiled.append(text)
+        told.info("resmoe: %s", text)
+
+    begun = time.perf_counter()
     try:
-        return open_library(str(build()))
+        library = open_library(str(build(say=say)))
     except (OSError, subprocess.CalledProcessError) as err:
         detail = getattr(err, "stderr", "") or str(err)
-        log.warning(
-            "resmoe: no C++ kernel, plain torch serves, slower, same result: %s; install g++ and start again",
-            detail,
-        )
-        return None
+        log.warning("resmoe: no C++ kernel, plain torch serves, slower, same result: %s", detail)
+        return Loaded(None, f"plain torch: {detail.strip().splitlines()[0]}")
+    how = "compiled, tested and loaded" if compiled else "compiled and tested before, loaded"
+    return Loaded(library, f"C++, path {chosen_path()}; {how} in {time.perf_counter() - begun:.1f} s")
 
 
 def open_library(path: str) -> ctypes.CDLL:
