@@ -17,8 +17,8 @@ from compress_tools.calibration.statistics import LayerStatistics
 from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.evaluation.source import (
     choose_window,
+    language_config,
     loading_options,
-    read_model_config,
     read_tokens,
     stored_dtype,
 )
@@ -80,7 +80,7 @@ def calibrate(
         raise ConfigError(f"--out {out}: exists; choose another name or pass --overwrite")
     source = open_source(SourceReader(src))
     reader = source.reader
-    model_config = read_model_config(str(reader.path))
+    model_config = language_config(str(reader.path), reader.config)
     window, _ = choose_window(config.window, None, model_config)
     dtype = getattr(torch, stored_dtype(config.dtype, model_config))
     loading = loading_options(trust_remote_code=config.trust_remote_code)
@@ -88,6 +88,9 @@ def calibrate(
         tokens = read_tokens(str(reader.path), config.text, config.max_tokens, **loading)
         windows = tokens[: len(tokens) // window * window].view(-1, window) if len(tokens) >= window else tokens[None]
     else:
+        if reader.store.streams:
+            raise ConfigError("--self-generated needs the whole model, which --stream never holds; leave --stream out")
+        reader.store.prepare(reader.shards)
         progress.stage("writing a text", None)
         windows = self_generated(reader.path, config.self_generated or 0, window, dtype, config.seed, **loading)
     model = StreamedModel(source, dtype, **loading)

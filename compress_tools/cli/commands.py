@@ -318,7 +318,7 @@ def calibrate(
     """Measure on a text what errors of the MoE checkpoint SRC's weights count, for --calibration of compress and plan.
 
     \b
-    resmoe calibrate SRC --out calibration.safetensors --text text.txt
+    resmoe calibrate SRC --out calibration.safetensors --text calibration.txt
     resmoe compress SRC DST --target-bytes-ratio 0.25 --calibration calibration.safetensors
 
     The model runs one decoder layer at a time, in transformers: memory holds a layer, the embeddings and the text's
@@ -556,7 +556,9 @@ def _print_plan(
     if out_file is not None:
         origin = made.source.reader.store.origin
         pinned = ("--revision", origin["commit"]) if origin else ()
-        compress_it = ("resmoe", "compress", src, "DST", "--plan", out_file, *pinned)
+        calibration = request.config.calibration
+        counted = () if calibration is None else ("--calibration", calibration)
+        compress_it = ("resmoe", "compress", src, "DST", "--plan", out_file, *counted, *pinned)
         print_for_people(with_command(f"Written to {out_file}. Next:", *compress_it))
 
 

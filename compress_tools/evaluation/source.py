@@ -26,7 +26,15 @@ def read_model_config(path: str) -> dict[str, Any]:
         CheckpointError: not a readable checkpoint.
         UnsupportedArchitectureError: an encoder-decoder, which does not predict a text's next token.
     """
-    config = CheckpointReader(path).config
+    return language_config(path, CheckpointReader(path).config)
+
+
+def language_config(path: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The same of a config.json that has been read.
+
+    Raises:
+        CheckpointError, UnsupportedArchitectureError: see ``read_model_config``.
+    """
     if config.get("is_encoder_decoder"):
         raise UnsupportedArchitectureError(
             f"{path}: {config.get('model_type')} is an encoder-decoder; a text's perplexity needs a decoder-only model"

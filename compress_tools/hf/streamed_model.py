@@ -99,7 +99,9 @@ class StreamedModel:
         self.layers = self.model.get_submodule(self._list)
         self._more: dict[int, int] = {}
         self._forwards = [layer.forward for layer in self.layers]
-        self._load([name for name in source.reader.names if not self._is_of_layers(name)], self._outside())
+        outside = [name for name in source.reader.names if not self._is_of_layers(name)]
+        source.need_copied(outside, source.layers)
+        self._load(outside, self._outside())
         self.model.tie_weights()
         self.model.eval()
 
@@ -172,6 +174,7 @@ class StreamedModel:
         prefix = f"{self._before}{index}."
         names = [name for name in self.source.reader.names if name.startswith(prefix)]
         stored = {name for name in _tensors(self.model) if name.startswith(f"{self._list}.{index}.")}
+        self.source.reader.need(names)
         self._load(names, stored)
         try:
             yield
@@ -190,7 +193,6 @@ class StreamedModel:
     def _load(self, names: Collection[str], expected: set[str]) -> None:
         """Fill the tensors ``expected`` with these of the checkpoint."""
         reader, model = self.source.reader, self.model
-        reader.need(names)
         config = LoadStateDictConfig(
             dtype=self._dtype,
             dtype_plan=model._get_dtype_plan(self._dtype),

@@ -1,6 +1,7 @@
 """A found plan as the text of a plan file, what was predicted in comments."""
 
 import re
+import shlex
 from typing import Any
 
 import yaml
@@ -28,8 +29,9 @@ def plan_text(
     what = "relative squared error" if request.optimize == "error" else "relative effect on the layer's output"
     before, after = planned.expert_bytes_before, planned.expert_bytes_after
     asked = ", ".join(f"{key} {value}" for key, value in request.model_dump(exclude_none=True).items())
+    given = "" if config.calibration is None else f" --calibration {shlex.quote(config.calibration)}"
     lines = [
-        f"# How the experts of {source_name} are stored. Edit, then: resmoe compress SRC DST --plan THIS_FILE",
+        f"# How the experts of {source_name} are stored. Edit, then: resmoe compress SRC DST --plan THIS_FILE{given}",
         f"# Asked for: {asked}",
         f"# Expert bytes: {after} of {before} ({after / before:.4f}). Error: {what}, "
         + ("measured on all weights." if planned.exact else "estimated from a sample of experts and rows."),

@@ -56,7 +56,9 @@ def directory_of(page: str, checkpoints: dict[str, Path], folder: Path) -> Path:
     for given in ("SRC", *GIVEN.get(page, ())):
         shutil.copytree(checkpoints[given], folder / given)
     # "Any text file will do"; a short one.
-    (folder / "heldout.txt").write_text((checkpoints["SRC"] / HELDOUT_FILE).read_text()[:2000])
+    text = (checkpoints["SRC"] / HELDOUT_FILE).read_text()
+    (folder / "heldout.txt").write_text(text[:2000])
+    (folder / "calibration.txt").write_text(text[2000:4000])
     return folder
 
 
