@@ -11,14 +11,19 @@ from typing import Any
 import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader import weight_utils
 from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
 from vllm.platforms import current_platform
@@ -28,6 +33,8 @@ __all__ = [
     "FusedMoEConfig",
     "FusedMoEMethodBase",
     "LinearBase",
+    "LinearMethodBase",
+    "ParallelLMHead",
     "QuantizationConfig",
     "QuantizeMethodBase",
     "RoutedExperts",
@@ -38,15 +45,19 @@ __all__ = [
     "WeightsMapper",
     "allow_amx",
     "complete_expert_names",
+    "current_quant_config",
     "direct_register_custom_op",
+    "embeddings_are_tied",
     "extract_layer_index",
     "is_dummy_load",
+    "layer_is_replaced",
     "llama4_decoder",
     "lora_managers",
     "lora_target_modules",
     "platform_device",
     "quant_method_of",
     "register_quantization_config",
+    "weight_only_kernel",
 ]
 
 REMAP = "maybe_remap_moe_expert_param_name"
@@ -91,6 +102,52 @@ def is_dummy_load() -> bool:
     """Whether vLLM loads random weights (``--load-format dummy``) and so calls no weight loader."""
     config = get_current_vllm_config_or_none()
     return config is not None and config.load_config.load_format == "dummy"
+
+
+def current_quant_config() -> QuantizationConfig | None:
+    """The quantisation of the model that is being built; None without one, or where none is."""
+    config = get_current_vllm_config_or_none()
+    return None if config is None else config.quant_config
+
+
+def embeddings_are_tied() -> bool:
+    """Whether config.json of the model that is being built ties output layer and embedding."""
+    config = get_current_vllm_config_or_none()
+    if config is None or config.model_config is None:
+        return False
+    whole = config.model_config.hf_config
+    return any(getattr(part, "tie_word_embeddings", False) for part in (whole, config.model_config.hf_text_config))
+
+
+def layer_is_replaced(name: str) -> bool:
+    """Whether a plugin has put a class in place of vLLM's layer of this name."""
+    return name in op_registry_oot
+
+
+def weight_only_kernel(full_shape: tuple[int, int], shape: tuple[int, int], dtype: torch.dtype) -> Any | None:
+    """VLLM's own kernel for 8-bit weights with one scale for each output; None where it has none that fits.
+
+    Args:
+        full_shape: inputs and outputs of the layer.
+        shape: the same on this rank.
+        dtype: the model's.
+    """
+    from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
+    from vllm.scalar_type import scalar_types
+
+    config = MPLinearLayerConfig(
+        full_weight_shape=full_shape,
+        partition_weight_shape=shape,
+        weight_type=scalar_types.uint8b128,
+        act_type=dtype,
+        group_size=-1,
+        zero_points=False,
+    )
+    try:
+        kernel = choose_mp_linear_kernel(config)
+    except ValueError:
+        return None
+    return kernel(config, w_q_param_name="weight_packed", w_s_param_name="weight_scale")
 
 
 def lora_target_modules() -> list[str] | None:

@@ -1,11 +1,12 @@
 """The ``quantization_config`` block as vLLM's QuantizationConfig: which layer is served by which method."""
 
+import logging
 from typing import Any
 
 import torch
 
-from compress_tools.errors import KernelUnsupportedError
 from compress_tools.format.schema import QUANT_METHOD, ResMoEFormat, parse_format
+from resmoe_vllm.coded_rest import CodedEmbeddingMethod, CodedLinearMethod
 from resmoe_vllm.compat import (
     LinearBase,
     QuantizationConfig,
@@ -17,11 +18,15 @@ from resmoe_vllm.compat import (
     WeightsMapper,
     extract_layer_index,
 )
+from resmoe_vllm.embedding_layers import ask_the_config
 from resmoe_vllm.fused_moe import ResMoEFusedMoEMethod
 from resmoe_vllm.gpt_oss import STREAMED_NAMES, streams_experts
 from resmoe_vllm.lora import keep_lora_off
 from resmoe_vllm.plain_layers import PlainEmbeddingMethod, PlainLinearMethod
 from resmoe_vllm.start_log import StartLog
+
+# vLLM shows what is logged below its own name.
+log = logging.getLogger("vllm.resmoe")
 
 
 class ResMoEConfig(QuantizationConfig):
@@ -36,6 +41,17 @@ class ResMoEConfig(QuantizationConfig):
         self.fmt = fmt
         self._names = WeightsMapper()
         self._start_log = StartLog()
+        self._said: set[str] = set()
+        self._ask_for_embeddings()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A worker's process is given the config ready-made."""
+        self.__dict__.update(state)
+        self._ask_for_embeddings()
+
+    def _ask_for_embeddings(self) -> None:
+        if self.fmt.rest is not None:
+            ask_the_config(type(self))
 
     def get_name(self) -> str:
         """Name under ``quant_method`` in config.json."""
@@ -62,10 +78,7 @@ class ResMoEConfig(QuantizationConfig):
         Raises:
             FormatError: see ``parse_format``.
         """
-        fmt = parse_format(config)
-        if fmt.rest is not None:
-            raise KernelUnsupportedError("matrices in 8-bit codes (rest) are not served yet; `resmoe restore` first")
-        return cls(fmt)
+        return cls(parse_format(config))
 
     # vLLM asks an instance, whose model is built by then.
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
@@ -83,11 +96,19 @@ class ResMoEConfig(QuantizationConfig):
                 return UnquantizedFusedMoEMethod(layer.moe_config)
             return ResMoEFusedMoEMethod(layer.moe_config, self.fmt, index, self._start_log)
         if isinstance(layer, LinearBase):
-            return PlainLinearMethod(prefix)
+            return PlainLinearMethod(prefix) if self.fmt.rest is None else CodedLinearMethod(prefix, self._say)
         if isinstance(layer, VocabParallelEmbedding):
+            if self.fmt.rest is not None:
+                return CodedEmbeddingMethod(prefix, self._say, is_a_drafts=prefix != "" and _is_a_drafts(prefix))
             # vLLM puts the model's embedding and output layer in place of a draft's, which need not be stored.
             return UnquantizedEmbeddingMethod() if _is_a_drafts(prefix) else PlainEmbeddingMethod(prefix)
         return None
+
+    def _say(self, text: str) -> None:
+        """Log a sentence, once for an engine."""
+        if text not in self._said:
+            self._said.add(text)
+            log.info("resmoe: %s", text)
 
 
 def layer_index(prefix: str, fmt: ResMoEFormat) -> int | None:

@@ -17,7 +17,11 @@ _PLACES = "resmoe"
 _LAST = "w13_weight"
 
 STREAMED_NAMES = WeightsMapper(
-    orig_to_new_regex={re.compile(r"(\.mlp\.experts\.\d+)\.(\w+_proj\.resmoe_\w+)$"): rf"\1.{_PLACES}.\2.{_LAST}"}
+    orig_to_new_regex={
+        re.compile(r"(\.mlp\.experts\.\d+)\.(\w+_proj\.resmoe_\w+)$"): rf"\1.{_PLACES}.\2.{_LAST}",
+        # Its own mapping of this name goes by the whole of it, which ends in weight.
+        re.compile(r"\.embed_tokens\.(resmoe_row_\w+)$"): r".embedding.\1",
+    }
 )
 
 

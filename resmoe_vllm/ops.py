@@ -27,6 +27,7 @@ from resmoe_vllm.compat import direct_register_custom_op, quant_method_of
 from resmoe_vllm.kernels.activation import Activation
 from resmoe_vllm.kernels.cpu import native
 from resmoe_vllm.kernels.cpu.dispatch import CpuKernel
+from resmoe_vllm.kernels.cpu.rows8 import rows8
 from resmoe_vllm.kernels.gpu import dispatch as gpu
 from resmoe_vllm.weights.bound import ResMoEWeights
 from resmoe_vllm.weights.layer_loader import BoundGroup
@@ -138,7 +139,19 @@ def fused_moe_fake(
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def rows8_fake(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,  # noqa: ARG001
+    bias: Tensor | None,  # noqa: ARG001
+) -> Tensor:
+    """Shape and dtype of ``rows8``, for tracing."""
+    return x.new_empty(len(x), len(codes))
+
+
 def register_op() -> None:
-    """Define ``torch.ops.resmoe.fused_moe`` for the platform's device; repeatable."""
+    """Define ``torch.ops.resmoe.fused_moe`` and ``rows8`` for the platform's device; repeatable."""
+    if not hasattr(torch.ops.resmoe, "rows8"):
+        direct_register_custom_op("rows8", rows8, fake_impl=rows8_fake, target_lib=_LIBRARY)
     if not hasattr(torch.ops.resmoe, "fused_moe"):
         direct_register_custom_op("fused_moe", fused_moe, fake_impl=fused_moe_fake, target_lib=_LIBRARY)

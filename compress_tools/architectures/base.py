@@ -50,6 +50,8 @@ class MoEArchitecture:
         renames: (pattern, replacement) for other tensors of a stacked checkpoint, to the family's usual names.
         tied: the output layer is the embedding's unless config.json says otherwise.
         own_output: vLLM's class has an output layer of its own even where it is tied: a tied one is written out.
+        exact_rest: modules whose matrices are not stored in codes by row (``--rest-bits 8``), by the last part of their
+            names: vLLM's loader of the family changes their values or names, and knows only weights.
         vllm: the family serves in vLLM; otherwise ``runs_in`` says where and why.
         vllm_cpu: vLLM's CPU build serves it; otherwise ``runs_in`` says why not.
         runs_in: a sentence for families that vLLM, or its CPU build, can't serve.
@@ -70,6 +72,7 @@ class MoEArchitecture:
     renames: tuple[tuple[str, str], ...] = ()
     tied: bool = False
     own_output: bool = False
+    exact_rest: tuple[str, ...] = ()
     vllm: bool = True
     vllm_cpu: bool = True
     runs_in: str = ""

@@ -14,6 +14,8 @@ LLAMA4 = MoEArchitecture(
     # Inputs first.
     layouts=(Stacked("layers.{layer}.feed_forward.experts", transposed=True), OneByOne(EXPERT)),
     intermediate_size_keys=("intermediate_size",),
+    # vLLM orders rows of q and k anew as it loads what is called weight, and renames the output layer by its name.
+    exact_rest=("q_proj", "k_proj", "v_proj", "lm_head"),
     vllm_cpu=False,
     runs_in="its module imports torchvision, of which there is no build beside that torch; run in transformers",
 )

@@ -45,6 +45,7 @@ def rest_matrices(source: MoESource, copied: Mapping[str, str], dtype: WeightDty
         and len(reader.shape(name)) == 2
         and min(reader.shape(name)) > 0
         and reader.dtype(name) == SAFETENSORS_NAMES[dtype]
+        and output.removesuffix(WEIGHT).rpartition(".")[2] not in source.architecture.exact_rest
         and _may_be_coded(output, root, source.architecture.num_layers(reader.config))
     )
 

@@ -81,6 +81,13 @@ FAMILIES = {
         | {f"feed_forward.{name}_proj" for name in ("gate", "up", "down")},
         {"mamba.x_proj", "mamba.dt_proj", "mamba.conv1d", "feed_forward.router"},
     ),
+    # vLLM changes q and k as it loads them, and v stands in one matrix with them.
+    "llama4": (
+        {"embed_tokens", "self_attn.o_proj"}
+        | {f"feed_forward.shared_expert.{name}_proj" for name in ("gate", "up", "down")}
+        | {f"feed_forward.{name}_proj" for name in ("gate", "up", "down")},
+        {"lm_head", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "feed_forward.router"},
+    ),
     "deepseek_v32": (
         {"embed_tokens", "lm_head", "self_attn.q_a_proj", "self_attn.q_b_proj", "self_attn.kv_a_proj_with_mqa"}
         | {"self_attn.kv_b_proj", "self_attn.o_proj"}
@@ -99,7 +106,7 @@ def test_what_is_coded_and_what_stays(family: str, tmp_path: Path) -> None:
     assert target.fmt.format_version == 3
 
     def kind(name: str) -> str:
-        parts = name.removeprefix("model.").removesuffix(".weight").split(".")
+        parts = name.removeprefix("language_model.").removeprefix("model.").removesuffix(".weight").split(".")
         return ".".join(parts[2:] if parts[0] == "layers" else parts)
 
     coded, exact = FAMILIES[family]

@@ -1,0 +1,141 @@
+"""Products with matrices in 8-bit codes by row on a CPU: C++ for few tokens, torch on decoded blocks for many.
+
+Without a compiler or AVX2 torch serves all of them, same result.
+"""
+
+import ctypes
+import functools
+import logging
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compress_tools import native_library
+from compress_tools.errors import KernelUnsupportedError
+from compress_tools.format.rest import decode_rows
+from compress_tools.native_library import NativeSource
+from resmoe_vllm.kernels.cpu.build import missing_cpu_flags
+from resmoe_vllm.kernels.cpu.plain_torch import product_dtype
+from resmoe_vllm.kernels.cpu.structs import pointer_to
+
+log = logging.getLogger(__name__)
+
+# Above, where the processor multiplies x's dtype of 16 bits in hardware, torch's product of a decoded block wins over
+# reading each code once for three tokens.
+MAX_CPP_TOKENS = 32
+# Weights of a decoded block.
+BLOCK = 2**20
+
+
+def rows8_ref(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ (codes * scales).T + bias`` in fp32, then in x's dtype.
+
+    Args:
+        x: ``[T, K]``.
+        codes: int8 ``[N, K]``.
+        scales: ``[N, 1]``.
+        bias: ``[N]``, or None.
+    Returns:
+        ``[T, N]``.
+    """
+    out = x.float() @ (codes.float() * scales.float()).T
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def rows8(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """See ``rows8_ref``; all contiguous, on the CPU."""
+    library = _load()
+    if library is None or (len(x) > MAX_CPP_TOKENS and x.dtype != torch.float32 and product_dtype(x.dtype) == x.dtype):
+        return _by_blocks(x, codes, scales, bias)
+    wide, factors = x.float().contiguous(), scales.float()
+    shift = None if bias is None else bias.float()
+    out = torch.empty(len(x), len(codes), dtype=torch.float32)
+    library.resmoe_rows8(
+        codes.data_ptr(),
+        factors.data_ptr(),
+        pointer_to(shift),
+        wide.data_ptr(),
+        len(x),
+        *codes.shape,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out.to(x.dtype)
+
+
+def _by_blocks(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """Weights decoded to x's dtype, a block of rows at a time."""
+    rows = max(1, BLOCK // max(codes.shape[1], 1))
+    out = torch.empty(len(x), len(codes), dtype=x.dtype)
+    for begin in range(0, len(codes), rows):
+        part = slice(begin, begin + rows)
+        weight = decode_rows(codes[part], scales[part], x.dtype)
+        out[:, part] = functional.linear(x, weight, None if bias is None else bias[part].to(x.dtype))
+    return out
+
+
+def kernel_name() -> str:
+    """What multiplies, for people."""
+    return "torch, decoded for each call" if _load() is None else "the C++ kernel"
+
+
+def _check(library: ctypes.CDLL) -> None:
+    """What a freshly built library must pass: odd sizes, with a bias and without, against plain torch.
+
+    Raises:
+        KernelUnsupportedError: it multiplies wrongly.
+    """
+    _declare(library)
+    generator = torch.Generator().manual_seed(0)
+    for tokens, rows, columns in ((1, 5, 3), (2, 4, 8), (4, 7, 77)):
+        codes = torch.randint(-127, 128, (rows, columns), generator=generator).to(torch.int8)
+        scales = torch.rand(rows, generator=generator)
+        x, bias = torch.randn(tokens, columns, generator=generator), torch.randn(rows, generator=generator)
+        out = torch.empty(tokens, rows)
+        for shift in (None, bias):
+            library.resmoe_rows8(
+                codes.data_ptr(),
+                scales.data_ptr(),
+                pointer_to(shift),
+                x.data_ptr(),
+                tokens,
+                rows,
+                columns,
+                out.data_ptr(),
+                1,
+            )
+            if not torch.allclose(out, rows8_ref(x, codes, scales[:, None], shift), rtol=1e-4, atol=1e-3):
+                raise KernelUnsupportedError("resmoe's C++ kernel multiplies 8-bit rows wrongly on this processor")
+
+
+SOURCE = NativeSource(
+    Path(__file__).parent / "csrc" / "rows8_cpu.cpp", check=_check, tested_by=(Path(__file__),), flags=("-fopenmp",)
+)
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | None:
+    missing = missing_cpu_flags()
+    if missing:
+        log.warning("resmoe: no C++ kernel for 8-bit rows: this processor lacks %s; torch serves", ", ".join(missing))
+        return None
+    try:
+        library = ctypes.CDLL(str(native_library.build(SOURCE)))
+    except (OSError, subprocess.CalledProcessError) as err:
+        detail = getattr(err, "stderr", "") or str(err)
+        log.warning(
+            "resmoe: no C++ kernel for 8-bit rows, torch serves, slower, same result: %s; install g++ and start again",
+            detail,
+        )
+        return None
+    _declare(library)
+    return library
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    library.resmoe_rows8.argtypes = [*[pointer] * 4, *[size] * 3, pointer, ctypes.c_int]
+    library.resmoe_rows8.restype = None
