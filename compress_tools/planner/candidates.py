@@ -154,12 +154,11 @@ def _quantize(sizes: Sizes, centers: tuple[CenterBits, ...], layer_budget: float
 
 def _trellis(sizes: Sizes, centers: tuple[CenterBits, ...], layer_budget: float) -> list[Coder]:
     del layer_budget
-    # One bit is for what a center leaves.
     return [
         Coder(
             make_config(method="trellis", bits=bits, group_size=size),
             joint=False,
-            centers=_without(centers, 0) if bits == 1 else centers,
+            centers=centers,
         )
         for bits in (1, 2, 3, 4)
         for size in TRELLIS_GROUP_SIZES

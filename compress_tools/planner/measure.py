@@ -53,6 +53,12 @@ class LayerMeasurement:
     energies: Tensor
     exact: bool
 
+    def joined(self, other: "LayerMeasurement") -> "LayerMeasurement":
+        """These candidates and others of the same layer."""
+        return LayerMeasurement(
+            self.errors | other.errors, self.residuals | other.residuals, self.energies, self.exact and other.exact
+        )
+
 
 @dataclass(frozen=True)
 class Sample:

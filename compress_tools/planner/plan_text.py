@@ -41,6 +41,7 @@ def plan_text(
         label, error = planned.best_uniform
         lines.append(f"# Mean error of the best single coder within the budget: {error:.6g} ({label})")
     lines += [f"# Layer {layer}: {unrouted_text(experts)}" for layer, experts in planned.unrouted.items()]
+    lines += [f"# Layer {layer}: {why}" for layer, why in planned.skipped.items()]
     recipe = [f"{key}: {value}" for key, value in center_recipe(config).items()]
     recipe += [] if config.rest_bits == 16 else [f"{REST_BITS}: {config.rest_bits}"]
     lines += [f"version: {PLAN_VERSION}", f"request: '{digest}'", *recipe, "layers:"]

@@ -31,12 +31,14 @@ class Planned:
         best_uniform: the best single coder that keeps to budget and bounds, and its mean error; None where none does.
         exact: everything was measured, nothing scaled up from a sample.
         unrouted: by layer the experts that the calibration hardly routes to.
+        skipped: by layer why no center was looked for.
     """
 
     layers: dict[int, PlannedLayer]
     best_uniform: tuple[str, float] | None
     exact: bool
     unrouted: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    skipped: dict[int, str] = field(default_factory=dict)
 
     @property
     def expert_bytes_before(self) -> int:

@@ -1,14 +1,14 @@
 """The whole way of a plan: menu, one layer at a time measured, then the least total error within the budget."""
 
 import time
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import ceil, inf
 
 import torch
 from torch import Tensor
 
-from compress_tools.center.barycenter import CenterOptions, find_center
+from compress_tools.center.barycenter import CenterKind, CenterOptions, find_center
 from compress_tools.config import CompressionConfig, check_device, make_config
 from compress_tools.errors import ConfigError
 from compress_tools.format.dtypes import DTYPES
@@ -18,12 +18,13 @@ from compress_tools.numerics.work import Work
 from compress_tools.output.target import CompressionTarget, make_target
 from compress_tools.planner.allocate import Allocation, allocate, smallest
 from compress_tools.planner.candidates import CenterBits, Coder, Sizes, menu
-from compress_tools.planner.choices import Choice, Rated, expert_groups
-from compress_tools.planner.config import LayersBudget, PlannerConfig, layer_bounds
+from compress_tools.planner.center_worth import aligns_quickly, could_pay, hopeful_shares, skipped_text
+from compress_tools.planner.choices import Choice, Groups, Rated, expert_groups
+from compress_tools.planner.config import Bounds, LayersBudget, PlannerConfig, layer_bounds
 from compress_tools.planner.counted import Calibration, counted_by_output, open_calibration
 from compress_tools.planner.estimate import layer_seconds
 from compress_tools.planner.frontier import Frontier, Point
-from compress_tools.planner.measure import Sample, measure_layer
+from compress_tools.planner.measure import LayerMeasurement, Sample, measure_layer
 from compress_tools.planner.output_weights import LayerInputs, open_inputs, output_weights, unrouted_text
 from compress_tools.planner.planned import Planned, PlannedLayer
 from compress_tools.planner.target_size import as_ratio, asked_for, ratio_of
@@ -42,12 +43,14 @@ class LayerChoices:
         uniform: every single coder's.
         exact: nothing was scaled up from a sample.
         unrouted: experts that the calibration hardly routes to, see ``output_weights.LEAST_ROUTING``.
+        skipped: why no center was looked for; empty where one was, or none was wanted.
     """
 
     choices: Frontier[Choice | None]
     uniform: dict[tuple[CenterBits, Coder], Point[Choice]]
     exact: bool
     unrouted: tuple[int, ...] = ()
+    skipped: str = ""
 
 
 def find_plan(
@@ -124,17 +127,18 @@ def measure(
     source, sizes = base.source, Sizes(base.fmt)
     dense = _dense_bytes(base)
     selected = sorted(base.fmt.layers)
-    layer_bounds(request.layer_bytes_ratio, selected)  # refused before the first long step
+    bounds = layer_bounds(request.layer_bytes_ratio, selected)  # refused before the first long step
     budget = _budget(ratio_of(request), dense, selected)
     centers: tuple[CenterBits, ...] = (0,) if config.center == "none" else (0, 4, 8, 16)
-    coders = menu(sizes, request.coder_names(), centers, max(budget, 0) / len(selected))
+    layer_budget = max(budget, 0) / len(selected)
+    coders = menu(sizes, request.coder_names(), centers, layer_budget)
     calibration = open_calibration(request, source, selected)
     inputs = None
     if calibration is None:
         inputs = open_inputs(request, source, config.seed)
     elif any(calibration.layer(layer) is None for layer in selected):
         inputs = open_inputs(request.model_copy(update={"calibration": None}), source, config.seed)
-    measuring = _Measuring(base, config, request, coders, inputs, calibration, sizes, progress)
+    measuring = _Measuring(base, config, request, coders, inputs, calibration, sizes, layer_budget, bounds, progress)
     progress.say(measuring.expectation(len(selected)))
     if calibration is not None and calibration.coefficients:
         progress.say("errors are KL in nats, by the coefficients of the calibration's layers")
@@ -188,13 +192,24 @@ def choose(measured: Measured, request: PlannerConfig) -> Planned:
         planned[layer] = PlannedLayer(None if pick is None else pick.spec(measured.sizes), nbytes, dense[layer], error)
     label = None if best is None else (_label(best.picks[0]), best.error / len(planned))
     unrouted = {layer: own.unrouted for layer, own in layers.items() if own.unrouted}
-    return Planned(planned, label, all(layer.exact for layer in layers.values()), unrouted)
+    skipped = {layer: own.skipped for layer, own in layers.items() if own.skipped}
+    return Planned(planned, label, all(layer.exact for layer in layers.values()), unrouted, skipped)
 
 
 def _base_plan(reader: CheckpointReader, config: CompressionConfig) -> CompressionTarget:
     """Any valid plan of the layers asked for: it tells sizes, dtype and names, and has checked the source."""
     uniform = make_config(method="quantize", layers=config.layers, workers=config.workers, rest_bits=config.rest_bits)
     return make_target(reader, uniform)
+
+
+@dataclass(frozen=True)
+class _LayerRun:
+    """One layer that is measured."""
+
+    layer: int
+    design: Tensor
+    importance: LayerImportance | None
+    work: Work
 
 
 @dataclass(frozen=True)
@@ -208,6 +223,8 @@ class _Measuring:
     inputs: LayerInputs | None
     calibration: Calibration | None
     sizes: Sizes
+    layer_budget: float
+    bounds: Mapping[int, Bounds]
     progress: ProgressListener
 
     @property
@@ -233,22 +250,50 @@ class _Measuring:
         """Measure one layer of ``dense_bytes`` bytes."""
         config, progress, clock = self.config, self.progress, StageClock()
         read = read_layer(self.base.source, layer, DTYPES[self.base.fmt.dtype], config.device, progress, clock)
-        progress.stage("center", None, layer)
-        options = CenterOptions(config.center, config.max_iterations, config.tolerance)
-        found = find_center(read.design, options, Work(config.workers, progress, clock))
-        progress.stage(f"measuring {self.candidates} candidates", None, layer)
         importance = None if self.calibration is None else self.calibration.layer(layer)
-        measured = measure_layer(
-            read.design, found, self.sizes.projections, self.coders, self.sample, progress.step, importance
-        )
+        run = _LayerRun(layer, read.design, importance, Work(config.workers, progress, clock))
+        decides = not (config.center in ("none", "mean") or self.request.uniform or aligns_quickly(read.design))
+        alone = tuple(replace(coder, centers=(0,)) for coder in self.coders if 0 in coder.centers)
+        measured = self._measure(run, "none", alone) if decides else self._measure(run, config.center, self.coders)
         weights, unrouted = self._weights(read, layer, measured.energies, importance)
         if unrouted:
             progress.say(f"layer {layer}: {unrouted_text(unrouted)}")
-        hardness = (measured.residuals[max(measured.residuals)] * weights).sum(1)
-        rated = Rated(measured, weights, self.sizes)
-        groups = expert_groups(hardness, self.request.expert_groups)
+        skipped = ""
+        if decides:
+            shares = self._shares_that_do_not_pay(run, dense_bytes, *self._rated(measured, weights))
+            if shares is None:
+                rest = ((coder, tuple(bits for bits in coder.centers if bits)) for coder in self.coders)
+                centered = tuple(replace(coder, centers=bits) for coder, bits in rest if bits)
+                measured = measured.joined(self._measure(run, config.center, centered))
+            else:
+                skipped = skipped_text(shares)
+                progress.say(f"layer {layer}: {skipped}")
+        groups, rated = self._rated(measured, weights)
         uniform = {key: rated.uniform(*key) for key in measured.errors}
-        return LayerChoices(rated.choices(groups, dense_bytes), uniform, measured.exact, unrouted)
+        return LayerChoices(rated.choices(groups, dense_bytes), uniform, measured.exact, unrouted, skipped)
+
+    def _rated(self, measured: LayerMeasurement, weights: Tensor) -> tuple[Groups, Rated]:
+        hardness = (measured.residuals[max(measured.residuals)] * weights).sum(1)
+        return expert_groups(hardness, self.request.expert_groups), Rated(measured, weights, self.sizes)
+
+    def _shares_that_do_not_pay(
+        self, run: "_LayerRun", dense_bytes: int, groups: Groups, without: Rated
+    ) -> Tensor | None:
+        """Shares of energy that residuals would hold, where a sample shows that no center can pay; else None."""
+        self.progress.stage("whether a center pays, on a sample", None, run.layer)
+        shares = hopeful_shares(run.design, len(self.sizes.projections), self.config.workers)
+        own = self.bounds[run.layer]
+        budget = min(max(self.layer_budget, own.least * dense_bytes), own.most * dense_bytes)
+        return None if could_pay(without, self.coders, shares, groups, dense_bytes, budget) else shares
+
+    def _measure(self, run: "_LayerRun", kind: CenterKind, coders: tuple[Coder, ...]) -> LayerMeasurement:
+        config, progress = self.config, self.progress
+        progress.stage("center", None, run.layer)
+        found = find_center(run.design, CenterOptions(kind, config.max_iterations, config.tolerance), run.work)
+        count = sum(len(coder.centers) for coder in coders)
+        progress.stage(f"measuring {count} candidates", None, run.layer)
+        projections = self.sizes.projections
+        return measure_layer(run.design, found, projections, coders, self.sample, progress.step, run.importance)
 
     def _weights(
         self, read: LayerWeights, layer: int, energies: Tensor, importance: LayerImportance | None
@@ -270,8 +315,10 @@ class _Measuring:
 def _uniforms(
     layers: dict[int, LayerChoices], bounds: dict[int, tuple[float, float]]
 ) -> Iterator[tuple[int, Allocation[Choice]]]:
-    """Every single coder that keeps to the bounds: its bytes, and itself."""
+    """Every single coder that was measured on all layers and keeps to the bounds: its bytes, and itself."""
     for key in next(iter(layers.values())).uniform:
+        if not all(key in choices.uniform for choices in layers.values()):
+            continue
         own = {layer: choices.uniform[key] for layer, choices in layers.items()}
         if all(bounds[layer][0] <= point.nbytes <= bounds[layer][1] for layer, point in own.items()):
             points = tuple(own.values())
