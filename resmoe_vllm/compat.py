@@ -1,7 +1,8 @@
 """The vLLM names that serving a layer takes, in one place. Paths are those of 0.30 <= vllm < 0.34 (see version.py).
 
 Three files import vLLM themselves, each inside a function: ``__init__.py`` its version alone, version.py what it needs
-to refuse a vLLM whose paths these are not, and evaluation.py its public interface (``LLM``, ``SamplingParams``).
+to refuse a vLLM whose paths these are not, and evaluation.py its public interface (``LLM``, ``EngineArgs``,
+``SamplingParams``).
 """
 
 import sys

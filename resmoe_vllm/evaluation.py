@@ -6,6 +6,8 @@ The one module here that uses more of compress_tools than its format and errors;
 import gc
 import os
 from collections.abc import Sequence
+from dataclasses import fields
+from inspect import signature
 from typing import Any
 
 import torch
@@ -77,6 +79,14 @@ def predict(
     del llm
     gc.collect()
     return found
+
+
+def engine_arguments() -> set[str]:
+    """Names that vLLM's ``LLM`` takes, those that it hands on to its engine among them."""
+    from vllm import LLM, EngineArgs
+
+    own = set(signature(LLM.__init__).parameters) - {"self", "kwargs"}
+    return own | {field.name for field in fields(EngineArgs)}
 
 
 def _predictions(window: Window, flat: Any, count: int, vocabulary: int) -> Predictions:

@@ -1,7 +1,7 @@
 """`resmoe eval MODEL --tasks NAME`: lm-eval's tasks, run by lm-eval through its vLLM backend."""
 
 import os
-from dataclasses import fields
+from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
@@ -103,11 +103,10 @@ def merged_model_args(model: str, dtype: str, config: TasksConfig) -> dict[str, 
 def _refuse_unknown(model_args: dict[str, Any]) -> None:
     """What neither lm-eval's class nor vLLM's engine takes would end in a TypeError after minutes."""
     from lm_eval.models.vllm_causallms import VLLM
-    from vllm import LLM
-    from vllm.engine.arg_utils import EngineArgs
 
-    known = {*signature(VLLM.__init__).parameters, *signature(LLM.__init__).parameters}
-    known |= {field.name for field in fields(EngineArgs)}
+    # with the plugin: nothing here imports vLLM
+    engine: set[str] = import_module("resmoe_vllm.evaluation").engine_arguments()
+    known = {*signature(VLLM.__init__).parameters, *engine}
     if unknown := sorted(set(model_args) - (known - {"self", "kwargs"})):
         raise ConfigError(
             f"--model-args: neither lm-eval's vLLM class nor vLLM's engine knows {', '.join(unknown)}; the "
