@@ -24,6 +24,7 @@ from compress_tools.planner.config import Bounds, LayersBudget, PlannerConfig, l
 from compress_tools.planner.counted import Calibration, counted_by_output, open_calibration
 from compress_tools.planner.estimate import layer_seconds
 from compress_tools.planner.frontier import Frontier, Point
+from compress_tools.planner.low_rank_worth import worth_factorising
 from compress_tools.planner.measure import LayerMeasurement, Sample, measure_layer
 from compress_tools.planner.output_weights import LayerInputs, open_inputs, output_weights, unrouted_text
 from compress_tools.planner.planned import Planned, PlannedLayer
@@ -254,7 +255,8 @@ class _Measuring:
         run = _LayerRun(layer, read.design, importance, Work(config.workers, progress, clock))
         decides = not (config.center in ("none", "mean") or self.request.uniform or aligns_quickly(read.design))
         alone = tuple(replace(coder, centers=(0,)) for coder in self.coders if 0 in coder.centers)
-        measured = self._measure(run, "none", alone) if decides else self._measure(run, config.center, self.coders)
+        kind: CenterKind = "none" if decides else config.center
+        measured = self._alone(run, alone) if kind == "none" else self._measure(run, kind, self.coders)
         weights, unrouted = self._weights(read, layer, measured.energies, importance)
         if unrouted:
             progress.say(f"layer {layer}: {unrouted_text(unrouted)}")
@@ -271,6 +273,19 @@ class _Measuring:
         groups, rated = self._rated(measured, weights)
         uniform = {key: rated.uniform(*key) for key in measured.errors}
         return LayerChoices(rated.choices(groups, dense_bytes), uniform, measured.exact, unrouted, skipped)
+
+    def _alone(self, run: "_LayerRun", coders: tuple[Coder, ...]) -> LayerMeasurement:
+        """Candidates without a center; of a large layer low rank only where its spectra leave it a chance."""
+        low_rank = tuple(coder for coder in coders if coder.factorises)
+        codes = tuple(coder for coder in coders if not coder.factorises)
+        experts, rows = run.design.shape[:2]
+        sampled = 0 < self.sample.experts < experts or 0 < self.sample.rows < rows
+        if not (sampled and low_rank and any(not coder.joint for coder in codes)):
+            return self._measure(run, "none", coders)
+        measured = self._measure(run, "none", codes)
+        self.progress.stage("whether low rank pays, by spectra", None, run.layer)
+        kept = worth_factorising(low_rank, measured, run.design, self.sizes, self.layer_budget, self.config.workers)
+        return measured.joined(self._measure(run, "none", kept)) if kept else measured
 
     def _rated(self, measured: LayerMeasurement, weights: Tensor) -> tuple[Groups, Rated]:
         hardness = (measured.residuals[max(measured.residuals)] * weights).sum(1)
