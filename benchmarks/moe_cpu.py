@@ -20,6 +20,7 @@ from benchmarks.harness.rows import Row, print_rows, write_rows
 from benchmarks.harness.shapes import SHAPES, MoEShape
 from benchmarks.models.synthetic_layer import CODINGS, synthetic_format, synthetic_layer
 from compress_tools.format.tensors import layer_bytes, row_pointer_bytes
+from resmoe_vllm.kernels.cpu.build import chosen_path
 
 DEFAULT_TOKENS = (1, 4, 16, 64, 256, 1024)
 MIN_RUNS, MIN_SECONDS = 7, 1.0
@@ -156,6 +157,7 @@ def _row(
         "read_gb_s": achieved,
         "share_of_bandwidth": achieved / bandwidth,
         "threads": torch.get_num_threads(),
+        "path": chosen_path(),
     }
     name = (
         f"{shape.name}, {method}, T={tokens}: dense {dense.median():.2f} ms, "

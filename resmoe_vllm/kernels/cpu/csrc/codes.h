@@ -155,15 +155,15 @@ void dot_codes(const CodeRows<D>& rows, int64_t count, const Inputs& inputs, flo
                CodeScratch& scratch) {
   const auto tiles = [&](auto decoded, auto most, const uint8_t* levels, int64_t stride) {
     constexpr bool kDecoded = decltype(decoded)::value;
-    constexpr int kMost = decltype(most)::value;
+    constexpr int kMost = decltype(most)::value, kTogether = kDecoded ? kTileRows : kDirectRows;
     for (int64_t s = 0; s < inputs.count; s += kMost)
       for (int64_t r = 0; r < count;) {
         const int64_t own = std::min<int64_t>(kMost, inputs.count - s);
         const uint8_t* at = levels + r * stride;
-        if (count - r >= kTileRows) {
-          dot_inputs<D, kTileRows, kMost, kDecoded>(own, rows, r, at, stride, inputs.image + s, inputs.sum + s,
+        if (count - r >= kTogether) {
+          dot_inputs<D, kTogether, kMost, kDecoded>(own, rows, r, at, stride, inputs.image + s, inputs.sum + s,
                                                     sums + r * ld, ld);
-          r += kTileRows;
+          r += kTogether;
         } else {
           dot_inputs<D, 1, kMost, kDecoded>(own, rows, r, at, stride, inputs.image + s, inputs.sum + s, sums + r * ld,
                                             ld);
@@ -214,10 +214,13 @@ inline void make_factors(const float* numbers, int64_t twice_bias, Factors* into
   make_factors(rest, twice_bias, finer, nullptr);
 }
 
-// y[s][..] += factors of s . strip, V vectors of columns of S outputs. columns: that are left of the row.
-template <int S, int V, bool Half>
+constexpr int kStripVectors = 2;  // at most 32 columns, which share their scales
+
+// y[s][..] += factors of s . strip, kStripVectors of columns of S outputs. columns: that are left of the row.
+template <int S, bool Half>
 inline void axpy_tile(const uint8_t* strip, int64_t quad_stride, const Factors* const* factors, float* const* y,
                       int64_t column, int64_t columns) {
+  constexpr int V = kStripVectors;
   Acc acc[S][V];
 #pragma GCC unroll 4
   for (int s = 0; s < S; ++s)
@@ -278,20 +281,12 @@ inline void make_strip(const CodeRows<D>& rows, int64_t count, int64_t chunk, ui
   }
 }
 
-template <int S, bool Half, class... Rest>
-inline void axpy_outputs(int64_t vectors, Rest... rest) {
-  if (vectors == 4)
-    axpy_tile<S, 4, Half>(rest...);
-  else
-    axpy_tile<S, 2, Half>(rest...);
-}
-
 // y[s] += sum over r < count of a[s * lda + r] * row r; count at most kRows. fine: whether numbers of s are.
 template <class D>
 void axpy_codes(const float* a, int64_t lda, const CodeRows<D>& rows, int64_t count, float* const* y, const bool* fine,
                 int64_t outputs, CodeScratch& scratch) {
   constexpr int64_t kChunk = CodeRows<D>::kChunk;
-  constexpr int kMostVectors = kTileInputs == 3 ? 4 : 2, kMostOutputs = kTileInputs;
+  constexpr int kMostOutputs = kTileInputs;
   const bool one_scale = rows.groups == 1;
   const int64_t per = one_scale ? 1 : std::max<int64_t>(1, kChunk / rows.group);
   scratch.strip.resize(kRows * kChunk);
@@ -318,9 +313,8 @@ void axpy_codes(const float* a, int64_t lda, const CodeRows<D>& rows, int64_t co
       }
     }
     make_strip(rows, count, chunk, scratch.strip.data());
-    const int64_t most = std::min<int64_t>(kMostVectors, one_scale ? kMostVectors : rows.group / kWide);
     for (int64_t s = 0; s < products; s += kMostOutputs)
-      for (int64_t c = 0; c < kChunk && begin + c < rows.n; c += most * kWide) {
+      for (int64_t c = 0; c < kChunk && begin + c < rows.n; c += kStripVectors * kWide) {
         const Factors* own[kMostOutputs];
         const int64_t p = one_scale ? 0 : std::min(per - 1, (begin + c) / rows.group - first_group);
         for (int64_t k = 0; k < kMostOutputs; ++k) own[k] = factors + p * 2 * outputs + std::min(products - 1, s + k);
@@ -328,14 +322,14 @@ void axpy_codes(const float* a, int64_t lda, const CodeRows<D>& rows, int64_t co
         constexpr bool kHalf = D::kTwiceBias % 2;
         switch (std::min<int64_t>(kMostOutputs, products - s)) {
           case 1:
-            axpy_outputs<1, kHalf>(most, at, 4 * kChunk, own, into + s, begin + c, rows.n - begin - c);
+            axpy_tile<1, kHalf>(at, 4 * kChunk, own, into + s, begin + c, rows.n - begin - c);
             break;
           case 2:
-            axpy_outputs<2, kHalf>(most, at, 4 * kChunk, own, into + s, begin + c, rows.n - begin - c);
+            axpy_tile<2, kHalf>(at, 4 * kChunk, own, into + s, begin + c, rows.n - begin - c);
             break;
           default:
             if constexpr (kMostOutputs == 3)
-              axpy_outputs<3, kHalf>(most, at, 4 * kChunk, own, into + s, begin + c, rows.n - begin - c);
+              axpy_tile<3, kHalf>(at, 4 * kChunk, own, into + s, begin + c, rows.n - begin - c);
         }
       }
   }

@@ -12,6 +12,7 @@
 namespace resmoe {
 
 constexpr int kBytes = 32, kWide = 8;
+constexpr int kDirectRows = 2;                 // multiplied while they are decoded
 constexpr int kTileRows = 2, kTileInputs = 2;  // of a tile of dots: its sums stay in registers
 using Bytes = __m256i;
 using Ints = __m256i;

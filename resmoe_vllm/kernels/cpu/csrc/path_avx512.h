@@ -11,7 +11,8 @@
 namespace resmoe {
 
 constexpr int kBytes = 64, kWide = 16;
-constexpr int kTileRows = 4, kTileInputs = 3;  // of a tile of dots: its sums stay in registers
+constexpr int kDirectRows = 4;                 // multiplied while they are decoded
+constexpr int kTileRows = 2, kTileInputs = 3;  // GCC 12 copies the sums of larger tiles from register to register
 using Bytes = __m512i;
 using Ints = __m512i;
 using Floats = __m512;
