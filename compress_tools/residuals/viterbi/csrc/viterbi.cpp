@@ -16,7 +16,8 @@ void search_rows(const int8_t* tables, const int16_t* x, int64_t rows, int64_t c
 
 }  // namespace
 
-// x: [rows, columns]; ratios: [rows, groups], or with group 0 [rows, columns]; symbols, levels: [rows, columns]. 0, or 1 where bits is none of 1 to 4.
+// x: [rows, columns]; ratios: [rows, groups], or with group 0 [rows, columns]; symbols, levels: [rows, columns]. 0, or
+// 1 where bits is none of 1 to 4.
 extern "C" int resmoe_trellis_search(int64_t bits, const int8_t* tables, const int16_t* x, int64_t rows,
                                      int64_t columns, int64_t group, const float* ratios, uint8_t* symbols,
                                      int8_t* levels) {

@@ -137,7 +137,8 @@ struct Trellis {
     alignas(64) int32_t next[kHistories], added[kHistories];
     if (!row.group) {
       if (!first) reweight_column(cost, row.ratios[t]);
-    } else if (!first && t % row.group == 0 && row.ratios[t / row.group] != 1) reweight(cost, row.ratios[t / row.group]);
+    } else if (!first && t % row.group == 0 && row.ratios[t / row.group] != 1)
+      reweight(cost, row.ratios[t / row.group]);
     const int32_t times = -2 * kSymbols * (int32_t)row.x[t];
     constexpr int kRun = kHistories / kEntries;
     for (int e = 0; e < kEntries; ++e) {
