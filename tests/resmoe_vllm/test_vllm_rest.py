@@ -29,8 +29,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
     "qwen3_moe": ({"tie_word_embeddings": True}, 10),
     # latent attention (q, kv_a, kv_b, o), a dense first layer, shared experts
     "deepseek_v3": ({}, 20),
-    # a state space beside attention
-    "granitemoehybrid": ({}, 10),
+    # a state space beside attention; tied
+    "granitemoehybrid": ({}, 14),
 }
 
 
