@@ -17,6 +17,7 @@ from benchmarks.models.reference_models import preset_config
 from benchmarks.quality.compare import (
     Measured,
     bytes_section,
+    calibration_section,
     experts_section,
     layers_section,
     original,
@@ -29,7 +30,7 @@ from benchmarks.quality.verdicts import verdicts
 from compress_tools.errors import ResMoEError
 
 PRESETS = {"upcycled": "quality-upcycled", "scratch": "quality-scratch", "merged": "quality-merged"}
-SECTIONS = ("paper", "bytes", "layers", "experts")
+SECTIONS = ("paper", "bytes", "calibration", "layers", "experts")
 RATIOS = (0.1, 0.15, 0.2, 0.25, 0.32, 0.45)
 EXPERTS_RATIO = 0.25
 
@@ -152,6 +153,8 @@ def measure(
         found += paper_section(subject, label, say)
     if "bytes" in sections:
         found += bytes_section(subject, label, ratios, say)
+    if "calibration" in sections:
+        found += calibration_section(subject, label, ratios, say)
     if "layers" in sections:
         found += layers_section(subject, label, say)
     if "experts" in sections:

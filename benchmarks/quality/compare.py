@@ -1,4 +1,4 @@
-"""The comparison's sections: the paper's table, byte budgets, layer groups, and the number of experts."""
+"""The comparison's sections: the paper's table, byte budgets, calibration, layer groups, the number of experts."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.harness.rows import Row
 from benchmarks.models.reference_models import ReferenceModelConfig
+from benchmarks.models.reference_models.corpus import read_corpus
 from benchmarks.models.reference_models.model import expert_modules, new_model, upcycle
 from benchmarks.quality.gguf_baselines import GGUF, run_gguf
 from benchmarks.quality.methods import (
@@ -17,6 +18,8 @@ from benchmarks.quality.methods import (
     CENTER_TRELLIS,
     PAPER,
     PLAIN_BITS,
+    PLANNER,
+    PLANNER_BY_OUTPUT,
     TRELLIS_BITS,
     Method,
     Outcome,
@@ -27,9 +30,13 @@ from benchmarks.quality.methods import (
     run_method,
 )
 from benchmarks.quality.subject import Checkpoint, Subject
+from compress_tools.calibration.calibrate import calibrate
+from compress_tools.calibration.config import make_calibration_config
 from compress_tools.evaluation.predictions import Scores
 
 RETAIN_RATIO = 0.25
+# Of the training text: every so many modules, so many tokens of them.
+CALIBRATION_STEP, CALIBRATION_TOKENS = 16, 32768
 EXPERT_COUNTS = (8, 16, 64)
 DROP_FRACTION, EXPERT_NOISE = 0.15, 0.1
 Say = Callable[[str], None]
@@ -117,6 +124,21 @@ def bytes_section(subject: Subject, label: str, ratios: list[float], say: Say) -
                 say(f"{label}: {method.name} does not fit {ratio:.0%}")
                 continue
             yield _scored("bytes", label, subject, run_method(subject, method, value), say, ratio)
+
+
+def calibration_section(subject: Subject, label: str, ratios: list[float], say: Say) -> Iterator[Measured]:
+    """Trellis codes and plans that know what errors count, from a text of the training corpus."""
+    with tempfile.TemporaryDirectory() as folder:
+        text, file = Path(folder) / "text.txt", Path(folder) / "calibration.safetensors"
+        text.write_text("\n".join(module.text for module in read_corpus().train[::CALIBRATION_STEP]), encoding="utf-8")
+        asked = make_calibration_config(text=str(text), max_tokens=CALIBRATION_TOKENS, coefficients=True)
+        calibrate(subject.path, file, asked)
+        runs: list[tuple[Method, float | None]] = [(method, None) for method in TRELLIS_BITS]
+        runs += [(method, ratio) for method in (PLANNER, PLANNER_BY_OUTPUT) for ratio in ratios]
+        for method, ratio in runs:
+            named = Method(f"{method.name}, calibrated", method.family, method.options, method.knob)
+            outcome = run_method(subject, named, ratio, calibration=file)
+            yield _scored("calibration", label, subject, outcome, say, ratio)
 
 
 def layers_section(subject: Subject, label: str, say: Say) -> Iterator[Measured]:

@@ -130,7 +130,13 @@ def fitted_methods() -> list[Method]:
     return [*FITTED, PLANNER, PLANNER_BY_OUTPUT]
 
 
-def run_method(subject: Checkpoint, method: Method, value: float | None = None, layers: str = "all") -> Outcome:
+def run_method(
+    subject: Checkpoint,
+    method: Method,
+    value: float | None = None,
+    layers: str = "all",
+    calibration: Path | None = None,
+) -> Outcome:
     """Compress as `resmoe compress` does, read back what was written.
 
     Args:
@@ -138,17 +144,19 @@ def run_method(subject: Checkpoint, method: Method, value: float | None = None, 
         method: what to do.
         value: its knob's.
         layers: as `--layers`; not with the planner, which chooses.
+        calibration: as `--calibration`.
     """
+    seen = {} if calibration is None else {"calibration": str(calibration)}
     options = {**method.options, **({method.knob: value} if method.knob else {})}
     if layers != "all":
         options["layers"] = layers
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "compressed"
         if method.knob == PLANNER.knob:
-            planned = plan_for_budget(subject.path, make_config(), make_planner_config(**options))
-            report = compress(subject.path, target, make_config(), planned=planned)
+            planned = plan_for_budget(subject.path, make_config(**seen), make_planner_config(**options, **seen))
+            report = compress(subject.path, target, make_config(**seen), planned=planned)
         else:
-            report = compress(subject.path, target, make_config(**options))
+            report = compress(subject.path, target, make_config(**options, **seen))
         checkpoint, found = ResMoECheckpoint(target), inspect(target)
         experts = {
             layer: [

@@ -14,6 +14,7 @@ from benchmarks.quality.compare import Measured
 TITLES = {
     "paper": "25 % of parameters kept, the paper's accounting",
     "bytes": "at equal bytes",
+    "calibration": "with a calibration on training text",
     "layers": "some layers compressed, 25 % of their parameters kept",
     "experts": "made by upcycling one dense MLP; error alone",
 }

@@ -144,6 +144,18 @@ def test_groups_form_around_the_most_used_and_weigh_by_use() -> None:
     assert sorted(alone.group.tolist()) == [0, 1, 2, 3]
 
 
+def test_calibrated_rows_know_the_training_text(subject, monkeypatch) -> None:
+    monkeypatch.setattr(compare, "TRELLIS_BITS", TRELLIS_BITS[1:2])
+    monkeypatch.setattr(compare, "PLANNER_BY_OUTPUT", replace(methods.PLANNER, options={"coders": "trellis"}))
+    monkeypatch.setattr(compare, "PLANNER", replace(methods.PLANNER, options={"coders": "trellis", "uniform": True}))
+    rows = list(compare.calibration_section(subject, "small", [0.3], lambda text: None))
+    assert [row.name for row in rows] == ["trellis 3-bit, calibrated"] + ["ResMoE planner, calibrated"] * 2
+    plain = run_method(subject, TRELLIS_BITS[1])
+    assert rows[0].bytes_disk == plain.bytes_disk
+    assert rows[0].relative_error > plain.relative_error  # of plain weights: what counts less is coded worse
+    assert all(row.ratio <= 0.3 for row in rows[1:])
+
+
 def test_layer_groups_leave_the_others_alone(subject) -> None:
     rows = list(compare.layers_section(subject, "small", lambda text: None))
     assert {row.name.rsplit(", ", 1)[1] for row in rows} == {"bottom (layers 0)", "middle (layers 0)", "top (layers 1)"}
