@@ -13,6 +13,7 @@ Both pass through the activation by its slope.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -203,28 +204,38 @@ def _fp64(matrix: Matrix) -> Tensor:
     return matrix.to(torch.float32).double() if isinstance(matrix, Coded) else matrix.double()
 
 
-def _terms(weights: ResMoEWeights, projection: Projection, expert: int) -> list[tuple[Tensor, Tensor | None]]:
+class _Term(NamedTuple):
     """What one expert's matrix is summed of: ``[I, H]``, or the factors ``[I, R]`` and ``[R, H]``; fp64."""
-    terms: list[tuple[Tensor, Tensor | None]] = []
+
+    first: Tensor
+    second: Tensor | None
+    coded: bool
+
+
+def _terms(weights: ResMoEWeights, projection: Projection, expert: int) -> list[_Term]:
+    terms: list[_Term] = []
     if projection in weights.center:
-        terms.append((_fp64(weights.center[projection]), None))
+        center = weights.center[projection]
+        terms.append(_Term(_fp64(center), None, isinstance(center, Coded)))
     for part in weights.residual:
         if projection not in part.projections:
             continue
         if isinstance(part, LowRankWeights):
-            terms.append((_fp64(part.u[expert]), _fp64(part.v[projection][expert])))
+            u, v = part.u[expert], part.v[projection][expert]
+            terms.append(_Term(_fp64(u), _fp64(v), isinstance(u, Coded)))
         elif isinstance(part, QuantizedWeights):
-            terms.append((_fp64(part.rows[projection][expert]), None))
+            terms.append(_Term(_fp64(part.rows[projection][expert]), None, coded=True))
         else:
-            terms.append((decode_bitmap_ref(part, projection, expert, weights.hidden_size).double(), None))
+            matrix = decode_bitmap_ref(part, projection, expert, weights.hidden_size).double()
+            terms.append(_Term(matrix, None, coded=False))
     return terms
 
 
 def _sizes(weights: ResMoEWeights, projection: Projection, expert: int) -> tuple[Tensor, Tensor]:
     """Sum of the absolute values that one expert's matrix is summed of, and the matrix's squares; ``[I, H]``."""
     terms = _terms(weights, projection, expert)
-    sizes = torch.stack([u.abs() if v is None else u.abs() @ v.abs() for u, v in terms]).sum(0)
-    return sizes, torch.stack([u if v is None else u @ v for u, v in terms]).sum(0) ** 2
+    sizes = torch.stack([u.abs() if v is None else u.abs() @ v.abs() for u, v, _ in terms]).sum(0)
+    return sizes, torch.stack([u if v is None else u @ v for u, v, _ in terms]).sum(0) ** 2
 
 
 def _share_squares(x: Tensor, matrix: Tensor, transposed: bool) -> Tensor:
@@ -249,14 +260,14 @@ def _product(
 ) -> _Product:
     """``x [T, H]`` times one expert's ``[I, H]`` transposed; ``x [T, I]`` times ``[I, H]`` if ``transposed``."""
     values, sizes, squares, shares = [], [], [], []
-    for u, v in _terms(weights, projection, expert):
+    for u, v, coded in _terms(weights, projection, expert):
         if v is None:
             matrix = u if transposed else u.T
             values.append(x @ matrix)
             sizes.append(x.abs() @ matrix.abs())
             # the weight; twice, for a kernel may round its sum with another; the result
             squares.append(2 * (x**2 @ matrix**2) + values[-1] ** 2)
-            shares.append(_share_squares(x, matrix, transposed))
+            shares.append(_share_squares(x, matrix, transposed) * coded)
             continue
         first, second = (u, v) if transposed else (v.T, u.T)
         shrunk = x @ first
@@ -264,7 +275,8 @@ def _product(
         sizes.append(x.abs() @ first.abs() @ second.abs())
         # the first factor; what it gives and the second one; the result
         squares.append(x**2 @ first**2 @ second**2 + 2 * (shrunk**2 @ second**2) + values[-1] ** 2)
-        shares.append(_share_squares(x, first, transposed) @ second**2 + _share_squares(shrunk, second, transposed))
+        shared = _share_squares(x, first, transposed) @ second**2 + _share_squares(shrunk, second, transposed)
+        shares.append(shared * coded)
     if projection in weights.biases:
         bias = weights.biases[projection][expert].double()
         values.append(bias.expand_as(values[0]))
