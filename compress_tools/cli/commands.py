@@ -142,12 +142,20 @@ def compress(  # noqa: PLR0913 - click hands over each option by its name
 
     A log is kept in DST.log.
     """  # noqa: D301 - click's mark of lines to keep
-    from compress_tools.cli.printing import print_report, print_result, progress_on_stderr, with_command
+    from compress_tools.cli.printing import (
+        print_for_people,
+        print_report,
+        print_result,
+        progress_on_stderr,
+        with_command,
+    )
     from compress_tools.cli.request import BUDGETS, check_prediction, kept_plan_path, plan_for_output, read_request
     from compress_tools.cli.sources import opened_source
+    from compress_tools.kv_cache import cache_text
     from compress_tools.pipeline import compress as run
     from compress_tools.pipeline import compress_slice
     from compress_tools.slices.slices import make_slice, slice_path
+    from compress_tools.source.reader import CheckpointReader
 
     request = read_request(given(options), plan_file)
     part = None if shard is None else make_slice(shard)
@@ -208,6 +216,9 @@ def compress(  # noqa: PLR0913 - click hands over each option by its name
         if request.budget is not None:
             kept_plan_path(dst).unlink(missing_ok=True)
     print_report(report, dst, as_json=as_json)
+    if request.asks_for_a_size and not as_json:
+        stored = report.expert_bytes_after + report.other_after
+        print_for_people(cache_text(CheckpointReader(dst).config, stored))
 
 
 @cli.command()
@@ -528,6 +539,7 @@ def _print_plan(
     from compress_tools.cli.printing import loud, print_for_people, print_result, progress_on_stderr, with_command
     from compress_tools.cli.request import planned_sizes, prediction_warning
     from compress_tools.cli.tables import plan_table, planned_table
+    from compress_tools.kv_cache import cache_text
     from compress_tools.slices.slices import shards_of
 
     with (
@@ -549,6 +561,8 @@ def _print_plan(
     print_for_people(*remarks)
     if request.budget is not None and planned is not None and planned.found is not None:
         print_for_people(planned_table(planned.found, request.budget.optimize))
+    if request.asks_for_a_size:
+        print_for_people(cache_text(made.source.reader.config, made.summary()["total_bytes"]["after"]))
     if warning is not None:
         print_for_people(loud(warning))
     if part is not None:

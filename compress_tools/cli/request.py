@@ -48,6 +48,11 @@ class Request:
     budget: PlannerConfig | None = None
     planned: PlanFile | None = None
 
+    @property
+    def asks_for_a_size(self) -> bool:
+        """All weight files are to fit somewhere."""
+        return self.budget is not None and self.budget.target_size is not None
+
 
 def read_request(given: Mapping[str, Any], plan: str | None) -> Request:
     """Tell the three ways apart, and refuse options that would have no effect.

@@ -147,6 +147,22 @@ def test_a_plan_says_what_it_predicts_and_replaces_a_file_only_when_told(
     assert "best single coder" in stdout
 
 
+def test_a_target_size_says_what_remains_for_the_kv_cache(resmoe: Resmoe, tiny_mixtral: Path, tmp_path: Path) -> None:
+    size = sum(file.stat().st_size for file in tiny_mixtral.glob("*.safetensors")) * 8 // 10
+    words = "--target-size", size, "--coders", "trellis"
+    config = json.loads((tiny_mixtral / "config.json").read_text())
+    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    cached = config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * width * 2  # keys and values, bf16
+    each = f"the cache takes {cached} B a token in bf16"
+    for command in (("plan", tiny_mixtral), ("compress", tiny_mixtral, tmp_path / "out")):
+        code, stdout, _ = resmoe(*command, *words)
+        assert code == 0
+        said = " ".join(stdout.split())
+        assert "On a card of 8 GiB, of which vLLM takes 92%," in said
+        assert "remain for the KV cache" in said
+        assert each in said
+
+
 def test_a_family_that_vllm_cannot_serve_is_not_sent_there(resmoe: Resmoe, tmp_path: Path) -> None:
     source = save_tiny_model("switch_transformers", tmp_path / "model", torch.bfloat16)
     code, stdout, stderr = resmoe("compress", source, tmp_path / "small", "--method", "prune", "--center", "mean")
