@@ -146,7 +146,8 @@ def rows8_fake(
     bias: Tensor | None,  # noqa: ARG001
 ) -> Tensor:
     """Shape and dtype of ``rows8``, for tracing."""
-    return x.new_empty(len(x), len(codes))
+    # len() of a traced tensor would fix its size.
+    return x.new_empty(x.shape[0], codes.shape[0])
 
 
 def register_op() -> None:
