@@ -20,7 +20,7 @@ from compress_tools.planner.allocate import Allocation, allocate, smallest
 from compress_tools.planner.candidates import CenterBits, Coder, Sizes, menu
 from compress_tools.planner.center_worth import aligns_quickly, could_pay, hopeful_shares, skipped_text
 from compress_tools.planner.choices import Choice, Groups, Rated, expert_groups
-from compress_tools.planner.config import Bounds, LayersBudget, PlannerConfig, layer_bounds
+from compress_tools.planner.config import CALIBRATED_METHODS, Bounds, LayersBudget, PlannerConfig, layer_bounds
 from compress_tools.planner.counted import Calibration, counted_by_output, open_calibration
 from compress_tools.planner.estimate import layer_seconds
 from compress_tools.planner.frontier import Frontier, Point
@@ -132,8 +132,9 @@ def measure(
     budget = _budget(ratio_of(request), dense, selected)
     centers: tuple[CenterBits, ...] = (0,) if config.center == "none" else (0, 4, 8, 16)
     layer_budget = max(budget, 0) / len(selected)
-    coders = menu(sizes, request.coder_names(), centers, layer_budget)
     calibration = open_calibration(request, source, selected)
+    methods = request.coder_names() if calibration is None or request.coders != "all" else CALIBRATED_METHODS
+    coders = menu(sizes, methods, centers, layer_budget)
     inputs = None
     if calibration is None:
         inputs = open_inputs(request, source, config.seed)
@@ -141,6 +142,8 @@ def measure(
         inputs = open_inputs(request.model_copy(update={"calibration": None}), source, config.seed)
     measuring = _Measuring(base, config, request, coders, inputs, calibration, sizes, layer_budget, bounds, progress)
     progress.say(measuring.expectation(len(selected)))
+    if calibration is not None and methods == CALIBRATED_METHODS:
+        progress.say(f"with a calibration {' and '.join(methods)} are on the menu; --coders names others")
     if calibration is not None and calibration.coefficients:
         progress.say("errors are KL in nats, by the coefficients of the calibration's layers")
     layers: dict[int, LayerChoices] = {}

@@ -154,3 +154,12 @@ def test_the_recipe_knows_its_content(made: Path, trained: tuple[Path, Path], tm
     assert CalibrationFile(made).digest() in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(CheckpointError, match="recipe"):
         compress(trained[0], tmp_path / "out", make_config(**options), resume=True)
+
+
+def test_with_a_calibration_the_menu_is_codes_unless_others_are_named(made: Path, trained: tuple[Path, Path]) -> None:
+    """What pruning leaves out is foreseen too low."""
+    for coders, pruned in (("all", False), ("prune", True)):
+        asked = make_planner_config(target_bytes_ratio=0.2, coders=coders, calibration=str(made), **WHOLE)
+        planned = plan_for_budget(trained[0], make_config(calibration=str(made), workers=1), asked)
+        assert ("method: bitmap" in planned.text) == pruned
+        assert ("method: trellis" in planned.text) != pruned
