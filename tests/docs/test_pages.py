@@ -157,34 +157,48 @@ def test_compression_table_is_the_rows():
     assert seen == 18
 
 
+QUARTER, LESS = "## At a quarter of the bytes", "## With fewer bytes"
 QUALITY_ROWS = {
-    "original": ("original", "original", None),
-    "`--target-bytes-ratio 0.25`": ("bytes", "ResMoE planner", 0.25),
-    "the same, `--optimize output`": ("bytes", "ResMoE planner, by output", 0.25),
-    "plain 4-bit": ("bytes", "plain 4-bit", None),
-    "plain 3-bit": ("bytes", "plain 3-bit", None),
-    "plain pruning, 4-bit values": ("bytes", "plain pruning, 4-bit values", 0.25),
-    "ResMoE (SVD), the paper's, bf16": ("bytes", "ResMoE (SVD)", 0.25),
-    "ResMoE (UP), the paper's, bf16": ("bytes", "ResMoE (UP)", 0.25),
-    "plain SVD": ("bytes", "plain SVD", 0.25),
-    "plain pruning, bf16": ("bytes", "plain pruning (UP)", 0.25),
+    (QUARTER, "original"): ("original", "original", None),
+    (QUARTER, "`--target-bytes-ratio 0.25`, the default"): ("bytes", "ResMoE planner", 0.25),
+    (QUARTER, "the same, `--optimize output`"): ("bytes", "ResMoE planner, by output", 0.25),
+    (QUARTER, "trellis 4-bit, no center"): ("bytes", "trellis 4-bit", None),
+    (QUARTER, "plain 4-bit"): ("bytes", "plain 4-bit", None),
+    (QUARTER, "GGUF Q4_0"): ("bytes", "GGUF Q4_0", None),
+    (QUARTER, "GGUF Q8_0"): ("bytes", "GGUF Q8_0", None),
+    (QUARTER, "plain pruning, 4-bit values"): ("bytes", "plain pruning, 4-bit values", 0.25),
+    (QUARTER, "ResMoE (SVD), the paper's, bf16"): ("bytes", "ResMoE (SVD)", 0.25),
+    (QUARTER, "ResMoE (UP), the paper's, bf16"): ("bytes", "ResMoE (UP)", 0.25),
+    (QUARTER, "plain SVD"): ("bytes", "plain SVD", 0.25),
+    (QUARTER, "plain pruning, bf16"): ("bytes", "plain pruning (UP)", 0.25),
+    (LESS, "`--target-bytes-ratio 0.2`"): ("bytes", "ResMoE planner", 0.2),
+    (LESS, "trellis 3-bit, no center"): ("bytes", "trellis 3-bit", None),
+    (LESS, "plain 3-bit"): ("bytes", "plain 3-bit", None),
+    (LESS, "`--target-bytes-ratio 0.15`"): ("bytes", "ResMoE planner", 0.15),
+    (LESS, "the same, `--optimize output`"): ("bytes", "ResMoE planner, by output", 0.15),
+    (LESS, "trellis 2-bit, no center"): ("bytes", "trellis 2-bit", None),
+    (LESS, "plain 2-bit"): ("bytes", "plain 2-bit", None),
+    (LESS, "`--target-bytes-ratio 0.1`"): ("bytes", "ResMoE planner", 0.1),
+    (LESS, "at 0.1, `--optimize output`"): ("bytes", "ResMoE planner, by output", 0.1),
 }
 
 
-@pytest.mark.parametrize("label", QUALITY_ROWS)
-def test_quality_table_is_the_rows(label: str):
-    section, method, ratio = QUALITY_ROWS[label]
-    cells = table(QUALITY, "## At a quarter of the bytes")[label][1:]
-    for model, shown in (("upcycled", cells[:3]), ("scratch", cells[3:])):
+@pytest.mark.parametrize(("heading", "label"), QUALITY_ROWS)
+def test_quality_table_is_the_rows(heading: str, label: str):
+    section, method, ratio = QUALITY_ROWS[heading, label]
+    size, *cells = table(QUALITY, heading)[label]
+    for number, model in enumerate(("upcycled", "merged", "scratch")):
         (row,) = [
             row
-            for row in rows("quality-cpu.json")
+            for row in rows("quality-cpu-avx512.json")
             if (row.get("model"), row.get("section"), row.get("method"), row.get("asked_ratio"))
             == (model, section, method, ratio)
         ]
-        for cell, key in zip(shown, ("relative_error", "perplexity", "kl_nats"), strict=True):
+        assert float(size.split()[0]) >= round(100 * row["bytes_disk"] / row["bytes_original"], 1)
+        for cell, key in zip(cells[2 * number : 2 * number + 2], ("perplexity", "kl_nats"), strict=True):
             digits = len(cell.partition(".")[2])
             assert float(cell) == pytest.approx(row[key], abs=0.501 * 10**-digits), (label, model, key)
+    assert len(cells) == 6
 
 
 def test_architecture_names_every_room():
