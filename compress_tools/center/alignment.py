@@ -1,14 +1,22 @@
 """Match each expert's rows to the center's at least squared distance. Sole caller of the assignment solvers."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from compress_tools.center.assignment import MAX_GAP, Certificate, Cost, certify, solve_assignment
+from compress_tools.center.assignment import (
+    MAX_GAP,
+    Certificate,
+    Cost,
+    certify,
+    solve_assignment,
+    solve_with_lapx,
+)
 from compress_tools.center.optimality_proofs import is_certainly_optimal, rows_too_close
 from compress_tools.errors import NumericalError
 from compress_tools.numerics.clock import StageClock
@@ -143,26 +151,38 @@ class _Problem:
             return self._assigned(gain)
 
     def _assigned(self, gain: Tensor) -> _Match:
-        if self.guess is not None:
-            match = self._certified(gain, self.guess, _WARM_SWEEPS)
-            if match.gap <= MAX_GAP:
-                return match
-        for dtype in (np.float32, np.float64):
-            columns = torch.from_numpy(solve_assignment(_cost(gain, self.warm, dtype))).long()
-            match = self._certified(gain, columns, _SWEEPS)
+        for match in self._attempts(gain):
             if match.gap <= MAX_GAP:
                 return match
         raise NumericalError(
             f"expert {self.expert}: assignment not certified optimal: relative duality gap {match.gap:.3g}"
         )
 
-    def _certified(self, gain: Tensor, columns: Tensor, sweeps: int) -> _Match:
+    def _attempts(self, gain: Tensor) -> Iterator[_Match]:
+        """Matches from the cheapest to the surest; only the first that is certified is ever asked for."""
+        if self.guess is not None:
+            yield self._certified(gain, self.guess, _WARM_SWEEPS)
+        for dtype in (np.float32, np.float64):
+            columns = torch.from_numpy(solve_assignment(_cost(gain, self.warm, dtype))).long()
+            yield self._certified(gain, columns, _SWEEPS)
+        # Perhaps the match is right and its proof unfinished: sweeps stop when the potentials hardly rise, yet a
+        # small rise of one can then raise many others. If a whole sweep raises them by t in sum, the next raises
+        # each by at most t, which bounds the gap by I * t.
+        thorough = replace(self, warm=None)
+        yield thorough._certified(gain, columns, _SWEEPS, 1 / len(gain))
+        # Or not quite right: POT takes reduced costs down to -2e-15 of the largest potential for 0, which near
+        # copies of rows of very different size can tell from the optimum. Jonker-Volgenant compares exactly.
+        columns = torch.from_numpy(solve_with_lapx(_cost(gain, None, np.float64))).long()
+        yield thorough._certified(gain, columns, _SWEEPS, 1 / len(gain))
+
+    def _certified(self, gain: Tensor, columns: Tensor, sweeps: int, share: float = 1.0) -> _Match:
+        """A match and its gap; sweeps stop at a rise of ``share`` of a tenth of the largest gap that is let pass."""
         scale = self.center_energy + squared_norm(self.weights)
         distance = squared_distance(self.center, self.weights[columns.to(self.weights.device)])
         # Rounding of fp32 products bounds what a distance can mean; equal rows have distance 0 and gap 0.
         meaning = max(distance, 1e-9 * scale)
         start = self.warm.column_potential if self.warm is not None else None
-        proof = certify(gain, columns, 0.1 * MAX_GAP * meaning / 2, sweeps, start)
+        proof = certify(gain, columns, share * (0.1 * MAX_GAP * meaning / 2), sweeps, start)
         gap = max(2 * proof.gap / meaning, 0.0) if meaning else 0.0
         return _Match(columns, distance, gap, proof)
 

@@ -13,7 +13,8 @@ from compress_tools.errors import NumericalError
 # POT's network simplex is the reference and quick enough below this many rows; lapx's Jonker-Volgenant above.
 POT_MAX_ROWS = 256
 
-# A relative duality gap above this is a solver's failure: the assignment is solved again in float64, then refused.
+# A relative duality gap above this: the assignment is solved again in float64, then swept to the end, then solved by
+# the other solver, and only then refused.
 MAX_GAP = 1e-6
 
 # Values of a block of rows that sweeps look at together: their float64 copy stays in the cache.
@@ -92,7 +93,8 @@ def certify(
     Args:
         gain: ``[I, I]``, to be maximised; the arithmetic here is float64.
         columns: ``[I]`` int64, row i is matched to ``columns[i]``.
-        tolerance: stop sweeping once potentials grow by no more than this in sum.
+        tolerance: stop sweeping once potentials grow by no more than this in sum. What is left may be more: the gap
+            is then at most ``I * tolerance``, since one potential can raise all others by as much as itself.
         max_sweeps: most sweeps.
         start: column potentials ``[I]`` float64 to sweep from, such as those of a like problem; by default half the
             matched gains, which are feasible at once where the rows are noisy copies of each other.

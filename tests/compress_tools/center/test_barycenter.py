@@ -5,6 +5,7 @@ import ot
 import pytest
 import torch
 
+from compress_tools.center.assignment import MAX_GAP
 from compress_tools.center.barycenter import CenterOptions, barycenter, find_center, spread
 from tests.compress_tools.center.test_alignment import random_design
 
@@ -78,3 +79,49 @@ def test_bf16_weights_give_the_center_of_their_values() -> None:
     low, full = barycenter(design), barycenter(design.float())
     assert torch.equal(low.perm, full.perm)
     assert torch.equal(low.center, full.center)
+
+
+# How far experts are from copies of each other, as shares of their energy.
+SHARES = (0.0, 1e-14, 1e-10, 1e-9, 1e-8, 1e-6, 1e-3, 0.1, 0.5, 0.8, 0.95, 1.0)
+
+
+def layer(kind: str, share: float, seed: int) -> torch.Tensor:
+    """Experts that hold ``share`` of their energy apart, half of the layers with shuffled rows: ``[E, I, D]``."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(*sizes: int) -> int:
+        return sizes[int(torch.randint(len(sizes), (1,), generator=generator))]
+
+    experts, rows, columns = pick(2, 5), pick(2, 5, 17, 40), pick(1, 2, 6, 24, 100)
+    base, *own = torch.randn(experts + 1, rows, columns, generator=generator)
+    if kind == "rows of very different size":
+        size = torch.exp(4 * torch.randn(experts + 1, rows, 1, generator=generator))
+        base, own = base * size[0], [each * factor for each, factor in zip(own, size[1:], strict=True)]
+    elif kind == "repeated rows":
+        base = base[torch.randint(max(1, rows // 4), (rows,), generator=generator)]
+    elif kind == "far from zero":
+        base = base + 100
+    elif kind == "dead rows":
+        base[rows // 2 :] = 0
+    design = torch.stack([(1 - share) ** 0.5 * base + share**0.5 * each for each in own])
+    if kind == "on a grid":
+        design = (2 * design).round() / 2
+    if pick(0, 1):
+        design = torch.stack([expert[torch.randperm(rows, generator=generator)] for expert in design])
+    return design
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize(
+    "kind", ["plain", "rows of very different size", "repeated rows", "far from zero", "dead rows", "on a grid"]
+)
+def test_no_layer_ends_in_an_error(kind: str, share: float) -> None:
+    """Rounding that a solver or a proof leaves is settled, not refused, and the center is never worse than the mean."""
+    for seed in range(4):
+        design = layer(kind, share, seed)
+        found = barycenter(design)
+        assert found.gap <= MAX_GAP
+        assert torch.equal(found.perm.sort(dim=1).values, torch.arange(design.shape[1]).expand_as(found.perm))
+        mean = find_center(design, CenterOptions("mean")).objective[-1]
+        rounding = 1e-6 * design.double().square().sum().item()
+        assert found.objective[-1] <= mean + rounding
