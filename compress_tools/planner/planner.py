@@ -20,7 +20,14 @@ from compress_tools.planner.allocate import Allocation, allocate, smallest
 from compress_tools.planner.candidates import CenterBits, Coder, Sizes, menu
 from compress_tools.planner.center_worth import aligns_quickly, could_pay, hopeful_shares, skipped_text
 from compress_tools.planner.choices import Choice, Groups, Rated, expert_groups
-from compress_tools.planner.config import CALIBRATED_METHODS, Bounds, LayersBudget, PlannerConfig, layer_bounds
+from compress_tools.planner.config import (
+    CALIBRATED_METHODS,
+    CALIBRATED_METHODS_ABOVE,
+    Bounds,
+    LayersBudget,
+    PlannerConfig,
+    layer_bounds,
+)
 from compress_tools.planner.counted import Calibration, counted_by_output, open_calibration
 from compress_tools.planner.estimate import layer_seconds
 from compress_tools.planner.frontier import Frontier, Point
@@ -133,7 +140,7 @@ def measure(
     centers: tuple[CenterBits, ...] = (0,) if config.center == "none" else (0, 4, 8, 16)
     layer_budget = max(budget, 0) / len(selected)
     calibration = open_calibration(request, source, selected)
-    methods = request.coder_names() if calibration is None or request.coders != "all" else CALIBRATED_METHODS
+    methods = request.coder_names() if calibration is None or request.coders != "all" else _calibrated_methods(request)
     coders = menu(sizes, methods, centers, layer_budget)
     inputs = None
     if calibration is None:
@@ -142,8 +149,8 @@ def measure(
         inputs = open_inputs(request.model_copy(update={"calibration": None}), source, config.seed)
     measuring = _Measuring(base, config, request, coders, inputs, calibration, sizes, layer_budget, bounds, progress)
     progress.say(measuring.expectation(len(selected)))
-    if calibration is not None and methods == CALIBRATED_METHODS:
-        progress.say(f"with a calibration {' and '.join(methods)} are on the menu; --coders names others")
+    if calibration is not None and request.coders == "all":
+        progress.say(f"with a calibration the menu is {' and '.join(methods)}; --coders names others")
     if calibration is not None and calibration.coefficients:
         progress.say("errors are KL in nats, by the coefficients of the calibration's layers")
     layers: dict[int, LayerChoices] = {}
@@ -154,6 +161,11 @@ def measure(
             spent, left = time.monotonic() - begun, len(selected) - 1
             progress.say(f"measuring layer {layer} took {human_s(spent)}; {left} more: about {human_s(left * spent)}")
     return Measured(sizes, dict(sorted(layers.items())), dense)
+
+
+def _calibrated_methods(request: PlannerConfig) -> tuple[str, ...]:
+    above, methods = CALIBRATED_METHODS_ABOVE
+    return methods if ratio_of(request) > above else CALIBRATED_METHODS
 
 
 def choose(measured: Measured, request: PlannerConfig) -> Planned:
