@@ -154,6 +154,10 @@ class CalibrationFile:
         """Whether the layer was measured; layers for multi-token prediction are not, as the model does not run them."""
         return tensor_key(layer, COLUMNS) in self._names
 
+    def lacks(self, layer: int, drafts: Collection[int]) -> bool:
+        """Whether the layer is one for multi-token prediction that was not measured: its errors count alike."""
+        return layer in drafts and not self.holds(layer)
+
     def layer(self, layer: int, projections: Collection[Projection], sizes: MoESizes) -> LayerImportance:
         """Read one layer; what few tokens said is drawn towards the layer's mean.
 

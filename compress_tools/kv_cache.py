@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
+from compress_tools.architectures.base import config_parts
 from compress_tools.progress.text import human_bytes
 
 # Memory of the cards that there are, in GiB.
@@ -24,7 +25,8 @@ def bytes_per_token(config: Mapping[str, Any]) -> int | None:
     Args:
         config: config.json, of a multimodal model as a whole or its language part.
     """
-    config = config.get("text_config") or config
+    # The language part of a multimodal model says it, what it does not say the whole.
+    config = {key: value for part in config_parts(config) for key, value in part.items()}
     sizes = [config.get(key) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")]
     if not all(isinstance(value, int) and value > 0 for value in sizes):
         return None

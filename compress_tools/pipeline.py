@@ -254,7 +254,7 @@ def _read_and_compress(job: _Job, layer: int, progress: ProgressListener) -> tup
     weights = read_layer(job.target.source, layer, DTYPES[job.target.fmt.dtype], config.device, progress, clock)
     source = job.target.source
     importance = None
-    if job.calibration is not None and not (layer in source.drafts and not job.calibration.holds(layer)):
+    if job.calibration is not None and not job.calibration.lacks(layer, source.drafts):
         importance = job.calibration.layer(layer, source.projections, source.sizes)
     made = compress_layer(job.target, config, layer, weights, Work(config.workers, progress, clock), importance)
     return made, clock.seconds

@@ -31,7 +31,7 @@ class Calibration:
 
     def layer(self, layer: int) -> LayerImportance | None:
         """What errors of a layer's weights count; None of one for multi-token prediction, which was not run."""
-        if layer in self.source.drafts and not self.file.holds(layer):
+        if self.file.lacks(layer, self.source.drafts):
             return None
         return self.file.layer(layer, self.source.projections, self.source.sizes)
 

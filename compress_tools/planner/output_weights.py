@@ -21,6 +21,7 @@ from torch import Tensor
 
 from compress_tools.errors import CheckpointError, ConfigError
 from compress_tools.format.schema import Projection
+from compress_tools.importance import LEAST_ROUTING
 from compress_tools.numerics.parallel import in_parallel
 from compress_tools.planner.config import PlannerConfig
 from compress_tools.source.design_matrix import design_to_rows
@@ -28,10 +29,6 @@ from compress_tools.source.layer_weights import LayerWeights
 from compress_tools.source.moe_source import MoESource
 
 RANDOM_INPUTS = 256
-
-# An expert counts at least as if every token went to it with this share of the experts' mean squared router weight. A
-# calibration is a sample: an expert that it does not reach is used by other texts, and must not be dropped for free.
-LEAST_ROUTING = 0.01
 
 Activation = Callable[[Tensor], Tensor]
 _ACTIVATIONS: dict[str, Activation] = {

@@ -289,7 +289,7 @@ class _Measuring:
         uniform = {key: rated.uniform(*key) for key in measured.errors}
         return LayerChoices(rated.choices(groups, dense_bytes), uniform, measured.exact, unrouted, skipped)
 
-    def _alone(self, run: "_LayerRun", coders: tuple[Coder, ...]) -> LayerMeasurement:
+    def _alone(self, run: _LayerRun, coders: tuple[Coder, ...]) -> LayerMeasurement:
         """Candidates without a center; of a large layer low rank only where its spectra leave it a chance."""
         low_rank = tuple(coder for coder in coders if coder.factorises)
         codes = tuple(coder for coder in coders if not coder.factorises)
@@ -307,7 +307,7 @@ class _Measuring:
         return expert_groups(hardness, self.request.expert_groups), Rated(measured, weights, self.sizes)
 
     def _shares_that_do_not_pay(
-        self, run: "_LayerRun", dense_bytes: int, groups: Groups, without: Rated
+        self, run: _LayerRun, dense_bytes: int, groups: Groups, without: Rated
     ) -> Tensor | None:
         """Shares of energy that residuals would hold, where a sample shows that no center can pay; else None."""
         self.progress.stage("whether a center pays, on a sample", None, run.layer)
@@ -316,7 +316,7 @@ class _Measuring:
         budget = min(max(self.layer_budget, own.least * dense_bytes), own.most * dense_bytes)
         return None if could_pay(without, self.coders, shares, groups, dense_bytes, budget) else shares
 
-    def _measure(self, run: "_LayerRun", kind: CenterKind, coders: tuple[Coder, ...]) -> LayerMeasurement:
+    def _measure(self, run: _LayerRun, kind: CenterKind, coders: tuple[Coder, ...]) -> LayerMeasurement:
         config, progress = self.config, self.progress
         progress.stage("center", None, run.layer)
         found = find_center(run.design, CenterOptions(kind, config.max_iterations, config.tolerance), run.work)

@@ -74,9 +74,10 @@ def trellis_rows(
     rows, columns = matrix.shape
     symbols = torch.empty(rows, columns + -columns % 8, dtype=torch.uint8, device=matrix.device)
     scales = torch.empty(rows, num_groups(columns, group_size), dtype=DTYPES[SCALE_DTYPE], device=matrix.device)
+    bounded = _bounded(counts, matrix.device)
     for start in range(0, rows, step := max(1, CHUNK_VALUES[matrix.device.type] // columns)):
         chunk = slice(start, start + step)
-        symbols[chunk], scales[chunk] = _code(matrix[chunk], bits, group_size, _bounded(counts, matrix.device))
+        symbols[chunk], scales[chunk] = _code(matrix[chunk], bits, group_size, bounded)
     return symbols, scales
 
 

@@ -8,6 +8,7 @@ import functools
 import logging
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,25 +51,42 @@ def load() -> ctypes.CDLL | None:
 @functools.cache
 def loaded() -> Loaded:
     """``load``, and what a start says of it."""
-    missing = missing_cpu_flags()
-    if missing:
-        log.warning("resmoe: no C++ kernel, plain torch serves: the processor lacks %s", ", ".join(missing))
-        return Loaded(None, f"plain torch: the processor lacks {', '.join(missing)}")
     compiled: list[str] = []
+    begun = time.perf_counter()
+    found = open_or_reason(lambda say: open_library(str(build(say=say))), "C++ kernel, plain torch serves", compiled)
+    if isinstance(found, str):
+        return Loaded(None, f"plain torch: {found.strip().splitlines()[0]}")
+    how = "compiled, tested and loaded" if compiled else "compiled and tested before, loaded"
+    return Loaded(found, f"C++, path {chosen_path()}; {how} in {time.perf_counter() - begun:.1f} s")
+
+
+def open_or_reason(
+    opened: Callable[[Callable[[str], None]], ctypes.CDLL], without: str, compiled: list[str]
+) -> ctypes.CDLL | str:
+    """A library that is built where need be; or why there is none, which is logged.
+
+    Args:
+        opened: builds and opens it, telling before it compiles.
+        without: what the log says is missing, and what serves in its place.
+        compiled: gets what was told.
+    Raises:
+        KernelUnsupportedError: see ``load``.
+    """
 
     def say(text: str) -> None:
         compiled.append(text)
         told.info("resmoe: %s", text)
 
-    begun = time.perf_counter()
+    if missing := missing_cpu_flags():
+        reason = f"the processor lacks {', '.join(missing)}"
+        log.warning("resmoe: no %s: %s", without, reason)
+        return reason
     try:
-        library = open_library(str(build(say=say)))
+        return opened(say)
     except (OSError, subprocess.CalledProcessError) as err:
-        detail = getattr(err, "stderr", "") or str(err)
-        log.warning("resmoe: no C++ kernel, plain torch serves, slower, same result: %s", detail)
-        return Loaded(None, f"plain torch: {detail.strip().splitlines()[0]}")
-    how = "compiled, tested and loaded" if compiled else "compiled and tested before, loaded"
-    return Loaded(library, f"C++, path {chosen_path()}; {how} in {time.perf_counter() - begun:.1f} s")
+        detail: str = getattr(err, "stderr", "") or str(err)
+        log.warning("resmoe: no %s, slower, same result: %s", without, detail)
+        return detail
 
 
 def open_library(path: str) -> ctypes.CDLL:

@@ -5,8 +5,7 @@ Without a compiler or AVX2 torch serves all of them, same result.
 
 import ctypes
 import functools
-import logging
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,11 +16,9 @@ from compress_tools import native_library
 from compress_tools.errors import KernelUnsupportedError
 from compress_tools.format.rest import decode_rows
 from compress_tools.native_library import NativeSource
-from resmoe_vllm.kernels.cpu.build import missing_cpu_flags
+from resmoe_vllm.kernels.cpu.native import open_or_reason
 from resmoe_vllm.kernels.cpu.plain_torch import product_dtype
 from resmoe_vllm.kernels.cpu.structs import pointer_to
-
-log = logging.getLogger(__name__)
 
 # Above, where the processor multiplies x's dtype of 16 bits in hardware, torch's product of a decoded block wins over
 # reading each code once for three tokens.
@@ -118,19 +115,12 @@ SOURCE = NativeSource(
 
 @functools.cache
 def _load() -> ctypes.CDLL | None:
-    missing = missing_cpu_flags()
-    if missing:
-        log.warning("resmoe: no C++ kernel for 8-bit rows: this processor lacks %s; torch serves", ", ".join(missing))
-        return None
-    try:
-        library = ctypes.CDLL(str(native_library.build(SOURCE)))
-    except (OSError, subprocess.CalledProcessError) as err:
-        detail = getattr(err, "stderr", "") or str(err)
-        log.warning(
-            "resmoe: no C++ kernel for 8-bit rows, torch serves, slower, same result: %s; install g++ and start again",
-            detail,
-        )
-        return None
+    found = open_or_reason(_opened, "C++ kernel for 8-bit rows, torch serves", [])
+    return None if isinstance(found, str) else found
+
+
+def _opened(say: Callable[[str], None]) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(native_library.build(SOURCE, say=say)))
     _declare(library)
     return library
 

@@ -2,14 +2,12 @@
 
 import copy
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from compress_tools.errors import FormatError
 from compress_tools.format import rest
@@ -17,6 +15,7 @@ from compress_tools.format.rest import decode_rows, encode_rows, row_bytes, row_
 from compress_tools.format.schema import CodedRest, parse_format, version_for
 from compress_tools.stored.checkpoint import ResMoECheckpoint
 from tests.compress_tools.format.golden.make import REST, block_rest, golden_tensors_2, rest_tensors
+from tests.compress_tools.format.test_format import broken_copy
 
 CODES, SCALES = row_names("lm_head.weight")
 
@@ -141,14 +140,6 @@ def test_an_earlier_version_has_none() -> None:
         parse_format(block)
 
 
-def broken_copy(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
-    shutil.copytree(REST, path)
-    tensors = load_file(path / "model.safetensors")
-    change(tensors)
-    save_file(tensors, path / "model.safetensors")
-    return path
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -164,7 +155,7 @@ def broken_copy(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) ->
     ids=["codes", "scales", "unsigned", "vector", "flat", "fp32", "both", "unnamed"],
 )
 def test_checkpoints_that_disagree_with_their_config(tmp_path: Path, change: Any, message: str) -> None:
-    path = broken_copy(tmp_path / "broken", change)
+    path = broken_copy(tmp_path / "broken", change, REST)
     with pytest.raises(FormatError, match=message):
         ResMoECheckpoint(path)
 
@@ -180,6 +171,6 @@ def test_checkpoints_that_disagree_with_their_config(tmp_path: Path, change: Any
     ],
 )
 def test_values_that_are_forbidden(tmp_path: Path, name: str, place: Any, value: float, message: str) -> None:
-    path = broken_copy(tmp_path / "broken", lambda tensors: tensors[name].__setitem__(place, value))
+    path = broken_copy(tmp_path / "broken", lambda tensors: tensors[name].__setitem__(place, value), REST)
     with pytest.raises(FormatError, match=f"'lm_head.weight' in codes {message}"):
         ResMoECheckpoint(path).check_rows("lm_head.weight")

@@ -88,7 +88,7 @@ def test_which_serves_which(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_compiler_torch_serves_and_the_log_says_so(
     error: OSError, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(kernels.native_library, "build", fail)
