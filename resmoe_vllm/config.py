@@ -1,6 +1,5 @@
 """The ``quantization_config`` block as vLLM's QuantizationConfig: which layer is served by which method."""
 
-import logging
 from typing import Any
 
 import torch
@@ -21,12 +20,9 @@ from resmoe_vllm.compat import (
 from resmoe_vllm.embedding_layers import ask_the_config
 from resmoe_vllm.fused_moe import ResMoEFusedMoEMethod
 from resmoe_vllm.gpt_oss import STREAMED_NAMES, streams_experts
-from resmoe_vllm.lora import keep_lora_off
+from resmoe_vllm.lora import REFUSES_ADAPTERS, keep_lora_off
 from resmoe_vllm.plain_layers import PlainEmbeddingMethod, PlainLinearMethod
 from resmoe_vllm.start_log import StartLog
-
-# vLLM shows what is logged below its own name.
-log = logging.getLogger("vllm.resmoe")
 
 
 class ResMoEConfig(QuantizationConfig):
@@ -40,7 +36,7 @@ class ResMoEConfig(QuantizationConfig):
         super().__init__()
         self.fmt = fmt
         self._names = WeightsMapper()
-        self._start_log = StartLog()
+        self._start_log = StartLog(fmt.format_version)
         self._said: set[str] = set()
         self._ask_for_embeddings()
 
@@ -88,11 +84,13 @@ class ResMoEConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Method of one layer; see ``layer_index`` for how a MoE layer is told."""
         if isinstance(layer, RoutedExperts):
-            keep_lora_off(layer, prefix)
+            if keep_lora_off(layer, prefix):
+                self._start_log.note(REFUSES_ADAPTERS)
             if streams_experts(layer):
                 self._names = STREAMED_NAMES
             index = layer_index(prefix, self.fmt)
             if index is None:
+                self._start_log.leave(prefix if _below_mtp(prefix) else extract_layer_index(prefix))
                 return UnquantizedFusedMoEMethod(layer.moe_config)
             return ResMoEFusedMoEMethod(layer.moe_config, self.fmt, index, self._start_log)
         if isinstance(layer, LinearBase):
@@ -105,10 +103,10 @@ class ResMoEConfig(QuantizationConfig):
         return None
 
     def _say(self, text: str) -> None:
-        """Log a sentence, once for an engine."""
+        """Log a sentence, once for an engine; in the block of its start where one is to come."""
         if text not in self._said:
             self._said.add(text)
-            log.info("resmoe: %s", text)
+            self._start_log.say(text)
 
 
 def layer_index(prefix: str, fmt: ResMoEFormat) -> int | None:

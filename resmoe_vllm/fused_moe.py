@@ -38,7 +38,7 @@ class ResMoEFusedMoEMethod(FusedMoEMethodBase):
 
     def __init__(self, moe: FusedMoEConfig, fmt: ResMoEFormat, index: int, start_log: StartLog | None = None) -> None:
         super().__init__(moe)
-        self._start_log = start_log or StartLog()
+        self._start_log = start_log or StartLog(fmt.format_version)
         self.fmt = fmt
         self.index = index
         refuse_unsupported(moe, fmt, index)
@@ -91,6 +91,8 @@ class ResMoEFusedMoEMethod(FusedMoEMethodBase):
             add_places(layer, loader)
         self.loader, self.dummy = loader, is_dummy_load()
         self._dtype = params_dtype
+        dtype = str(params_dtype).removeprefix("torch.")
+        self._shape = f"I {intermediate_size_per_partition}, H {hidden_size} in {dtype}"
         self._start_log.expect(self.index)
 
     @override
@@ -114,7 +116,7 @@ class ResMoEFusedMoEMethod(FusedMoEMethodBase):
         experts = sum(len(group.rows) for group in self.loader.groups)
         dense = dense_layer_bytes(self.fmt, self._dtype.itemsize) * experts
         dense //= self.fmt.num_experts * self.moe.tp_size
-        return LoadedLayer(self.fmt.layers[self.index].describe(), experts, held_bytes(layer), dense)
+        return LoadedLayer(self.fmt.layers[self.index].describe(), self._shape, experts, held_bytes(layer), dense)
 
     @override
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:

@@ -15,22 +15,25 @@ from compress_tools.errors import ConfigError
 from resmoe_vllm.compat import RoutedExperts, lora_managers, lora_target_modules
 
 WAY_OUT = "serve the restored checkpoint (`resmoe restore`), or train the adapter without experts in its target modules"
+REFUSES_ADAPTERS = "LoRA: adapters with weights for experts are refused"
 
 # MoE layers of ResMoE checkpoints, compressed or left dense.
 _without_lora: "WeakSet[nn.Module]" = WeakSet()
 
 
-def keep_lora_off(layer: RoutedExperts, prefix: str) -> None:
+def keep_lora_off(layer: RoutedExperts, prefix: str) -> bool:
     """Make a MoE layer one that takes no adapters, where LoRA is enabled.
 
     Args:
         layer: of a model that is being made.
         prefix: its name.
+    Returns:
+        whether LoRA is enabled.
     Raises:
         ConfigError: ``--lora-target-modules`` names experts.
     """
     if not layer.moe_config.is_lora_enabled:
-        return
+        return False
     if named := [target for target in lora_target_modules() or () if "experts" in target.split(".")]:
         raise ConfigError(
             f"{prefix}: --lora-target-modules names {named[0]!r}: resmoe doesn't support LoRA on experts; {WAY_OUT}"
@@ -38,6 +41,7 @@ def keep_lora_off(layer: RoutedExperts, prefix: str) -> None:
     _install()
     layer.moe_config.is_lora_enabled = False
     _without_lora.add(layer)
+    return True
 
 
 def _runners_without_lora(model: nn.Module) -> set[str]:

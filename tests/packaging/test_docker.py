@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -59,10 +60,16 @@ def test_image_serves_as_a_user_and_is_watched(flavor: str):
     assert order.index("USER") > max(i for i, name in enumerate(order) if name == "RUN")
 
 
+def compose() -> dict[str, Any]:
+    """The services of the compose file."""
+    return yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+
+
 def test_compose_builds_both_images_and_mounts_the_model():
-    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
-    assert set(services) == set(FLAVORS)
-    for flavor, service in services.items():
+    services = compose()
+    assert set(services) == {*FLAVORS, "prometheus"}
+    for flavor in FLAVORS:
+        service = services[flavor]
         assert service["profiles"] == [flavor]
         build = service["build"]
         assert (DOCKER / build["context"] / build["dockerfile"]).samefile(DOCKER / f"Dockerfile.{flavor}")
@@ -70,3 +77,25 @@ def test_compose_builds_both_images_and_mounts_the_model():
         assert volume.startswith("${RESMOE_MODEL:?")
         assert volume.endswith(":/model:ro")
     assert services["cuda"]["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
+
+
+def test_compose_listens_on_this_machine_alone_unless_told_and_never_without_a_key():
+    services = compose()
+    for flavor in FLAVORS:
+        assert services[flavor]["ports"] == ["${RESMOE_BIND:-127.0.0.1}:${RESMOE_PORT:-8000}:8000"]
+        assert services[flavor]["environment"]["VLLM_API_KEY"].startswith("${RESMOE_API_KEY:?")
+    (port,) = services["prometheus"]["ports"]
+    assert port.startswith("127.0.0.1:")
+
+
+def test_prometheus_reads_the_server_of_either_flavor():
+    services = compose()
+    mounted = services["prometheus"]["volumes"][0].split(":")[0]
+    (job,) = yaml.safe_load((DOCKER / mounted).read_text())["scrape_configs"]
+    ((target,),) = [entry["targets"] for entry in job["static_configs"]]
+    name, port = target.split(":")
+    assert "metrics_path" not in job  # /metrics
+    for flavor in FLAVORS:
+        assert services[flavor]["networks"]["default"]["aliases"] == [name]
+        assert only(flavor, "EXPOSE") == port
+        assert flavor in services["prometheus"]["profiles"]
