@@ -114,11 +114,11 @@ def dense_forward(shape: MoEShape, layers: int, seed: int) -> Forward:
 def resmoe_forward(shape: MoEShape, method: str, layers: int, seed: int) -> Forward:
     """The plugin's kernel over random layers."""
     from resmoe_vllm.kernels.activation import SILU
-    from resmoe_vllm.kernels.cpu.dispatch import CpuKernel
+    from resmoe_vllm.kernels.cpu.dispatch import bind
 
     fmt = synthetic_format(shape, layers=layers, **METHODS[method])
     made = (synthetic_layer(fmt, index, seed + index) for index in range(layers))
-    kernels = [CpuKernel(layout.bind(tensors), SILU) for layout, tensors in made]
+    kernels = [bind(layout.bind(tensors), SILU) for layout, tensors in made]
 
     def forward(index: int, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         return kernels[index](x, topk_weights, topk_ids)

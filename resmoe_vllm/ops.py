@@ -25,8 +25,8 @@ from compress_tools.format.schema import (
 )
 from resmoe_vllm.compat import direct_register_custom_op, quant_method_of
 from resmoe_vllm.kernels.activation import Activation
+from resmoe_vllm.kernels.cpu import dispatch as cpu
 from resmoe_vllm.kernels.cpu import native
-from resmoe_vllm.kernels.cpu.dispatch import CpuKernel
 from resmoe_vllm.kernels.cpu.rows8 import rows8
 from resmoe_vllm.kernels.gpu import dispatch as gpu
 from resmoe_vllm.weights.bound import ResMoEWeights
@@ -55,7 +55,7 @@ CODERS = frozenset(
     for coder in part.kernel_coders
 )
 # By device type; each reads all of ``CODERS`` and every activation.
-KERNELS: dict[str, Callable[[ResMoEWeights, Activation], Kernel]] = {"cpu": CpuKernel, "cuda": gpu.bind}
+KERNELS: dict[str, Callable[[ResMoEWeights, Activation], Kernel]] = {"cpu": cpu.bind, "cuda": gpu.bind}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # the library's life is the op's
@@ -99,6 +99,8 @@ class BoundLayer:
 
     def __init__(self, groups: Sequence[BoundGroup], activation: Activation, device: str) -> None:
         self._groups = [(KERNELS[device](group.weights, activation), group.expert_map) for group in groups]
+        # by far the most layers have one group, with vLLM's own map
+        self._only = self._groups[0][0] if len(groups) == 1 and groups[0].expert_map is None else None
 
     def __call__(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None = None) -> Tensor:
         """This rank's partial sum over the routed experts.
@@ -112,12 +114,12 @@ class BoundLayer:
         Returns:
             ``[T, H]``, x's dtype, fresh.
         """
+        if self._only is not None:
+            return self._only(x, topk_weights, topk_ids, expert_map)
         partial = [
             kernel(x, topk_weights, topk_ids, expert_map if own_map is None else own_map)
             for kernel, own_map in self._groups
         ]
-        if len(partial) == 1:
-            return partial[0]
         # Each group of experts sees its own routed pairs, center included: the sum has every pair once.
         return torch.stack(partial).sum(0, dtype=torch.float32).to(x.dtype)
 

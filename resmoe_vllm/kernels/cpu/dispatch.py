@@ -7,7 +7,23 @@ from resmoe_vllm.kernels.cpu import native, plain_torch
 from resmoe_vllm.weights.bound import ResMoEWeights
 
 
-class CpuKernel:
+class PlainKernel:
+    """One layer, or group of experts, in plain torch.
+
+    Args:
+        weights: contiguous, on the CPU.
+        activation: the experts'.
+    """
+
+    def __init__(self, weights: ResMoEWeights, activation: Activation) -> None:
+        self._weights, self._activation = weights, activation
+
+    def __call__(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None = None) -> Tensor:
+        """See ``fused_moe_ref``."""
+        return plain_torch.fused_moe(x, topk_weights, topk_ids, self._weights, self._activation, expert_map)
+
+
+def bind(weights: ResMoEWeights, activation: Activation) -> native.NativeKernel | PlainKernel:
     """One layer, or group of experts, bound to its kernel.
 
     The number of tokens does not choose between the two: a token's bits would depend on its batch, and torch keeps a
@@ -17,14 +33,7 @@ class CpuKernel:
         weights: contiguous, on the CPU.
         activation: the experts'.
     """
-
-    def __init__(self, weights: ResMoEWeights, activation: Activation) -> None:
-        self._weights, self._activation = weights, activation
-        library = native.load()
-        self._native = None if library is None else native.NativeKernel(library, weights, activation)
-
-    def __call__(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None = None) -> Tensor:
-        """See ``fused_moe_ref``."""
-        if self._native is not None:
-            return self._native(x, topk_weights, topk_ids, expert_map)
-        return plain_torch.fused_moe(x, topk_weights, topk_ids, self._weights, self._activation, expert_map)
+    library = native.load()
+    if library is None:
+        return PlainKernel(weights, activation)
+    return native.NativeKernel(library, weights, activation)

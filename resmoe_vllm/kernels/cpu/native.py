@@ -17,7 +17,7 @@ from torch import Tensor
 from compress_tools.errors import KernelUnsupportedError
 from resmoe_vllm.kernels.activation import Activation
 from resmoe_vllm.kernels.cpu.build import build, chosen_path, missing_cpu_flags
-from resmoe_vllm.kernels.cpu.structs import DTYPES, BoundStruct, pointer_to
+from resmoe_vllm.kernels.cpu.structs import DTYPES, BoundStruct
 from resmoe_vllm.weights.bound import ResMoEWeights
 
 log = logging.getLogger(__name__)
@@ -118,24 +118,33 @@ class NativeKernel:
     """
 
     def __init__(self, library: ctypes.CDLL, weights: ResMoEWeights, activation: Activation) -> None:
-        self._library = library
-        # Building the struct takes longer than a small layer's forward.
+        # Building the struct takes longer than a small layer's forward; so does finding things that others have pushed
+        # out of the caches, hence the function and the address.
         self._bound = BoundStruct(weights, activation)
+        self._address = ctypes.addressof(self._bound.struct)
+        self._run = library.resmoe_fused_moe
 
     def __call__(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None = None) -> Tensor:
         """See ``fused_moe_ref``; sums and activations in fp32."""
-        x, ids, weights = x.contiguous(), topk_ids.int().contiguous(), topk_weights.float().contiguous()
-        mapping = None if expert_map is None else expert_map.int().contiguous()
+        x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
+        # Of torch only what is needed is called.
+        if topk_ids.dtype is not torch.int32:
+            topk_ids = topk_ids.int()
+        if topk_weights.dtype is not torch.float32:
+            topk_weights = topk_weights.float()
+        if expert_map is not None:
+            expert_map = expert_map.int().contiguous()
+        tokens, top_k = topk_ids.shape
         out = torch.empty_like(x)
-        failed = self._library.resmoe_fused_moe(
-            ctypes.addressof(self._bound.struct),
+        failed = self._run(
+            self._address,
             x.data_ptr(),
             DTYPES[x.dtype],
-            len(x),
-            ids.data_ptr(),
-            weights.data_ptr(),
-            ids.shape[1],
-            pointer_to(mapping),
+            tokens,
+            topk_ids.data_ptr(),
+            topk_weights.data_ptr(),
+            top_k,
+            None if expert_map is None else expert_map.data_ptr(),
             out.data_ptr(),
             torch.get_num_threads(),
         )
