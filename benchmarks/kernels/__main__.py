@@ -3,7 +3,8 @@
 First every method against restored weights, with both strategies; one that is wrong is not timed. Then medians over
 CUDA graph replays: each call in a graph has its own weights, together more than the L2, and routing is fresh in
 every run. Dense is vLLM's fused MoE if vLLM can be imported, else these kernels on plain experts with the same
-blocks; each row says which. `--cpu-check` runs the first part alone, in Triton's interpreter.
+blocks; each row says which. Beside it stands vLLM's 4-bit weight-only layer (Marlin), where it is there.
+`--cpu-check` runs the first part alone, in Triton's interpreter.
 
 Exit codes: 0 ok, 1 a kernel is wrong, 2 there is no GPU.
 """
@@ -41,7 +42,7 @@ TARGET_BANDWIDTH = 0.65
 CALLS, RUNS = 8, 15
 
 
-def check(device: str, dtype: torch.dtype) -> list[str]:
+def check(device: str, dtype: torch.dtype, methods: Sequence[str] | None = None) -> list[str]:
     """Names of wrong cases, of: every method, both strategies, few and many tokens, odd sizes, skipped pairs, a map."""
     from benchmarks.kernels.layers import LAYER_MAKERS, layer_ref, make_layer
     from resmoe_vllm.kernels.activation import SILU
@@ -50,7 +51,7 @@ def check(device: str, dtype: torch.dtype) -> list[str]:
 
     shape = MoEShape("check", hidden=200, intermediate=72, experts=5, top_k=2, layers=1)
     wrong = []
-    for method, (tokens, sizes_for) in itertools.product(LAYER_MAKERS, ((1, 1), (13, 13), (13, 256))):
+    for method, (tokens, sizes_for) in itertools.product(methods or LAYER_MAKERS, ((1, 1), (13, 13), (13, 256))):
         layer = make_layer(shape, method, device, dtype, seed=1, keep_truth=True)
         generator = torch.Generator(device).manual_seed(tokens)
         x = torch.randn(tokens, shape.hidden, generator=generator, device=device).to(dtype)
@@ -153,6 +154,7 @@ def measure(
     rows: list[dict[str, Any]] = []
     unmeasured: list[str] = []
     dense: dict[int, tuple[str, torch.Tensor]] = {}
+    marlin = measure_marlin(shape, tokens, deadline)
     for method in ("dense", *methods):
         layers = make_layers(shape, method)
         if method == "dense":
@@ -173,14 +175,37 @@ def measure(
             # those of the last run; fresh ones hit as many on average
             hit = sum(ids.unique().numel() for _, _, ids in inputs) / len(inputs)
             read = layers[0].shared_bytes + hit * layers[0].expert_bytes
-            rows += _rows(shape, method, count, dense[count], ms, read, bandwidth)
+            rows += _rows(shape, method, count, dense[count], ms, read, bandwidth, marlin.get(count))
             print(rows[-2]["name"], f"{rows[-2]['value']:.2f}x", flush=True)
         del layers
         torch.cuda.empty_cache()
     return rows, unmeasured
 
 
-def _rows(
+def measure_marlin(shape: MoEShape, tokens: Sequence[int], deadline: float) -> dict[int, tuple[torch.Tensor, float]]:
+    """(milliseconds, bytes read) of vLLM's 4-bit layer by token count; empty where vLLM does not have it."""
+    from benchmarks.kernels.marlin import marlin_bytes, marlin_call, marlin_weights
+    from benchmarks.kernels.timing import graph_ms
+
+    first = marlin_weights(shape, "cuda", 0)
+    if marlin_call(first) is None:
+        return {}
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    count = min(CALLS, -(-4 * l2 // int(marlin_bytes(first, shape.top_k))))
+    layers = [marlin_call(weights) for weights in (first, *(marlin_weights(shape, "cuda", i) for i in range(1, count)))]
+    found = {}
+    for number in tokens:
+        if time.monotonic() > deadline:
+            break
+        inputs, refresh = make_inputs(shape, number)
+        calls = [partial(layer, *own) for own, layer in zip(inputs, itertools.cycle(layers), strict=False)]
+        ms = graph_ms(calls, refresh, RUNS)
+        hit = sum(ids.unique().numel() for _, _, ids in inputs) / len(inputs)
+        found[number] = ms, marlin_bytes(first, hit)
+    return found
+
+
+def _rows(  # noqa: PLR0913 -- a row's figures
     shape: MoEShape,
     method: str,
     tokens: int,
@@ -188,6 +213,7 @@ def _rows(
     ms: torch.Tensor,
     read: float,
     bandwidth: float,
+    marlin: tuple[torch.Tensor, float] | None,
 ) -> list[dict[str, Any]]:
     baseline_name, dense = baseline
     achieved = read / ms.median().item() / 1e6
@@ -201,6 +227,8 @@ def _rows(
         "dense_p20_p80_ms": dense.quantile(torch.tensor([0.2, 0.8])).tolist(),
         "resmoe_p20_p80_ms": ms.quantile(torch.tensor([0.2, 0.8])).tolist(),
         "read_bytes": read,
+        "marlin_ms": None if marlin is None else marlin[0].median().item(),
+        "marlin_bytes": None if marlin is None else marlin[1],
         "copy_gb_s": bandwidth,
         "peak_memory_bytes": torch.cuda.max_memory_allocated(),
     }
@@ -221,13 +249,15 @@ def _row(name: str, value: float, unit: str, wanted: float | None, context: dict
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Speed and share of bandwidth of each cell, and where a target is missed."""
     print(
-        f"\n{'shape':16} {'method':10} {'T':>5} {'dense ms':>9} {'ms':>8} {'speed':>7} {'target':>7} {'bandwidth':>9}"
+        f"\n{'shape':16} {'method':10} {'T':>5} {'dense ms':>9} {'4-bit ms':>9} {'ms':>8} {'speed':>7} {'target':>7} "
+        f"{'bandwidth':>9}"
     )
     for speed, share in zip(rows[::2], rows[1::2], strict=True):
         wanted = "" if speed["target"] is None else f"{speed['target']:.2f}x"
         missed = "" if speed["met"] is not False else " missed"
+        marlin = "-" if speed["marlin_ms"] is None else f"{speed['marlin_ms']:.4f}"
         print(
-            f"{speed['shape']:16} {speed['method']:10} {speed['tokens']:5} {speed['dense_ms']:9.4f} "
+            f"{speed['shape']:16} {speed['method']:10} {speed['tokens']:5} {speed['dense_ms']:9.4f} {marlin:>9} "
             f"{speed['resmoe_ms']:8.4f} {speed['value']:6.2f}x {wanted:>7} {share['value']:9.0%}{missed}"
         )
 

@@ -1,0 +1,245 @@
+"""Compiles every cell of the matrix, keeps what was found, and holds it against what is known and allowed."""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from benchmarks.compiled.cards import CARDS, Card
+from benchmarks.compiled.layers import MATRIX_SHAPES, matrix_call, matrix_layer
+from benchmarks.compiled.machine_code import Loop, read_amdgcn, read_cubin
+from benchmarks.compiled.recorder import Launch, recorded
+from benchmarks.harness.environment import REPO
+
+TOKENS = (1, 4, 16, 64, 65, 128, 512, 2048, 4096)
+DTYPES = ("bfloat16", "float16")
+# Up to here weights are what a layer waits for, and a lone block on a multiprocessor can't hide that.
+FEW_TOKENS = 64
+# Loads of two bytes that are single values by nature: kept values of a bitmap, and scales.
+GATHERS = frozenset({"_load_lanes", "_octet_scales"})
+TOLERANCE = 1.1
+HERE = Path(__file__).parent
+ALLOWED = HERE / "allowed.json"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One compiled call."""
+
+    card: str
+    shape: str
+    method: str
+    dtype: str
+    tokens: int
+
+    @property
+    def few(self) -> str:
+        """Which of the two strategies it is."""
+        return "few" if self.tokens <= FEW_TOKENS else "many"
+
+
+@dataclass(frozen=True)
+class Excess:
+    """Something that is not as it should be.
+
+    Attributes:
+        check: compiles, shared, blocks, spills, copies, loads or instructions.
+        key: card, method, kernel, few or many tokens.
+        value: how bad; larger is worse.
+        words: for the table.
+    """
+
+    check: str
+    key: str
+    value: float
+    words: str
+
+
+@cache
+def sources_hash() -> str:
+    """Of everything that decides what is found; another one makes rows worthless."""
+    own = [HERE / f"{name}.py" for name in ("layers", "machine_code", "recorder")]
+    files = [*sorted((REPO / "resmoe_vllm" / "kernels" / "gpu").glob("*.py")), *own]
+    text = b"".join(path.read_bytes() for path in files) + triton.__version__.encode()
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def labels(launches: Iterable[Launch]) -> list[str]:
+    """Names of a call's launches, numbered where a kernel is launched several times."""
+    names = [launch.kernel.strip("_").removesuffix("_kernel") for launch in launches]
+    return [f"{name}.{names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+class Analyst:
+    """Reads machine code; each kernel once, as many cells share it.
+
+    Args:
+        folder: where findings are kept.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def read(self, launch: Launch) -> dict[str, Any]:
+        """One launch as rows hold it."""
+        kernel = launch.compiled
+        if kernel is None:
+            return {"error": launch.error}
+        file = self._folder / f"{kernel.hash}.json"
+        if not file.exists():
+            cubin = kernel.asm.get("cubin")
+            code = read_cubin(cubin) if cubin is not None else read_amdgcn(kernel.asm["amdgcn"])
+            found = {"shared": kernel.metadata.shared, **asdict(code)}
+            file.write_text(json.dumps(found))
+        return json.loads(file.read_text()) | {"block_m": launch.block_m, "warps": launch.warps}
+
+
+def compile_cells(cells: Iterable[Cell], folder: Path, deadline: float) -> Iterator[dict[str, Any]]:
+    """Rows of cells, those that were compiled before first; stops at the deadline and leaves the others out."""
+    cells = list(cells)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = read_rows(folder)
+    yield from (done[cell] for cell in cells if cell in done)
+    analyst = Analyst(folder / "kernels" / sources_hash())
+    bound: tuple[Any, ...] = ()
+    kernel = None
+    with (folder / "rows.jsonl").open("a") as file:
+        for cell in cells:
+            if cell in done:
+                continue
+            if time.monotonic() > deadline:
+                return
+            shape = MATRIX_SHAPES[cell.shape]
+            # a layer keeps what was compiled for it, so each card has its own
+            if bound != (cell.card, cell.shape, cell.method, cell.dtype):
+                kernel = matrix_layer(shape, cell.method, cell.dtype)
+                bound = (cell.card, cell.shape, cell.method, cell.dtype)
+            began = time.monotonic()
+            with recorded(CARDS[cell.card], compile_kernels=True) as launches:
+                matrix_call(kernel, shape, cell.tokens, cell.dtype)
+            found = dict(zip(labels(launches), map(analyst.read, launches), strict=True))
+            row = {
+                **asdict(cell),
+                "triton": triton.__version__,
+                "sources": sources_hash(),
+                "seconds": round(time.monotonic() - began, 1),
+                "kernels": found,
+            }
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            yield row
+
+
+def read_rows(folder: Path) -> dict[Cell, dict[str, Any]]:
+    """What was found before, by the same kernels and the same compiler."""
+    file = folder / "rows.jsonl"
+    if not file.exists():
+        return {}
+    lines = file.read_text().splitlines()
+    # the last line may be cut where the process was killed
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return {cell_of(row): row for row in rows if row["sources"] == sources_hash()}
+
+
+def cell_of(row: dict[str, Any]) -> Cell:
+    """The cell of a row."""
+    return Cell(*(row[name] for name in Cell.__dataclass_fields__))
+
+
+def loops_of(kernel: dict[str, Any]) -> list[Loop]:
+    """Main loops of a row's kernel."""
+    return [Loop(**loop) for loop in kernel["loops"]]
+
+
+def per_column(kernel: dict[str, Any]) -> float | None:
+    """Of its worst loop; None where the code does not say."""
+    if kernel["block_m"] is None:
+        return None
+    known = [loop.per_column(kernel["block_m"]) for loop in loops_of(kernel)]
+    return max((value for value in known if value is not None), default=None)
+
+
+def excesses(row: dict[str, Any], budget: dict[str, float]) -> Iterator[Excess]:
+    """Everything in a row that is not as it should be."""
+    cell = cell_of(row)
+    card = CARDS[cell.card]
+    for name, kernel in row["kernels"].items():
+        key = f"{cell.card} {cell.method} {name} {cell.few}"
+        where = f"{cell.shape} {cell.dtype} T={cell.tokens}"
+        if "error" in kernel:
+            yield Excess("compiles", key, 1, f"{where}: {kernel['error']}")
+            continue
+        yield from _resources(cell, card, key, where, kernel)
+        for loop in loops_of(kernel):
+            if not loop.copies and not card.amd:
+                yield Excess("copies", key, 1, f"{where}: a loop of {loop.instructions} has no asynchronous copy")
+            plain = {own: count for own, count in loop.two_bytes.items() if own not in GATHERS}
+            if plain:
+                words = ", ".join(f"{count} in {own}" for own, count in plain.items())
+                yield Excess("loads", key, sum(plain.values()), f"{where}: 2-byte loads: {words}")
+        value = per_column(kernel)
+        if value is not None and value > TOLERANCE * budget.get(key, 0):
+            allowed = f"{budget[key]:.1f} allowed" if key in budget else "no budget"
+            yield Excess("instructions", key, value, f"{where}: {value:.1f} instructions a column, {allowed}")
+
+
+def _resources(cell: Cell, card: Card, key: str, where: str, kernel: dict[str, Any]) -> Iterator[Excess]:
+    shared, registers, warps = kernel["shared"], kernel["registers"], kernel["warps"]
+    if shared > card.block_bytes:
+        yield Excess("shared", key, shared, f"{where}: {shared} bytes of shared memory, a block has {card.block_bytes}")
+    blocks = card.blocks(shared, registers, warps)
+    if cell.tokens <= FEW_TOKENS and blocks < 2 and kernel["loops"]:
+        words = f"{shared} bytes, {registers} registers"
+        yield Excess("blocks", key, 2 - blocks, f"{where}: {blocks} blocks a multiprocessor ({words})")
+    if kernel["spilled"]:
+        yield Excess("spills", key, kernel["spilled"], f"{where}: {kernel['spilled']} bytes of registers spilled")
+
+
+@dataclass
+class Allowed:
+    """What is committed: by key the instructions a column, by check and key the excesses that are known."""
+
+    budget: dict[str, float]
+    known: dict[str, dict[str, float]]
+
+    @classmethod
+    def read(cls) -> "Allowed":
+        """From the repository."""
+        if not ALLOWED.exists():
+            return cls({}, {})
+        return cls(**json.loads(ALLOWED.read_text()))
+
+    def worse(self, found: Excess) -> bool:
+        """Not known, or not so bad."""
+        return found.value > self.known.get(found.check, {}).get(found.key, 0)
+
+    def accept(self, rows: list[dict[str, Any]]) -> None:
+        """Replace what is said of these rows' keys by what they show, and write it."""
+        seen = {f"{row['card']} {row['method']} " for row in rows}
+        sizes: dict[str, float] = {}
+        for row in rows:
+            cell = cell_of(row)
+            for name, kernel in row["kernels"].items():
+                value = None if "error" in kernel else per_column(kernel)
+                if value is not None:
+                    key = f"{cell.card} {cell.method} {name} {cell.few}"
+                    sizes[key] = max(round(value, 2), sizes.get(key, 0))
+        kept = {key: value for key, value in self.budget.items() if not key.startswith(tuple(seen))}
+        self.budget = dict(sorted((kept | sizes).items()))
+        known: dict[str, dict[str, float]] = {
+            check: {key: value for key, value in own.items() if not key.startswith(tuple(seen))}
+            for check, own in self.known.items()
+        }
+        for row in rows:
+            for found in excesses(row, self.budget):
+                own = known.setdefault(found.check, {})
+                own[found.key] = max(found.value, own.get(found.key, 0))
+        self.known = {check: dict(sorted(own.items())) for check, own in sorted(known.items()) if own}
+        ALLOWED.write_text(json.dumps(asdict(self), indent=1) + "\n")

@@ -1,0 +1,1 @@
+"""Everything that the first hours on a GPU must show, in one command."""
