@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 INSTALL_INPUTS := docker/install.sh docker/constraints-cpu.txt docker/constraints-dev.txt \
 	docker/vllm-cpu-name/pyproject.toml pyproject.toml
 
-.PHONY: help venv check cover test mutate demo compile-matrix gpu-day clean
+.PHONY: help venv check cover test mutate fuzz demo compile-matrix gpu-day clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ test: $(STAMP)  ## run the tests; PYTEST_ARGS="-m 'not slow'" and the like choos
 
 mutate: $(STAMP)  ## try small wrong edits and list those that no test sees, for an hour; MUTATE_ARGS="format --per-module 0" and the like choose
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation $(MUTATE_ARGS)
+
+fuzz: $(STAMP)  ## changed checkpoints through verify, transformers and the plugin, for 10 minutes; FUZZ_ARGS="--minutes 1" and the like choose
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 COVERED := compress_tools.format compress_tools.output
 cover: $(STAMP)  ## hold format/ and output/ to their floor of lines and branches that tests reach

@@ -1,9 +1,11 @@
 """The ``quantization_config`` block as vLLM's QuantizationConfig: which layer is served by which method."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from compress_tools.format.directory import check_headers, check_layer_count, read_headers
 from compress_tools.format.schema import QUANT_METHOD, ResMoEFormat, parse_format
 from resmoe_vllm.coded_rest import CodedEmbeddingMethod, CodedLinearMethod
 from resmoe_vllm.compat import (
@@ -48,6 +50,21 @@ class ResMoEConfig(QuantizationConfig):
     def _ask_for_embeddings(self) -> None:
         if self.fmt.rest is not None:
             ask_the_config(type(self))
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, **_: Any) -> None:
+        """See vLLM's, which calls it before the model is built: the files' headers must be what the block says.
+
+        Parameters are made by the block, so that memory is asked for in proportion to what is stored. A model of the
+        hub has no files yet: of it each tensor is checked as it comes.
+
+        Raises:
+            CheckpointError, FormatError: they are not; names the tensor.
+        """
+        path = Path(model_name)
+        if path.is_dir() and (headers := read_headers(path)):
+            check_headers(self.fmt, headers, model_name)
+            if hf_config is not None:
+                check_layer_count(hf_config, headers, model_name)
 
     def get_name(self) -> str:
         """Name under ``quant_method`` in config.json."""

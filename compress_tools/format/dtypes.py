@@ -16,3 +16,8 @@ DTYPES = {
 }
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8"}
 WEIGHT_DTYPES: dict[str, WeightDtype] = {SAFETENSORS_NAMES[name]: name for name in get_args(WeightDtype)}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as the format and its users call it: ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")

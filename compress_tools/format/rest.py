@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from compress_tools.format.dtypes import DTYPES
+from compress_tools.format.dtypes import DTYPES, dtype_name
 from compress_tools.format.parts.base import SCALE_DTYPE
 
 ROW_CODES, ROW_SCALES = "resmoe_row_codes", "resmoe_row_scales"
@@ -67,10 +67,18 @@ def decode_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def rows_fault(codes: Tensor, scales: Tensor) -> str | None:
-    """What the format forbids in codes and scales of the right shapes; None where there is nothing."""
+def rows_fault(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> str | None:
+    """What the format forbids in codes and scales of the right shapes; None where there is nothing.
+
+    Args:
+        codes: ``[N, K]``.
+        scales: ``[N, 1]``.
+        dtype: of the matrix that they stand for.
+    """
     if not torch.isfinite(scales).all() or (scales < 0).any():
         return "holds a scale that is negative, NaN or infinite"
+    if scales.numel() and float(scales.max()) * LEVELS > torch.finfo(dtype).max:
+        return f"holds a scale of {float(scales.max()):.3g}, whose weights are beyond {dtype_name(dtype)}"
     if (codes == -LEVELS - 1).any():
         return f"holds the code {-LEVELS - 1}, expected {-LEVELS} to {LEVELS}"
     if (codes[(scales == 0).flatten()] != 0).any():

@@ -283,11 +283,13 @@ class ResMoEFormat(Frozen):
             if newer := layer.newer_than(self.format_version):
                 key, since = newer
                 raise ValueError(f"layer {index}: {key} needs format_version {since}, this is {self.format_version}")
-            groups = layer.expert_groups(self.num_experts)
-            listed = sorted(expert for group in groups for expert in group.experts)
-            if listed != list(range(self.num_experts)):
-                raise ValueError(f"layer {index}: groups list experts {listed}, expected 0..{self.num_experts - 1}")
-            for residual in (group.residual for group in groups):
+            # A damaged count must not be counted up to: where there are no groups, there is nothing to compare.
+            listed = sorted(expert for group in layer.groups or () for expert in group.experts)
+            if layer.groups and (len(listed) != self.num_experts or listed != list(range(len(listed)))):
+                raise ValueError(
+                    f"layer {index}: groups list experts {listed!s:.200}, expected 0..{self.num_experts - 1}"
+                )
+            for residual in [group.residual for group in layer.groups or ()] or [layer.residual]:
                 self._check_parts(index, layer.center, residual)
         return self
 

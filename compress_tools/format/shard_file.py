@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from compress_tools.errors import CheckpointError
 from compress_tools.text_file import in_words
@@ -162,14 +163,23 @@ def parse_header(header: bytes) -> dict[str, StoredTensor]:
         ValueError: it is damaged.
     """
     try:
-        found = [
-            (name, StoredTensor(entry["dtype"], tuple(entry["shape"]), *map(int, entry["data_offsets"])))
-            for name, entry in json.loads(header).items()
-            if name != "__metadata__"
-        ]
+        found = [(name, _stored_tensor(entry)) for name, entry in json.loads(header).items() if name != "__metadata__"]
     except (KeyError, TypeError, AttributeError, RecursionError) as err:
         raise ValueError(f"its header is damaged: {err!r}") from err
     return dict(sorted(found, key=lambda item: (item[1].begin, item[1].end)))
+
+
+def _stored_tensor(entry: Any) -> StoredTensor:
+    """A header's entry.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is damaged.
+    """
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    counts = [*shape, begin, end]
+    if not isinstance(dtype, str) or not all(type(count) is int and 0 <= count < 2**63 for count in counts):
+        raise ValueError(f"its header is damaged: {entry!s:.100}")
+    return StoredTensor(dtype, tuple(shape), begin, end)
 
 
 def _unreadable(file: Path, err: Exception) -> CheckpointError:

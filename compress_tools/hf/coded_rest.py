@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
 
-from compress_tools.format.rest import ROW_CODES, ROW_SCALES, WEIGHT, decode_rows
+from compress_tools.format.rest import ROW_CODES, ROW_SCALES, WEIGHT, decode_rows, rows_fault
 
 _LEAF = WEIGHT.removeprefix(".")
 _ANY_CODES, _ANY_SCALES = f"{ROW_CODES}$", f"{ROW_SCALES}$"
@@ -17,6 +17,8 @@ _ANY_CODES, _ANY_SCALES = f"{ROW_CODES}$", f"{ROW_SCALES}$"
 class DecodeRows(ConversionOps):
     """Codes and scales to a matrix; ``decoded`` counts them, over all copies that transformers makes of this.
 
+    ``faults`` says what the format forbids in them.
+
     Args:
         stored: dtype that the matrix had in the source: what codes mean is rounded to it first.
         dtype: the model's.
@@ -24,13 +26,15 @@ class DecodeRows(ConversionOps):
 
     def __init__(self, stored: torch.dtype, dtype: torch.dtype) -> None:
         self._stored, self._dtype, self.decoded = stored, dtype, 0
+        self.faults: list[str] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DecodeRows":
         return self
 
     @torch.no_grad()
-    def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, Any]:
+    def convert(self, input_dict: dict[str, Any], **given: Any) -> dict[str, Any]:
         """See transformers: lists of tensors by source pattern; those of codes and scales become one of weights."""
+        name = str(given.get("full_layer_name", ""))
         found: dict[str, Any] = {}
         for pattern, codes in input_dict.items():
             if ROW_CODES not in pattern:
@@ -38,10 +42,13 @@ class DecodeRows(ConversionOps):
             scales = input_dict[pattern.replace(ROW_CODES, ROW_SCALES)]
             pairs = zip(_as_list(codes), _as_list(scales), strict=True)
             # What comes behind in a chain finds its tensors by the patterns that they were stored under.
-            found[_LEAF if pattern == _ANY_CODES else pattern] = [self._decode(*pair) for pair in pairs]
+            found[_LEAF if pattern == _ANY_CODES else pattern] = [self._decode(name, *pair) for pair in pairs]
         return found
 
-    def _decode(self, codes: Tensor, scales: Tensor) -> Tensor:
+    def _decode(self, name: str, codes: Tensor, scales: Tensor) -> Tensor:
+        if fault := rows_fault(codes, scales, self._stored):
+            # transformers makes a warning of what is raised here, and a random weight of the tensor.
+            self.faults.append(f"{name!r} in codes {fault}")
         self.decoded += 1
         return decode_rows(codes, scales, self._stored).to(self._dtype)
 

@@ -20,7 +20,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compress_tools.errors import CheckpointError
+from compress_tools.errors import CheckpointError, FormatError
+from compress_tools.format.directory import check_layer_count, read_headers
 from compress_tools.format.dtypes import DTYPES
 from compress_tools.format.loading_guard import GUARD_KEY
 from compress_tools.format.schema import QUANT_METHOD, parse_format
@@ -56,7 +57,14 @@ class ResMoEQuantizer(HfQuantizer):
     requires_calibration = False
 
     def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """Take the guard of config.json away, before transformers takes it for a file to load."""
+        """Take the guard of config.json away, before transformers takes it for a file to load.
+
+        Raises:
+            CheckpointError: config.json counts more layers than there can be; the model is not built yet.
+        """
+        path = Path(config.name_or_path)
+        if path.is_dir() and (headers := read_headers(path)):
+            check_layer_count(config, headers, str(path))
         if hasattr(config, GUARD_KEY):
             delattr(config, GUARD_KEY)
         return super().update_tp_plan(config)
@@ -103,6 +111,8 @@ class ResMoEQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """Put the factored experts in."""
         checkpoint, fmt = self._checkpoint, self._checkpoint.fmt
+        if fmt.rest is not None and self._decode.faults:
+            raise FormatError(f"{checkpoint.reader.path}: {self._decode.faults[0]}")
         if fmt.rest is not None and self._decode.decoded < len(fmt.rest.tensors):
             raise CheckpointError(
                 f"{checkpoint.reader.path}: {len(fmt.rest.tensors) - self._decode.decoded} of {len(fmt.rest.tensors)} "
@@ -113,12 +123,13 @@ class ResMoEQuantizer(HfQuantizer):
             if parameter.dtype == DTYPES[fmt.dtype] != self._asked_dtype:
                 parameter.data = parameter.data.to(self._asked_dtype)
         for layer, name in zip(fmt.decoder_layers, self._dense, strict=True):
+            whole = checkpoint.with_layer(layer)
             experts = FactoredExperts(
                 fmt.layers[layer],
                 fmt.hidden_size,
                 fmt.intermediate_size,
-                checkpoint.shared(layer),
-                [checkpoint.stored(layer, expert) for expert in range(fmt.num_experts)],
+                whole.shared(layer),
+                [whole.stored(layer, expert) for expert in range(fmt.num_experts)],
                 gate_function(self._dense[name]),
                 model.dtype,
             ).to(model.device)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress_tools.errors import CheckpointError
+from compress_tools.format.directory import INDEX_NAME as INDEX_NAME
 from compress_tools.format.shard_file import StoredTensor, first_cut_tensor, is_file_name
 from compress_tools.source.files import CheckpointFiles
 from compress_tools.source.stored_bytes import as_tensor
 from compress_tools.text_file import in_words, is_lfs_pointer, lfs_advice, read_json_object
 
-INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 # Parts of config.json that are objects wherever they are given.
@@ -69,6 +69,11 @@ class CheckpointReader:
     def names(self) -> list[str]:
         """All tensor names, sorted."""
         return sorted(self._shard_of)
+
+    @property
+    def headers(self) -> Mapping[str, StoredTensor]:
+        """What the weight files' headers say of each tensor."""
+        return self._stored
 
     def __contains__(self, name: str) -> bool:
         return name in self._shard_of

@@ -1,6 +1,6 @@
 """A ResMoE checkpoint opened for reading: validated, and its experts by layer and index."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from copy import copy
 from math import prod
 from pathlib import Path
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from compress_tools.errors import FormatError, NumericalError
 from compress_tools.format.codec import restore_expert
-from compress_tools.format.dtypes import DTYPES, SAFETENSORS_NAMES
-from compress_tools.format.parts.base import SCALE_DTYPE, Rows, StoredTensors, TensorSpec
-from compress_tools.format.rest import ROW_CODES_DTYPE, decode_rows, row_names, rows_fault
+from compress_tools.format.directory import check_headers
+from compress_tools.format.dtypes import DTYPES
+from compress_tools.format.parts.base import Rows, StoredTensors, TensorSpec
+from compress_tools.format.rest import decode_rows, row_names, rows_fault
 from compress_tools.format.schema import Projection, parse_format
 from compress_tools.format.tensors import (
     BIAS,
@@ -44,12 +45,23 @@ class ResMoECheckpoint:
         self.fmt = parse_format(block, str(self.reader.path / "config.json"))
         self._given: Mapping[str, Tensor] = {}
         self._last_shared: tuple[int, StoredTensors] | None = None
-        self._check_tensors()
+        check_headers(self.fmt, self.reader.headers, str(self.reader.path))
 
     def with_tensors(self, given: Mapping[str, Tensor]) -> Self:
         """The same checkpoint with some tensors given by name, which are then not read from their files."""
         made = copy(self)
         made._given, made._last_shared = given, None
+        return made
+
+    def with_layer(self, layer: int) -> Self:
+        """The same checkpoint with one layer read, once, and checked.
+
+        Raises:
+            CheckpointError: not readable.
+            NumericalError, FormatError: see ``check_values``.
+        """
+        made = self.with_tensors({name: self.reader.get(name) for name in layer_tensors(self.fmt, layer)})
+        made.check_values(layer)
         return made
 
     @property
@@ -65,11 +77,15 @@ class ResMoECheckpoint:
         return prod(self.reader.shape(row_names(name)[0])) * self.dtype.itemsize
 
     def plain(self, name: str) -> Tensor:
-        """A tensor of ``plain_names``, decoded."""
+        """A tensor of ``plain_names``, decoded.
+
+        Raises:
+            CheckpointError: not readable.
+            FormatError: see ``check_rows``.
+        """
         if name not in self.fmt.rest_tensors:
             return self.reader.get(name)
-        codes, scales = map(self._tensor, row_names(name))
-        return decode_rows(codes, scales, self.dtype)
+        return decode_rows(*self.check_rows(name), self.dtype)
 
     def check_rows(self, name: str) -> tuple[Tensor, Tensor]:
         """Codes and scales of a matrix of ``fmt.rest_tensors``.
@@ -78,7 +94,7 @@ class ResMoECheckpoint:
             FormatError: they hold what the format forbids.
         """
         codes, scales = map(self._tensor, row_names(name))
-        if fault := rows_fault(codes, scales):
+        if fault := rows_fault(codes, scales, self.dtype):
             raise FormatError(f"{self.reader.path}: {name!r} in codes {fault}")
         return codes, scales
 
@@ -112,13 +128,13 @@ class ResMoECheckpoint:
         """Read a whole layer: finite everywhere, masks with as many bits as values, clean padding.
 
         Raises:
-            NumericalError: NaN or Inf; names the tensor.
+            NumericalError: NaN, Inf, or scales whose weights are; names the tensor.
             FormatError: a mask disagrees with the config.
         """
         for name, spec in layer_tensors(self.fmt, layer).items():
             tensor = self._tensor(name)
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise NumericalError(f"{self.reader.path}: {name!r} holds NaN or Inf")
+            if overflow := spec.overflow(tensor, self.dtype):
+                raise NumericalError(f"{self.reader.path}: {name!r} {overflow}")
             if fault := spec.fault(tensor):
                 raise FormatError(f"{self.reader.path}: {name!r}: {fault}")
         for expert in range(self.fmt.num_experts):
@@ -137,55 +153,6 @@ class ResMoECheckpoint:
 
     def _tensor(self, name: str) -> Tensor:
         return self._given[name] if name in self._given else self.reader.get(name)
-
-    def _check_tensors(self) -> None:
-        # Every expert has a tensor; a damaged count must not be counted up to.
-        if self.fmt.num_experts > len(self.reader.names):
-            raise FormatError(
-                f"{self.reader.path}: config.json counts {self.fmt.num_experts} experts, in all there are "
-                f"{len(self.reader.names)} tensors"
-            )
-        expected: set[str] = set()
-        for layer in self.fmt.layers:
-            for name, spec in layer_tensors(self.fmt, layer).items():
-                expected.add(name)
-                if name not in self.reader:
-                    raise FormatError(f"{self.reader.path}: layer {layer}: tensor {name!r} is missing")
-                found = (self.reader.shape(name), self.reader.dtype(name))
-                if found != (spec.shape, SAFETENSORS_NAMES[spec.dtype]):
-                    raise FormatError(
-                        f"{self.reader.path}: {name!r} is {found[1]} {list(found[0])}, the config says "
-                        f"{SAFETENSORS_NAMES[spec.dtype]} {list(spec.shape)}"
-                    )
-        expected.update(self._check_rest())
-        extra = [name for name in self.reader.names if is_resmoe_name(name) and name not in expected]
-        if extra:
-            raise FormatError(
-                f"{self.reader.path}: {len(extra)} tensors that the config does not name, first {extra[0]!r}"
-            )
-
-    def _check_rest(self) -> Iterator[str]:
-        """Names of the tensors of all matrices in codes; their shapes fit each other."""
-        for name in sorted(self.fmt.rest_tensors):
-            if name in self.reader:
-                raise FormatError(
-                    f"{self.reader.path}: {name!r} is there beside its codes; the config says that codes are all"
-                )
-            for own in row_names(name):
-                if own not in self.reader:
-                    raise FormatError(f"{self.reader.path}: tensor {own!r} is missing")
-                yield own
-            codes, scales = row_names(name)
-            shape = self.reader.shape(codes)
-            if len(shape) != 2:
-                raise FormatError(f"{self.reader.path}: {codes!r} has shape {list(shape)}, expected two dimensions")
-            for own, dtype, size in ((codes, ROW_CODES_DTYPE, shape), (scales, SCALE_DTYPE, (shape[0], 1))):
-                found = (self.reader.dtype(own), self.reader.shape(own))
-                if found != (SAFETENSORS_NAMES[dtype], size):
-                    raise FormatError(
-                        f"{self.reader.path}: {own!r} is {found[0]} {list(found[1])}, expected "
-                        f"{SAFETENSORS_NAMES[dtype]} {list(size)}"
-                    )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -3,10 +3,12 @@
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from compress_tools.architectures.base import MoEArchitecture
 from compress_tools.architectures.registry import find_architecture
+from compress_tools.errors import NumericalError
 from compress_tools.format.loading_guard import GUARD_KEY
 from compress_tools.format.tensors import dense_layer_bytes
 from compress_tools.output.finish import say_finished, say_where
@@ -43,7 +45,7 @@ def restore(
     Returns:
         total bytes of the written tensors.
     Raises:
-        CheckpointError, ConfigError, FormatError, UnsupportedArchitectureError: see errors.py.
+        CheckpointError, ConfigError, FormatError, NumericalError, UnsupportedArchitectureError: see errors.py.
     """
     progress = progress or Silent()
     Staging(dst).check_apart(src)
@@ -87,10 +89,16 @@ def _write(
 
     def dense_layer(layer: int) -> dict[str, Tensor]:
         progress.stage("restoring", fmt.num_experts, layer)
-        experts = []
+        experts, whole = [], checkpoint.with_layer(layer)
         for expert in range(fmt.num_experts):
-            rows = {p: rows.to(checkpoint.dtype) for p, rows in checkpoint.expert(layer, expert).items()}
-            experts.append(rows_to_expert(rows, checkpoint.biases(layer, expert)))
+            rows = {p: rows.to(checkpoint.dtype) for p, rows in whole.expert(layer, expert).items()}
+            for projection, matrix in rows.items():
+                if not torch.isfinite(matrix).all():
+                    raise NumericalError(
+                        f"{reader.path}: layer {layer}, expert {expert}, {projection}: the restored weights are beyond "
+                        f"{fmt.dtype}; expected finite numbers; the checkpoint is damaged, compress again"
+                    )
+            experts.append(rows_to_expert(rows, whole.biases(layer, expert)))
             progress.step()
         return dense_tensors(architecture, fmt.names, layer, experts)
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from compress_tools.errors import FormatError
-from compress_tools.format.dtypes import DTYPES
+from compress_tools.errors import FormatError, NumericalError
+from compress_tools.format.dtypes import DTYPES, dtype_name
 from compress_tools.format.packing import mask_row_counts, pack_codes, unpack_codes
 from compress_tools.format.parts.base import TensorSpec
 from compress_tools.format.parts.bitmap import MASK
@@ -80,6 +80,7 @@ class GroupLoader:
 
         Raises:
             FormatError: loaded before, of a wrong shape or dtype, or masks that don't fit; names the tensor.
+            NumericalError: it holds NaN or Inf, or means such.
         """
         projection, suffix = spec.projection, spec.suffix
         stored_name = tensor_name(self.fmt, self.index, expert_id, projection, suffix)
@@ -88,11 +89,12 @@ class GroupLoader:
         if tuple(tensor.shape) != spec.shape or tensor.dtype != DTYPES[spec.dtype]:
             raise FormatError(
                 f"{stored_name}: expected {list(spec.shape)} {spec.dtype}, "
-                f"found {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+                f"found {list(tensor.shape)} {dtype_name(tensor.dtype)}"
             )
         if suffix == MASK:
             self._check_mask(stored_name, projection, row, tensor)
         if suffix in STREAMS and self.layout.packed:
+            self._check_numbers(stored_name, spec, tensor.to(self.params[self.layout.slots[projection, suffix].param]))
             # cloned: the loader may reuse its buffer
             self.staged_values[projection, row] = tensor.clone()
         else:
@@ -102,7 +104,9 @@ class GroupLoader:
             elif suffix == BIAS and self.tp_rank > 0:
                 # down's, whose rows no rank slices: the sum over ranks has it once
                 tensor = torch.zeros_like(tensor)
-            slot.view(self.params[slot.param].data)[row].copy_(tensor)
+            held = slot.view(self.params[slot.param].data)[row]
+            held.copy_(tensor)
+            self._check_numbers(stored_name, spec, held)
         self.loaded.add((projection, suffix, row))
         if suffix in STREAMS or (suffix == MASK and projection in self.bitmaps):
             self._finish_bitmap(self.bitmaps[projection], row, expert_id)
@@ -118,6 +122,14 @@ class GroupLoader:
             for spec in self.own_specs():
                 if spec.expert is not None and (spec.projection, spec.suffix, row) not in self.loaded:
                     yield tensor_name(self.fmt, self.index, expert, spec.projection, spec.suffix)
+
+    def _check_numbers(self, stored_name: str, spec: TensorSpec, held: Tensor) -> None:
+        """Of what is held, in the model's dtype: a product with NaN would reach every token."""
+        if overflow := spec.overflow(held, DTYPES[self.fmt.dtype]):
+            raise NumericalError(
+                f"{stored_name}: {overflow} (as {dtype_name(held.dtype)}), expected finite numbers; the checkpoint is "
+                "damaged, download or compress it again"
+            )
 
     def _check_mask(self, stored_name: str, projection: Projection, row: int, mask: Tensor) -> None:
         hidden_size = self.fmt.hidden_size

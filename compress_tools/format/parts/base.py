@@ -10,9 +10,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
-from compress_tools.format.dtypes import DTYPES
+from compress_tools.format.dtypes import DTYPES, dtype_name
 from compress_tools.format.packing import mask_row_counts, pack_codes, unpack_codes, unpack_mask
-from compress_tools.format.quantization import dequantize
+from compress_tools.format.quantization import dequantize, half_range
 from compress_tools.format.row_sizes import code_row_bytes, num_groups
 
 Projection = Literal["gate_proj", "up_proj", "down_proj"]
@@ -71,6 +71,7 @@ class TensorSpec:
         dtype: stored dtype's name.
         role: what it holds.
         codes: of rows of codes and of masks, the bits of one and the columns of a row.
+        level: of scales, the largest level that they are multiplied with.
     """
 
     expert: int | None
@@ -80,11 +81,24 @@ class TensorSpec:
     dtype: str
     role: Role
     codes: tuple[int, int] | None = None
+    level: float = 1.0
 
     @property
     def nbytes(self) -> int:
         """Stored bytes."""
         return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def overflow(self, tensor: Tensor, dtype: torch.dtype) -> str | None:
+        """Numbers that are none: NaN, Inf, or a scale whose largest weight is beyond ``dtype``; None without."""
+        if not tensor.is_floating_point():
+            return None
+        if not torch.isfinite(tensor).all():
+            return "holds NaN or Inf"
+        if self.role == "scales" and tensor.numel():
+            largest = float(tensor.abs().max()) * self.level
+            if largest > torch.finfo(dtype).max:
+                return f"holds a scale of which codes make {largest:.3g}, beyond {dtype_name(dtype)}"
+        return None
 
     def fault(self, tensor: Tensor) -> str | None:
         """What the format forbids in a tensor of the right shape and dtype; None where there is nothing."""
@@ -113,13 +127,19 @@ class CodedRows:
         """What each suffix holds."""
         return {self.codes: self.role, self.scales: "scales"}
 
+    def largest_level(self, bits: int) -> float:
+        """The largest magnitude that a scale is multiplied with."""
+        return half_range(bits)
+
     def tensors(
         self, projection: Projection, rows: int, columns: int, bits: int, group_size: int | None = None
     ) -> Iterator[TensorSpec]:
         """Codes and scales of a matrix ``[rows, columns]``."""
         packed, coding = (rows, code_row_bytes(bits, columns)), (bits, columns)
         yield TensorSpec(None, projection, self.codes, packed, "uint8", self.role, coding)
-        yield TensorSpec(None, projection, self.scales, (rows, num_groups(columns, group_size)), SCALE_DTYPE, "scales")
+        shape = rows, num_groups(columns, group_size)
+        level = self.largest_level(bits)
+        yield TensorSpec(None, projection, self.scales, shape, SCALE_DTYPE, "scales", level=level)
 
     def decode(
         self, stored: Stored, projection: Projection, columns: int, bits: int, group_size: int | None = None

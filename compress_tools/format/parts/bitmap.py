@@ -26,7 +26,7 @@ from compress_tools.format.parts.base import (
     TensorSpec,
     describe_codes,
 )
-from compress_tools.format.quantization import decode_levels, expand_scales
+from compress_tools.format.quantization import decode_levels, expand_scales, half_range
 from compress_tools.format.row_sizes import code_row_bytes, mask_row_bytes, num_groups
 
 MASK = "resmoe_mask"
@@ -67,7 +67,8 @@ class _Bitmap(Part, _ValueKeys, ABC):
         if self.value_bits is not None:
             shape = size_i, num_groups(size_h, self.group_size)
             for projection in self.projections:
-                yield TensorSpec(None, projection, VALUE_SCALES, shape, SCALE_DTYPE, "scales")
+                level = half_range(self.value_bits)
+                yield TensorSpec(None, projection, VALUE_SCALES, shape, SCALE_DTYPE, "scales", level=level)
         yield from self._values(sizes)
 
     @abstractmethod

@@ -14,7 +14,7 @@ from compress_tools.format.parts.base import (
     describe_codes,
 )
 from compress_tools.format.parts.coded import CodedPart
-from compress_tools.format.trellis import decode_trellis
+from compress_tools.format.trellis import decode_trellis, state_levels
 
 CENTER_TRELLIS = "resmoe_center_trellis"
 CENTER_TRELLIS_SCALES = "resmoe_center_trellis_scales"
@@ -29,6 +29,10 @@ class TrellisRows(CodedRows):
     """Rows stored as packed symbols with scales, under two suffixes."""
 
     role: ClassVar[Role] = "symbols"
+
+    def largest_level(self, bits: int) -> float:
+        """See ``CodedRows``."""
+        return float(state_levels(bits).abs().max())
 
     def decode(
         self, stored: Stored, projection: Projection, columns: int, bits: int, group_size: int | None = None

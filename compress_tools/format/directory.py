@@ -1,0 +1,123 @@
+"""A checkpoint directory's headers against its format block, before any tensor is read or any memory is taken."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from compress_tools.errors import CheckpointError, FormatError
+from compress_tools.format.dtypes import SAFETENSORS_NAMES
+from compress_tools.format.parts.base import SCALE_DTYPE
+from compress_tools.format.rest import ROW_CODES_DTYPE, row_names
+from compress_tools.format.schema import ResMoEFormat
+from compress_tools.format.shard_file import StoredTensor, is_file_name, read_header
+from compress_tools.format.tensors import is_resmoe_name, layer_tensors
+from compress_tools.text_file import in_words, read_json_object
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+def read_headers(path: Path) -> dict[str, StoredTensor]:
+    """All tensors of the weight files that a server loads: those that the index names, or else all beside it.
+
+    Args:
+        path: the directory.
+    Returns:
+        by name; empty where there is no weight file.
+    Raises:
+        CheckpointError: an index or a weight file is damaged, missing or elsewhere.
+    """
+    index = path / INDEX_NAME
+    if index.exists():
+        weight_map = read_json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index}: no weight_map; expected one from tensor names to weight files")
+        for name, shard in weight_map.items():
+            if not is_file_name(shard):
+                raise CheckpointError(f"{index}: {name!r}: expected a weight file beside it, found {shard!r:.60}")
+        files = [path / shard for shard in sorted(set(weight_map.values()))]
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    found: dict[str, StoredTensor] = {}
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: is missing or no file; expected a weight file; download it again")
+        try:
+            # Checks that offsets, shapes and the file's length agree.
+            with safe_open(file, framework="pt", device="cpu"):
+                found |= read_header(file)
+        except (OSError, SafetensorError) as err:
+            raise CheckpointError(f"{file}: truncated or corrupt shard: {in_words(err)}; download it again") from err
+    return found
+
+
+def check_headers(fmt: ResMoEFormat, headers: Mapping[str, StoredTensor], where: str) -> None:
+    """Every tensor that the block names is there, of its shape and dtype, and no other of ResMoE's.
+
+    Args:
+        fmt: the checkpoint's format block.
+        headers: its tensors by name.
+        where: names the checkpoint in errors.
+    Raises:
+        FormatError: names the first that is missing, different or too many.
+    """
+    # Every expert has a tensor; a damaged count must not be counted up to.
+    if fmt.num_experts > len(headers):
+        raise FormatError(
+            f"{where}: config.json counts {fmt.num_experts} experts, in all there are {len(headers)} tensors"
+        )
+    expected: set[str] = set()
+    for layer in fmt.layers:
+        for name, spec in layer_tensors(fmt, layer).items():
+            expected.add(name)
+            if name not in headers:
+                raise FormatError(f"{where}: layer {layer}: tensor {name!r} is missing")
+            found = (headers[name].shape, headers[name].dtype)
+            if found != (spec.shape, SAFETENSORS_NAMES[spec.dtype]):
+                raise FormatError(
+                    f"{where}: {name!r} is {found[1]} {list(found[0])}, the config says "
+                    f"{SAFETENSORS_NAMES[spec.dtype]} {list(spec.shape)}"
+                )
+    expected.update(_checked_rest(fmt, headers, where))
+    extra = sorted(name for name in headers if is_resmoe_name(name) and name not in expected)
+    if extra:
+        raise FormatError(f"{where}: {len(extra)} tensors that the config does not name, first {extra[0]!r}")
+
+
+def check_layer_count(config: Any, headers: Mapping[str, StoredTensor], where: str) -> None:
+    """A model with more layers than tensors is not built, which would take as long as the number is large.
+
+    Args:
+        config: transformers' config of the model.
+        headers: the checkpoint's tensors by name.
+        where: names the checkpoint in errors.
+    Raises:
+        CheckpointError: it says that there are more.
+    """
+    count = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(count, int) and count > len(headers):
+        raise CheckpointError(
+            f"{where}: config.json counts {count} layers, in all there are {len(headers)} tensors; download it again"
+        )
+
+
+def _checked_rest(fmt: ResMoEFormat, headers: Mapping[str, StoredTensor], where: str) -> Iterator[str]:
+    """Names of the tensors of all matrices in codes; their shapes fit each other."""
+    for name in sorted(fmt.rest_tensors):
+        if name in headers:
+            raise FormatError(f"{where}: {name!r} is there beside its codes; the config says that codes are all")
+        for own in row_names(name):
+            if own not in headers:
+                raise FormatError(f"{where}: tensor {own!r} is missing")
+            yield own
+        codes, scales = row_names(name)
+        shape = headers[codes].shape
+        if len(shape) != 2:
+            raise FormatError(f"{where}: {codes!r} has shape {list(shape)}, expected two dimensions")
+        for own, dtype, size in ((codes, ROW_CODES_DTYPE, shape), (scales, SCALE_DTYPE, (shape[0], 1))):
+            found = (headers[own].dtype, headers[own].shape)
+            if found != (SAFETENSORS_NAMES[dtype], size):
+                raise FormatError(
+                    f"{where}: {own!r} is {found[0]} {list(found[1])}, expected {SAFETENSORS_NAMES[dtype]} {list(size)}"
+                )

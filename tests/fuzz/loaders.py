@@ -1,0 +1,181 @@
+"""Everything that reads a ResMoE checkpoint, each called as its users call it, and what it makes of one."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import compress_tools
+import resmoe_vllm
+from compress_tools.errors import FormatError
+from compress_tools.format.dtypes import DTYPES
+from compress_tools.stored.checkpoint import ResMoECheckpoint
+from compress_tools.stored.restore import restore
+from compress_tools.stored.verify import verify
+from resmoe_vllm.config import ResMoEConfig
+from resmoe_vllm.kernels.activation import SILU
+from resmoe_vllm.kernels.cpu import native
+from resmoe_vllm.ops import BoundLayer
+from resmoe_vllm.weights.layer_loader import LayerLoader
+
+TOKENS = torch.tensor([[3, 7, 1, 9, 4, 2]])
+# A token's router weights: two experts for each of five tokens, the last ones of them skipped.
+SLOTS = 2
+
+
+def register() -> None:
+    """Make transformers and vLLM know ResMoE, once for all mutants, and build the kernel."""
+    compress_tools.register_with_transformers()
+    resmoe_vllm.register()
+    native.load()
+
+
+def by_verify(folder: Path) -> None:
+    """``resmoe verify``."""
+    verify(folder)
+
+
+def by_transformers(folder: Path) -> Tensor:
+    """Logits of ``from_pretrained``, residuals compressed in memory."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    with torch.no_grad():
+        logits: Tensor = model(TOKENS).logits
+    return logits
+
+
+def by_restore(folder: Path, target: Path) -> Tensor:
+    """Logits of the dense checkpoint that ``resmoe restore`` writes."""
+    restore(folder, target)
+    # The grouped product of torch takes rows of whole 16 bytes alone.
+    model = AutoModelForCausalLM.from_pretrained(target, dtype="auto", experts_implementation="eager")
+    with torch.no_grad():
+        logits: Tensor = model(TOKENS).logits
+    return logits
+
+
+def by_plugin(folder: Path) -> dict[int, Tensor]:
+    """What each compressed layer answers, loaded and run by the plugin's own code: config, loader, kernel.
+
+    Around it stands what vLLM does: the config is read as JSON, tensors come from the files in the order in which they
+    lie, each is handed to the parameter that its name says, and other names are passed over.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    served = ResMoEConfig.from_config(config["quantization_config"])
+    served.maybe_update_config(str(folder))
+    fmt, outputs = served.fmt, {}
+    for index in fmt.layers:
+        loader, module = LayerLoader(fmt, index, lambda expert: expert), torch.nn.Module()
+        loader.create_params(module, DTYPES[fmt.dtype])
+        _hand_over(folder, fmt, index, module)
+        loader.check_complete()
+        bound = BoundLayer(loader.bind(module), SILU, "cpu")
+        outputs[index] = bound(*layer_input(fmt.num_experts, fmt.hidden_size, DTYPES[fmt.dtype]))
+    return outputs
+
+
+def _hand_over(folder: Path, fmt: Any, index: int, module: torch.nn.Module) -> None:
+    shards = {"gate_proj": ("w13", "w1"), "up_proj": ("w13", "w3" if fmt.gated else "w1"), "down_proj": ("w2", "w2")}
+    stems = {
+        f"{fmt.names.expert_stem(index, expert)}.{disk}": (expert, *shards[projection])
+        for expert in range(fmt.num_experts)
+        for projection, disk in fmt.names.projections.items()
+    }
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  no iterator
+                stem, _, suffix = name.rpartition(".")
+                if stem not in stems:
+                    continue
+                expert, prefix, shard = stems[stem]
+                if (param := getattr(module, f"{prefix}_{suffix}", None)) is not None:
+                    tensor = opened.get_tensor(name)
+                    param.weight_loader(param, tensor, name, shard_id=shard, expert_id=expert, return_success=True)
+
+
+def layer_input(num_experts: int, hidden_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """x ``[T, H]``, router weights and experts ``[T, K]``; every expert has a token, one is chosen twice by one."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = min(num_experts, 64) + 2
+    x = torch.randn(tokens, hidden_size, generator=generator).to(dtype)
+    weights = torch.rand(tokens, SLOTS, generator=generator)
+    ids = torch.arange(tokens)[:, None].repeat(1, SLOTS) % num_experts
+    ids[1:, 1] = (ids[1:, 1] + 1) % num_experts
+    ids[-1, 1] = -1
+    return x, weights, ids
+
+
+def layer_truth(folder: Path) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """What each layer should answer by its restored experts, fp64, and the sum of all magnitudes that go into it."""
+    checkpoint = ResMoECheckpoint(folder)
+    fmt = checkpoint.fmt
+    answers, magnitudes = {}, {}
+    for index in fmt.layers:
+        x, weights, ids = layer_input(fmt.num_experts, fmt.hidden_size, DTYPES[fmt.dtype])
+        x = x.double()
+        answer, magnitude = torch.zeros_like(x), torch.zeros_like(x)
+        for expert in range(fmt.num_experts):
+            rows = {p: r.double() for p, r in checkpoint.expert(index, expert).items()}
+            biases = {p: b.double() for p, b in (checkpoint.biases(index, expert) or {}).items()}
+            mine = (weights * (ids == expert)).sum(1, keepdim=True).double()
+            up = x @ rows["up_proj"].T + biases.get("up_proj", 0)
+            inner, most = up, x.abs() @ rows["up_proj"].abs().T + abs(biases.get("up_proj", torch.zeros(())))
+            if "gate_proj" in rows:
+                gate = x @ rows["gate_proj"].T + biases.get("gate_proj", 0)
+                inner = torch.nn.functional.silu(gate) * up
+                gated = x.abs() @ rows["gate_proj"].abs().T + abs(biases.get("gate_proj", torch.zeros(())))
+                most = most * (1 + gated)
+            answer += mine * (inner @ rows["down_proj"] + biases.get("down_proj", 0))
+            magnitude += mine * (most @ rows["down_proj"].abs() + abs(biases.get("down_proj", torch.zeros(()))))
+        answers[index], magnitudes[index] = answer, magnitude
+    return answers, magnitudes
+
+
+def by_vllm(folder: Path) -> Any:
+    """The model as vLLM's own loader makes it, without an engine around it."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model
+
+    config = EngineArgs(
+        model=str(folder), skip_tokenizer_init=True, enforce_eager=True, max_model_len=64
+    ).create_engine_config()
+    with set_current_vllm_config(config):
+        _one_rank()
+        model = get_model(vllm_config=config)
+    return SimpleNamespace(model=model, config=config)
+
+
+def _one_rank() -> None:
+    """vLLM's groups of processes, of this one alone."""
+    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+    from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
+
+    if not torch.distributed.is_initialized():
+        _set_torch_accelerator_to_noop()
+        import tempfile
+
+        place = tempfile.mkdtemp(prefix="resmoe-fuzz-ranks-")
+        init_distributed_environment(1, 0, f"file://{place}/store", 0, "gloo")
+    ensure_model_parallel_initialized(1, 1)
+
+
+def expect_block(folder: Path) -> None:
+    """What vLLM and transformers do before they ask us at all.
+
+    Raises:
+        FormatError: they would not: config.json is no JSON object with our block.
+    """
+    try:
+        block = json.loads((folder / "config.json").read_bytes())["quantization_config"]
+        if block.get("quant_method") == "resmoe":
+            return
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        raise FormatError(f"{folder}: config.json is not ours: {err!r}") from err
+    raise FormatError(f"{folder}: config.json is of another quantisation")

@@ -1,0 +1,216 @@
+"""A stranger's checkpoint does nothing but load or be refused: random changes, and those that were once found."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from compress_tools.errors import CheckpointError, FormatError, NumericalError, ResMoEError
+from compress_tools.stored.restore import restore
+from compress_tools.stored.verify import verify
+from tests.fuzz import loaders
+from tests.fuzz.mutants import ByteRandom, Mutant, Shard, mutate, trap
+from tests.fuzz.seeds import Files, Seed, make_seeds, write_files
+from tests.fuzz.trial import try_mutant
+
+LOADERS: dict[str, Callable[[Path], Any]] = {
+    "verify": verify,
+    "transformers": loaders.by_transformers,
+    "plugin": loaders.by_plugin,
+}
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seed]:
+    loaders.register()
+    made = make_seeds(tmp_path_factory.mktemp("seeds"))
+    return {seed.name.split(" (")[0]: seed for seed in made}
+
+
+@settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=60,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(number=st.integers(0, 18), choices=st.binary(min_size=40, max_size=80))
+def test_changed_checkpoints(number: int, choices: bytes, seeds: dict[str, Seed]) -> None:
+    seed = list(seeds.values())[number]
+    mutant = mutate(seed.name, seed.files, ByteRandom(choices))
+    trial = try_mutant(mutant)
+    assert trial.outcomes
+    assert not trial.faults, mutant.changes
+
+
+def test_good_checkpoints_are_served_by_all(seeds: dict[str, Seed]) -> None:
+    assert len(seeds) == 19
+    for seed in seeds.values():
+        trial = try_mutant(Mutant(seed.name, seed.files, (), (), ours=True))
+        assert set(trial.outcomes.values()) == {"served"}, (seed.name, trial.sentences)
+        assert not trial.faults, seed.name
+
+
+def with_config(files: Files, change: Callable[[dict[str, Any]], object]) -> Files:
+    config = json.loads(files["config.json"])
+    change(config)
+    return {**files, "config.json": json.dumps(config).encode()}
+
+
+def with_tensor(files: Files, name: str, octets: bytes) -> Files:
+    """The tensor's first bytes changed."""
+    shard = Shard(files["model.safetensors"])
+    shard.octets[name] = octets + shard.octets[name][len(octets) :]
+    return {**files, "model.safetensors": shard.pack()}
+
+
+@pytest.mark.parametrize("count", [2**53, 10**30])
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_count_of_experts_is_not_counted_up_to(
+    loader: str, count: int, seeds: dict[str, Seed], tmp_path: Path
+) -> None:
+    files = with_config(
+        seeds["version 1"].files, lambda config: config["quantization_config"].update(num_experts=count)
+    )
+    with pytest.raises(FormatError, match=rf"config\.json counts {count} experts, in all there are 56 tensors"):
+        LOADERS[loader](write_files(files, tmp_path / "x"))
+
+
+def test_more_layers_than_tensors_are_not_built(seeds: dict[str, Seed], tmp_path: Path) -> None:
+    files = with_config(seeds["version 1"].files, lambda config: config.update(num_hidden_layers=2**63))
+    folder = write_files(files, tmp_path / "x")
+    with pytest.raises(CheckpointError, match="counts 9223372036854775808 layers, in all there are 56 tensors"):
+        loaders.by_transformers(folder)
+    with pytest.raises(ResMoEError, match="num_hidden_layers of a olmoe model is 9223372036854775808"):
+        verify(folder)
+
+
+# A pattern of bytes at the beginning of a tensor, and what is said of it.
+NUMBERS = {
+    "NaN in a center": ("low_rank-joint", "0.mlp.experts.0.up_proj.resmoe_center", b"\x00\x7e", "holds NaN or Inf"),
+    "Inf in a factor": ("low_rank-joint", "1.mlp.experts.2.gate_proj.resmoe_u", b"\x00\x7c", "holds NaN or Inf"),
+    "NaN in a scale": ("quantized-2bit", "0.mlp.experts.3.down_proj.resmoe_scales", b"\xc0\x7f", "holds NaN or Inf"),
+    "a scale too large": (
+        "quantized-2bit",
+        "1.mlp.experts.3.down_proj.resmoe_scales",
+        b"\x7f\x7f",
+        r"holds a scale of which codes make 1\.19e\+39, beyond float32",
+    ),
+    "a scale too large for float16": (
+        "quantized-8bit-each",
+        "0.mlp.experts.1.down_proj.resmoe_scales",
+        b"\x00\x45",
+        r"holds a scale of which codes make 2\.61e\+05, beyond float16",
+    ),
+}
+
+
+@pytest.mark.parametrize("loader", [*LOADERS, "restore"])
+@pytest.mark.parametrize("case", NUMBERS)
+def test_numbers_that_are_none_are_not_served(case: str, loader: str, seeds: dict[str, Seed], tmp_path: Path) -> None:
+    start, name, octets, sentence = NUMBERS[case]
+    seed = next(seed for key, seed in seeds.items() if key.startswith(start))
+    files = with_tensor(seed.files, f"model.layers.{name}", octets)
+    folder = write_files(files, tmp_path / "x")
+    act = LOADERS.get(loader, lambda path: restore(path, tmp_path / "dense"))
+    with pytest.raises(NumericalError, match=rf"{name}'?:? {sentence}"):
+        act(folder)
+    assert not (tmp_path / "dense").exists()
+
+
+@pytest.mark.parametrize("loader", [*LOADERS, "restore"])
+def test_rows_of_codes_that_overflow(loader: str, seeds: dict[str, Seed], tmp_path: Path) -> None:
+    """The plugin's own layers of such rows are vLLM's to make: see ``tests/resmoe_vllm/test_coded_rest.py``."""
+    files = with_tensor(seeds["coded rest"].files, "lm_head.resmoe_row_scales", b"\x7f\x7f")
+    folder = write_files(files, tmp_path / "x")
+    act = {**LOADERS, "restore": lambda path: restore(path, tmp_path / "dense")}[loader]
+    if loader == "plugin":
+        assert sorted(act(folder)) == [0, 1]
+        return
+    with pytest.raises(FormatError, match=r"lm_head.*holds a scale of 3\.39e\+38, whose weights are beyond bfloat16"):
+        act(folder)
+
+
+@pytest.mark.parametrize("value", [float("inf"), 1.5, -1, True, "8", 2**63, [1]])
+def test_offsets_that_are_none(value: object, seeds: dict[str, Seed], tmp_path: Path) -> None:
+    content = seeds["version 1"].files["model.safetensors"]
+    count = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + count])
+    header["lm_head.weight"]["data_offsets"][0] = value
+    text = json.dumps(header).encode()
+    files = {**seeds["version 1"].files, "model.safetensors": len(text).to_bytes(8, "little") + text}
+    folder = write_files(files, tmp_path / "x")
+    for act in LOADERS.values():
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: truncated or corrupt shard"):
+            act(folder)
+
+
+@pytest.mark.parametrize("kind", range(6))
+def test_code_of_a_checkpoint_is_never_run(kind: int, seeds: dict[str, Seed]) -> None:
+    """Modules that config.json names, and pickles beside weights or in their place."""
+    pick, made = ByteRandom(bytes([kind]) * 40), dict(seeds["version 1"].files)
+    done = trap(made, pick)
+    assert done is not None
+    trial = try_mutant(Mutant("version 1", made, (done[0],), ("trap",), ours=False))
+    assert not trial.faults
+
+
+HUGE = """
+import json, resource, sys
+from pathlib import Path
+import torch
+from tests.fuzz import loaders
+from tests.fuzz.trial import forget_peak, peak_bytes, resident_bytes
+from compress_tools.errors import ResMoEError
+loaders.register()
+good, huge = Path(sys.argv[1]), Path(sys.argv[2])
+for act in (loaders.by_verify, loaders.by_plugin, loaders.by_transformers):
+    act(good)
+    forget_peak()
+    before = resident_bytes()
+    try:
+        act(huge)
+    except ResMoEError as err:
+        print(json.dumps([act.__name__, peak_bytes() - before, str(err)]))
+"""
+
+
+def test_two_hundred_bytes_that_ask_for_gigabytes(seeds: dict[str, Seed], tmp_path: Path) -> None:
+    """The block says that experts are of 2**40 weights, and so does the header of a file of 200 bytes."""
+    seed = seeds["version 1"]
+
+    def enlarge(config: dict[str, Any]) -> None:
+        for place in (config, config["quantization_config"]):
+            place.update(hidden_size=2**20, intermediate_size=2**20)
+
+    entry = {"dtype": "BF16", "shape": [2**20, 2**20], "data_offsets": [0, 2**41]}
+    header = json.dumps({"model.layers.0.mlp.experts.0.up_proj.resmoe_center": entry}).encode()
+    files = {**with_config(seed.files, enlarge), "model.safetensors": len(header).to_bytes(8, "little") + header}
+    assert len(files["model.safetensors"]) < 200
+    folders = [write_files(seed.files, tmp_path / "good"), write_files(files, tmp_path / "huge")]
+    done = subprocess.run(
+        [sys.executable, "-c", HUGE, *map(str, folders)], capture_output=True, text=True, check=True, cwd=Path.cwd()
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert [row[0] for row in rows] == ["by_verify", "by_plugin", "by_transformers"]
+    for name, taken, sentence in rows:
+        assert taken < 16 * 2**20, (name, taken)
+        assert "model.safetensors: truncated or corrupt shard" in sentence
+
+
+def test_the_same_expert_twice_for_one_token(seeds: dict[str, Seed], tmp_path: Path) -> None:
+    """Both weights count: ``layer_input`` has such a token first."""
+    folder = seeds["quantized-2bit+quantized-3bit"].write(tmp_path / "x")
+    _, weights, ids = loaders.layer_input(4, 96, torch.float32)
+    assert ids[0, 0] == ids[0, 1]
+    assert weights[0].min() > 0
+    answers, (truth, _) = loaders.by_plugin(folder), loaders.layer_truth(folder)
+    for index, answer in answers.items():
+        torch.testing.assert_close(answer[0].double(), truth[index][0], rtol=2e-3, atol=2e-3)
