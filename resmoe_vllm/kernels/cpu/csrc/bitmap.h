@@ -81,7 +81,7 @@ inline __m256 expand8<BF16>(const uint16_t* values, uint64_t entry) {
 template <>
 inline __m256 expand8<FP16>(const uint16_t* values, uint64_t entry) {
   const __m128i control = _mm_load_si128((const __m128i*)kShuffle.narrow[entry / kEntry]);
-  return FP16::widen(_mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)values), control));
+  return FP16::octet(_mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)values), control));
 }
 template <>
 inline __m256 expand8<FP32>(const float* values, uint64_t entry) {
@@ -105,35 +105,19 @@ inline __m256 expand8<Kept4>(Nibbles values, uint64_t entry) {  // code - 8 in t
                  entry);
 }
 
-#if defined(__AVX512VBMI2__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-constexpr bool kWideExpand = true;  // vpexpandw
-#else
-constexpr bool kWideExpand = false;
-#endif
-
 // Unpacks a row, 64 columns at a time: begin() with their mask, then octet(0) to octet(7), in this order. Reads up to
 // 72 values from `values` on, which moves to the next columns' first.
 template <class V>
 struct Unpacker {
   Cursor<V> values;
   uint64_t word;  // the mask, turned so that an octet's byte comes to lie at its table entry
-  static constexpr bool kExpand = kWideExpand && sizeof(typename V::type) == 2;
-  alignas(64) uint16_t lanes[kExpand ? 64 : 1];
 
   __attribute__((always_inline)) inline void begin(const uint8_t* mask) {
     memcpy(&word, mask, 8);
-#if defined(__AVX512VBMI2__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-    if constexpr (kExpand)
-      for (int half = 0; half < 2; ++half, word >>= 32) {
-        _mm512_store_si512(lanes + 32 * half, _mm512_maskz_expand_epi16((__mmask32)word, _mm512_loadu_si512(values)));
-        values += __builtin_popcount((uint32_t)word);
-      }
-#endif
     static_assert(kEntry == 1 << 5);
-    if constexpr (!kExpand) word = word << 5 | word >> 59;
+    word = word << 5 | word >> 59;
   }
   __attribute__((always_inline)) inline __m256 octet(int j) {
-    if constexpr (kExpand) return V::load((const typename V::type*)lanes + kLanes * j);
     uint64_t entry = (word >> 8 * j | word << (64 - 8 * j) % 64) & 255 * kEntry;
     asm("" : "+r"(entry));  // one number serves as offset and for counting: compilers would make two
     const __m256 w = expand8<V>(values, entry);
@@ -235,8 +219,47 @@ struct BitmapRows {
   }
 };
 
+// Whether rows are decoded to the dtype of their values, 32 columns an instruction, and never in octets.
+#if defined(__AVX512VBMI2__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+template <class V>
+constexpr bool kAsStored = sizeof(typename V::type) == 2;
+
+// Whole 64 columns are written.
+template <class V>
+inline void decode_as_stored(const BitmapRow<V>& row, int64_t n, uint16_t* out) {
+  constexpr int kAhead = 1024;
+  const uint16_t* values = row.values;
+  const uint16_t* end = values + row.readable;
+  for (int64_t c = 0; c < n; c += 64) {
+    _mm_prefetch((const char*)(values + kAhead), _MM_HINT_T0);  // rows lie one behind the other
+    if (c % 512 == 0) _mm_prefetch((const char*)(row.mask + c / 8 + kAhead), _MM_HINT_T0);
+    uint64_t word;
+    memcpy(&word, row.mask + c / 8, 8);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half, word >>= 32) {
+      const int count = __builtin_popcount((uint32_t)word);
+      const __m512i packed =
+          end - values >= 32 ? _mm512_loadu_si512(values) : _mm512_maskz_loadu_epi16(first_of_32(count), values);
+      _mm512_storeu_si512(out + c + 32 * half, _mm512_maskz_expand_epi16((__mmask32)word, packed));
+      values += count;
+    }
+  }
+}
+#else
+template <class V>
+constexpr bool kAsStored = false;
+template <class V>
+inline void decode_as_stored(const BitmapRow<V>&, int64_t, uint16_t*) {}
+#endif
+
 template <class V>
 void decode_row(const BitmapRow<V>& row, int64_t n, float* out) {
+  if constexpr (kAsStored<V>) {
+    std::vector<uint16_t> stored(round_up(n, 64));
+    decode_as_stored(row, n, stored.data());
+    for (int64_t c = 0; c < n; ++c) out[c] = V::scalar(stored[c]);
+    return;
+  }
   BitmapRows<V, 1> at(&row, row);
   const int64_t vectors = row.vectors(n);
   for (int64_t c = 0; c < vectors; c += 64) {
@@ -251,7 +274,7 @@ void decode_row(const BitmapRow<V>& row, int64_t n, float* out) {
 // The two loops below are functions of their own: inlined into a phase, GCC 12 keeps their registers less well (2.60 ms
 // a layer of OLMoE's shape at one token against 2.14, AMD Zen 5).
 
-// Multiply while decoding, for few inputs: sums[r * ld + s] += row r . x[s], whole rows of n columns, a multiple of 64,
+// Multiply while decoding, for few inputs: sums[s * ld + r] += row r . x[s], whole rows of n columns, a multiple of 64,
 // in the order of a dot of two chains. Two rows at a time hide the additions' latency and share x.
 template <class V, int R, int S>
 __attribute__((noinline)) void dot_bitmap(const BitmapRow<V>* rows, const BitmapRow<V>& next, int64_t n,
@@ -283,7 +306,7 @@ __attribute__((noinline)) void dot_bitmap(const BitmapRow<V>* rows, const Bitmap
 #pragma GCC unroll 2
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) sums[r * ld + s] += sum(_mm256_add_ps(acc[r][s][0], acc[r][s][1]));
+    for (int s = 0; s < S; ++s) sums[s * ld + r] += sum(_mm256_add_ps(acc[r][s][0], acc[r][s][1]));
 }
 
 // y[s] += a[s * lda + r] * row r, row after row.
@@ -320,6 +343,8 @@ __attribute__((noinline)) void axpy_bitmap(const float* a, int64_t lda, const Bi
 }
 
 constexpr int64_t kDirect = 4;  // inputs for which a row of a bitmap is multiplied while it is decoded
+// Rows that were decoded before give the same sums: two vectors that take turns, or their 16 lanes.
+constexpr int kOctetChains = kWide == kLanes ? 2 : 1;
 
 // One or two rows.
 template <class V>
@@ -329,16 +354,16 @@ void dot_bitmap(const BitmapRow<V>* rows, const BitmapRow<V>& next, int64_t coun
   if (count == 2 && inputs == 2) return dot_bitmap<V, 2, 2>(rows, next, n, x, sums, ld);
   for (int64_t r = 0; r < count; ++r) switch (inputs) {
       case 1:
-        dot_bitmap<V, 1, 1>(rows + r, next, n, x, sums + r * ld, ld);
+        dot_bitmap<V, 1, 1>(rows + r, next, n, x, sums + r, ld);
         break;
       case 2:
-        dot_bitmap<V, 1, 2>(rows + r, next, n, x, sums + r * ld, ld);
+        dot_bitmap<V, 1, 2>(rows + r, next, n, x, sums + r, ld);
         break;
       case 3:
-        dot_bitmap<V, 1, 3>(rows + r, next, n, x, sums + r * ld, ld);
+        dot_bitmap<V, 1, 3>(rows + r, next, n, x, sums + r, ld);
         break;
       default:
-        dot_bitmap<V, 1, 4>(rows + r, next, n, x, sums + r * ld, ld);
+        dot_bitmap<V, 1, 4>(rows + r, next, n, x, sums + r, ld);
     }
 }
 

@@ -59,7 +59,7 @@ struct CodeRows {
 
 // ---- dots ----------------------------------------------------------------------------------------------------
 
-// sums[r * ld + inputs.sum[s]] += row `first` + r . input s. levels: rows decoded before, or null.
+// sums[inputs.sum[s] * ld + r] += row `first` + r . input s. levels: rows decoded before, or null.
 template <class D, int R, int S, bool Decoded>
 __attribute__((noinline)) void dot_tile(const CodeRows<D>& rows, int64_t first, const uint8_t* levels,
                                         int64_t levels_stride, const Image* image, const int32_t* sum, float* sums,
@@ -127,7 +127,7 @@ __attribute__((noinline)) void dot_tile(const CodeRows<D>& rows, int64_t first, 
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s)
-      sums[r * ld + sum[s]] += sum_of(total[r][s]) * (one_scale ? rows.scale(first + r, 0) : 1.0f);
+      sums[sum[s] * ld + r] += sum_of(total[r][s]) * (one_scale ? rows.scale(first + r, 0) : 1.0f);
 }
 
 template <class D, int R, int MostInputs, bool Decoded>
@@ -149,7 +149,7 @@ struct CodeScratch {
   std::vector<uint8_t> factors;  // [groups of a chunk, inputs]
 };
 
-// sums[r * ld + inputs.sum[s]] += row r . input s, for `count` rows.
+// sums[inputs.sum[s] * ld + r] += row r . input s, for `count` rows.
 template <class D>
 void dot_codes(const CodeRows<D>& rows, int64_t count, const Inputs& inputs, float* sums, int64_t ld,
                CodeScratch& scratch) {
@@ -162,11 +162,10 @@ void dot_codes(const CodeRows<D>& rows, int64_t count, const Inputs& inputs, flo
         const uint8_t* at = levels + r * stride;
         if (count - r >= kTogether) {
           dot_inputs<D, kTogether, kMost, kDecoded>(own, rows, r, at, stride, inputs.image + s, inputs.sum + s,
-                                                    sums + r * ld, ld);
+                                                    sums + r, ld);
           r += kTogether;
         } else {
-          dot_inputs<D, 1, kMost, kDecoded>(own, rows, r, at, stride, inputs.image + s, inputs.sum + s, sums + r * ld,
-                                            ld);
+          dot_inputs<D, 1, kMost, kDecoded>(own, rows, r, at, stride, inputs.image + s, inputs.sum + s, sums + r, ld);
           ++r;
         }
       }

@@ -1,249 +1,347 @@
-// Products of rows of weights with fp32 vectors, in registers: dots (rows . inputs) and axpys (outputs += a * rows).
+// Products of rows of weights with vectors, in registers: dots (rows . inputs) and axpys (outputs += a * rows).
 //
 // Every element of a result is added up in one order, whatever stands beside it, so a token's result does not depend
-// on its batch: a dot runs along its row in sums of eight lanes, in blocks of kDotColumns that are added one after the
-// other; an axpy adds row after row.
+// on its batch: a dot runs along its row in the lanes of a vector, in blocks of kDotColumns that are added one after
+// the other; an axpy adds row after row.
+//
+// Products are those of fp32 numbers, or, of x with bf16 weights where the processor has them, of pairs of bf16: x that
+// is bf16 is taken as it is, and where it has more bits as a sum of three bf16 numbers, its limbs. What is computed of
+// x would need two, and two products of pairs take as long as one of fp32.
 #pragma once
+
+#include <type_traits>
+#include <vector>
 
 #include "vec.h"
 
 namespace resmoe {
 
 constexpr int64_t kRows = 32;    // rows of a block: of U they stay in the first cache between dots and axpys
-constexpr int64_t kInputs = 48;  // inputs of a block, a multiple of 3: with kDotColumns they stay in the second
-constexpr int64_t kDotColumns = 1024;
-constexpr int64_t kAxpyColumns = 256;
+constexpr int64_t kInputs = 48;  // inputs of a block: with kDotColumns they stay in the second
+constexpr int64_t kSums = 2 * kInputs;
 
-// The cache lines of 32 columns of R rows; beyond a buffer's end nothing happens. Always inline: GCC drops calls of
-// what does nothing but prefetch.
-template <class T, int R>
-__attribute__((always_inline)) inline void fetch_ahead(const typename T::type* row, int64_t stride) {
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (unsigned b = 0; b < 4 * kLanes * sizeof(typename T::type); b += 64)
-      _mm_prefetch((const char*)(row + r * stride) + b, _MM_HINT_T0);
+// Rows of T as fp32.
+template <class T>
+struct Fma {
+  using Weight = typename T::type;
+  using Number = float;
+  using Lanes = Floats;
+  static constexpr int kColumns = kWide;  // of a vector
+  static constexpr int64_t kDotColumns = 1024;
+  static constexpr int kMostLimbs = 1;
+  static inline Lanes weights(const Weight* p) { return T::load(p); }
+  static inline Lanes weights(const Weight* p, int64_t count) { return T::load(p, count); }
+  static inline Lanes numbers(const Number* p) { return load_floats(p); }
+  static inline Floats multiply(Floats sums, Lanes w, Lanes x) { return fma(w, x, sums); }
+  static int64_t limbs_of(const float*, int64_t) { return 1; }
+  static void split(const float* x, int64_t n, int64_t, Number* to, int64_t) { std::copy_n(x, n, to); }
+};
+
+#ifdef __AVX512BF16__
+inline uint16_t to_bf16(float x) {  // to nearest, ties to even
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
+
+// Rows of bf16, two columns at once.
+struct Bf16Pairs {
+  using Weight = uint16_t;
+  using Number = uint16_t;
+  using Lanes = __m512i;
+  static constexpr int kColumns = 32;
+  static constexpr int64_t kDotColumns = 2048;
+  static constexpr int kMostLimbs = 3;
+  static inline Lanes weights(const Weight* p) { return _mm512_loadu_si512(p); }
+  static inline Lanes weights(const Weight* p, int64_t count) {
+    return _mm512_maskz_loadu_epi16(first_of_32(count), p);
+  }
+  static inline Lanes numbers(const Number* p) { return _mm512_loadu_si512(p); }
+  static inline Floats multiply(Floats sums, Lanes w, Lanes x) {
+    return _mm512_dpbf16_ps(sums, (__m512bh)w, (__m512bh)x);
+  }
+  static int64_t limbs_of(const float* x, int64_t n) {
+    uint32_t low = 0;
+    for (int64_t c = 0; c < n; ++c) {
+      uint32_t bits;
+      memcpy(&bits, x + c, 4);
+      low |= bits;
+    }
+    return low & 0xffff ? 3 : 1;
+  }
+  // x to `limbs` rows of limbs, `apart` numbers from one to the next.
+  static void split(const float* x, int64_t n, int64_t limbs, Number* to, int64_t apart) {
+    for (int64_t c = 0; c < n; ++c) {
+      float rest = x[c];
+      for (int64_t l = 0; l < limbs; ++l) {
+        const uint16_t limb = to_bf16(rest);
+        const float own = BF16::scalar(limb);
+        to[l * apart + c] = limb;
+        rest = own - own == 0 ? rest - own : 0;  // of an infinity nothing is left
+      }
+    }
+  }
+};
+#endif
+
+template <class T>
+struct ProductsOf {
+  using type = Fma<T>;
+};
+#ifdef __AVX512BF16__
+template <>
+struct ProductsOf<BF16> {
+  using type = Bf16Pairs;
+};
+#endif
+template <class T>
+using Products = typename ProductsOf<T>::type;
+
+// ---- inputs --------------------------------------------------------------------------------------------------
+
+// Rows of numbers as products take them, each `limbs` rows, with zeros behind them.
+template <class Number>
+class Numbers {
+ public:
+  void resize(int64_t count, int64_t columns, int64_t limbs) {
+    columns_ = columns;
+    apart_ = round_up(columns, 64 / sizeof(Number));
+    limbs_ = limbs;
+    const int64_t size = count * limbs * apart_ + 64;
+    if ((int64_t)data_.size() < size) data_.resize(size);
+  }
+  const Number* at(int64_t i, int64_t limb) const { return begin() + (i * limbs_ + limb) * apart_; }
+  template <class P>
+  void make(int64_t i, const float* x, int64_t limbs) {
+    Number* to = const_cast<Number*>(at(i, 0));
+    P::split(x, columns_, limbs, to, apart_);
+    for (int64_t l = 0; l < limbs; ++l) std::fill(to + l * apart_ + columns_, to + (l + 1) * apart_, Number(0));
+  }
+
+ private:
+  std::vector<Number> data_;
+  int64_t columns_ = 0, apart_ = 0, limbs_ = 0;
+  const Number* begin() const { return (const Number*)(((uintptr_t)data_.data() + 63) & ~(uintptr_t)63); }
+};
+
+// What rows are multiplied with. Limbs of one number go to one sum.
+template <class Number>
+struct Operands {
+  static constexpr int64_t kMost = 3 * kSums;
+  const Number* at[kMost];
+  int32_t sum[kMost];
+  int64_t count = 0;
+  void clear() { count = 0; }
+  void push(const Number* from, int64_t to) {
+    at[count] = from;
+    sum[count++] = (int32_t)to;
+  }
+};
 
 // ---- dots ----------------------------------------------------------------------------------------------------
 
-// Eight columns of R rows and S inputs into one of the chains of sums.
-template <class T, int R, int S, int Chains>
-__attribute__((always_inline)) inline void dot_lanes(const typename T::type* row, int64_t stride, const float* const* x,
-                                                     int64_t c, int chain, __m256 (&acc)[R][S][Chains]) {
-  __m256 in[S];
-#pragma GCC unroll 16
-  for (int s = 0; s < S; ++s) in[s] = _mm256_loadu_ps(x[s] + c);
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    const __m256 w = T::load(row + r * stride + c);
-#pragma GCC unroll 16
-    for (int s = 0; s < S; ++s) acc[r][s][chain] = _mm256_fmadd_ps(w, in[s], acc[r][s][chain]);
-  }
-}
-
-// sums[r * ld + s] += row r . x[s] over columns [begin, end); n: columns of the whole row. Chains: sums of lanes that
-// take turns, for kernels that multiply one row while they decode it.
-// Ahead: fetch the R rows behind these, which come next where each row is read once.
-template <class T, int R, int S, int Chains, bool Ahead = false>
-inline void dot_tile(const typename T::type* row, int64_t stride, const float* const* x, int64_t begin, int64_t end,
-                     float* sums, int64_t ld) {
-  __m256 acc[R][S][Chains];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-    for (int s = 0; s < S; ++s)
-#pragma GCC unroll 2
-      for (int j = 0; j < Chains; ++j) acc[r][s][j] = _mm256_setzero_ps();
-  int64_t c = begin;
-  if (Ahead && Chains == 1)
-    for (; c + 4 * kLanes <= end; c += 4 * kLanes) {
-      fetch_ahead<T, R>(row + R * stride + c, stride);
+// The cache lines of 64 bytes of R rows; beyond a buffer's end nothing happens. Always inline: GCC drops calls of what
+// does nothing but prefetch.
+template <int R, class W>
+__attribute__((always_inline)) inline void fetch_ahead(const W* row, int64_t stride) {
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) dot_lanes<T>(row, stride, x, c + j * kLanes, 0, acc);
-    }
-  for (; c + Chains * kLanes <= end; c += Chains * kLanes)
-#pragma GCC unroll 2
-    for (int j = 0; j < Chains; ++j) dot_lanes<T>(row, stride, x, c + j * kLanes, j, acc);
-  if (c < end) {
-    if (Chains == 2 && c + kLanes <= end) {
-      dot_lanes<T>(row, stride, x, c, 0, acc);
-      c += kLanes;
-    }
-    if (c < end)
-      for (int s = 0; s < S; ++s) {
-        const __m256 in = load_tail<FP32>(x[s], end, end - c);
-        for (int r = 0; r < R; ++r)
-          acc[r][s][0] = _mm256_fmadd_ps(load_tail<T>(row + r * stride, end, end - c), in, acc[r][s][0]);
-      }
-  }
-#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) _mm_prefetch((const char*)(row + r * stride), _MM_HINT_T0);
+}
+
+constexpr int kDotRows = 4;
+constexpr int kDotInputs = kWide == 16 ? 6 : 3;  // with the rows their sums fill the registers
+
+// sums[sum[s] * ld + r] += row r . x[s] over columns [begin, end). Chains: vectors of sums that take turns.
+// Ahead: fetch the R rows behind these, which come next where each row is read once.
+template <class P, int R, int S, int Chains, bool Ahead>
+inline void dot_tile(const typename P::Weight* row, int64_t stride, const typename P::Number* const* x,
+                     const int32_t* sum, int64_t begin, int64_t end, float* sums, int64_t ld) {
+  constexpr int kColumns = P::kColumns;
+  Floats acc[R][S][Chains];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
+#pragma GCC unroll 8
     for (int s = 0; s < S; ++s)
-      sums[r * ld + s] += sum(Chains == 2 ? _mm256_add_ps(acc[r][s][0], acc[r][s][Chains - 1]) : acc[r][s][0]);
-}
-
-template <class T, int R, int Chains, bool Ahead, class... Rest>
-inline void dot_inputs(int64_t inputs, const typename T::type* row, int64_t stride, const float* const* x,
-                       Rest... rest) {
-  switch (inputs) {
-    case 1:
-      return dot_tile<T, R, 1, Chains, Ahead>(row, stride, x, rest...);
-    case 2:
-      return dot_tile<T, R, 2, Chains, Ahead>(row, stride, x, rest...);
-    default:
-      return dot_tile<T, R, 3, Chains, Ahead>(row, stride, x, rest...);
+#pragma GCC unroll 2
+      for (int j = 0; j < Chains; ++j) acc[r][s][j] = float_set(0);
+  const auto add_lanes = [&](int64_t c, int chain) __attribute__((always_inline)) {
+    typename P::Lanes in[S];
+#pragma GCC unroll 8
+    for (int s = 0; s < S; ++s) in[s] = P::numbers(x[s] + c);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const typename P::Lanes w = P::weights(row + r * stride + c);
+#pragma GCC unroll 8
+      for (int s = 0; s < S; ++s) acc[r][s][chain] = P::multiply(acc[r][s][chain], w, in[s]);
+    }
+  };
+  int64_t c = begin;
+  if (Ahead) {
+    constexpr int kLine = 64 / sizeof(typename P::Weight), kSteps = kLine / kColumns;
+    for (; c + kLine <= end; c += kLine) {
+      fetch_ahead<R>(row + R * stride + c, stride);
+#pragma GCC unroll 4
+      for (int j = 0; j < kSteps; ++j) add_lanes(c + j * kColumns, j % Chains);
+    }
+  }
+  for (; c + Chains * kColumns <= end; c += Chains * kColumns)
+#pragma GCC unroll 2
+    for (int j = 0; j < Chains; ++j) add_lanes(c + j * kColumns, j);
+  for (int chain = 0; c < end; c += kColumns, ++chain)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const typename P::Lanes w = P::weights(row + r * stride + c, end - c);
+#pragma GCC unroll 8
+      for (int s = 0; s < S; ++s) {
+        Floats& into = acc[r][s][Chains == 2 ? chain : 0];
+        into = P::multiply(into, w, P::numbers(x[s] + c));
+      }
+    }
+#pragma GCC unroll 8
+  for (int s = 0; s < S; ++s) {
+    Floats row_sums[kDotRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kDotRows; ++r)
+      row_sums[r] = r >= R        ? float_set(0)
+                    : Chains == 2 ? add(acc[r % R][s][0], acc[r % R][s][Chains - 1])
+                                  : acc[r % R][s][0];
+    alignas(16) float totals[kDotRows];
+    _mm_store_ps(totals, sums_of_four(row_sums[0], row_sums[1], row_sums[2], row_sums[3]));
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) sums[sum[s] * ld + r] += totals[r];
   }
 }
 
-template <class T, int Chains, bool Ahead, class... Rest>
+template <class P, int R, int S, int Chains, bool Ahead, class... Rest>
+inline void dot_inputs(int64_t inputs, Rest... rest) {
+  if constexpr (S > 1)
+    if (inputs < S) return dot_inputs<P, R, S - 1, Chains, Ahead>(inputs, rest...);
+  dot_tile<P, R, S, Chains, Ahead>(rest...);
+}
+
+template <class P, int Chains, bool Ahead, class... Rest>
 inline void dot_rows(int64_t rows, Rest... rest) {
   if constexpr (Chains == 1) {
-    if (rows == 4) return dot_inputs<T, 4, Chains, Ahead>(rest...);
-    if (rows == 3) return dot_inputs<T, 3, Chains, Ahead>(rest...);
+    if (rows == 4) return dot_inputs<P, 4, kDotInputs, Chains, Ahead>(rest...);
+    if (rows == 3) return dot_inputs<P, 3, kDotInputs, Chains, Ahead>(rest...);
   }
-  if (rows == 2) return dot_inputs<T, 2, Chains, Ahead>(rest...);
-  dot_inputs<T, 1, Chains, Ahead>(rest...);
+  if (rows == 2) return dot_inputs<P, 2, kDotInputs, Chains, Ahead>(rest...);
+  dot_inputs<P, 1, kDotInputs, Chains, Ahead>(rest...);
 }
 
-// Rows and inputs by tiles of four (two chains: two) by three.
-template <class T, int Chains>
-void dot_block(const typename T::type* row, int64_t stride, int64_t rows, const float* const* x, int64_t inputs,
+// Rows and inputs by tiles of four (two chains: two) by kDotInputs.
+template <class P, int Chains>
+void dot_block(const typename P::Weight* row, int64_t stride, int64_t rows, const Operands<typename P::Number>& x,
                int64_t begin, int64_t end, float* sums, int64_t ld) {
-  constexpr int64_t kTile = Chains == 1 ? 4 : 2;
+  constexpr int64_t kTile = Chains == 1 ? kDotRows : 2;
   for (int64_t r = 0; r < rows; r += kTile)
-    for (int64_t s = 0; s < inputs; s += 3) {
-      const typename T::type* at = row + r * stride;
-      float* into = sums + r * ld + s;
-      const int64_t count = std::min<int64_t>(3, inputs - s);
+    for (int64_t s = 0; s < x.count; s += kDotInputs) {
+      const typename P::Weight* at = row + r * stride;
+      const int64_t count = std::min<int64_t>(kDotInputs, x.count - s), own = std::min(kTile, rows - r);
       if (s == 0)
-        dot_rows<T, Chains, true>(std::min(kTile, rows - r), count, at, stride, x + s, begin, end, into, ld);
+        dot_rows<P, Chains, true>(own, count, at, stride, x.at + s, x.sum + s, begin, end, sums + r, ld);
       else
-        dot_rows<T, Chains, false>(std::min(kTile, rows - r), count, at, stride, x + s, begin, end, into, ld);
+        dot_rows<P, Chains, false>(own, count, at, stride, x.at + s, x.sum + s, begin, end, sums + r, ld);
     }
 }
 
-// sums[r * ld + s] += row r . x[s], n columns.
-template <class T, int Chains = 1>
-void add_dots(const typename T::type* row, int64_t stride, int64_t rows, int64_t n, const float* const* x,
-              int64_t inputs, float* sums, int64_t ld) {
-  const int64_t width = Chains == 1 ? kDotColumns : n;
-  if (inputs <= 3) {  // each row once: read it to its end
-    for (int64_t r = 0; r < rows; r += 4)
+// sums[x.sum[s] * ld + r] += row r . x[s], n columns. Chains: two for rows of a bitmap in octets, read to their end.
+template <class P, int Chains = 1>
+void add_dots(const typename P::Weight* row, int64_t stride, int64_t rows, int64_t n,
+              const Operands<typename P::Number>& x, float* sums, int64_t ld) {
+  const int64_t width = Chains == 1 ? P::kDotColumns : n;
+  if (x.count <= kDotInputs) {  // each row once: read it to its end
+    for (int64_t r = 0; r < rows; r += kDotRows)
       for (int64_t c = 0; c < n; c += width)
-        dot_block<T, Chains>(row + r * stride, stride, std::min<int64_t>(4, rows - r), x, inputs, c,
-                             std::min(n, c + width), sums + r * ld, ld);
+        dot_block<P, Chains>(row + r * stride, stride, std::min<int64_t>(kDotRows, rows - r), x, c,
+                             std::min(n, c + width), sums + r, ld);
   } else {
     for (int64_t c = 0; c < n; c += width)
-      dot_block<T, Chains>(row, stride, rows, x, inputs, c, std::min(n, c + width), sums, ld);
+      dot_block<P, Chains>(row, stride, rows, x, c, std::min(n, c + width), sums, ld);
   }
 }
 
 // ---- axpys ---------------------------------------------------------------------------------------------------
 
-// y[s] += a[s * lda + r] * row r for R rows at once, all columns: for few outputs, rows are read along.
-template <class T, int R, int S>
-inline void axpy_rows(const float* a, int64_t lda, const typename T::type* row, int64_t stride, float* const* y,
-                      int64_t n) {
-  __m256 factor[S][R];
-#pragma GCC unroll 4
-  for (int s = 0; s < S; ++s)
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) factor[s][r] = _mm256_set1_ps(a[s * lda + r]);
-  int64_t c = 0;
-  for (; c + kLanes <= n; c += kLanes) {
-    if (R == 4 && c % (4 * kLanes) == 0) fetch_ahead<T, R>(row + R * stride + c, stride);
-    __m256 into[S];
-#pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) into[s] = _mm256_loadu_ps(y[s] + c);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const __m256 w = T::load(row + r * stride + c);
-#pragma GCC unroll 4
-      for (int s = 0; s < S; ++s) into[s] = _mm256_fmadd_ps(factor[s][r], w, into[s]);
-    }
-#pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) _mm256_storeu_ps(y[s] + c, into[s]);
-  }
-  for (; c < n; ++c)
-    for (int s = 0; s < S; ++s)
-      for (int r = 0; r < R; ++r) y[s][c] = __builtin_fmaf(a[s * lda + r], T::scalar(row[r * stride + c]), y[s][c]);
-}
+constexpr int64_t kStrip = 32;  // columns of a tile of axpys
+constexpr int kStripParts = kStrip / kWide;
+constexpr int64_t kAxpyColumns = 256;
+constexpr int kAxpyOutputs = kWide == 16 ? 6 : 3;
 
-// V vectors of columns from c on, S outputs, all in registers while the rows pass.
-template <class T, int S, int V>
+// y[s] += a[s * lda + r] * row r, row after row; columns c.. of kStrip, `columns` of them. Rows: of them; 0: `rows`.
+template <class T, int S, int Rows, bool Whole>
 inline void axpy_tile(const float* a, int64_t lda, const typename T::type* row, int64_t stride, int64_t rows,
-                      float* const* y, int64_t c) {
-  __m256 acc[S][V];
-#pragma GCC unroll 4
+                      float* const* y, int64_t c, int64_t columns) {
+  const auto left = [&](int v) { return std::max<int64_t>(0, columns - v * kWide); };
+  Floats acc[S][kStripParts];
+#pragma GCC unroll 8
   for (int s = 0; s < S; ++s)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) acc[s][v] = _mm256_loadu_ps(y[s] + c + v * kLanes);
-  for (int64_t r = 0; r < rows; ++r) {
-    __m256 factor[S];
-#pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) factor[s] = _mm256_broadcast_ss(a + s * lda + r);
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const __m256 w = T::load(row + r * stride + c + v * kLanes);
-#pragma GCC unroll 4
-      for (int s = 0; s < S; ++s) acc[s][v] = _mm256_fmadd_ps(factor[s], w, acc[s][v]);
+    for (int v = 0; v < kStripParts; ++v) {
+      const float* from = y[s] + c + v * kWide;
+      acc[s][v] = Whole ? load_floats(from) : load_floats(from, left(v));
     }
-  }
+  const auto add_row = [&](int64_t r) __attribute__((always_inline)) {
+    Floats factor[S];
+#pragma GCC unroll 8
+    for (int s = 0; s < S; ++s) factor[s] = float_set(a[s * lda + r]);
 #pragma GCC unroll 4
+    for (int v = 0; v < kStripParts; ++v) {
+      const typename T::type* from = row + r * stride + c + v * kWide;
+      const Floats w = Whole ? T::load(from) : T::load(from, left(v));
+#pragma GCC unroll 8
+      for (int s = 0; s < S; ++s) acc[s][v] = fma(factor[s], w, acc[s][v]);
+    }
+  };
+  if constexpr (Rows > 0) {
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) add_row(r);
+  } else {
+    for (int64_t r = 0; r < rows; ++r) add_row(r);
+  }
+#pragma GCC unroll 8
   for (int s = 0; s < S; ++s)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) _mm256_storeu_ps(y[s] + c + v * kLanes, acc[s][v]);
+    for (int v = 0; v < kStripParts; ++v) {
+      float* to = y[s] + c + v * kWide;
+      if (Whole)
+        store_floats(to, acc[s][v]);
+      else if (left(v))
+        store_floats(to, acc[s][v], left(v));
+    }
 }
 
-template <class T, int S>
-void axpy_columns(const float* a, int64_t lda, const typename T::type* row, int64_t stride, int64_t rows,
-                  float* const* y, int64_t begin, int64_t end) {
+// Columns [begin, end) of at most S outputs.
+template <class T, int S, int Rows>
+inline void axpy_columns(int64_t outputs, const float* a, int64_t lda, const typename T::type* row, int64_t stride,
+                         int64_t rows, float* const* y, int64_t begin, int64_t end) {
+  if constexpr (S > 1)
+    if (outputs < S) return axpy_columns<T, S - 1, Rows>(outputs, a, lda, row, stride, rows, y, begin, end);
   int64_t c = begin;
-  for (; c + 4 * kLanes <= end; c += 4 * kLanes) axpy_tile<T, S, 4>(a, lda, row, stride, rows, y, c);
-  for (; c + kLanes <= end; c += kLanes) axpy_tile<T, S, 1>(a, lda, row, stride, rows, y, c);
-  for (; c < end; ++c)
-    for (int s = 0; s < S; ++s)
-      for (int64_t r = 0; r < rows; ++r)
-        y[s][c] = __builtin_fmaf(a[s * lda + r], T::scalar(row[r * stride + c]), y[s][c]);
+  for (; c + kStrip <= end; c += kStrip) {
+    if (Rows && c * sizeof *row % 64 == 0) fetch_ahead<Rows ? Rows : 1>(row + Rows * stride + c, stride);
+    axpy_tile<T, S, Rows, true>(a, lda, row, stride, rows, y, c, kStrip);
+  }
+  if (c < end) axpy_tile<T, S, 0, false>(a, lda, row, stride, rows, y, c, end - c);
 }
 
 // y[s] += sum over r of a[s * lda + r] * row r, n columns.
 template <class T>
 void add_axpys(const float* a, int64_t lda, const typename T::type* row, int64_t stride, int64_t rows, int64_t n,
                float* const* y, int64_t outputs) {
-  if (outputs <= 2) {
-    for (int64_t r = 0; r < rows; r += 4) {
-      const typename T::type* at = row + r * stride;
-      if (rows - r >= 4) {
-        if (outputs == 1)
-          axpy_rows<T, 4, 1>(a + r, lda, at, stride, y, n);
-        else
-          axpy_rows<T, 4, 2>(a + r, lda, at, stride, y, n);
-        continue;
-      }
-      for (int64_t j = 0; j < rows - r; ++j)
-        if (outputs == 1)
-          axpy_rows<T, 1, 1>(a + r + j, lda, at + j * stride, stride, y, n);
-        else
-          axpy_rows<T, 1, 2>(a + r + j, lda, at + j * stride, stride, y, n);
-    }
+  constexpr int kFew = 2, kAlong = 4;
+  if (outputs <= kFew) {  // rows are read along, four at a time
+    for (int64_t r = 0; r < rows; r += kAlong)
+      if (rows - r >= kAlong)
+        axpy_columns<T, kFew, kAlong>(outputs, a + r, lda, row + r * stride, stride, kAlong, y, 0, n);
+      else
+        axpy_columns<T, kFew, 0>(outputs, a + r, lda, row + r * stride, stride, rows - r, y, 0, n);
     return;
   }
-  for (int64_t c = 0; c < n; c += kAxpyColumns) {
-    const int64_t end = std::min(n, c + kAxpyColumns);
-    for (int64_t s = 0; s < outputs; s += 3) switch (outputs - s) {
-        case 1:
-          axpy_columns<T, 1>(a + s * lda, lda, row, stride, rows, y + s, c, end);
-          break;
-        case 2:
-          axpy_columns<T, 2>(a + s * lda, lda, row, stride, rows, y + s, c, end);
-          break;
-        default:
-          axpy_columns<T, 3>(a + s * lda, lda, row, stride, rows, y + s, c, end);
-      }
-  }
+  for (int64_t c = 0; c < n; c += kAxpyColumns)
+    for (int64_t s = 0; s < outputs; s += kAxpyOutputs)
+      axpy_columns<T, kAxpyOutputs, 0>(outputs - s, a + s * lda, lda, row, stride, rows, y + s, c,
+                                       std::min(n, c + kAxpyColumns));
 }
 
 }  // namespace resmoe

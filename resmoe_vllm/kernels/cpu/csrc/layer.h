@@ -30,8 +30,6 @@
 
 namespace resmoe {
 
-constexpr int64_t kSums = 2 * kInputs;
-
 inline float silu(float x, float alpha) { return x / (1.0f + expf(-alpha * x)); }
 inline float apply(const Activation& a, float x) {
   if (a.function == kSilu) return silu(x, a.alpha);
@@ -115,9 +113,13 @@ struct Routing {
   int64_t pairs() const { return (int64_t)token.size(); }
 };
 
+constexpr int64_t kStoredRows = 16;  // of a bitmap, decoded to the layer's dtype at once
+
 template <class T>
 struct Run {
   using W = typename T::type;
+  using P = Products<T>;
+  using Number = typename P::Number;
   const Layer& layer;
   const float* x;  // [T, H]
   int64_t tokens;
@@ -129,24 +131,35 @@ struct Run {
   std::vector<std::vector<float>> shrunk_hidden;        // per part: [threads, P, R], U^T a
   std::vector<float> partial;                           // [threads, T, H]
   std::vector<Images> images;                           // of x, for each kind of codes: [T, limbs]
-  std::vector<uint8_t> fine;  // [T]: 16 bits don't hold x; then what is left of it is used too
-  int64_t limbs;              // 2 where a token is fine
+  std::vector<uint8_t> fine;      // [T]: 16 bits don't hold x; then what is left of it is used too
+  int64_t limbs;                  // 2 where a token is fine
+  std::vector<int64_t> limbs_of;  // [T]: of x, where products take it in limbs
+  Numbers<float> floats;          // x: [T]
+  Numbers<Number> numbers;        // x as products of rows in the layer's dtype take it: [T, most limbs]
+
+  Run(const Layer& layer, const float* x, int64_t tokens, const Routing& routing, void* out, int32_t out_dtype)
+      : layer(layer), x(x), tokens(tokens), routing(routing), out(out), out_dtype(out_dtype) {}
 
   // One thread's buffers.
   struct Scratch {
-    std::vector<float> rows;     // four decoded rows
-    std::vector<float> sums;     // [kRows, kSums]: of gate, then of up
-    std::vector<float> hidden;   // [kInputs, kRows]
-    std::vector<float> rest;     // of numbers rounded to 16 bits
-    std::vector<Images> shrunk;  // of a block's pairs, by low-rank part: [kSums, 2]
+    std::vector<float> rows;       // four decoded rows
+    std::vector<uint16_t> stored;  // kStoredRows of them, in the layer's dtype
+    std::vector<float> sums;       // [kSums, kRows]: of gate, then of up
+    std::vector<float> hidden;     // [kInputs, kRows]
+    std::vector<float> rest;       // of numbers rounded to 16 bits
+    std::vector<Images> shrunk;    // of a block's pairs, by low-rank part: [kSums, 2]
+    // What is at hand for rows of codes; for others as fp32; and, of x, as products of the layer's dtype take it.
     Inputs inputs;
+    Operands<float> wide;
+    Operands<Number> operands;
     CodeScratch codes;
-    const float* in[kSums];
+    // Outputs at hand, and what the numbers that go to them need.
     float* into[kInputs];
     bool fine[kInputs];
-    int64_t ld;
-    explicit Scratch(int64_t columns) : ld(columns + 2 * kLanes) {
+    int64_t ld, ld_stored;
+    explicit Scratch(int64_t columns) : ld(columns + 2 * kLanes), ld_stored(round_up(columns, 64) + 32) {
       rows.resize(4 * ld);
+      stored.resize(kStoredRows * ld_stored);
       sums.resize(kRows * kSums);
       hidden.resize(kInputs * kRows);
       rest.resize(columns);
@@ -163,11 +176,11 @@ struct Run {
     for (int64_t g = 0; g < layer.num_low_rank; ++g) {
       const int64_t rank = layer.low_rank[g].rank;
       columns = std::max(columns, rank);
-      for (auto& part : shrunk_inputs) part[g].assign(routing.pairs() * rank, 0.0f);
+      for (auto& part : shrunk_inputs) part[g].assign(routing.pairs() * shrunk_stride(layer.low_rank[g]), 0.0f);
       shrunk_hidden[g].assign(most_threads * routing.pairs() * rank, 0.0f);
     }
     partial.assign(most_threads * tokens * H, 0.0f);
-    prepare_images();
+    prepare_inputs();
 #pragma omp parallel num_threads(most_threads)
     {
       const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -184,9 +197,13 @@ struct Run {
     }
   }
 
-  // Room for the images of x that any rows of codes need.
-  void prepare_images() {
+  // With zeros behind each row, as far as vectors read.
+  static int64_t shrunk_stride(const LowRank& part) { return round_up(part.rank, kWide); }
+
+  // Room for x as rows of the layer need it: images for codes, numbers for the others.
+  void prepare_inputs() {
     fine.resize(tokens);
+    limbs_of.resize(tokens);
     const auto need = [&](const Matrix& m) {
       if (!m.data || !m.bits) return;
       const ImageKind kind = kind_of(m, layer.hidden);
@@ -200,16 +217,25 @@ struct Run {
       for (int64_t g = 0; g < layer.num_quantized; ++g) need(layer.quantized[g].rows[p]);
     }
     limbs = 1;
+    int64_t most_limbs = 1;
     for (int64_t t = 0; t < tokens; ++t) {
       fine[t] = is_fine(x + t * layer.hidden, layer.hidden);
+      limbs_of[t] = P::limbs_of(x + t * layer.hidden, layer.hidden);
       if (fine[t]) limbs = 2;
+      most_limbs = std::max(most_limbs, limbs_of[t]);
     }
     for (Images& own : images) own.resize(tokens * limbs);
+    floats.resize(tokens, layer.hidden, 1);
+    if (!std::is_same_v<Number, float>) numbers.resize(tokens, layer.hidden, most_limbs);
   }
   void round_inputs(int thread, int threads, Scratch& scratch) {
     const Span own = share(tokens, 1, thread, threads);
-    for (Images& kind : images)
-      for (int64_t t = own.begin; t < own.end; ++t) round(kind, t * limbs, x + t * layer.hidden, fine[t], scratch);
+    for (int64_t t = own.begin; t < own.end; ++t) {
+      const float* from = x + t * layer.hidden;
+      for (Images& kind : images) round(kind, t * limbs, from, fine[t], scratch);
+      floats.template make<Fma<FP32>>(t, from, 1);
+      if (!std::is_same_v<Number, float>) numbers.template make<P>(t, from, limbs_of[t]);
+    }
   }
   static void round(Images& to, int64_t i, const float* numbers, bool fine, Scratch& scratch) {
     to.make(i, numbers, fine ? scratch.rest.data() : nullptr);
@@ -218,14 +244,35 @@ struct Run {
   // Input s is x of token(s).
   template <class Token>
   void use_tokens(const Matrix& m, int64_t inputs, Scratch& scratch, Token token) const {
-    for (int64_t s = 0; s < inputs; ++s) scratch.in[s] = x + token(s) * layer.hidden;
-    if (!m.bits) return;
+    if (!m.bits) return use_numbers(inputs, scratch, token);
     const ImageKind kind = kind_of(m, layer.hidden);
     const Images* own = images.data();
     while (!(own->kind == kind)) ++own;
     scratch.inputs.clear();
     for (int64_t s = 0; s < inputs; ++s)
       for (int64_t limb = 0; limb <= fine[token(s)]; ++limb) scratch.inputs.push(own->at(token(s) * limbs + limb), s);
+  }
+  template <class Token>
+  void use_numbers(int64_t inputs, Scratch& scratch, Token token) const {
+    scratch.operands.clear();
+    for (int64_t s = 0; s < inputs; ++s)
+      if constexpr (std::is_same_v<Number, float>)
+        scratch.operands.push(floats.at(token(s), 0), s);
+      else
+        for (int64_t limb = 0; limb < limbs_of[token(s)]; ++limb) scratch.operands.push(numbers.at(token(s), limb), s);
+  }
+  template <class Token>
+  void use_floats(int64_t inputs, Scratch& scratch, Token token) const {
+    scratch.wide.clear();
+    for (int64_t s = 0; s < inputs; ++s) scratch.wide.push(floats.at(token(s), 0), s);
+  }
+  // Output s is into(s), of what is computed of token(s).
+  template <class Into, class Token>
+  void use_outputs(int64_t outputs, Scratch& scratch, Into into, Token token) const {
+    for (int64_t s = 0; s < outputs; ++s) {
+      scratch.into[s] = into(s);
+      scratch.fine[s] = fine[token(s)];
+    }
   }
 
   // visit(first pair, pairs) for blocks of each expert's pairs.
@@ -267,30 +314,35 @@ struct Run {
     visit(T());
   }
 
-  // sums[r * kSums + s] += row i + r . in[s], or, of codes, inputs' images.
-  void dots(const Matrix& m, int64_t e, int64_t i, int64_t rows, int64_t n, int64_t inputs, float* sums,
-            Scratch& scratch) const {
-    if (!m.bits) return add_dots<T>(stored(m, e, i, n), n, rows, n, scratch.in, inputs, sums, kSums);
+  // sums[s * kRows + r] += row i + r . input s; Q: how rows in the layer's dtype are multiplied.
+  template <class Q>
+  void dots(const Matrix& m, int64_t e, int64_t i, int64_t rows, int64_t n, const Operands<typename Q::Number>& x,
+            float* sums, Scratch& scratch) const {
+    if (!m.bits) return add_dots<Q>(stored(m, e, i, n), n, rows, n, x, sums, kRows);
     with_codes(m, e, i, n,
-               [&](const auto& codes) { dot_codes(codes, rows, scratch.inputs, sums, kSums, scratch.codes); });
+               [&](const auto& codes) { dot_codes(codes, rows, scratch.inputs, sums, kRows, scratch.codes); });
   }
-  void dots(const Bitmap& part, int p, int64_t e, int64_t i, int64_t rows, int64_t inputs, float* sums,
-            Scratch& scratch) const {
-    with_kept(part, [&](auto kept) { dots<decltype(kept)>(part, p, e, i, rows, inputs, sums, scratch); });
+  void dots(const Bitmap& part, int p, int64_t e, int64_t i, int64_t rows, float* sums, Scratch& scratch) const {
+    with_kept(part, [&](auto kept) { dots<decltype(kept)>(part, p, e, i, rows, sums, scratch); });
   }
   template <class V>
-  void dots(const Bitmap& part, int p, int64_t e, int64_t i, int64_t rows, int64_t inputs, float* sums,
-            Scratch& scratch) const {
-    const int64_t H = layer.hidden, step = inputs <= kDirect ? 2 : 4;
+  void dots(const Bitmap& part, int p, int64_t e, int64_t i, int64_t rows, float* sums, Scratch& scratch) const {
+    const int64_t H = layer.hidden, inputs = scratch.wide.count;
+    const int64_t step = inputs <= kDirect && !kAsStored<V> ? 2 : 4;
     for (int64_t r = 0; r < rows; r += step) {
       const int64_t count = std::min(step, rows - r);
-      const auto multiply = [&](const BitmapRow<V>* at, const BitmapRow<V>& next) {
-        dot_bitmap<V>(at, next, count, H, scratch.in, inputs, sums + r * kSums, kSums);
-      };
-      // Where a rest of columns is left over, a row multiplied while it is decoded would add up in another order.
-      if (inputs <= kDirect && H % 64 == 0 && direct<V>(part, p, e, i + r, count, multiply)) continue;
-      decode<V>(part, p, e, i + r, count, scratch);
-      add_dots<FP32, 2>(scratch.rows.data(), scratch.ld, count, H, scratch.in, inputs, sums + r * kSums, kSums);
+      if constexpr (kAsStored<V>) {
+        decode_stored<V>(part, p, e, i + r, count, scratch);
+        add_dots<P>(scratch.stored.data(), scratch.ld_stored, count, H, scratch.operands, sums + r, kRows);
+      } else {
+        const auto multiply = [&](const BitmapRow<V>* at, const BitmapRow<V>& next) {
+          dot_bitmap<V>(at, next, count, H, scratch.wide.at, inputs, sums + r, kRows);
+        };
+        // Where a rest of columns is left over, a row multiplied while it is decoded would add up in another order.
+        if (inputs <= kDirect && H % 64 == 0 && direct<V>(part, p, e, i + r, count, multiply)) continue;
+        decode<V>(part, p, e, i + r, count, scratch);
+        add_dots<Fma<FP32>, kOctetChains>(scratch.rows.data(), scratch.ld, count, H, scratch.wide, sums + r, kRows);
+      }
     }
   }
 
@@ -309,19 +361,32 @@ struct Run {
   template <class V>
   void axpys(const float* a, int64_t lda, const Bitmap& part, int64_t e, int64_t i, int64_t rows, int64_t outputs,
              Scratch& scratch) const {
-    const int64_t H = layer.hidden, step = outputs <= kDirect ? 2 : 4;
+    const int64_t H = layer.hidden;
+    const int64_t step = kAsStored<V> ? outputs <= 2 ? 4 : kStoredRows : outputs <= kDirect ? 2 : 4;
     for (int64_t r = 0; r < rows; r += step) {
       const int64_t count = std::min(step, rows - r);
-      const auto multiply = [&](const BitmapRow<V>* at, const BitmapRow<V>& next) {
-        if (count == 2)
-          axpy_bitmap<V, 2>(a + r, lda, at, next, H, scratch.into, outputs);
-        else
-          axpy_bitmap<V, 1>(a + r, lda, at, next, H, scratch.into, outputs);
-      };
-      if (outputs <= kDirect && direct<V>(part, kDown, e, i + r, count, multiply)) continue;
-      decode<V>(part, kDown, e, i + r, count, scratch);
-      add_axpys<FP32>(a + r, lda, scratch.rows.data(), scratch.ld, count, H, scratch.into, outputs);
+      if constexpr (kAsStored<V>) {
+        decode_stored<V>(part, kDown, e, i + r, count, scratch);
+        add_axpys<V>(a + r, lda, scratch.stored.data(), scratch.ld_stored, count, H, scratch.into, outputs);
+      } else {
+        const auto multiply = [&](const BitmapRow<V>* at, const BitmapRow<V>& next) {
+          if (count == 2)
+            axpy_bitmap<V, 2>(a + r, lda, at, next, H, scratch.into, outputs);
+          else
+            axpy_bitmap<V, 1>(a + r, lda, at, next, H, scratch.into, outputs);
+        };
+        if (outputs <= kDirect && direct<V>(part, kDown, e, i + r, count, multiply)) continue;
+        decode<V>(part, kDown, e, i + r, count, scratch);
+        add_axpys<FP32>(a + r, lda, scratch.rows.data(), scratch.ld, count, H, scratch.into, outputs);
+      }
     }
+  }
+
+  // Rows i.. of a bitmap, at most kStoredRows, to scratch.stored.
+  template <class V>
+  void decode_stored(const Bitmap& part, int p, int64_t e, int64_t i, int64_t rows, Scratch& scratch) const {
+    for (int64_t j = 0; j < rows; ++j)
+      decode_as_stored(locate<V>(part, p, e, i + j), layer.hidden, scratch.stored.data() + j * scratch.ld_stored);
   }
 
   // Rows i.. of a bitmap, at most four, to scratch.rows.
@@ -329,10 +394,6 @@ struct Run {
   void decode(const Bitmap& part, int p, int64_t e, int64_t i, int64_t rows, Scratch& scratch) const {
     for (int64_t j = 0; j < rows; ++j)
       decode_row(locate<V>(part, p, e, i + j), layer.hidden, scratch.rows.data() + j * scratch.ld);
-  }
-
-  static void clear(float* sums, int64_t rows, int64_t inputs) {
-    for (int64_t r = 0; r < rows; ++r) std::fill_n(sums + r * kSums, inputs, 0.0f);
   }
 
   void project_inputs(int thread, int threads, Scratch& scratch) {
@@ -346,10 +407,10 @@ struct Run {
           use_tokens(layer.center[p], inputs, scratch, [&](int64_t s) { return t + s; });
           for (int64_t i = rows.begin; i < rows.end; i += kRows) {
             const int64_t count = std::min(kRows, rows.end - i);
-            clear(sums, count, inputs);
-            dots(layer.center[p], 0, i, count, H, inputs, sums, scratch);
+            std::fill_n(sums, inputs * kRows, 0.0f);
+            dots<P>(layer.center[p], 0, i, count, H, scratch.operands, sums, scratch);
             for (int64_t s = 0; s < inputs; ++s)
-              for (int64_t r = 0; r < count; ++r) center_products[p][(t + s) * I + i + r] = sums[r * kSums + s];
+              std::copy_n(sums + s * kRows, count, center_products[p].data() + (t + s) * I + i);
           }
         }
     }
@@ -362,11 +423,10 @@ struct Run {
             use_tokens(part.v[p], inputs, scratch, [&](int64_t s) { return routing.token[q + s]; });
             for (int64_t k = ranks.begin; k < ranks.end; k += kRows) {
               const int64_t count = std::min(kRows, ranks.end - k);
-              clear(sums, count, inputs);
-              dots(part.v[p], e, k, count, H, inputs, sums, scratch);
+              std::fill_n(sums, inputs * kRows, 0.0f);
+              dots<P>(part.v[p], e, k, count, H, scratch.operands, sums, scratch);
               for (int64_t s = 0; s < inputs; ++s)
-                for (int64_t r = 0; r < count; ++r)
-                  shrunk_inputs[p][g][(q + s) * part.rank + k + r] = sums[r * kSums + s];
+                std::copy_n(sums + s * kRows, count, shrunk_inputs[p][g].data() + (q + s) * shrunk_stride(part) + k);
             }
           }
       });
@@ -384,7 +444,7 @@ struct Run {
       round_shrunk_inputs(q, pairs, scratch);
       for (int64_t i = rows.begin; i < rows.end; i += kRows) {
         const Block block{e, q, pairs, i, std::min(kRows, rows.end - i)};
-        float* sums[2] = {scratch.sums.data(), scratch.sums.data() + pairs};
+        float* sums[2] = {scratch.sums.data(), scratch.sums.data() + pairs * kRows};
         add_gate_up(block, sums, scratch);
         activate_rows(block, sums, scratch);
         add_down(block, thread, scratch);
@@ -408,50 +468,60 @@ struct Run {
       const Span both = projections_of(part);
       for (int64_t p = both.begin; p < both.end; ++p)
         for (int64_t s = 0; s < pairs; ++s)
-          round(own, 2 * ((p - both.begin) * pairs + s), shrunk_inputs[p][g].data() + (q + s) * part.rank,
-                fine[routing.token[q + s]], scratch);
+          round(own, 2 * ((p - both.begin) * pairs + s), shrunk_input(p, g, q + s), fine[routing.token[q + s]],
+                scratch);
     }
   }
+  const float* shrunk_input(int64_t p, int64_t g, int64_t pair) const {
+    return shrunk_inputs[p][g].data() + pair * shrunk_stride(layer.low_rank[g]);
+  }
+  // Input (p - projections.begin) * pairs + s is what V of p makes of pair s.
+  void use_shrunk_inputs(int64_t g, const Span& projections, const Block& b, Scratch& scratch) const {
+    const int32_t* token = routing.token.data() + b.first_pair;
+    scratch.inputs.clear();
+    scratch.wide.clear();
+    for (int64_t p = projections.begin, to = 0; p < projections.end; ++p)
+      for (int64_t s = 0; s < b.pairs; ++s, ++to)
+        if (layer.low_rank[g].u.bits)
+          for (int64_t limb = 0; limb <= fine[token[s]]; ++limb)
+            scratch.inputs.push(scratch.shrunk[g].at(2 * to + limb), to);
+        else
+          scratch.wide.push(shrunk_input(p, g, b.first_pair + s), to);
+  }
 
-  // sums[p][r * kSums + s]: the center's product, the bias, and what the residual's parts add to it.
+  // sums[p][s * kRows + r]: the center's product, the bias, and what the residual's parts add to it.
   void add_gate_up(const Block& b, float* const (&sums)[2], Scratch& scratch) const {
     const int64_t H = layer.hidden, e = b.expert, i = b.first_row;
     const int32_t* token = routing.token.data() + b.first_pair;
     for (int p = kGate; p <= kUp; ++p) {
       for (int64_t s = 0; s < b.pairs; ++s)
-        for (int64_t r = 0; r < b.rows; ++r)
-          sums[p][r * kSums + s] = center_products[p][token[s] * layer.intermediate + i + r];
+        std::copy_n(center_products[p].data() + token[s] * layer.intermediate + i, b.rows, sums[p] + s * kRows);
       if (const W* bias = stored_bias(p, e))
-        for (int64_t r = 0; r < b.rows; ++r)
-          for (int64_t s = 0; s < b.pairs; ++s) sums[p][r * kSums + s] += T::scalar(bias[i + r]);
+        for (int64_t s = 0; s < b.pairs; ++s)
+          for (int64_t r = 0; r < b.rows; ++r) sums[p][s * kRows + r] += T::scalar(bias[i + r]);
     }
     for (int64_t g = 0; g < layer.num_low_rank; ++g) {
       const LowRank& part = layer.low_rank[g];
       // Gate and up where U serves both: its rows are read once.
       const Span both = projections_of(part);
       if (both.begin >= both.end) continue;
-      scratch.inputs.clear();
-      for (int64_t p = both.begin; p < both.end; ++p)
-        for (int64_t s = 0; s < b.pairs; ++s) {
-          const int64_t into = (p - both.begin) * b.pairs + s;
-          scratch.in[into] = shrunk_inputs[p][g].data() + (b.first_pair + s) * part.rank;
-          if (part.u.bits)
-            for (int64_t limb = 0; limb <= fine[token[s]]; ++limb)
-              scratch.inputs.push(scratch.shrunk[g].at(2 * into + limb), into);
-        }
-      dots(part.u, e, i, b.rows, part.rank, (both.end - both.begin) * b.pairs, sums[both.begin], scratch);
+      use_shrunk_inputs(g, both, b, scratch);
+      dots<Fma<T>>(part.u, e, i, b.rows, part.rank, scratch.wide, sums[both.begin], scratch);
     }
     const auto token_of = [&](int64_t s) { return token[s]; };
-    for (int64_t s = 0; s < b.pairs; ++s) scratch.in[s] = x + token[s] * H;
-    for (int p = kGate; p <= kUp; ++p) {
+    if (layer.num_bitmap) {
+      use_floats(b.pairs, scratch, token_of);
+      use_numbers(b.pairs, scratch, token_of);
+    }
+    for (int p = kGate; p <= kUp; ++p)
       for (int64_t g = 0; g < layer.num_bitmap; ++g)
-        if (layer.bitmap[g].mask[p]) dots(layer.bitmap[g], p, e, i, b.rows, b.pairs, sums[p], scratch);
+        if (layer.bitmap[g].mask[p]) dots(layer.bitmap[g], p, e, i, b.rows, sums[p], scratch);
+    for (int p = kGate; p <= kUp; ++p)
       for (int64_t g = 0; g < layer.num_quantized; ++g)
         if (layer.quantized[g].rows[p].data) {
           use_tokens(layer.quantized[g].rows[p], b.pairs, scratch, token_of);
-          dots(layer.quantized[g].rows[p], e, i, b.rows, H, b.pairs, sums[p], scratch);
+          dots<P>(layer.quantized[g].rows[p], e, i, b.rows, H, scratch.operands, sums[p], scratch);
         }
-    }
   }
 
   // scratch.hidden[s * kRows + r], and the tokens' sums of it.
@@ -461,7 +531,7 @@ struct Run {
       for (int64_t s = 0; s < b.pairs; ++s)
         for (int64_t r = 0; r < b.rows; ++r) {
           const float a =
-              activate(sums[kGate][r * kSums + s], sums[kUp][r * kSums + s]) * routing.weight[b.first_pair + s];
+              activate(sums[kGate][s * kRows + r], sums[kUp][s * kRows + r]) * routing.weight[b.first_pair + s];
           scratch.hidden[s * kRows + r] = a;
           mixed_hidden[token[s] * layer.intermediate + b.first_row + r] += a;
         }
@@ -473,15 +543,16 @@ struct Run {
     const int64_t H = layer.hidden, e = b.expert, i = b.first_row;
     const int32_t* token = routing.token.data() + b.first_pair;
     const float* hidden = scratch.hidden.data();
-    for (int64_t s = 0; s < b.pairs; ++s) scratch.fine[s] = fine[token[s]];
+    const auto token_of = [&](int64_t s) { return token[s]; };
     for (int64_t g = 0; g < layer.num_low_rank; ++g)
       if (layer.low_rank[g].v[kDown].data) {
         const int64_t rank = layer.low_rank[g].rank;
-        for (int64_t s = 0; s < b.pairs; ++s)
-          scratch.into[s] = shrunk_hidden[g].data() + (thread * routing.pairs() + b.first_pair + s) * rank;
+        float* own = shrunk_hidden[g].data() + (thread * routing.pairs() + b.first_pair) * rank;
+        use_outputs(b.pairs, scratch, [&](int64_t s) { return own + s * rank; }, token_of);
         axpys(hidden, kRows, layer.low_rank[g].u, e, i, b.rows, rank, b.pairs, scratch);
       }
-    for (int64_t s = 0; s < b.pairs; ++s) scratch.into[s] = partial.data() + (thread * tokens + token[s]) * H;
+    float* own = partial.data() + thread * tokens * H;
+    use_outputs(b.pairs, scratch, [&](int64_t s) { return own + token[s] * H; }, token_of);
     for (int64_t g = 0; g < layer.num_bitmap; ++g)
       if (layer.bitmap[g].mask[kDown]) axpys(hidden, kRows, layer.bitmap[g], e, i, b.rows, b.pairs, scratch);
     for (int64_t g = 0; g < layer.num_quantized; ++g)
@@ -496,10 +567,8 @@ struct Run {
     if (layer.center[kDown].data)
       for (int64_t t = 0; t < tokens; t += kInputs) {
         const int64_t outputs = std::min(kInputs, tokens - t);
-        for (int64_t s = 0; s < outputs; ++s) {
-          scratch.into[s] = own_out + (t + s) * H;
-          scratch.fine[s] = fine[t + s];
-        }
+        const auto token_of = [&](int64_t s) { return t + s; };
+        use_outputs(outputs, scratch, [&](int64_t s) { return own_out + (t + s) * H; }, token_of);
         for (int64_t i = rows.begin; i < rows.end; i += kRows)
           axpys(mixed_hidden.data() + t * I + i, I, layer.center[kDown], 0, i, std::min(kRows, rows.end - i), H,
                 outputs, scratch);
@@ -510,10 +579,8 @@ struct Run {
       if (!part.v[kDown].data) continue;
       const Span ranks = share(part.rank, 4, thread, threads);
       for_pair_blocks([&](int64_t e, int64_t q, int64_t outputs) {
-        for (int64_t s = 0; s < outputs; ++s) {
-          scratch.into[s] = own_out + routing.token[q + s] * H;
-          scratch.fine[s] = fine[routing.token[q + s]];
-        }
+        const auto token_of = [&](int64_t s) { return routing.token[q + s]; };
+        use_outputs(outputs, scratch, [&](int64_t s) { return own_out + token_of(s) * H; }, token_of);
         for (int64_t k = ranks.begin; k < ranks.end; k += kRows) {
           const int64_t count = std::min(kRows, ranks.end - k);
           for (int64_t s = 0; s < outputs; ++s)
@@ -551,7 +618,7 @@ struct Run {
 template <class T>
 void run(const Layer& layer, const float* x, int64_t tokens, const Routing& routing, void* out, int32_t out_dtype,
          int threads) {
-  Run<T> work{layer, x, tokens, routing, out, out_dtype, {}, {}, {}, {}, {}, {}, {}, 1};
+  Run<T> work(layer, x, tokens, routing, out, out_dtype);
   work.run(threads);
 }
 

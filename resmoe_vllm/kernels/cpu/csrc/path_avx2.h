@@ -139,18 +139,59 @@ inline Floats float_set(float v) { return _mm256_set1_ps(v); }
 inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+// The first `count` of eight, and zeros; nothing beyond them is read.
+inline Floats load_floats(const float* from, int64_t count) {
+  if (count >= kWide) return load_floats(from);
+  const __m256i inside = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  return _mm256_maskload_ps(from, inside);
+}
+inline __m128i load_words(const uint16_t* from, int64_t count) {
+  if (count >= kWide) return _mm_loadu_si128((const __m128i*)from);
+  uint64_t half[2] = {};
+  int filled = 0;  // bits
+  const auto take = [&](int64_t words) {
+    uint64_t own = 0;
+    memcpy(&own, from, 2 * words);
+    half[filled / 64] |= own << filled % 64;
+    filled += 16 * (int)words;
+    from += words;
+  };
+  if (count & 4) take(4);
+  if (count & 2) take(2);
+  if (count & 1) take(1);
+  return _mm_set_epi64x((int64_t)half[1], (int64_t)half[0]);
+}
+inline Floats widen_bf16(__m128i w) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(w), 16)); }
+inline Floats load_bf16(const uint16_t* from) { return widen_bf16(_mm_loadu_si128((const __m128i*)from)); }
+inline Floats load_bf16(const uint16_t* from, int64_t count) { return widen_bf16(load_words(from, count)); }
+inline Floats load_fp16(const uint16_t* from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
+inline Floats load_fp16(const uint16_t* from, int64_t count) { return _mm256_cvtph_ps(load_words(from, count)); }
+
+// The first `count` of eight. vmaskmovps takes tens of cycles to store on AMD processors.
+inline void store_floats(float* to, Floats v, int64_t count) {
+  if (count >= kWide) return store_floats(to, v);
+  alignas(32) float lanes[kWide];
+  store_floats(lanes, v);
+  for (int64_t k = 0; k < count; ++k) to[k] = lanes[k];
+}
+// Four vectors' sums: halves, then pairs two apart, then neighbours.
+inline __m128 sums_of_four(__m128 a, __m128 b, __m128 c, __m128 d) {
+  const __m128 ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));  // a0 + a2, b0 + b2, a1 + a3, b1 + b3
+  const __m128 cd = _mm_add_ps(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
+  return _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
+}
+inline __m128 quarter(Floats v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
+inline __m128 sums_of_four(Floats a, Floats b, Floats c, Floats d) {
+  return sums_of_four(quarter(a), quarter(b), quarter(c), quarter(d));
+}
 inline float sum_of(Floats v) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  __m128 s = quarter(v);
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 // y[0..] += scale * v, the first `columns` of them.
 inline void add_scaled(float* y, Floats scale, Floats v, int64_t columns) {
-  if (columns >= kWide) return store_floats(y, fma(scale, v, load_floats(y)));
-  alignas(32) float factor[kWide], own[kWide];
-  store_floats(factor, scale);
-  store_floats(own, v);
-  for (int64_t k = 0; k < columns; ++k) y[k] = __builtin_fmaf(factor[k], own[k], y[k]);
+  store_floats(y, fma(scale, v, load_floats(y, columns)), columns);
 }
 
 }  // namespace resmoe

@@ -121,17 +121,46 @@ inline Floats float_set(float v) { return _mm512_set1_ps(v); }
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-inline float sum_of(Floats v) {
+// The first `count` of n lanes, all of them if there are more.
+inline __mmask16 first_of_16(int64_t count) { return count >= 16 ? 0xffff : (1u << count) - 1; }
+inline __mmask32 first_of_32(int64_t count) { return count >= 32 ? ~0u : (1u << count) - 1; }
+// These, and zeros; nothing beyond them is read.
+inline Floats load_floats(const float* from, int64_t count) { return _mm512_maskz_loadu_ps(first_of_16(count), from); }
+inline Floats widen_bf16(__m256i w) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(w), 16)); }
+inline __m256i load_words(const uint16_t* from, int64_t count) {
+  return _mm256_maskz_loadu_epi16(first_of_16(count), from);
+}
+inline Floats load_bf16(const uint16_t* from) { return widen_bf16(_mm256_loadu_si256((const __m256i*)from)); }
+inline Floats load_bf16(const uint16_t* from, int64_t count) { return widen_bf16(load_words(from, count)); }
+inline Floats load_fp16(const uint16_t* from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
+inline Floats load_fp16(const uint16_t* from, int64_t count) { return _mm512_cvtph_ps(load_words(from, count)); }
+
+inline void store_floats(float* to, Floats v, int64_t count) { _mm512_mask_storeu_ps(to, first_of_16(count), v); }
+// Four vectors' sums: halves, halves of these, then pairs two apart, then neighbours.
+inline __m128 sums_of_four(Floats a, Floats b, Floats c, Floats d) {
+  const auto halves = [](Floats v, Floats w) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(v, w, _MM_SHUFFLE(1, 0, 1, 0)),
+                         _mm512_shuffle_f32x4(v, w, _MM_SHUFFLE(3, 2, 3, 2)));
+  };
+  const Floats ab = halves(a, b), cd = halves(c, d);  // of each two halves, four lanes each
+  Floats v = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, _MM_SHUFFLE(2, 0, 2, 0)),
+                           _mm512_shuffle_f32x4(ab, cd, _MM_SHUFFLE(3, 1, 3, 1)));
+  v = _mm512_add_ps(v, _mm512_permute_ps(v, _MM_SHUFFLE(3, 2, 3, 2)));
+  v = _mm512_add_ps(v, _mm512_permute_ps(v, _MM_SHUFFLE(1, 1, 1, 1)));
+  return _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, v));
+}
+inline __m128 quarter(Floats v) {
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+inline float sum_of(Floats v) {
+  __m128 s = quarter(v);
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 // y[0..] += scale * v, the first `columns` of them.
 inline void add_scaled(float* y, Floats scale, Floats v, int64_t columns) {
-  if (columns >= kWide) return store_floats(y, fma(scale, v, load_floats(y)));
-  const __mmask16 inside = (__mmask16)((1u << columns) - 1);
-  _mm512_mask_storeu_ps(y, inside, fma(scale, v, _mm512_maskz_loadu_ps(inside, y)));
+  store_floats(y, fma(scale, v, load_floats(y, columns)), columns);
 }
 
 }  // namespace resmoe

@@ -1,4 +1,4 @@
-// Vectors of eight fp32 numbers: loads from every dtype of weights, sums, and the partly filled last one of a row.
+// Dtypes of weights: as vectors of the path's width, as octets, and one by one.
 #pragma once
 
 #include <immintrin.h>
@@ -7,16 +7,20 @@
 
 #include <algorithm>
 
+#include "path.h"
+
 namespace resmoe {
 
-constexpr int kLanes = 8;
+constexpr int kLanes = 8;  // of an octet
 
 inline int64_t octets_of(int64_t columns) { return (columns + kLanes - 1) / kLanes; }
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// load(p, count): the first `count` lanes, at most all, and zeros; nothing beyond them is read.
 struct BF16 {
   using type = uint16_t;
-  static inline __m256 widen(__m128i w) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(w), 16)); }
-  static inline __m256 load(const type* p) { return widen(_mm_loadu_si128((const __m128i*)p)); }
+  static inline Floats load(const type* p) { return load_bf16(p); }
+  static inline Floats load(const type* p, int64_t count) { return load_bf16(p, count); }
   static inline float scalar(type w) {
     uint32_t bits = (uint32_t)w << 16;
     float f;
@@ -26,46 +30,23 @@ struct BF16 {
 };
 struct FP16 {
   using type = uint16_t;
-  static inline __m256 widen(__m128i w) { return _mm256_cvtph_ps(w); }
-  static inline __m256 load(const type* p) { return widen(_mm_loadu_si128((const __m128i*)p)); }
+  static inline Floats load(const type* p) { return load_fp16(p); }
+  static inline Floats load(const type* p, int64_t count) { return load_fp16(p, count); }
+  static inline __m256 octet(__m128i w) { return _mm256_cvtph_ps(w); }
   static inline float scalar(type w) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(w))); }
 };
 struct FP32 {
   using type = float;
-  static inline __m256 load(const type* p) { return _mm256_loadu_ps(p); }
+  static inline Floats load(const type* p) { return load_floats(p); }
+  static inline Floats load(const type* p, int64_t count) { return load_floats(p, count); }
   static inline float scalar(type w) { return w; }
 };
 
+// The sum of an octet, in the order of sums_of_four.
 inline float sum(__m256 v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
-
-// The last n % 8 columns are read with the seven or fewer before them, which the mask clears.
-alignas(32) constexpr int32_t kTailMasks[2 * kLanes] = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1};
-inline __m256 keep_last(__m256 v, int64_t columns) {
-  return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_loadu_si256((const __m256i*)(kTailMasks + columns))));
-}
-template <class T>
-inline __m256 load_tail(const typename T::type* row, int64_t n, int64_t columns) {
-  if (n >= kLanes) return keep_last(T::load(row + n - kLanes), columns);
-  alignas(32) float lanes[kLanes] = {};
-  for (int64_t c = n - columns; c < n; ++c) lanes[kLanes - n + c] = T::scalar(row[c]);
-  return _mm256_load_ps(lanes);
-}
-
-// What lies in the last, partly filled octet of n columns.
-inline __m256i lanes_of(int64_t columns) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)columns), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-
-// The first `columns` of eight. vmaskmovps takes tens of cycles to store on AMD processors.
-inline void store_lanes(float* to, __m256 v, int64_t columns) {
-  if (columns >= kLanes) return _mm256_storeu_ps(to, v);
-  alignas(32) float lanes[kLanes];
-  _mm256_store_ps(lanes, v);
-  for (int64_t k = 0; k < columns; ++k) to[k] = lanes[k];
 }
 
 }  // namespace resmoe
