@@ -1,8 +1,9 @@
 // Rows of codes, plain ones or of a trellis, as products in integers (dots.h).
 //
-// Dots run along rows: for one or two inputs rows are multiplied while they are decoded, for more they are decoded once
-// for all, which gives the same bits. An axpy's factors are rounded by kRows rows; levels of four rows are interleaved,
-// so that a quad of one column is a quad of factors' partner.
+// For one or two inputs rows are multiplied while they are decoded, their columns in the lanes of a vector. For more
+// they are decoded once and interleaved by quads of columns: a lane is a row, whose sums of a span need no adding up.
+// Both give the same integers, which are scaled in the same order. An axpy's factors are rounded by kRows rows; levels
+// of four rows are interleaved, so that a quad of one column is a quad of factors' partner.
 #pragma once
 
 #include <type_traits>
@@ -31,22 +32,13 @@ struct CodeRows {
   }
   float scale(int64_t row, int64_t g) const { return BF16::scalar(scales[row * groups + g]); }
   int64_t chunks() const { return (n + kChunk - 1) / kChunk; }
-  ImageKind kind() const { return {n, D::kPlaces, groups == 1 ? kBlock : std::max(group, kChunk), D::kTwiceBias}; }
+  int64_t span() const { return groups == 1 ? kBlock : std::min(group, kBlock); }
+  int64_t spans() const { return (n + span() - 1) / span(); }
+  ImageKind kind() const { return {n, D::kPlaces, span(), D::kTwiceBias}; }
 
   template <bool Turned>
   void decode(int64_t row, int64_t chunk, Bytes (&out)[D::kPlaces]) const {
     D::template decode<Turned>(tables, codes + row * stride, octets, chunk, out);
-  }
-  // Of the sums of a span, where groups have scales of their own.
-  Floats span_scale(int64_t row, int64_t span) const {
-    if (group >= kChunk) return float_set(scale(row, span));
-    const int64_t per = kChunk / group, lanes = kWide / per;
-    alignas(64) float of_lane[kWide];
-    for (int64_t p = 0; p < per; ++p) {
-      const float own = scale(row, std::min(groups - 1, span * per + p));
-      for (int64_t l = 0; l < lanes; ++l) of_lane[p * lanes + l] = own;
-    }
-    return load_floats(of_lane);
   }
   // The same chunk of the next `rows` rows. Always inline: GCC drops calls of what does nothing but prefetch.
   __attribute__((always_inline)) void fetch_ahead(int64_t row, int64_t rows, int64_t chunk) const {
@@ -57,133 +49,254 @@ struct CodeRows {
   }
 };
 
+// Memory for vectors, kept from use to use.
+class Buffer {
+ public:
+  uint8_t* take(int64_t bytes) {
+    if ((int64_t)bytes_.size() < bytes + 64) bytes_.resize(bytes + 64);
+    return (uint8_t*)(((uintptr_t)bytes_.data() + 63) & ~(uintptr_t)63);
+  }
+
+ private:
+  std::vector<uint8_t> bytes_;
+};
+
+// Buffers of one thread.
+struct CodeScratch {
+  std::vector<float> scales;  // [spans, rows of a tile]
+  Buffer decoded;             // [kPlaces, kWide, kBytes]: a chunk of as many rows as a vector has lanes
+  Buffer quads;               // [quads of a block, rows of a tile, 4]
+  std::vector<float> totals;  // [inputs, rows of a tile]
+  Buffer strip;               // [kRows / 4, columns of a chunk, 4]
+  Buffer factors;             // [groups of a chunk, inputs]
+};
+
 // ---- dots ----------------------------------------------------------------------------------------------------
 
-// sums[inputs.sum[s] * ld + r] += row `first` + r . input s. levels: rows decoded before, or null.
-template <class D, int R, int S, bool Decoded>
-__attribute__((noinline)) void dot_tile(const CodeRows<D>& rows, int64_t first, const uint8_t* levels,
-                                        int64_t levels_stride, const Image* image, const int32_t* sum, float* sums,
-                                        int64_t ld) {
-  constexpr int kPlaces = D::kPlaces;
-  const ImageKind kind = rows.kind();
-  const int64_t vectors = kind.vectors(), span_vectors = kind.span / kBytes;
+constexpr int64_t kDirectInputs = 2;  // for which rows are multiplied while they are decoded
+constexpr int kDirectRows = 4;
+
+// of each span, or of whole rows, by row; beyond the last row that one's.
+template <class D>
+void load_scales(const CodeRows<D>& rows, int64_t first, int64_t count, int64_t lanes, std::vector<float>& scales) {
+  scales.resize(rows.spans() * lanes);
+  if (rows.groups == 1) {
+    for (int64_t r = 0; r < lanes; ++r) scales[r] = rows.scale(first + std::min(r, count - 1), 0);
+    return;
+  }
+  const int64_t per_group = rows.group / rows.span();
+  for (int64_t r = 0; r < lanes; ++r) {
+    const uint16_t* from = rows.scales + (first + std::min(r, count - 1)) * rows.groups;
+    for (int64_t g = 0; g < rows.spans(); ++g) scales[g * lanes + r] = BF16::scalar(from[g / per_group]);
+  }
+}
+
+// sums[inputs.sum[s] * ld + r] += row first + r . input s for `count` rows, at most kDirectRows. scales: load_scales'.
+template <class D, int S>
+__attribute__((noinline)) void dot_direct(const CodeRows<D>& rows, int64_t first, int64_t count, const float* scales,
+                                          const Image* image, const int32_t* sum, float* sums, int64_t ld) {
+  constexpr int kPlaces = D::kPlaces, R = kDirectRows;
+  constexpr int64_t kChunk = CodeRows<D>::kChunk;
+  const int64_t chunks = rows.chunks(), spans = rows.spans(), span_chunks = std::max<int64_t>(1, rows.span() / kChunk);
+  const int64_t per_chunk = std::max<int64_t>(1, kChunk / rows.span());
   const bool one_scale = rows.groups == 1;
-  Floats total[R][S];
+  __m128 total[S];
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) total[r][s] = float_set(0);
-  for (int64_t v = 0, span = 0; v < vectors; ++span) {
-    const int64_t end = std::min(vectors, v + span_vectors), block = v * kBytes / kBlock;
+  for (int s = 0; s < S; ++s) total[s] = _mm_setzero_ps();
+  int64_t chunk = 0;
+  for (int64_t span = 0; span < spans; span += per_chunk) {
+    const int64_t block = span * rows.span() / kBlock;
     Acc acc[R][S];
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s)
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) acc[r][s] = start(load_ints(image[s].start + span * kWide));
-    if constexpr (Decoded) {
-      for (; v < end; ++v) {
-        Levels own[R];
+      for (int r = 0; r < R; ++r) acc[r][s] = start(int_set(0));
+    for (const int64_t end = std::min(chunks, chunk + span_chunks); chunk < end; ++chunk)
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) own[r] = prepare(load_bytes(levels + r * levels_stride + v * kBytes));
-#pragma GCC unroll 4
-        for (int s = 0; s < S; ++s) {
-          const Ints a = load_ints(image[s].vectors + 2 * v * kBytes);
-          const Ints b = load_ints(image[s].vectors + (2 * v + 1) * kBytes);
-#pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) dot(acc[r][s], own[r], a, b);
-        }
-      }
-    } else {
-      for (; v < end; v += kPlaces)
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          const int64_t chunk = v / kPlaces;
-          rows.fetch_ahead(first + r, R, chunk);
-          Bytes out[kPlaces];
-          rows.template decode<false>(first + r, chunk, out);
+      for (int r = 0; r < R; ++r) {
+        rows.fetch_ahead(first + r, R, chunk);
+        Bytes out[kPlaces];
+        rows.template decode<false>(first + std::min<int64_t>(r, count - 1), chunk, out);
 #pragma GCC unroll 8
-          for (int j = 0; j < kPlaces; ++j) {
-            const Levels own = prepare(out[j]);
+        for (int j = 0; j < kPlaces; ++j) {
+          const Levels own = prepare(out[j]);
+          const uint8_t* with = image[0].vectors + 2 * (chunk * kPlaces + j) * kBytes;
 #pragma GCC unroll 4
-            for (int s = 0; s < S; ++s)
-              dot(acc[r][s], own, load_ints(image[s].vectors + 2 * (v + j) * kBytes),
-                  load_ints(image[s].vectors + (2 * (v + j) + 1) * kBytes));
+          for (int s = 0; s < S; ++s) {
+            const uint8_t* at = with + (image[s].vectors - image[0].vectors);
+            dot(acc[r][s], own, load_ints(at), load_ints(at + kBytes));
           }
         }
-    }
+      }
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Floats own = one_scale ? float_set(0) : rows.span_scale(first + r, span);
+    for (int s = 0; s < S; ++s) {
+      // a quarter of the lanes each, by row
+      __m128i quarters[kQuarters];
+      split_quarters(sums_of_quarters(value(acc[0][s]), value(acc[1][s]), value(acc[2][s]), value(acc[3][s])),
+                     quarters);
+      const __m128 of_input = _mm_set1_ps(image[s].scale[block]);
+      const auto add_span = [&](int64_t own, __m128i integers) __attribute__((always_inline)) {
+        __m128 f = _mm_cvtepi32_ps(_mm_add_epi32(integers, _mm_set1_epi32(image[s].start[own])));
+        if (D::kTwiceBias % 2) f = _mm_add_ps(f, _mm_set1_ps(image[s].half[own]));
+        const __m128 scale = one_scale ? of_input : _mm_mul_ps(of_input, _mm_loadu_ps(scales + own * R));
+        total[s] = _mm_fmadd_ps(f, scale, total[s]);
+      };
+      if (per_chunk == 1) {
+        __m128i all = quarters[0];
 #pragma GCC unroll 4
-      for (int s = 0; s < S; ++s) {
-        Floats f = to_floats(value(acc[r][s]));
-        if (D::kTwiceBias % 2) f = add(f, load_floats(image[s].half + span * kWide));
-        const Floats of_input = float_set(image[s].scale[block]);
-        total[r][s] = fma(f, one_scale ? of_input : mul(of_input, own), total[r][s]);
+        for (int q = 1; q < kQuarters; ++q) all = _mm_add_epi32(all, quarters[q]);
+        add_span(span, all);
+      } else {
+        const int64_t own = kQuarters / per_chunk;
+        for (int64_t p = 0; p < std::min(per_chunk, spans - span); ++p)
+          add_span(span + p, own == 1 ? quarters[p] : _mm_add_epi32(quarters[own * p], quarters[own * p + 1]));
       }
     }
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
+  for (int s = 0; s < S; ++s) {
+    alignas(16) float of_row[R];
+    _mm_store_ps(of_row, one_scale ? _mm_mul_ps(total[s], _mm_loadu_ps(scales)) : total[s]);
+    for (int64_t r = 0; r < count; ++r) sums[sum[s] * ld + r] += of_row[r];
+  }
+}
+
+constexpr int kTileRows = kTileVectors * kWide;
+
+// Levels of a block of columns of kTileRows rows as [quads][kTileRows][4]; a quad is what a 32-bit word of an image's
+// vector is multiplied with, in their order. count: rows; missing ones are the last one again.
+template <class D>
+void make_quads(const CodeRows<D>& rows, int64_t first, int64_t count, int64_t begin, int64_t end, uint8_t* decoded,
+                uint8_t* quads) {
+  constexpr int kPlaces = D::kPlaces;
+  for (int64_t chunk = begin; chunk < end; ++chunk)
+    for (int g = 0; g < kTileVectors; ++g) {
+      for (int64_t r = 0; r < kWide; ++r) {
+        const int64_t row = std::min(g * kWide + r, count - 1);
+        rows.fetch_ahead(first + row, count, chunk);
+        Bytes out[kPlaces];
+        rows.template decode<false>(first + row, chunk, out);
+#pragma GCC unroll 8
+        for (int j = 0; j < kPlaces; ++j) store_bytes(decoded + (j * kWide + r) * kBytes, out[j]);
+      }
+      for (int j = 0; j < kPlaces; ++j) {
+        const int64_t quad = ((chunk - begin) * kPlaces + j) * kWide;
+        transpose_words(decoded + j * kWide * kBytes, quads + (quad * kTileVectors + g) * kBytes,
+                        kTileVectors * kBytes);
+      }
+    }
+}
+
+// totals[s * kTileRows ..] += scaled sums of the spans of columns [begin, end); quads: make_quads' of the block that
+// begins at `block * kBlock`.
+template <class D, int S>
+__attribute__((noinline)) void dot_quads(const CodeRows<D>& rows, const uint8_t* quads, const float* scales,
+                                         const Image* image, int64_t block, float* totals) {
+  constexpr int kPlaces = D::kPlaces, V = kTileVectors;
+  constexpr int64_t kChunk = CodeRows<D>::kChunk;
+  const int64_t span_columns = rows.span(), end = std::min(rows.n, (block + 1) * kBlock);
+  const bool one_scale = rows.groups == 1;
+  Floats total[S][V];
+#pragma GCC unroll 4
+  for (int s = 0; s < S; ++s)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) total[s][v] = load_floats(totals + s * kTileRows + v * kWide);
+  const uint8_t* image_at[S];
+#pragma GCC unroll 4
+  for (int s = 0; s < S; ++s) image_at[s] = image[s].vectors + block * kBlock * 2;
+  for (int64_t c = block * kBlock; c < end; c += span_columns) {
+    Acc acc[S][V];
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s)
-      sums[sum[s] * ld + r] += sum_of(total[r][s]) * (one_scale ? rows.scale(first + r, 0) : 1.0f);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[s][v] = start(int_set(image[s].start[c / span_columns]));
+    const auto add_words = [&](int64_t vector, int64_t begin_word, int64_t end_word) __attribute__((always_inline)) {
+      for (int64_t l = begin_word; l < end_word; ++l) {
+        Levels own[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) own[v] = prepare(load_bytes(quads + ((vector * kWide + l) * V + v) * kBytes));
+#pragma GCC unroll 4
+        for (int s = 0; s < S; ++s) {
+          int32_t first, second;
+          memcpy(&first, image_at[s] + 2 * vector * kBytes + 4 * l, 4);
+          memcpy(&second, image_at[s] + (2 * vector + 1) * kBytes + 4 * l, 4);
+          const Ints a = int_set(first), b = int_set(second);
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) dot(acc[s][v], own[v], a, b);
+        }
+      }
+    };
+    const int64_t from = c - block * kBlock;  // columns of the block before these
+    if (span_columns >= kChunk) {
+      const int64_t first = from / kBytes, vectors = std::min(span_columns, round_up(end - c, kChunk)) / kBytes;
+      for (int64_t v = first; v < first + vectors; ++v) add_words(v, 0, kWide);
+    } else {  // some words of each vector of a chunk
+      const int64_t words = span_columns / (4 * kPlaces), first = from % kChunk / (4 * kPlaces);
+      for (int64_t j = 0; j < kPlaces; ++j) add_words(from / kChunk * kPlaces + j, first, first + words);
+    }
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) {
+      const Floats of_input = float_set(image[s].scale[block]), half = float_set(image[s].half[c / span_columns]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        Floats f = to_floats(value(acc[s][v]));
+        if (D::kTwiceBias % 2) f = add(f, half);
+        const float* own = scales + c / span_columns * kTileRows + v * kWide;
+        total[s][v] = fma(f, one_scale ? of_input : mul(of_input, load_floats(own)), total[s][v]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int s = 0; s < S; ++s)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store_floats(totals + s * kTileRows + v * kWide, total[s][v]);
 }
 
-template <class D, int R, int MostInputs, bool Decoded>
-void dot_inputs(int64_t inputs, const CodeRows<D>& rows, int64_t first, const uint8_t* levels, int64_t levels_stride,
-                const Image* image, const int32_t* sum, float* sums, int64_t ld) {
+template <class D, int MostInputs>
+void dot_quads_of(int64_t inputs, const CodeRows<D>& rows, const uint8_t* quads, const float* scales,
+                  const Image* image, int64_t block, float* totals) {
   if constexpr (MostInputs > 1)
-    if (inputs < MostInputs)
-      return dot_inputs<D, R, MostInputs - 1, Decoded>(inputs, rows, first, levels, levels_stride, image, sum, sums,
-                                                       ld);
-  dot_tile<D, R, MostInputs, Decoded>(rows, first, levels, levels_stride, image, sum, sums, ld);
+    if (inputs < MostInputs) return dot_quads_of<D, MostInputs - 1>(inputs, rows, quads, scales, image, block, totals);
+  dot_quads<D, MostInputs>(rows, quads, scales, image, block, totals);
 }
-
-constexpr int64_t kDirectInputs = 2;  // for which rows are multiplied while they are decoded
-
-// Buffers of one thread.
-struct CodeScratch {
-  std::vector<uint8_t> levels;   // [kRows, vectors + 1, kBytes]
-  std::vector<uint8_t> strip;    // [kRows / 4, columns of a chunk, 4]
-  std::vector<uint8_t> factors;  // [groups of a chunk, inputs]
-};
 
 // sums[inputs.sum[s] * ld + r] += row r . input s, for `count` rows.
 template <class D>
 void dot_codes(const CodeRows<D>& rows, int64_t count, const Inputs& inputs, float* sums, int64_t ld,
                CodeScratch& scratch) {
-  const auto tiles = [&](auto decoded, auto most, const uint8_t* levels, int64_t stride) {
-    constexpr bool kDecoded = decltype(decoded)::value;
-    constexpr int kMost = decltype(most)::value, kTogether = kDecoded ? kTileRows : kDirectRows;
-    for (int64_t s = 0; s < inputs.count; s += kMost)
-      for (int64_t r = 0; r < count;) {
-        const int64_t own = std::min<int64_t>(kMost, inputs.count - s);
-        const uint8_t* at = levels + r * stride;
-        if (count - r >= kTogether) {
-          dot_inputs<D, kTogether, kMost, kDecoded>(own, rows, r, at, stride, inputs.image + s, inputs.sum + s,
-                                                    sums + r, ld);
-          r += kTogether;
-        } else {
-          dot_inputs<D, 1, kMost, kDecoded>(own, rows, r, at, stride, inputs.image + s, inputs.sum + s, sums + r, ld);
-          ++r;
-        }
-      }
-  };
-  if (inputs.count <= kDirectInputs)
-    return tiles(std::false_type(), std::integral_constant<int, kDirectInputs>(), nullptr, 0);
-  const int64_t stride = rows.chunks() * CodeRows<D>::kChunk + kBytes;  // one set of the cache can't hold all rows
-  if ((int64_t)scratch.levels.size() < kRows * stride) scratch.levels.resize(kRows * stride);
-  for (int64_t r = 0; r < count; ++r)
-    for (int64_t chunk = 0; chunk < rows.chunks(); ++chunk) {
-      rows.fetch_ahead(r, count, chunk);
-      Bytes out[D::kPlaces];
-      rows.template decode<false>(r, chunk, out);
-#pragma GCC unroll 8
-      for (int j = 0; j < D::kPlaces; ++j)
-        store_bytes(scratch.levels.data() + r * stride + (chunk * D::kPlaces + j) * kBytes, out[j]);
+  constexpr int64_t kChunk = CodeRows<D>::kChunk;
+  // a span must be whole quarters of a vector there
+  if (inputs.count <= kDirectInputs && rows.span() * kQuarters >= kChunk) {
+    for (int64_t r = 0; r < count; r += kDirectRows) {
+      const int64_t own = std::min<int64_t>(kDirectRows, count - r);
+      load_scales(rows, r, own, kDirectRows, scratch.scales);
+      if (inputs.count == 1)
+        dot_direct<D, 1>(rows, r, own, scratch.scales.data(), inputs.image, inputs.sum, sums + r, ld);
+      else
+        dot_direct<D, 2>(rows, r, own, scratch.scales.data(), inputs.image, inputs.sum, sums + r, ld);
     }
-  tiles(std::true_type(), std::integral_constant<int, kTileInputs>(), scratch.levels.data(), stride);
+    return;
+  }
+  constexpr int64_t kBlockChunks = kBlock / kChunk;
+  uint8_t* decoded = scratch.decoded.take(D::kPlaces * kWide * kBytes);
+  uint8_t* quads = scratch.quads.take(kBlock * kTileRows);
+  scratch.totals.resize(inputs.count * kTileRows);
+  for (int64_t r = 0; r < count; r += kTileRows) {
+    const int64_t own = std::min<int64_t>(kTileRows, count - r);
+    load_scales(rows, r, own, kTileRows, scratch.scales);
+    std::fill(scratch.totals.begin(), scratch.totals.end(), 0.0f);
+    for (int64_t chunk = 0, block = 0; chunk < rows.chunks(); chunk += kBlockChunks, ++block) {
+      make_quads(rows, r, own, chunk, std::min(rows.chunks(), chunk + kBlockChunks), decoded, quads);
+      for (int64_t s = 0; s < inputs.count; s += kTileInputs)
+        dot_quads_of<D, kTileInputs>(inputs.count - s, rows, quads, scratch.scales.data(), inputs.image + s, block,
+                                     scratch.totals.data() + s * kTileRows);
+    }
+    for (int64_t s = 0; s < inputs.count; ++s) {
+      const float* total = scratch.totals.data() + s * kTileRows;
+      float* into = sums + inputs.sum[s] * ld + r;
+      for (int64_t k = 0; k < own; ++k) into[k] += rows.groups == 1 ? total[k] * scratch.scales[k] : total[k];
+    }
+  }
 }
 
 // ---- axpys ---------------------------------------------------------------------------------------------------
@@ -288,9 +401,8 @@ void axpy_codes(const float* a, int64_t lda, const CodeRows<D>& rows, int64_t co
   constexpr int kMostOutputs = kTileInputs;
   const bool one_scale = rows.groups == 1;
   const int64_t per = one_scale ? 1 : std::max<int64_t>(1, kChunk / rows.group);
-  scratch.strip.resize(kRows * kChunk);
-  scratch.factors.resize(per * 2 * outputs * sizeof(Factors));
-  Factors* factors = (Factors*)scratch.factors.data();  // [per, 2 * outputs]
+  uint8_t* strip = scratch.strip.take(kRows * kChunk);
+  Factors* factors = (Factors*)scratch.factors.take(per * 2 * outputs * sizeof(Factors));  // [per, 2 * outputs]
   float* into[2 * kInputs];
   int64_t products = 0, made = -1;
   for (int64_t chunk = 0; chunk < rows.chunks(); ++chunk) {
@@ -311,13 +423,13 @@ void axpy_codes(const float* a, int64_t lda, const CodeRows<D>& rows, int64_t co
         }
       }
     }
-    make_strip(rows, count, chunk, scratch.strip.data());
+    make_strip(rows, count, chunk, strip);
     for (int64_t s = 0; s < products; s += kMostOutputs)
       for (int64_t c = 0; c < kChunk && begin + c < rows.n; c += kStripVectors * kWide) {
         const Factors* own[kMostOutputs];
         const int64_t p = one_scale ? 0 : std::min(per - 1, (begin + c) / rows.group - first_group);
         for (int64_t k = 0; k < kMostOutputs; ++k) own[k] = factors + p * 2 * outputs + std::min(products - 1, s + k);
-        const uint8_t* at = scratch.strip.data() + 4 * c;
+        const uint8_t* at = strip + 4 * c;
         constexpr bool kHalf = D::kTwiceBias % 2;
         switch (std::min<int64_t>(kMostOutputs, products - s)) {
           case 1:

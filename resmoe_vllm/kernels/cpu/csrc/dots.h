@@ -2,9 +2,9 @@
 //
 // Numbers are rounded once, symmetrically, with one scale, a power of two, for each kBlock columns: what bf16 holds
 // stays exact down to 2^-7 of a block's largest, and nothing is off by more than 2^-15 of that. Sums of levels and
-// numbers are exact: at most kBlock columns in kWide sums of 32 bits, 255 * kLargest * kBlock / kWide = 2^29, so they
-// can't overflow, however long a row is; and they are the same in any order, so a result's bits depend neither on the
-// batch nor on how a row was decoded.
+// numbers over a span, columns that share their scales, are exact: they wrap while they are added up, but less the
+// bias no level is larger than 127.5, and 127.5 * kLargest * kBlock is below 2^31, however long a row is. So they are
+// the same in any order, and a result's bits depend neither on the batch nor on how a row was decoded.
 #pragma once
 
 #include <string.h>
@@ -70,14 +70,14 @@ inline bool is_fine(const float* x, int64_t n) {
 struct ImageKind {
   int64_t columns;
   int64_t places;      // columns in a byte of codes: see levels.h
-  int64_t span;        // columns whose sums are scaled together: a whole number of chunks
+  int64_t span;        // columns whose sums are scaled together: at most kBlock
   int64_t twice_bias;  // of levels
   bool operator==(const ImageKind& other) const {
     return columns == other.columns && places == other.places && span == other.span && twice_bias == other.twice_bias;
   }
   int64_t chunk() const { return places * kBytes; }
   int64_t vectors() const { return (columns + chunk() - 1) / chunk() * places; }
-  int64_t spans() const { return (vectors() * kBytes + span - 1) / span; }
+  int64_t spans() const { return (columns + span - 1) / span; }
   int64_t blocks() const { return (columns + kBlock - 1) / kBlock; }
 };
 
@@ -85,8 +85,8 @@ struct ImageKind {
 struct Image {
   const uint8_t* vectors;  // [vectors, 2, kBytes], column places * k + j of a chunk for byte k of its vector j
   const float* scale;      // [blocks]
-  const int32_t* start;    // [spans, kWide]: what the bias takes away, and half a level more is in
-  const float* half;       // [spans, kWide]
+  const int32_t* start;    // [spans]: what the bias takes away, and half a level more is in
+  const float* half;       // [spans]
 };
 
 class Images {
@@ -98,12 +98,12 @@ class Images {
     if (count <= (int64_t)(scale_.size() / kind.blocks())) return;
     vectors_.resize(count * kind.vectors() * 2 * kBytes + 64);
     scale_.resize(count * kind.blocks());
-    start_.resize(count * kind.spans() * kWide);
-    half_.resize(count * kind.spans() * kWide);
+    start_.resize(count * kind.spans());
+    half_.resize(count * kind.spans());
   }
   Image at(int64_t i) const {
     return {vectors() + i * kind.vectors() * 2 * kBytes, scale_.data() + i * kind.blocks(),
-            start_.data() + i * kind.spans() * kWide, half_.data() + i * kind.spans() * kWide};
+            start_.data() + i * kind.spans(), half_.data() + i * kind.spans()};
   }
   // rest: what rounding left of x; or null.
   void make(int64_t i, const float* x, float* rest) {
@@ -131,7 +131,7 @@ class Images {
     const Image to = at(i);
     int32_t* start = const_cast<int32_t*>(to.start);
     float* half = const_cast<float*>(to.half);
-    memset(start, 0, kind.spans() * kWide * 4);
+    std::fill_n(start, kind.spans(), 0);
     for (int64_t b = 0, c = 0; c < kind.columns; ++b, c += kBlock) {
       const int64_t n = std::min(kBlock, kind.columns - c);
       int16_t q[kBlock] = {};
@@ -139,6 +139,7 @@ class Images {
       const_cast<float*>(to.scale)[b] = scale;
       if (rest)
         for (int64_t k = 0; k < n; ++k) rest[c + k] = scale == scale ? x[c + k] - scale * q[k] : 0;
+      for (int64_t k = 0; k < n; ++k) start[(c + k) / kind.span] += q[k];
       constexpr int64_t kChunk = Places * kBytes;
       for (int64_t from = 0; from < n; from += kChunk)
         for (int j = 0; j < Places; ++j) {
@@ -146,13 +147,11 @@ class Images {
           for (int k = 0; k < kBytes; ++k) own[k] = q[from + Places * k + j];
           uint8_t* vector = const_cast<uint8_t*>(to.vectors) + ((c + from) / kBytes + j) * 2 * kBytes;
           split(own, kBytes, vector, vector + kBytes);
-          int32_t* sums = start + (c + from) / kind.span * kWide;
-          for (int l = 0; l < kWide; ++l) sums[l] += own[4 * l] + own[4 * l + 1] + own[4 * l + 2] + own[4 * l + 3];
         }
     }
     const int32_t bias = kind.twice_bias / 2;
     const float rest_of_bias = kind.twice_bias % 2 ? -0.5f : 0;
-    for (int64_t k = 0; k < kind.spans() * kWide; ++k) {
+    for (int64_t k = 0; k < kind.spans(); ++k) {
       half[k] = rest_of_bias * start[k];
       start[k] *= -bias;
     }

@@ -12,8 +12,8 @@
 namespace resmoe {
 
 constexpr int kBytes = 32, kWide = 8;
-constexpr int kDirectRows = 2;                 // multiplied while they are decoded
-constexpr int kTileRows = 2, kTileInputs = 2;  // of a tile of dots: its sums stay in registers
+constexpr int kTileVectors = 2, kTileInputs = 2;  // of a tile of products: its sums stay in registers
+constexpr int kQuarters = 2;                      // of 128 bits
 using Bytes = __m256i;
 using Ints = __m256i;
 using Floats = __m256;
@@ -129,6 +129,40 @@ inline void dot(Acc& acc, const Levels& levels, Ints first, Ints second) {
 }
 inline Ints value(const Acc& acc) { return acc.all; }
 #endif
+
+// Four vectors' sums within 128 bits: [quarters][4].
+inline Ints sums_of_quarters(Ints a, Ints b, Ints c, Ints d) {
+  const Ints ab = _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+  const Ints cd = _mm256_add_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+  return _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+}
+inline void split_quarters(Ints v, __m128i (&to)[kQuarters]) {
+  to[0] = _mm256_castsi256_si128(v);
+  to[1] = _mm256_extracti128_si256(v, 1);
+}
+// kWide vectors of words, one behind the other, to as many of each one's first, second, .. word, `apart` bytes apart.
+inline void transpose_words(const uint8_t* from, uint8_t* to, int64_t apart) {
+  __m256i rows[8], pairs[8], fours[8];
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; ++r) rows[r] = load_bytes(from + r * kBytes);
+#pragma GCC unroll 4
+  for (int r = 0; r < 8; r += 2) {
+    pairs[r] = _mm256_unpacklo_epi32(rows[r], rows[r + 1]);
+    pairs[r + 1] = _mm256_unpackhi_epi32(rows[r], rows[r + 1]);
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < 8; r += 4) {
+    fours[r] = _mm256_unpacklo_epi64(pairs[r], pairs[r + 2]);
+    fours[r + 1] = _mm256_unpackhi_epi64(pairs[r], pairs[r + 2]);
+    fours[r + 2] = _mm256_unpacklo_epi64(pairs[r + 1], pairs[r + 3]);
+    fours[r + 3] = _mm256_unpackhi_epi64(pairs[r + 1], pairs[r + 3]);
+  }
+#pragma GCC unroll 4
+  for (int w = 0; w < 4; ++w) {
+    store_bytes(to + w * apart, _mm256_permute2x128_si256(fours[w], fours[w + 4], 0x20));
+    store_bytes(to + (w + 4) * apart, _mm256_permute2x128_si256(fours[w], fours[w + 4], 0x31));
+  }
+}
 
 inline Ints load_ints(const void* from) { return _mm256_loadu_si256((const __m256i*)from); }
 inline Ints int_set(int32_t v) { return _mm256_set1_epi32(v); }

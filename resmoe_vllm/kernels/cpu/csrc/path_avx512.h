@@ -11,8 +11,8 @@
 namespace resmoe {
 
 constexpr int kBytes = 64, kWide = 16;
-constexpr int kDirectRows = 4;                 // multiplied while they are decoded
-constexpr int kTileRows = 2, kTileInputs = 3;  // GCC 12 copies the sums of larger tiles from register to register
+constexpr int kTileVectors = 2, kTileInputs = 3;  // GCC 12 copies the sums of larger tiles from register to register
+constexpr int kQuarters = 4;                      // of 128 bits
 using Bytes = __m512i;
 using Ints = __m512i;
 using Floats = __m512;
@@ -111,6 +111,48 @@ inline void dot(Acc& acc, Levels levels, Ints first, Ints second) {
   acc.low = _mm512_dpbusd_epi32(acc.low, levels, second);
 }
 inline Ints value(const Acc& acc) { return _mm512_add_epi32(_mm512_slli_epi32(acc.high, 8), acc.low); }
+
+// Four vectors' sums within 128 bits: [quarters][4].
+inline Ints sums_of_quarters(Ints a, Ints b, Ints c, Ints d) {
+  const Ints ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const Ints cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+}
+inline void split_quarters(Ints v, __m128i (&to)[kQuarters]) {
+  to[0] = _mm512_castsi512_si128(v);
+  to[1] = _mm512_extracti32x4_epi32(v, 1);
+  to[2] = _mm512_extracti32x4_epi32(v, 2);
+  to[3] = _mm512_extracti32x4_epi32(v, 3);
+}
+// kWide vectors of words, one behind the other, to as many of each one's first, second, .. word, `apart` bytes apart.
+inline void transpose_words(const uint8_t* from, uint8_t* to, int64_t apart) {
+  __m512i rows[16], pairs[16];
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; ++r) rows[r] = load_bytes(from + r * kBytes);
+#pragma GCC unroll 8
+  for (int r = 0; r < 16; r += 2) {
+    pairs[r] = _mm512_unpacklo_epi32(rows[r], rows[r + 1]);
+    pairs[r + 1] = _mm512_unpackhi_epi32(rows[r], rows[r + 1]);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < 16; r += 4) {  // word w of quarter q of four rows
+    rows[r] = _mm512_unpacklo_epi64(pairs[r], pairs[r + 2]);
+    rows[r + 1] = _mm512_unpackhi_epi64(pairs[r], pairs[r + 2]);
+    rows[r + 2] = _mm512_unpacklo_epi64(pairs[r + 1], pairs[r + 3]);
+    rows[r + 3] = _mm512_unpackhi_epi64(pairs[r + 1], pairs[r + 3]);
+  }
+#pragma GCC unroll 4
+  for (int w = 0; w < 4; ++w) {
+    const __m512i low01 = _mm512_shuffle_i32x4(rows[w], rows[4 + w], _MM_SHUFFLE(2, 0, 2, 0));   // quarters 0, 2
+    const __m512i high01 = _mm512_shuffle_i32x4(rows[w], rows[4 + w], _MM_SHUFFLE(3, 1, 3, 1));  // quarters 1, 3
+    const __m512i low23 = _mm512_shuffle_i32x4(rows[8 + w], rows[12 + w], _MM_SHUFFLE(2, 0, 2, 0));
+    const __m512i high23 = _mm512_shuffle_i32x4(rows[8 + w], rows[12 + w], _MM_SHUFFLE(3, 1, 3, 1));
+    store_bytes(to + w * apart, _mm512_shuffle_i32x4(low01, low23, _MM_SHUFFLE(2, 0, 2, 0)));
+    store_bytes(to + (4 + w) * apart, _mm512_shuffle_i32x4(high01, high23, _MM_SHUFFLE(2, 0, 2, 0)));
+    store_bytes(to + (8 + w) * apart, _mm512_shuffle_i32x4(low01, low23, _MM_SHUFFLE(3, 1, 3, 1)));
+    store_bytes(to + (12 + w) * apart, _mm512_shuffle_i32x4(high01, high23, _MM_SHUFFLE(3, 1, 3, 1)));
+  }
+}
 
 inline Ints load_ints(const void* from) { return _mm512_loadu_si512(from); }
 inline Ints int_set(int32_t v) { return _mm512_set1_epi32(v); }
