@@ -314,7 +314,7 @@ struct Factors {
 // Sets the factors of kRows numbers; finer: and those of what is left of them.
 inline void make_factors(const float* numbers, int64_t twice_bias, Factors* into, Factors* finer) {
   int16_t q[kRows];
-  into->scale = round_to_16_bits(numbers, kRows, q);
+  into->scale = round_to_16_bits<kRows>(numbers, q);
   split(q, kRows, into->first, into->second);
   int32_t total = 0;
   for (int r = 0; r < kRows; ++r) total += q[r];

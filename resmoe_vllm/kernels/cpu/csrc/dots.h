@@ -19,17 +19,14 @@ namespace resmoe {
 constexpr int64_t kBlock = 512;
 constexpr int kLargest = 127 * 256 + 127;  // whose halves are both within int8
 
-// Rounds n numbers to q and returns the scale; a NaN or an infinity among them makes it NaN.
-inline float round_to_16_bits(const float* x, int64_t n, int16_t* q) {
-  uint32_t top = 0;
-  for (int64_t c = 0; c < n; ++c) {
-    uint32_t bits;
-    memcpy(&bits, x + c, 4);
-    bits &= 0x7fffffff;
-    top = std::max(top, bits);
-  }
+// Rounds N numbers, a whole number of vectors, to q and returns the scale; a NaN or an infinity among them makes it NaN.
+template <int64_t N>
+inline float round_to_16_bits(const float* x, int16_t* q) {
+  Ints largest_lanes = int_set(0);
+  for (int64_t c = 0; c < N; c += kWide) largest_lanes = larger(largest_lanes, magnitude_bits(load_floats(x + c)));
+  const int32_t top = largest_of(largest_lanes);
   if (top == 0 || top >= 0x7f800000) {
-    memset(q, 0, 2 * n);
+    memset(q, 0, 2 * N);
     return top ? NAN : 0;
   }
   float largest, scale, inverse;
@@ -38,20 +35,15 @@ inline float round_to_16_bits(const float* x, int64_t n, int16_t* q) {
     const uint32_t bits = (uint32_t)(exponent + 127) << 23;
     memcpy(into, &bits, 4);
   };
-  const int exponent = std::max((int)(top >> 23) - 127, -100) - 14;
+  const int exponent = std::max((top >> 23) - 127, -100) - 14;
   power_of_two(exponent, &scale);
   power_of_two(-exponent, &inverse);
   if (largest * inverse >= kLargest + 0.5f) {
     scale *= 2;
     inverse *= 0.5f;
   }
-  constexpr float kRound = 3 << 22;  // sums with it have no fraction
-  for (int64_t c = 0; c < n; ++c) {
-    const float rounded = x[c] * inverse + kRound;
-    int32_t bits;
-    memcpy(&bits, &rounded, 4);
-    q[c] = (int16_t)(bits - 0x4B400000);
-  }
+  const Floats times = float_set(inverse);
+  for (int64_t c = 0; c < N; c += kWide) store_words(q + c, to_nearest(mul(load_floats(x + c), times)));
   return scale;
 }
 
@@ -134,18 +126,24 @@ class Images {
     std::fill_n(start, kind.spans(), 0);
     for (int64_t b = 0, c = 0; c < kind.columns; ++b, c += kBlock) {
       const int64_t n = std::min(kBlock, kind.columns - c);
-      int16_t q[kBlock] = {};
-      const float scale = round_to_16_bits(x + c, n, q);
+      alignas(64) float own_x[kBlock];
+      const float* from = x + c;
+      if (n < kBlock) {  // with zeros behind it
+        std::fill(std::copy_n(from, n, own_x), own_x + kBlock, 0.0f);
+        from = own_x;
+      }
+      int16_t q[kBlock];
+      const float scale = round_to_16_bits<kBlock>(from, q);
       const_cast<float*>(to.scale)[b] = scale;
       if (rest)
         for (int64_t k = 0; k < n; ++k) rest[c + k] = scale == scale ? x[c + k] - scale * q[k] : 0;
       for (int64_t k = 0; k < n; ++k) start[(c + k) / kind.span] += q[k];
       constexpr int64_t kChunk = Places * kBytes;
-      for (int64_t from = 0; from < n; from += kChunk)
+      for (int64_t first = 0; first < n; first += kChunk)
         for (int j = 0; j < Places; ++j) {
           int16_t own[kBytes];
-          for (int k = 0; k < kBytes; ++k) own[k] = q[from + Places * k + j];
-          uint8_t* vector = const_cast<uint8_t*>(to.vectors) + ((c + from) / kBytes + j) * 2 * kBytes;
+          for (int k = 0; k < kBytes; ++k) own[k] = q[first + Places * k + j];
+          uint8_t* vector = const_cast<uint8_t*>(to.vectors) + ((c + first) / kBytes + j) * 2 * kBytes;
           split(own, kBytes, vector, vector + kBytes);
         }
     }

@@ -166,6 +166,17 @@ inline void transpose_words(const uint8_t* from, uint8_t* to, int64_t apart) {
 
 inline Ints load_ints(const void* from) { return _mm256_loadu_si256((const __m256i*)from); }
 inline Ints int_set(int32_t v) { return _mm256_set1_epi32(v); }
+inline Ints larger(Ints a, Ints b) { return _mm256_max_epi32(a, b); }
+inline Ints magnitude_bits(Floats v) { return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)); }
+inline int32_t largest_of(Ints v) {
+  alignas(32) int32_t lanes[kWide];
+  _mm256_store_si256((__m256i*)lanes, v);
+  return *std::max_element(lanes, lanes + kWide);
+}
+inline Ints to_nearest(Floats v) { return _mm256_cvtps_epi32(v); }
+inline void store_words(int16_t* to, Ints v) {
+  _mm_storeu_si128((__m128i*)to, _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
+}
 inline Floats to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
 inline Floats load_floats(const float* from) { return _mm256_loadu_ps(from); }
 inline void store_floats(float* to, Floats v) { _mm256_storeu_ps(to, v); }
@@ -225,6 +236,7 @@ inline float sum_of(Floats v) {
 }
 // y[0..] += scale * v, the first `columns` of them.
 inline void add_scaled(float* y, Floats scale, Floats v, int64_t columns) {
+  if (columns >= kWide) return store_floats(y, fma(scale, v, load_floats(y)));
   store_floats(y, fma(scale, v, load_floats(y, columns)), columns);
 }
 

@@ -156,6 +156,11 @@ inline void transpose_words(const uint8_t* from, uint8_t* to, int64_t apart) {
 
 inline Ints load_ints(const void* from) { return _mm512_loadu_si512(from); }
 inline Ints int_set(int32_t v) { return _mm512_set1_epi32(v); }
+inline Ints larger(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
+inline Ints magnitude_bits(Floats v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)); }
+inline int32_t largest_of(Ints v) { return _mm512_reduce_max_epi32(v); }
+inline Ints to_nearest(Floats v) { return _mm512_cvtps_epi32(v); }
+inline void store_words(int16_t* to, Ints v) { _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(v)); }
 inline Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
 inline Floats load_floats(const float* from) { return _mm512_loadu_ps(from); }
 inline void store_floats(float* to, Floats v) { _mm512_storeu_ps(to, v); }
@@ -202,6 +207,7 @@ inline float sum_of(Floats v) {
 }
 // y[0..] += scale * v, the first `columns` of them.
 inline void add_scaled(float* y, Floats scale, Floats v, int64_t columns) {
+  if (columns >= kWide) return store_floats(y, fma(scale, v, load_floats(y)));
   store_floats(y, fma(scale, v, load_floats(y, columns)), columns);
 }
 
