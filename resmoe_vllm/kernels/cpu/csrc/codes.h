@@ -114,7 +114,7 @@ __attribute__((noinline)) void dot_direct(const CodeRows<D>& rows, int64_t first
     for (const int64_t end = std::min(chunks, chunk + span_chunks); chunk < end; ++chunk)
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        rows.fetch_ahead(first + r, R, chunk);
+        rows.fetch_ahead(first + r, 2 * R, chunk);
         Bytes out[kPlaces];
         rows.template decode<false>(first + std::min<int64_t>(r, count - 1), chunk, out);
 #pragma GCC unroll 8

@@ -158,8 +158,6 @@ struct Run {
     bool fine[kInputs];
     int64_t ld, ld_stored;
     explicit Scratch(int64_t columns) : ld(columns + 2 * kLanes), ld_stored(round_up(columns, 64) + 32) {
-      rows.resize(4 * ld);
-      stored.resize(kStoredRows * ld_stored);
       sums.resize(kRows * kSums);
       hidden.resize(kInputs * kRows);
       rest.resize(columns);
@@ -385,6 +383,7 @@ struct Run {
   // Rows i.. of a bitmap, at most kStoredRows, to scratch.stored.
   template <class V>
   void decode_stored(const Bitmap& part, int p, int64_t e, int64_t i, int64_t rows, Scratch& scratch) const {
+    scratch.stored.resize(kStoredRows * scratch.ld_stored);
     for (int64_t j = 0; j < rows; ++j)
       decode_as_stored(locate<V>(part, p, e, i + j), layer.hidden, scratch.stored.data() + j * scratch.ld_stored);
   }
@@ -392,6 +391,7 @@ struct Run {
   // Rows i.. of a bitmap, at most four, to scratch.rows.
   template <class V>
   void decode(const Bitmap& part, int p, int64_t e, int64_t i, int64_t rows, Scratch& scratch) const {
+    scratch.rows.resize(4 * scratch.ld);
     for (int64_t j = 0; j < rows; ++j)
       decode_row(locate<V>(part, p, e, i + j), layer.hidden, scratch.rows.data() + j * scratch.ld);
   }
