@@ -16,7 +16,7 @@
 
 namespace resmoe {
 
-constexpr int64_t kRows = 128;    // rows of a block: of U they stay in the first cache between dots and axpys
+constexpr int64_t kRows = 128;   // rows of a block: of U they stay in the first cache between dots and axpys
 constexpr int64_t kInputs = 48;  // inputs of a block: with kDotColumns they stay in the second
 constexpr int64_t kSums = 2 * kInputs;
 

@@ -19,7 +19,8 @@ namespace resmoe {
 constexpr int64_t kBlock = 512;
 constexpr int kLargest = 127 * 256 + 127;  // whose halves are both within int8
 
-// Rounds N numbers, a whole number of vectors, to q and returns the scale; a NaN or an infinity among them makes it NaN.
+// Rounds N numbers, a whole number of vectors, to q and returns the scale; a NaN or an infinity among them makes it
+// NaN.
 template <int64_t N>
 inline float round_to_16_bits(const float* x, int16_t* q) {
   Ints largest_lanes = int_set(0);

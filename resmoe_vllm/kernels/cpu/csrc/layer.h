@@ -25,33 +25,11 @@
 
 #include <vector>
 
+#include "activation.h"
 #include "bitmap.h"
 #include "codes.h"
 
 namespace resmoe {
-
-inline float silu(float x, float alpha) { return x / (1.0f + expf(-alpha * x)); }
-inline float apply(const Activation& a, float x) {
-  if (a.function == kSilu) return silu(x, a.alpha);
-  if (a.function == kGelu) return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
-  if (a.function == kGeluTanh) return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
-  const float positive = std::max(x, 0.0f);
-  return positive * positive;
-}
-// visit(f(gate, up)). NaN stays NaN: std::min and std::max give their first argument then.
-template <class Visit>
-void with_activation(const Activation& a, Visit visit) {
-  const bool limited = a.limit < INFINITY;
-  if (!a.gated) return visit([&](float, float up) { return apply(a, up); });
-  if (!limited && a.beta == 0) {
-    if (a.function == kSilu && a.alpha == 1) return visit([](float g, float up) { return silu(g, 1.0f) * up; });
-    return visit([&](float g, float up) { return apply(a, g) * up; });
-  }
-  visit([&](float g, float up) {
-    const float opened = a.limit_after ? std::min(apply(a, g), a.limit) : apply(a, std::min(g, a.limit));
-    return opened * (std::max(std::min(up, a.limit), -a.limit) + a.beta);
-  });
-}
 
 inline float load(const uint16_t* from, int32_t dtype, int64_t i) {
   return dtype == kHalf ? FP16::scalar(from[i]) : BF16::scalar(from[i]);
@@ -526,16 +504,13 @@ struct Run {
 
   // scratch.hidden[s * kRows + r], and the tokens' sums of it.
   void activate_rows(const Block& b, float* const (&sums)[2], Scratch& scratch) {
-    const int32_t* token = routing.token.data() + b.first_pair;
-    with_activation(layer.activation, [&](auto activate) {
-      for (int64_t s = 0; s < b.pairs; ++s)
-        for (int64_t r = 0; r < b.rows; ++r) {
-          const float a =
-              activate(sums[kGate][s * kRows + r], sums[kUp][s * kRows + r]) * routing.weight[b.first_pair + s];
-          scratch.hidden[s * kRows + r] = a;
-          mixed_hidden[token[s] * layer.intermediate + b.first_row + r] += a;
-        }
-    });
+    for (int64_t s = 0; s < b.pairs; ++s) {
+      float* hidden = scratch.hidden.data() + s * kRows;
+      float* mixed = mixed_hidden.data() + routing.token[b.first_pair + s] * layer.intermediate + b.first_row;
+      activate(layer.activation, sums[kGate] + s * kRows, sums[kUp] + s * kRows, routing.weight[b.first_pair + s],
+               b.rows, hidden);
+      for (int64_t r = 0; r < b.rows; ++r) mixed[r] += hidden[r];
+    }
   }
 
   // What the residual's parts of down make of scratch.hidden.

@@ -183,6 +183,14 @@ inline void store_floats(float* to, Floats v) { _mm256_storeu_ps(to, v); }
 inline Floats float_set(float v) { return _mm256_set1_ps(v); }
 inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+inline Floats divided(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+inline Floats within(Floats v, float least, float most) {
+  return _mm256_min_ps(float_set(most), _mm256_max_ps(float_set(least), v));
+}
+inline Floats times_power_of_two(Floats v, Floats n) {  // n from -126 to 127
+  return _mm256_mul_ps(
+      v, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23)));
+}
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 // The first `count` of eight, and zeros; nothing beyond them is read.
 inline Floats load_floats(const float* from, int64_t count) {

@@ -167,6 +167,11 @@ inline void store_floats(float* to, Floats v) { _mm512_storeu_ps(to, v); }
 inline Floats float_set(float v) { return _mm512_set1_ps(v); }
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats divided(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+inline Floats within(Floats v, float least, float most) {
+  return _mm512_min_ps(float_set(most), _mm512_max_ps(float_set(least), v));
+}
+inline Floats times_power_of_two(Floats v, Floats n) { return _mm512_scalef_ps(v, n); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 // The first `count` of n lanes, all of them if there are more.
 inline __mmask16 first_of_16(int64_t count) { return count >= 16 ? 0xffff : (1u << count) - 1; }
