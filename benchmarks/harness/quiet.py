@@ -102,7 +102,7 @@ class QuietMachine:
     ) -> None:
         self.threads, self.patience_s = threads, patience_s
         self._probe = probe or make_probe(threads)
-        self._own_seconds = own_seconds or process_seconds
+        self.own_seconds = own_seconds or process_seconds
         self._say = say
         first = [self._probe() for _ in range(5)]
         self.best = Probe(min(one.loop_s for one in first), min(one.read_s for one in first))
@@ -157,7 +157,7 @@ class QuietMachine:
 
     def _others_seconds(self) -> float | None:
         busy = busy_seconds()
-        return None if busy is None else busy - self._own_seconds()
+        return None if busy is None else busy - self.own_seconds()
 
 
 def make_probe(threads: int) -> Callable[[], Probe]:

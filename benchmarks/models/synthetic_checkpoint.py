@@ -25,6 +25,7 @@ from benchmarks.models.reference_models.tokenizer import save_tokenizer, train_t
 from compress_tools.config import make_config
 from compress_tools.errors import CheckpointError
 from compress_tools.format.parts.bitmap import MASK
+from compress_tools.format.rest import encode_rows, row_names
 from compress_tools.format.tensors import layer_tensors
 from compress_tools.output.outline import make_outline
 from compress_tools.output.target import make_target
@@ -113,7 +114,13 @@ def write_compressed(out: Path, dense: Path, **options: Any) -> None:
     with CheckpointWriter(out, {"synthetic": outline.recipe}) as writer:
         for shard in target.shards:
             if shard.layer is None:
-                tensors = {name: reader.get(copied) for name, copied in zip(shard.tensors, shard.copied, strict=True)}
+                tensors = {}
+                for name, copied in zip(shard.names, shard.copied, strict=True):
+                    weight = reader.get(copied)
+                    if name in target.fmt.rest_tensors:
+                        tensors |= zip(row_names(name), encode_rows(weight), strict=True)
+                    else:
+                        tensors[name] = weight
             else:
                 stored = dummy_tensors(target.fmt, target.fmt.layers[shard.layer])
                 tensors = {}
@@ -127,7 +134,7 @@ def write_compressed(out: Path, dense: Path, **options: Any) -> None:
             del tensors
         for file in reader.other_files():
             writer.copy_file(file, file.relative_to(reader.path))
-        total = outline.expert_bytes_after + outline.other_bytes
+        total = outline.expert_bytes_after + target.other_bytes_after
         writer.finish(outline.config, {name: tuple(names) for name, (_, names) in outline.shards.items()}, total)
 
 

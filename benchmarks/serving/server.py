@@ -63,6 +63,7 @@ class VllmServer:
         self.command = [vllm_command(), "serve", self.model, "--port", str(self.port), *options]
         self.peak_rss_bytes = 0
         self.startup_s = 0.0
+        self._cpu_seconds: dict[int, float] = {}
         self._scratch = tempfile.TemporaryDirectory(prefix="resmoe-serve-")
         self.log_path = Path(log_path) if log_path else Path(self._scratch.name) / "server.log"
         self._probe = resident_probe.Reader(Path(self._scratch.name) / "resident")
@@ -118,6 +119,14 @@ class VllmServer:
             return self._probe.read()
         except TimeoutError as err:
             raise ServerError(f"{err}; VLLM_PLUGINS must not be set. Log: {self.log_path}") from err
+
+    def cpu_seconds(self) -> float:
+        """Processor time of the server's processes so far; of those that have ended, what was last seen."""
+        for process in self._family():
+            with suppress(psutil.NoSuchProcess):
+                own = process.cpu_times()
+                self._cpu_seconds[process.pid] = own.user + own.system
+        return sum(self._cpu_seconds.values())
 
     def stop(self) -> None:
         """End the server and every process it started: politely first, by force when that takes too long."""
