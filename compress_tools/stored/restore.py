@@ -10,6 +10,7 @@ from compress_tools.architectures.base import MoEArchitecture
 from compress_tools.architectures.registry import find_architecture
 from compress_tools.errors import NumericalError
 from compress_tools.format.loading_guard import GUARD_KEY
+from compress_tools.format.parts.base import Rows
 from compress_tools.format.tensors import dense_layer_bytes
 from compress_tools.output.finish import say_finished, say_where
 from compress_tools.output.run_identity import versions
@@ -91,14 +92,7 @@ def _write(
         progress.stage("restoring", fmt.num_experts, layer)
         experts, whole = [], checkpoint.with_layer(layer)
         for expert in range(fmt.num_experts):
-            rows = {p: rows.to(checkpoint.dtype) for p, rows in whole.expert(layer, expert).items()}
-            for projection, matrix in rows.items():
-                if not torch.isfinite(matrix).all():
-                    raise NumericalError(
-                        f"{reader.path}: layer {layer}, expert {expert}, {projection}: the restored weights are beyond "
-                        f"{fmt.dtype}; expected finite numbers; the checkpoint is damaged, compress again"
-                    )
-            experts.append(rows_to_expert(rows, whole.biases(layer, expert)))
+            experts.append(rows_to_expert(_finite_rows(whole, layer, expert), whole.biases(layer, expert)))
             progress.step()
         return dense_tensors(architecture, fmt.names, layer, experts)
 
@@ -120,3 +114,19 @@ def _write(
             writer.copy_file(file, Path(CARD_NAME) if str(relative) == SOURCE_CARD_NAME else relative)
     config = {key: value for key, value in reader.config.items() if key not in (GUARD_KEY, "quantization_config")}
     writer.finish(config, shards, total_bytes)
+
+
+def _finite_rows(checkpoint: ResMoECheckpoint, layer: int, expert: int) -> Rows:
+    """A restored expert in the checkpoint's dtype.
+
+    Raises:
+        NumericalError: it does not fit.
+    """
+    rows = {projection: matrix.to(checkpoint.dtype) for projection, matrix in checkpoint.expert(layer, expert).items()}
+    for projection, matrix in rows.items():
+        if not torch.isfinite(matrix).all():
+            raise NumericalError(
+                f"{checkpoint.reader.path}: layer {layer}, expert {expert}, {projection}: the restored weights are "
+                f"beyond {checkpoint.fmt.dtype}; expected finite numbers; the checkpoint is damaged, compress again"
+            )
+    return rows

@@ -16,17 +16,18 @@ from compress_tools.format.dtypes import DTYPES, SAFETENSORS_NAMES
 from compress_tools.format.parts.base import SCALE_DTYPE, TensorSpec
 from compress_tools.format.rest import ROW_CODES_DTYPE, row_names
 from compress_tools.format.schema import QUANT_METHOD
-from compress_tools.format.shard_file import SinglePass, StoredTensor, is_file_name
+from compress_tools.format.shard_file import SinglePass, StoredTensor, file_checksum, is_file_name
 from compress_tools.format.tensors import layer_tensors
 from compress_tools.numerics.products import squared_distance, squared_norm
 from compress_tools.numerics.work import Work
+from compress_tools.output.run_record import config_digest
 from compress_tools.progress.listener import ProgressListener, Silent
 from compress_tools.report import REPORT_NAME
 from compress_tools.source.completeness import check_whole
 from compress_tools.source.design_matrix import expert_to_rows, rows_to_design
 from compress_tools.source.files import CheckpointFiles
 from compress_tools.source.moe_source import MoESource, open_source
-from compress_tools.source.reader import CheckpointReader
+from compress_tools.source.reader import CONFIG_NAME, INDEX_NAME, CheckpointReader
 from compress_tools.source.source_reader import SourceReader
 from compress_tools.stored.census import Census, take_census
 from compress_tools.stored.checkpoint import ResMoECheckpoint
@@ -123,6 +124,7 @@ def verification(
     _check_rest(checkpoint)
     report = _read_report(checkpoint.reader.path)
     census = None if source is None else take_census(checkpoint, source, report.left_out)
+    _check_config(checkpoint.reader.path)
     run = _Verification(checkpoint, source, report, workers, progress or Silent())
     return Verification(run.run(), census, run.rest())
 
@@ -216,8 +218,10 @@ class _Verification:
                     wrong = err
                 self._progress.step()
         if self._checksums.get(filename, content.checksum) != content.checksum:
+            first = "" if wrong is None else f"; {str(wrong).removeprefix(f'{self._path}: ')}"
             raise FormatError(
                 f"{self._path}: {filename} is not the file that was written: its SHA-256 differs from the report's"
+                f"{first}"
             ) from wrong
         if wrong is not None:
             raise wrong
@@ -308,6 +312,15 @@ def _check_rest(checkpoint: ResMoECheckpoint) -> None:
     coded = {own for name in checkpoint.fmt.rest_tensors for own in row_names(name)}
     names = [*(name for name in reader.names if name not in coded), *checkpoint.fmt.rest_tensors]
     check_whole(reader, architecture, root, stems, moe_layers, names)
+
+
+def _check_config(path: Path) -> None:
+    """config.json is the one that was written, where the index says which that was."""
+    written = config_digest(path)
+    if written is not None and file_checksum(path / CONFIG_NAME) != written:
+        raise FormatError(
+            f"{path}: {CONFIG_NAME} is not the file that was written: its SHA-256 differs from the one in {INDEX_NAME}"
+        )
 
 
 def _open_original(path: str | Path | CheckpointFiles, checkpoint: ResMoECheckpoint) -> MoESource:

@@ -27,10 +27,6 @@ LOADERS = ("verify", "transformers", "plugin", "vllm", "restore", "truth", "proc
 def main() -> int:
     """Parse, try, print; 1 where anything was found."""
     options = _options()
-    if options.guided:
-        from tests.fuzz.guided import run_guided
-
-        return run_guided(options.minutes)
     loaders.register()
     with tempfile.TemporaryDirectory(prefix="resmoe-fuzz-seeds-") as name:
         seeds = make_seeds(Path(name))
@@ -77,7 +73,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--whole-every", type=int, default=200, help="mutants for one through vLLM's own loader")
     parser.add_argument("--seconds-each", type=float, default=60, help="what takes longer hangs")
     parser.add_argument("--only", type=int, help="one number, and what every loader says of it")
-    parser.add_argument("--guided", action="store_true", help="by coverage, with atheris (the extra `fuzz`)")
     return parser.parse_args()
 
 

@@ -131,7 +131,9 @@ def layer_truth(folder: Path) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
                 gated = x.abs() @ rows["gate_proj"].abs().T + abs(biases.get("gate_proj", torch.zeros(())))
                 most = most * (1 + gated)
             answer += mine * (inner @ rows["down_proj"] + biases.get("down_proj", 0))
-            magnitude += mine * (most @ rows["down_proj"].abs() + abs(biases.get("down_proj", torch.zeros(()))))
+            # The kernel multiplies whole numbers of 16 bits: what a row's largest number leaves of its others.
+            sums = most.amax(1, keepdim=True) * rows["down_proj"].abs().sum(0)
+            magnitude += mine * (sums + abs(biases.get("down_proj", torch.zeros(()))))
         answers[index], magnitudes[index] = answer, magnitude
     return answers, magnitudes
 
