@@ -8,9 +8,12 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 # No contraction: the compiler may not fuse a scalar tail in one loop and not in another, so sums stay the same sums.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-shared", "-fPIC")
@@ -77,12 +80,25 @@ def build(source: NativeSource, *more_flags: str, say: Callable[[str], None] | N
             built = Path(name) / target.name
             command = [*compiler, *flags, str(source.path), "-o", str(built)]
             subprocess.run(command, capture_output=True, text=True, check=True)
-            source.check(ctypes.CDLL(str(built)))
+            with _defaults_of_torch():
+                source.check(ctypes.CDLL(str(built)))
             digest = built.with_suffix(".sha256")
             digest.write_text(_digest(built))
             os.replace(built, target)
             os.replace(digest, target.with_suffix(".sha256"))
     return target
+
+
+@contextmanager
+def _defaults_of_torch() -> Iterator[None]:
+    """A check makes fp32 tensors on the CPU; vLLM loads a model under that model's dtype and device."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _compiler() -> list[str]:

@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
 # Creates a virtual environment with this project and everything it needs, at pinned versions.
 #
-#   docker/install.sh cpu|cuda VENV [--editable]
+#   docker/install.sh cpu|cuda VENV [--editable | --wheel FILE]
 #
 # `make venv` and both Dockerfiles run this script and nothing else. PYTHON chooses the interpreter (3.11 or newer).
 # --editable is for work on the clone: it links the package instead of copying it and adds the test tools and linters.
+# --wheel installs a built wheel in place of this clone.
 set -euo pipefail
 
-usage() { sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 say() { printf 'install: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 
 flavor=${1:-}; venv=${2:-}; mode=${3:-}
 case "$flavor" in cpu|cuda) ;; *) usage ;; esac
 [ -n "$venv" ] || usage
-case "$mode" in ''|--editable) ;; *) usage ;; esac
+wheel=${4:-}
+case "$mode" in ''|--editable) [ -z "$wheel" ] || usage ;; --wheel) [ -f "$wheel" ] || die "--wheel $wheel: no such file" ;; *) usage ;; esac
 
 here=$(cd "$(dirname "$0")" && pwd)
 repo=$(dirname "$here")
@@ -90,6 +92,8 @@ fi
 say "installing resmoe"
 if [ "$mode" = --editable ]; then
   pip_install -r "$here/constraints-dev.txt" --no-build-isolation --editable "$repo"
+elif [ "$mode" = --wheel ]; then
+  pip_install "$wheel"
 else
   pip_install --no-build-isolation "$repo"
 fi

@@ -4,6 +4,7 @@ import ctypes
 from pathlib import Path
 
 import pytest
+import torch
 
 from compress_tools.native_library import NativeSource, build
 
@@ -32,6 +33,25 @@ def test_it_is_built_once_and_anew_when_cut_off(source: NativeSource) -> None:
     library.write_bytes(whole[: len(whole) // 2])
     assert build(source) == library
     assert ctypes.CDLL(str(library)).answer() == 42
+
+
+def test_a_check_runs_in_fp32_whatever_the_model_that_is_loaded(source: NativeSource) -> None:
+    """VLLM sets the model's dtype and device while it loads; a first start compiles then."""
+    seen: list[tuple[torch.dtype, str]] = []
+
+    def check(library: ctypes.CDLL) -> None:
+        made = torch.zeros(1)
+        seen.append((made.dtype, made.device.type))
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            build(NativeSource(source.path, check, ()))
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(before)
+    assert seen == [(torch.float32, "cpu")]
 
 
 def test_a_header_is_part_of_it(source: NativeSource) -> None:

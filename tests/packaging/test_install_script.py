@@ -52,6 +52,23 @@ def test_image_gets_a_copy_without_test_tools(tmp_path: Path):
     assert not [call for call in calls if "--editable" in call or "constraints-dev" in call or "cpu" in call]
 
 
+def test_a_wheel_in_place_of_the_clone(tmp_path: Path):
+    wheel = tmp_path / "resmoe-0-py3-none-any.whl"
+    wheel.touch()
+    done, calls = install(tmp_path, "cpu", "{venv}", "--wheel", str(wheel))
+    assert done.returncode == 0, done.stderr
+    (last,) = [call for call in calls if "pip install" in call][-1:]
+    assert last.endswith(f" {wheel}")
+    assert not [call for call in calls if str(REPO) + " " in call + " " or "constraints-dev" in call]
+
+
+def test_a_wheel_that_is_not_there_is_named(tmp_path: Path):
+    done, calls = install(tmp_path, "cpu", "{venv}", "--wheel", "nowhere.whl")
+    assert done.returncode == 1
+    assert "--wheel nowhere.whl: no such file" in done.stderr
+    assert calls == []
+
+
 def test_torch_from_its_own_index_when_pip_has_none(tmp_path: Path):
     done, calls = install(tmp_path, "cpu", "{venv}", FIRST_INDEX_FAILS="1")
     assert done.returncode == 0, done.stderr

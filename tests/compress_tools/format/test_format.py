@@ -16,7 +16,7 @@ from compress_tools.format.codec import decode_residual, restore_center
 from compress_tools.format.packing import mask_row_counts, pack_codes, pack_mask, unpack_codes, unpack_mask
 from compress_tools.format.parts.bitmap import encode_bitmap
 from compress_tools.format.quantization import dequantize, expand_scales
-from compress_tools.format.schema import PROJECTIONS, BitmapResidual, parse_format
+from compress_tools.format.schema import PROJECTIONS, READABLE_VERSIONS, BitmapResidual, parse_format
 from compress_tools.format.tensors import (
     group_map_bytes,
     layer_bytes,
@@ -101,6 +101,11 @@ def test_golden_bytes_are_still_written(version: int, tensors: Any) -> None:
         assert torch.equal(written[name], tensor), name
         assert written[name].dtype == tensor.dtype
     assert json.loads((folder / "config.json").read_text())["quantization_config"] == fmt.model_dump(mode="json")
+
+
+def test_every_version_has_a_golden_checkpoint() -> None:
+    kept = {int(folder.name[1:]) for folder in GOLDEN.parent.glob("v[0-9]")}
+    assert kept == set(READABLE_VERSIONS)
 
 
 def test_worked_example_of_the_spec() -> None:
