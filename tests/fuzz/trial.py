@@ -98,6 +98,23 @@ def try_mutant(mutant: Mutant, *, whole: bool = False) -> Trial:
     return trial
 
 
+def try_served(mutant: Mutant) -> Trial:
+    """The quick half of ``try_mutant``: by ``verify`` and the plugin alone."""
+    trial = Trial(mutant)
+    with tempfile.TemporaryDirectory(prefix="resmoe-fuzz-") as name:
+        folder = write_files(mutant.files, Path(name) / "mutant")
+        trial.call("verify", lambda: loaders.by_verify(folder), theirs=False)
+        try:
+            loaders.expect_block(folder)
+        except ResMoEError:
+            return trial
+        answers = trial.call("plugin", lambda: loaders.by_plugin(folder), theirs=False)
+        if answers is not None:
+            truth = trial.call("truth", lambda: loaders.layer_truth(folder), theirs=False)
+            _compare_layers(trial, answers, truth)
+    return trial
+
+
 def _judge(trial: Trial, folder: Path, dense: Path, *, whole: bool) -> None:
     trial.call("verify", lambda: loaders.by_verify(folder), theirs=False)
     try:
