@@ -1,7 +1,6 @@
 """LoRA beside compressed experts: on attention as merged into the restored twin, on experts refused by name."""
 
 import gc
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,41 +14,15 @@ from compress_tools.errors import ConfigError
 from compress_tools.pipeline import compress
 from compress_tools.stored.restore import restore
 from tests.resmoe_vllm import serving
+from tests.resmoe_vllm.adapters import ALPHA, ATTENTION, RANK, write_adapter
 from tests.resmoe_vllm.twins import tiny_qwen3_moe
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-RANK, ALPHA, LAYERS = 8, 16, 3
-TARGETS = ("self_attn.q_proj", "self_attn.v_proj")
+LAYERS = 3
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: own for file in sorted(folder.glob("*.safetensors")) for name, own in load_file(file).items()}
-
-
-def write_adapter(folder: Path, model: dict[str, torch.Tensor], modules: tuple[str, ...]) -> Path:
-    """A PEFT adapter of random weights, as PEFT writes one, on ``modules`` of every layer."""
-    generator = torch.Generator().manual_seed(7)
-    tensors = {}
-    for layer in range(LAYERS):
-        for module in modules:
-            name = f"model.layers.{layer}.{module}"
-            rows, columns = model[f"{name}.weight"].shape
-            for part, shape in (("A", (RANK, columns)), ("B", (rows, RANK))):
-                tensors[f"base_model.model.{name}.lora_{part}.weight"] = 0.1 * torch.randn(shape, generator=generator)
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
-        "r": RANK,
-        "lora_alpha": ALPHA,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": sorted({module.split(".")[-1] for module in modules}),
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
 
 
 def merge(model: Path, adapter: Path) -> None:
@@ -73,8 +46,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compress(root / "source", root / "small", make_config(method="prune", layers=f"0-{LAYERS - 2}"))
     restore(root / "small", root / "merged")
     weights = tensors_of(root / "source")
-    write_adapter(root / "attention", weights, TARGETS)
-    write_adapter(root / "experts", weights, (*TARGETS, "mlp.experts.1.up_proj"))
+    write_adapter(root / "attention", weights, LAYERS, ATTENTION)
+    write_adapter(root / "experts", weights, LAYERS, (*ATTENTION, "mlp.experts.1.up_proj"))
     merge(root / "merged", root / "attention")
     return root
 
