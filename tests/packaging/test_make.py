@@ -16,6 +16,7 @@ REPO = Path(__file__).resolve().parents[2]
         ("test", "OMP_NUM_THREADS=1 no-such-venv/bin/python -m pytest -n 2 --dist loadfile"),
         ("demo", "no-such-venv/bin/resmoe demo"),
         ("check", "no-such-venv/bin/ruff check ."),
+        ("sbom", "no-such-venv/bin/python docker/sbom.py no-such-venv build/sbom"),
         (
             "cover",
             " ".join(
