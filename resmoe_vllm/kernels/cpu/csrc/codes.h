@@ -76,7 +76,23 @@ struct CodeScratch {
 constexpr int64_t kDirectInputs = 2;  // for which rows are multiplied while they are decoded
 constexpr int kDirectRows = 4;
 
-// of each span, or of whole rows, by row; beyond the last row that one's.
+// Eight bf16 numbers of four rows, from `at` on, to eight times four fp32 ones.
+inline void four_by_eight(const uint16_t* const (&rows)[4], int64_t at, float* to, int64_t apart) {
+  const auto load = [&](int r) { return _mm_loadu_si128((const __m128i*)(rows[r] + at)); };
+  const __m128i zero = _mm_setzero_si128();
+  const auto store_pairs = [&](__m128i a, __m128i b, float* into) {  // rows 0 and 1, 2 and 3 of four columns
+    const __m128i low = _mm_unpacklo_epi32(a, b), high = _mm_unpackhi_epi32(a, b);
+    _mm_storeu_ps(into, _mm_castsi128_ps(_mm_unpacklo_epi16(zero, low)));
+    _mm_storeu_ps(into + apart, _mm_castsi128_ps(_mm_unpackhi_epi16(zero, low)));
+    _mm_storeu_ps(into + 2 * apart, _mm_castsi128_ps(_mm_unpacklo_epi16(zero, high)));
+    _mm_storeu_ps(into + 3 * apart, _mm_castsi128_ps(_mm_unpackhi_epi16(zero, high)));
+  };
+  const __m128i a = load(0), b = load(1), c = load(2), d = load(3);
+  store_pairs(_mm_unpacklo_epi16(a, b), _mm_unpacklo_epi16(c, d), to);
+  store_pairs(_mm_unpackhi_epi16(a, b), _mm_unpackhi_epi16(c, d), to + 4 * apart);
+}
+
+// Scales of each span, or of whole rows, by row; beyond the last row that one's. lanes: a multiple of 4.
 template <class D>
 void load_scales(const CodeRows<D>& rows, int64_t first, int64_t count, int64_t lanes, std::vector<float>& scales) {
   scales.resize(rows.spans() * lanes);
@@ -85,9 +101,13 @@ void load_scales(const CodeRows<D>& rows, int64_t first, int64_t count, int64_t 
     return;
   }
   const int64_t per_group = rows.group / rows.span();
-  for (int64_t r = 0; r < lanes; ++r) {
-    const uint16_t* from = rows.scales + (first + std::min(r, count - 1)) * rows.groups;
-    for (int64_t g = 0; g < rows.spans(); ++g) scales[g * lanes + r] = BF16::scalar(from[g / per_group]);
+  for (int64_t r = 0; r < lanes; r += 4) {
+    const uint16_t* from[4];
+    for (int64_t k = 0; k < 4; ++k) from[k] = rows.scales + (first + std::min(r + k, count - 1)) * rows.groups;
+    int64_t g = 0;
+    for (; per_group == 1 && g + 8 <= rows.groups; g += 8) four_by_eight(from, g, scales.data() + g * lanes + r, lanes);
+    for (; g < rows.spans(); ++g)
+      for (int64_t k = 0; k < 4; ++k) scales[g * lanes + r + k] = BF16::scalar(from[k][g / per_group]);
   }
 }
 
