@@ -143,12 +143,3 @@ def test_rehearsal_of_the_kernels(tmp_path: Path) -> None:
     assert len(errors) == 2
     assert all(row["met"] for row in errors)
     assert {row["step"] for row in rows} == {"environment", "sanitizer", "correctness", "profile", "kernels"}
-
-
-@pytest.mark.slow
-@pytest.mark.vllm
-def test_rehearsal_of_a_server(tmp_path: Path) -> None:
-    rows = rehearse(tmp_path, "serve-olmoe")
-    (deviation,) = [row for row in rows if "deviation of log-probabilities" in row["name"]]
-    assert deviation["met"]
-    assert any("output at" in row["name"] for row in rows)
