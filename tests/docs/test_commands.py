@@ -28,7 +28,7 @@ FOREIGN_OPTIONS = {
     "--all2all-backend", "--api-key", "--enable-eplb", "--enable-lora", "--enforce-eager", "--tensor-parallel-size",
     "--trust-remote-code",
     "--lora-modules", "--lora-target-modules", "--speculative-config",
-    "--port", "--local-dir", "--extra-index-url", "--profile", "--rm",
+    "--port", "--host", "--local-dir", "--extra-index-url", "--profile", "--rm",
 }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ API_KEY = "release-check"
 # Runs in the new environment: what an application does.
 ASK = """
 import math, sys
+import httpx
 from openai import AuthenticationError, OpenAI
 base, model, key = sys.argv[1:]
 client = OpenAI(base_url=base + "/v1", api_key=key, max_retries=0)
@@ -41,6 +42,17 @@ except AuthenticationError:
     print(f"2 completions of 8 tokens, {len(chunks)} chunks, a wrong key refused")
 else:
     sys.exit("a wrong key was let in")
+# docs/operations.md and SECURITY.md say which paths vLLM's key does not guard; a generation is among them.
+asked = {"model": model, "prompt": "import os", "max_tokens": 2}
+for path, body, expected in (
+    ("/v1/models", None, 401), ("/v1/completions", asked, 401), ("/inference/v1/generate", asked, 401),
+    ("/health", None, 200), ("/metrics", None, 200), ("/version", None, 200), ("/load", None, 200),
+    ("/tokenize", asked, 200), ("/invocations", asked, 200),
+):
+    found = httpx.request("POST" if body else "GET", base + path, json=body, follow_redirects=True, timeout=60)
+    print(f"{path} without a key: {found.status_code}")
+    if found.status_code != expected:
+        sys.exit(f"{path} without a key: {found.status_code}, expected {expected}: {found.text[:300]}")
 """
 WHERE = """
 import importlib.util, compress_tools, resmoe_vllm
