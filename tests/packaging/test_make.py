@@ -18,6 +18,7 @@ REPO = Path(__file__).resolve().parents[2]
         ("check", "no-such-venv/bin/ruff check ."),
         ("sbom", "no-such-venv/bin/python docker/sbom.py no-such-venv build/sbom"),
         ("release-check", "no-such-venv/bin/python -m tests.packaging.release_check"),
+        ("soak", "OMP_NUM_THREADS=1 no-such-venv/bin/python -m benchmarks.soak"),
         (
             "cover",
             " ".join(

@@ -1,0 +1,60 @@
+"""What `make soak` complains of, and that its load is the same each time."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+
+from benchmarks.soak.__main__ import complaints
+from benchmarks.soak.load import Loaded
+from benchmarks.soak.plan import SHARES, Plan
+
+MIB = 2**20
+
+
+def loaded(size: Callable[[int], int], outcome: str = "answered", **more: int) -> Loaded:
+    """A hundred requests, and so many MiB behind each."""
+    memory = [(ended, size(ended) * MIB) for ended in range(101)]
+    return Loaded([[outcome] * 100], memory=memory, **more)
+
+
+def flat(_ended: int) -> int:
+    return 100
+
+
+def growing(ended: int) -> int:
+    return 100 + ended
+
+
+@pytest.mark.parametrize("both", [flat, growing])
+def test_memory_that_moves_as_the_twins_is_not_complained_of(both: Callable[[int], int]):
+    assert complaints(loaded(both), loaded(both)) == []
+
+
+def test_memory_of_the_warm_up_is_not_compared():
+    assert complaints(loaded(flat), loaded(lambda ended: 100 + min(ended, 38))) == []
+
+
+def test_memory_that_grows_beyond_the_twins_is_complained_of():
+    """The twin: 50 MiB, 10 in each tenth of the load."""
+    assert complaints(loaded(flat), loaded(growing)) == [
+        "memory grew by 50.0 MiB behind the warm-up, the dense twin's by 0.0 MiB; at most 0.0 MiB may"
+    ]
+    assert complaints(loaded(growing), loaded(lambda ended: 2 * ended)) == [
+        "memory grew by 100.0 MiB behind the warm-up, the dense twin's by 50.0 MiB; at most 60.0 MiB may"
+    ]
+
+
+def test_what_the_twin_does_not_do_is_complained_of():
+    broken = complaints(loaded(flat), loaded(flat, outcome="failed: 500", left=2))
+    assert broken[0] == "request 0 of client 0: failed: 500; the dense twin: answered"
+    assert broken[-1] == "2 requests were still there 30 s after the last client had gone"
+    assert len(broken) == 101
+    assert complaints(loaded(flat, outcome="cancelled"), loaded(flat)) == []
+
+
+def test_each_round_of_a_client_has_every_kind_and_is_the_same_each_time():
+    first, again = (list(itertools.islice(Plan(3, 256, 128).requests(1), 40)) for _ in range(2))
+    assert first == again
+    kinds = [request.kind for request in first[:20]]
+    assert {kind: kinds.count(kind) for kind in SHARES} == SHARES
