@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from vllm import envs
 from vllm.config import get_current_vllm_config_or_none
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.custom_op import op_registry_oot
@@ -50,6 +51,7 @@ __all__ = [
     "direct_register_custom_op",
     "embeddings_are_tied",
     "extract_layer_index",
+    "is_batch_invariant",
     "is_dummy_load",
     "layer_is_replaced",
     "llama4_decoder",
@@ -97,6 +99,11 @@ def complete_expert_names() -> None:
 def platform_device() -> str:
     """Device type that vLLM puts weights on: "cpu", "cuda", ..."""
     return str(current_platform.device_type)
+
+
+def is_batch_invariant() -> bool:
+    """Whether a token's bits must not depend on its batch (``VLLM_BATCH_INVARIANT=1``)."""
+    return bool(envs.VLLM_BATCH_INVARIANT)
 
 
 def is_dummy_load() -> bool:

@@ -83,6 +83,7 @@ class ResMoEFusedMoEMethod(FusedMoEMethodBase):
             layer._map_global_expert_id_to_local_expert_id,
             tp_size=self.moe.tp_size,
             tp_rank=self.moe.tp_rank,
+            padded=platform_device() != "cpu",
         )
         for group in loader.groups:
             ops.check_kernel(group.layout.coders, params_dtype, platform_device())
@@ -110,6 +111,8 @@ class ResMoEFusedMoEMethod(FusedMoEMethodBase):
         self.loader.check_complete()
         self.loader.finished = True
         self.bound = ops.BoundLayer(self.loader.bind(layer), self.activation, platform_device())
+        device = next(layer.parameters()).device
+        self.bound.warm_up(layer.top_k, self._dtype, device, layer.expert_map)
         self._start_log.add(self.index, self._loaded(layer), ops.describe_kernel(platform_device()))
 
     def _loaded(self, layer: RoutedExperts) -> LoadedLayer:

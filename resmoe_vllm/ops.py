@@ -8,7 +8,7 @@ functionalisation, and a CUDA graph replays their addresses, which vLLM's sleep 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,15 +29,22 @@ from resmoe_vllm.kernels.cpu import dispatch as cpu
 from resmoe_vllm.kernels.cpu import native
 from resmoe_vllm.kernels.cpu.rows8 import rows8
 from resmoe_vllm.kernels.gpu import dispatch as gpu
-from resmoe_vllm.weights.bound import ResMoEWeights
 from resmoe_vllm.weights.layer_loader import BoundGroup
 
 
 class Kernel(Protocol):
-    """One layer, or one group of its experts, bound to a device's kernels."""
+    """One layer bound to a device's kernels."""
 
     def __call__(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None = None) -> Tensor:
         """See ``fused_moe_ref``."""
+
+
+@runtime_checkable
+class CompiledOnFirstCall(Protocol):
+    """A kernel that would be compiled while a request waits."""
+
+    def warm_up(self, top_k: int, dtype: torch.dtype, device: torch.device, expert_map: Tensor | None) -> None:
+        """See ``BoundLayer.warm_up``."""
 
 
 # The parts that the kernels read, in each of their forms.
@@ -55,7 +62,7 @@ CODERS = frozenset(
     for coder in part.kernel_coders
 )
 # By device type; each reads all of ``CODERS`` and every activation.
-KERNELS: dict[str, Callable[[ResMoEWeights, Activation], Kernel]] = {"cpu": cpu.bind, "cuda": gpu.bind}
+KERNELS: dict[str, Callable[[Sequence[BoundGroup], Activation], Kernel]] = {"cpu": cpu.bind_layer, "cuda": gpu.bind}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # the library's life is the op's
@@ -89,7 +96,7 @@ def describe_kernel(device: str) -> str:
 
 
 class BoundLayer:
-    """One layer on one rank, each group of its experts bound to a kernel.
+    """One layer on one rank, bound to its device's kernel.
 
     Args:
         groups: those with experts on this rank.
@@ -98,9 +105,7 @@ class BoundLayer:
     """
 
     def __init__(self, groups: Sequence[BoundGroup], activation: Activation, device: str) -> None:
-        self._groups = [(KERNELS[device](group.weights, activation), group.expert_map) for group in groups]
-        # by far the most layers have one group, with vLLM's own map
-        self._only = self._groups[0][0] if len(groups) == 1 and groups[0].expert_map is None else None
+        self._kernel = KERNELS[device](groups, activation)
 
     def __call__(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None = None) -> Tensor:
         """This rank's partial sum over the routed experts.
@@ -114,14 +119,19 @@ class BoundLayer:
         Returns:
             ``[T, H]``, x's dtype, fresh.
         """
-        if self._only is not None:
-            return self._only(x, topk_weights, topk_ids, expert_map)
-        partial = [
-            kernel(x, topk_weights, topk_ids, expert_map if own_map is None else own_map)
-            for kernel, own_map in self._groups
-        ]
-        # Each group of experts sees its own routed pairs, center included: the sum has every pair once.
-        return torch.stack(partial).sum(0, dtype=torch.float32).to(x.dtype)
+        return self._kernel(x, topk_weights, topk_ids, expert_map)
+
+    def warm_up(self, top_k: int, dtype: torch.dtype, device: torch.device, expert_map: Tensor | None) -> None:
+        """Compile what requests will run, where kernels are compiled when they are first called.
+
+        Args:
+            top_k: K.
+            dtype: the model's.
+            device: the weights'.
+            expert_map: as in the calls.
+        """
+        if isinstance(self._kernel, CompiledOnFirstCall):
+            self._kernel.warm_up(top_k, dtype, device, expert_map)
 
 
 def fused_moe(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None, layer_name: str) -> Tensor:

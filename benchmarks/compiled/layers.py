@@ -46,7 +46,7 @@ def matrix_layer(shape: MoEShape, method: str, dtype: str, experts: int | None =
         experts: on this rank; all if None.
     """
     fmt = synthetic_format(shape, dtype, **MATRIX_METHODS[method])
-    layout = make_layout(fmt, fmt.layers[0], tp_size=1)
+    layout = make_layout(fmt, fmt.layers[0], tp_size=1, padded=True)
     rows = shape.experts if experts is None else experts
     tensors = [
         torch.empty(1 if shared else rows, columns, dtype=getattr(torch, kind))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
@@ -11,6 +12,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.compiled.cards import CARDS, Card
+from resmoe_vllm.kernels.gpu import layer
 
 
 class _Driver:
@@ -86,7 +88,9 @@ def recorded(card: Card, *, compile_kernels: bool) -> Iterator[list[Launch]]:
     driver.set_active(_Driver(card))
     JITFunction.run, CompiledKernel.__getitem__ = note, launch_again
     try:
-        yield launches
+        # blocks are fitted to what a card has, but the layer's tensors are on none
+        with patch.object(layer, "shared_memory", lambda _: card.block_bytes):
+            yield launches
     finally:
         JITFunction.run, CompiledKernel.__getitem__ = plain, item
 

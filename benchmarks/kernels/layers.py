@@ -9,8 +9,9 @@ from torch import Tensor
 from benchmarks.harness.shapes import MoEShape
 from compress_tools.residuals.budget import affordable_rank
 from resmoe_vllm.kernels.activation import SILU
-from resmoe_vllm.kernels.gpu.launches import Factors, LayerPlan, Plan, Weight
-from resmoe_vllm.kernels.gpu.tiles import PLAIN, Tile, TileSpec, octets_view
+from resmoe_vllm.kernels.gpu.plans import Factors, GroupPlan, LayerPlan, Plan, Weight
+from resmoe_vllm.kernels.gpu.tiles import PLAIN, Tile, TileSpec, column_pointers, octets_view
+from resmoe_vllm.weights.layout import RANK_MULTIPLE
 
 RETAIN_RATIO = 0.25
 PROJECTIONS = ("gate", "up", "down")
@@ -48,7 +49,7 @@ class Layer:
                 tile = tile[0]._replace(center=center[0].center), tile[1]._replace(center_bits=PLAIN)
                 center = None
             plans.append(Plan(center, tile, self.factors.get(name)))
-        return LayerPlan(*plans, self.shape.experts, self.shape.intermediate, self.shape.hidden)
+        return LayerPlan([GroupPlan(*plans, self.shape.experts)], self.shape.intermediate, self.shape.hidden)
 
 
 class Maker:
@@ -92,16 +93,19 @@ class Maker:
         self.center()
         experts, size_i, size_h = self.matrix
         rank = affordable_rank(size_i, 3 * size_h, RETAIN_RATIO)
-        u = self.normal(experts, size_i, rank, scale=self.scale)
+        # rows of U are padded with zeros, as the loader has it
+        columns = -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
+        u = self.normal(experts, size_i, columns, scale=self.scale)
+        u[..., rank:] = 0
         self.layer.expert_bytes = u[0].nbytes
         u_weight = Tile(own=u, own_stride=u.stride(0)), TileSpec(own_bits=PLAIN)
         for name in PROJECTIONS:
             v = self.normal(experts, rank, size_h, scale=rank**-0.5)
             v_weight = Tile(own=v, own_stride=v.stride(0)), TileSpec(own_bits=PLAIN)
-            self.layer.factors[name] = Factors(u_weight, v_weight, rank, 0)
+            self.layer.factors[name] = Factors(u_weight, v_weight, rank, columns, 0)
             self.layer.expert_bytes += v[0].nbytes
             if self.keep_truth:
-                self.add_truth(name, u.float() @ v.float())
+                self.add_truth(name, u[..., :rank].float() @ v.float())
         return self.layer
 
     def bitmap(self) -> Layer:
@@ -130,12 +134,14 @@ class Maker:
                             0, torch.tensor([expert], device=self.device), rows.float()[None]
                         ),
                     )
+            pointers = column_pointers(masks)
             tile = Tile(
                 mask=masks,
-                words=masks.view(torch.int32),
+                pointers=pointers,
                 row_ptr=row_ptr,
                 kept_values=values,
                 mask_stride=masks.stride(0),
+                pointers_stride=pointers.stride(0),
                 row_ptr_stride=row_ptr.stride(0),
                 values_stride=values.stride(0),
             )

@@ -29,6 +29,7 @@ class GroupLoader:
         owns_shared: this group's loader fills what the whole layer shares, too.
         tp_size: ranks that share the rows of every expert.
         tp_rank: this rank's place among them.
+        padded: see ``LayerLayout``.
     """
 
     def __init__(  # noqa: PLR0913  the group, and this rank's place
@@ -42,12 +43,13 @@ class GroupLoader:
         owns_shared: bool,
         tp_size: int,
         tp_rank: int,
+        padded: bool = False,
     ) -> None:
         self.fmt, self.index, self.spec, self.experts, self.rows = fmt, index, spec, experts, rows
         self.owns_shared = owns_shared
         self.tp_rank = tp_rank
         self.rows_from = fmt.intermediate_size // tp_size * tp_rank
-        self.layout = make_layout(fmt, spec, tp_size)
+        self.layout = make_layout(fmt, spec, tp_size, padded=padded)
         self.stored: dict[Key, TensorSpec] = {
             (tensor.projection, tensor.suffix): tensor
             for tensor in (*shared_tensors(fmt, spec), *expert_tensors(fmt, spec, experts[0]))
@@ -104,8 +106,7 @@ class GroupLoader:
             elif suffix == BIAS and self.tp_rank > 0:
                 # down's, whose rows no rank slices: the sum over ranks has it once
                 tensor = torch.zeros_like(tensor)
-            held = slot.view(self.params[slot.param].data)[row]
-            held.copy_(tensor)
+            held = slot.put(self.params[slot.param].data, row, tensor)
             self._check_numbers(stored_name, spec, held)
         self.loaded.add((projection, suffix, row))
         if suffix in STREAMS or (suffix == MASK and projection in self.bitmaps):

@@ -46,6 +46,7 @@ class LayerLoader:
         local_expert: global expert index -> local one, -1 when another rank's.
         tp_size: ranks that share the rows of every expert.
         tp_rank: this rank's place among them.
+        padded: see ``LayerLayout``.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class LayerLoader:
         local_expert: Callable[[int], int],
         tp_size: int = 1,
         tp_rank: int = 0,
+        *,
+        padded: bool = False,
     ) -> None:
         self.fmt, self.index = fmt, index
         self.projection_of_shard = projection_of_shard(fmt)
@@ -75,6 +78,7 @@ class LayerLoader:
                 owns_shared=number == 0,
                 tp_size=tp_size,
                 tp_rank=tp_rank,
+                padded=padded,
             )
             self.groups.append(loader)
             self.group_of |= dict.fromkeys(group.experts, loader)
@@ -98,7 +102,7 @@ class LayerLoader:
                 tensor = torch.empty(1 if shared else len(group.rows), columns, dtype=kind)
                 param = torch.nn.Parameter(tensor, requires_grad=False)
                 # Where vLLM looks for it.
-                vars(param)["weight_loader"] = partial(self.load, name)
+                vars(param)["weight_loader"] = self._loader(name)
                 layer.register_parameter(attributes[name], param)
                 group.params[name] = param
             taken |= set(group.layout.params)
@@ -106,6 +110,22 @@ class LayerLoader:
                 rows = [group.rows.get(expert, -1) for expert in range(self.fmt.num_experts)]
                 expert_map = torch.tensor(rows, dtype=torch.int32)
                 layer.register_buffer(_expert_map_name(number), expert_map, persistent=False)
+
+    def _loader(self, name: str) -> Callable[..., bool | None]:
+        """``load`` for one parameter: a function, as vLLM asks loaders for their names and signatures."""
+        bound = partial(self.load, name)
+
+        def weight_loader(
+            param: torch.nn.Parameter,
+            loaded_weight: Tensor,
+            weight_name: str = "",
+            shard_id: str = "",
+            expert_id: int = CENTER_EXPERT,
+            return_success: bool = False,  # noqa: FBT001, FBT002  as vLLM calls it
+        ) -> bool | None:
+            return bound(param, loaded_weight, weight_name, shard_id, expert_id, return_success)
+
+        return weight_loader
 
     def bind(self, layer: torch.nn.Module) -> tuple[BoundGroup, ...]:
         """The groups that have experts on this rank; called after loading, which may still replace parameters."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+import torch
 from torch import Tensor
 
 from compress_tools.format.parts.base import CodedRows, TensorSpec
@@ -55,6 +56,10 @@ from resmoe_vllm.weights.bound import (
 
 ROW_PTR = "resmoe_row_ptr"
 STARTS = "resmoe_value_starts"
+# What GPUs load at once: codes are read as integers of up to 8 bytes, plain values 16 bytes at a time.
+SLOT_BYTES = 16
+# Columns of U in memory: loads stay wide and asynchronous whatever the rank.
+RANK_MULTIPLE = 64
 # one run of values for a whole group, which tensor parallelism can't slice without the masks
 STREAMS = (VALUES, VALUE_CODES)
 
@@ -81,6 +86,7 @@ class Slot:
         shape: shape of one row's tensor on this rank.
         dtype: its dtype's name.
         shared: the parameter has one row, not one per expert.
+        padding: zeros in memory behind each row of the tensor.
     """
 
     param: str
@@ -88,11 +94,32 @@ class Slot:
     shape: tuple[int, ...]
     dtype: str
     shared: bool
+    padding: int = 0
+
+    @property
+    def end(self) -> int:
+        """Behind its last column."""
+        return self.start + prod(self._in_memory)
+
+    @property
+    def _in_memory(self) -> tuple[int, ...]:
+        return (*self.shape[:-1], self.shape[-1] + self.padding)
 
     def view(self, param: Tensor) -> Tensor:
         """``[rows, columns]`` to ``[rows, *shape]``, without a copy."""
-        view: Tensor = param[:, self.start : self.start + prod(self.shape)].unflatten(1, self.shape)
-        return view
+        return self._whole(param)[..., : self.shape[-1]]
+
+    def put(self, param: Tensor, row: int, tensor: Tensor) -> Tensor:
+        """Copy one row's tensor to its place, which is returned, and zeros behind its rows."""
+        held = self.view(param)[row]
+        held.copy_(tensor)
+        if self.padding:
+            self._whole(param)[row][..., self.shape[-1] :] = 0
+        return held
+
+    def _whole(self, param: Tensor) -> Tensor:
+        whole: Tensor = param[:, self.start : self.end].unflatten(1, self._in_memory)
+        return whole
 
 
 @dataclass(frozen=True)
@@ -105,6 +132,8 @@ class LayerLayout:
         spec: the layer's spec.
         slots: by (projection, suffix).
         packed: unstructured bitmap values are packed, because tensor parallelism slices them.
+        padded: for the GPU: slots and rows of parameters begin at multiples of ``SLOT_BYTES``, U's rows at multiples
+            of ``RANK_MULTIPLE``.
     """
 
     hidden_size: int
@@ -112,14 +141,15 @@ class LayerLayout:
     spec: LayerSpec
     slots: dict[Key, Slot]
     packed: bool
+    padded: bool = False
 
     @cached_property
     def params(self) -> dict[str, tuple[int, str, bool]]:
         """(columns, dtype, shared) by parameter name, in the order that ``bind`` takes them."""
         params: dict[str, tuple[int, str, bool]] = {}
         for slot in self.slots.values():
-            columns = params[slot.param][0] if slot.param in params else 0
-            params[slot.param] = (columns + prod(slot.shape), slot.dtype, slot.shared)
+            columns = _aligned(slot.end, slot.dtype) if self.padded else slot.end
+            params[slot.param] = (columns, slot.dtype, slot.shared)
         return params
 
     @cached_property
@@ -220,13 +250,20 @@ class _Binder:
         return None if part.value_bits is None else {p: self.view(p, VALUE_SCALES) for p in part.projections}
 
 
-def make_layout(fmt: ResMoEFormat, spec: LayerSpec, tp_size: int) -> LayerLayout:
+def _aligned(columns: int, dtype: str) -> int:
+    kind: torch.dtype = getattr(torch, dtype)
+    multiple = SLOT_BYTES // kind.itemsize
+    return -(-columns // multiple) * multiple
+
+
+def make_layout(fmt: ResMoEFormat, spec: LayerSpec, tp_size: int, *, padded: bool = False) -> LayerLayout:
     """Layout of one layer, or of one group of its experts, on one rank.
 
     Args:
         fmt: the checkpoint's format block.
         spec: the layer's, without groups: ``LayerSpec.of_group``.
         tp_size: ranks that share the rows of every expert.
+        padded: see ``LayerLayout``.
     """
     packed = tp_size > 1
     # not validated: a rank may exceed the rows that tensor parallelism leaves
@@ -242,8 +279,10 @@ def make_layout(fmt: ResMoEFormat, spec: LayerSpec, tp_size: int) -> LayerLayout
 
     def add(projection: Projection, suffix: str, shape: tuple[int, ...], dtype: str, *, shared: bool) -> None:
         param = f"{PARAM_PREFIX[projection]}_{suffix}"
-        slots[projection, suffix] = Slot(param, ends.get(param, 0), shape, dtype, shared)
-        ends[param] = ends.get(param, 0) + prod(shape)
+        padding = -shape[-1] % RANK_MULTIPLE if padded and suffix == U else 0
+        start = _aligned(ends.get(param, 0), dtype) if padded else ends.get(param, 0)
+        slots[projection, suffix] = Slot(param, start, shape, dtype, shared, padding)
+        ends[param] = slots[projection, suffix].end
 
     def add_stored(tensor: TensorSpec) -> None:
         shape = (0,) if packed and tensor.suffix in STREAMS else tensor.shape
@@ -258,4 +297,4 @@ def make_layout(fmt: ResMoEFormat, spec: LayerSpec, tp_size: int) -> LayerLayout
             add(tensor.projection, ROW_PTR, (local.intermediate_size,), "int32", shared=False)
         if tensor.suffix in STREAMS and packed:
             add(tensor.projection, STARTS, (1,), "int64", shared=False)
-    return LayerLayout(local.hidden_size, local.intermediate_size, spec, slots, packed)
+    return LayerLayout(local.hidden_size, local.intermediate_size, spec, slots, packed, padded)

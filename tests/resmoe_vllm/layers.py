@@ -174,6 +174,8 @@ def new_loader(
     tp_size: int = 1,
     tp_rank: int = 0,
     dtype: torch.dtype | None = None,
+    *,
+    padded: bool = False,
 ) -> tuple[torch.nn.Module, LayerLoader]:
     """Parameters full of NaN, and their loader."""
     local = list(range(layer.fmt.num_experts)) if local_experts is None else local_experts
@@ -181,7 +183,7 @@ def new_loader(
     def local_of(expert: int) -> int:
         return local.index(expert) if expert in local else -1
 
-    loader = LayerLoader(layer.fmt, 0, local_of, tp_size, tp_rank)
+    loader = LayerLoader(layer.fmt, 0, local_of, tp_size, tp_rank, padded=padded)
     module = torch.nn.Module()
     loader.create_params(module, dtype or DTYPES[layer.fmt.dtype])
     for param in module.parameters():

@@ -4,6 +4,9 @@ Same contract (``ignore_invalid_experts=True``), so vLLM's own serves in its pla
 every program here reads all ids, which costs nothing beside a launch while they are few.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -11,6 +14,10 @@ from torch import Tensor
 
 # Pairs up to which one launch of this kernel is preferred to vLLM's; not yet measured.
 MAX_PAIRS = 4096
+# Rows of a block up to which there is little to sort.
+FEW_ROWS = 16
+
+Launch = Callable[..., object]
 
 
 @triton.jit
@@ -59,7 +66,9 @@ def max_blocks(num_pairs: int, block: int, num_experts: int) -> int:
     return min(num_pairs, (num_pairs + num_experts * (block - 1)) // block)
 
 
-def align(topk_ids: Tensor, block: int, num_experts: int, expert_map: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def align(
+    topk_ids: Tensor, block: int, num_experts: int, expert_map: Tensor | None, launch: Launch | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """See ``reference.align_ref``; entries behind ``num_padded`` are not written.
 
     Args:
@@ -67,6 +76,7 @@ def align(topk_ids: Tensor, block: int, num_experts: int, expert_map: Tensor | N
         block: pairs of a block, a power of two.
         num_experts: local ones.
         expert_map: int32 ``[E]`` global -> local, or None.
+        launch: of ``_align_kernel`` from its grid, arguments and options; None for Triton's own.
     """
     num_pairs = topk_ids.numel()
     if num_pairs > MAX_PAIRS and hasattr(torch.ops._moe_C, "moe_align_block_size"):
@@ -82,17 +92,14 @@ def align(topk_ids: Tensor, block: int, num_experts: int, expert_map: Tensor | N
     sorted_pairs = torch.empty(blocks * block, dtype=torch.int32, device=topk_ids.device)
     block_experts = torch.empty(blocks, dtype=torch.int32, device=topk_ids.device)
     num_padded = torch.empty(1, dtype=torch.int32, device=topk_ids.device)
-    _align_kernel[(num_experts,)](
-        topk_ids,
-        expert_map,
-        sorted_pairs,
-        block_experts,
-        num_padded,
-        num_pairs,
-        NUM_EXPERTS=num_experts,
-        BINS=max(16, triton.next_power_of_2(num_experts + 1)),
-        BLOCK=block,
-        CHUNK=min(2048, max(32, triton.next_power_of_2(num_pairs))),
-        num_warps=4 if num_pairs <= 512 else 8,
+    # The block tells the class of T, and so how much there may be to sort.
+    arguments = (num_experts, max(16, triton.next_power_of_2(num_experts + 1)), block, min(2048, 32 * block))
+    pointers = topk_ids, expert_map, sorted_pairs, block_experts, num_padded
+    (launch or _launch)(
+        _align_kernel, (num_experts, 1, 1), *pointers, num_pairs, *arguments, num_warps=4 if block <= FEW_ROWS else 8
     )
     return sorted_pairs, block_experts, num_padded
+
+
+def _launch(kernel: Any, grid: tuple[int, int, int], *arguments: object, **options: int) -> None:
+    kernel[grid](*arguments, **options)

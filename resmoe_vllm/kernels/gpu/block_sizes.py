@@ -2,11 +2,16 @@
 
 A file is named by experts, sizes, device, dtype and coders, and holds one entry for each tuned token count, as
 vLLM's own fused MoE has it; ``python -m benchmarks.kernels.tune`` writes it. The nearest token count is taken.
+Either way token counts fall into a few classes, and kernels are compiled for a class: none of them in serving.
 """
 
 import json
-from dataclasses import asdict, dataclass
-from functools import cache
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,15 @@ import torch
 CONFIGS = Path(__file__).parent / "configs"
 # Up to here a layer is bound by the bytes of its weights: 16-row blocks, split contractions, fp32 between launches.
 FEW_TOKENS = 64
+# Rows of an expert up to which blocks have 32 rows, and 64.
+_FEW_ROWS, _SOME_ROWS = 24, 96
+_FEWEST_STAGES = 2
+# A block's most shared memory on an H100; cards of other kinds say their own.
+HOPPER_SHARED = 232448
+# CUDA keeps this much of a multiprocessor's shared memory for itself, for every block.
+_RESERVED = 1024
+# What the class without an end is split for.
+_MANY_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -57,35 +71,153 @@ class Config:
         return cls(**{**fields, **blocks})
 
 
-def default_config(tokens: int, top_k: int, experts: int, coders: frozenset[str]) -> Config:
+@dataclass(frozen=True)
+class TokenClass:
+    """Token counts that share compiled kernels.
+
+    Attributes:
+        tokens: the largest of them; contractions are split for it.
+        config: their block sizes.
+    """
+
+    tokens: int
+    config: Config
+
+
+def default_config(
+    tokens: int,
+    top_k: int,
+    experts: int,
+    coders: frozenset[str],
+    dtype: torch.dtype = torch.bfloat16,
+    shared: int = HOPPER_SHARED,
+) -> Config:
     """The rule where nothing was tuned; not yet measured.
 
     Args:
-        tokens: T.
+        tokens: T, of all ranks that share the experts.
         top_k: K.
-        experts: on this rank.
+        experts: the model's, on all ranks.
         coders: the layer's.
+        dtype: the model's.
+        shared: bytes of shared memory that a block may use on this card.
     """
+    decoded = bool(coders - {"low_rank", "dense"})
+    config = _rule(tokens, tokens * top_k / experts, coders, dtype)
+    return _fit(config, shared, dtype.itemsize, decoded=decoded, pairs=tokens <= FEW_TOKENS)
+
+
+def _rule(tokens: int, per_expert: float, coders: frozenset[str], dtype: torch.dtype) -> Config:
+    if dtype == torch.float32:
+        return _wide_values(tokens)
     if tokens <= FEW_TOKENS:
         few = Blocks(n=32, k=128, warps=4, stages=4)
         if any(coder.startswith("bitmap") for coder in coders):
             # Steps of 32 columns leave a decoded tile where the matrix units take it, with no copy through shared
-            # memory; rows are long in the last launch, as what lies left of a block must be counted.
-            hidden, last = Blocks(n=32, k=32, warps=4, stages=3), Blocks(n=128, k=64, warps=4, stages=3)
+            # memory; a block of the last launch begins where a pointer is.
+            hidden, last = Blocks(n=32, k=32, warps=4, stages=3), Blocks(n=64, k=64, warps=4, stages=3)
         elif "quantized" in coders:
             hidden, last = Blocks(n=32, k=64, warps=4, stages=3), Blocks(n=64, k=64, warps=4, stages=3)
         elif "dense" in coders:
             hidden, last = Blocks(n=32, k=128, warps=4, stages=3), few
         else:
-            # longer steps spill: a thread adds up the slabs of two tiles
             hidden, last = Blocks(n=32, k=64, warps=4, stages=4), few
         return Config(16, few, hidden, few, last, False, 528)
-    per_expert = tokens * top_k / experts
-    block_m = 32 if per_expert <= 24 else 64 if per_expert <= 96 else 128
+    block_m = 32 if per_expert <= _FEW_ROWS else 64 if per_expert <= _SOME_ROWS else 128
     warps = 8 if block_m == 128 else 4
     wide = Blocks(n=128, k=64, warps=warps, stages=3)
     hidden = Blocks(n=64, k=64, warps=warps, stages=3)
     return Config(block_m, wide, hidden, hidden, wide, True, 264)
+
+
+def _fit(config: Config, shared: int, itemsize: int, *, decoded: bool, pairs: bool) -> Config:
+    """Fewer stages, then shorter steps, where a launch's would not fit; with ``pairs`` two blocks, if it can be."""
+
+    def fitted(blocks: Blocks, sides: int = 1) -> Blocks:
+        size = partial(_shared_bytes, config.block_m, itemsize=itemsize, sides=sides, decoded=decoded)
+        # A block alone on a multiprocessor can't hide what it waits for, which more stages would not make up for.
+        while pairs and blocks.stages > _FEWEST_STAGES:
+            fewer = replace(blocks, stages=blocks.stages - 1)
+            # With 16 rows Triton holds one step less than there are stages.
+            if size(fewer) <= (shared - _RESERVED) // 2:
+                break
+            blocks = fewer
+        while size(blocks) > shared:
+            if blocks.stages > _FEWEST_STAGES:
+                blocks = replace(blocks, stages=blocks.stages - 1)
+            else:
+                blocks = replace(blocks, k=blocks.k // 2)
+        return blocks
+
+    return replace(
+        config,
+        first=fitted(config.first),
+        hidden=fitted(config.hidden, sides=2),
+        shrink=fitted(config.shrink),
+        last=fitted(config.last),
+    )
+
+
+def _shared_bytes(block_m: int, blocks: Blocks, *, itemsize: int, sides: int, decoded: bool) -> int:
+    """At most: tiles of A and W in every stage; of decoded ones the center, codes, and what is made of them."""
+    rows = block_m * blocks.k * itemsize
+    tile = blocks.n * blocks.k
+    plain = blocks.stages * (sides * rows + tile * itemsize)
+    if not decoded:
+        return plain
+    return max(plain, blocks.stages * (rows + sides * tile * (itemsize + 1)) + sides * tile * itemsize)
+
+
+def _wide_values(tokens: int) -> Config:
+    """For fp32, which the matrix units don't take: small blocks, as every product is a lane's own."""
+    blocks = Blocks(n=64, k=32, warps=4, stages=2)
+    few = tokens <= FEW_TOKENS
+    return Config(16 if few else 32, blocks, blocks, blocks, blocks, not few, 528 if few else 264)
+
+
+def token_classes(
+    top_k: int,
+    experts: int,
+    hidden: int,
+    intermediate: int,
+    device: str,
+    dtype: torch.dtype,
+    coders: frozenset[str],
+    shared: int = HOPPER_SHARED,
+) -> tuple[TokenClass, ...]:
+    """All classes of a layer, fewest tokens first; the last one has no end.
+
+    Args:
+        top_k: K.
+        experts: the model's, on all ranks.
+        hidden: H.
+        intermediate: I.
+        device: as in ``config_file``.
+        dtype: the model's.
+        coders: the layer's.
+        shared: as in ``default_config``.
+    """
+    tuned = tuned_configs(CONFIGS / config_file(experts, hidden, intermediate, device, dtype, coders))
+    if tuned:
+        counts = sorted(tuned)
+        # The nearest count serves; of two as near the smaller one.
+        ends = [(count + above) // 2 for count, above in pairwise(counts)] + [_MANY_TOKENS]
+        return tuple(TokenClass(end, tuned[count]) for end, count in zip(ends, counts, strict=True))
+    ends = [1, 4, 16, FEW_TOKENS]
+    ends += [end for rows in (_FEW_ROWS, _SOME_ROWS) if (end := rows * experts // top_k) > FEW_TOKENS]
+    ends.append(max(_MANY_TOKENS, 2 * ends[-1]))
+    return tuple(TokenClass(end, default_config(end, top_k, experts, coders, dtype, shared)) for end in ends)
+
+
+def invariant_class(coders: frozenset[str], dtype: torch.dtype, shared: int = HOPPER_SHARED) -> TokenClass:
+    """One class for every T, with nothing split: a token's bits don't depend on its batch."""
+    config = default_config(FEW_TOKENS, 1, 1, coders, dtype, shared)
+    return TokenClass(_MANY_TOKENS, replace(config, programs=1))
+
+
+def class_of(classes: Sequence[TokenClass], tokens: int) -> int:
+    """Place of the class that serves a token count."""
+    return min(bisect_left(classes, tokens, key=attrgetter("tokens")), len(classes) - 1)
 
 
 def config_file(
@@ -122,9 +254,8 @@ def pick_config(
     device: str,
     dtype: torch.dtype,
     coders: frozenset[str],
+    shared: int = HOPPER_SHARED,
 ) -> Config:
-    """Tuned for the nearest token count, or by rule."""
-    tuned = tuned_configs(CONFIGS / config_file(experts, hidden, intermediate, device, dtype, coders))
-    if tuned:
-        return tuned[min(tuned, key=lambda count: (abs(count - tokens), count))]
-    return default_config(tokens, top_k, experts, coders)
+    """Block sizes of the class that serves a token count."""
+    classes = token_classes(top_k, experts, hidden, intermediate, device, dtype, coders, shared)
+    return classes[class_of(classes, tokens)].config

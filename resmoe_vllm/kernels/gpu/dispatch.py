@@ -1,17 +1,19 @@
 """The GPU's kernels: Triton for every coder (layer.py)."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from resmoe_vllm.compat import is_batch_invariant
 from resmoe_vllm.kernels.activation import Activation
-from resmoe_vllm.weights.bound import ResMoEWeights
+from resmoe_vllm.weights.layer_loader import BoundGroup
 
 if TYPE_CHECKING:
     from resmoe_vllm.kernels.gpu.layer import GpuKernel
 
 
-def bind(weights: ResMoEWeights, activation: Activation) -> "GpuKernel":
-    """One layer, or group of experts, bound to the kernels."""
+def bind(groups: Sequence[BoundGroup], activation: Activation) -> "GpuKernel":
+    """One layer bound to the kernels."""
     # here: a machine without a GPU need not have Triton
     from resmoe_vllm.kernels.gpu.layer import GpuKernel
 
-    return GpuKernel(weights, activation)
+    return GpuKernel(groups, activation, batch_invariant=is_batch_invariant())

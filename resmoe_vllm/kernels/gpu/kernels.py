@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from resmoe_vllm.kernels.gpu.align import local_experts
 from resmoe_vllm.kernels.gpu.tiles import kept_before, load_tile
@@ -23,16 +22,21 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 
 
 class Product(NamedTuple):
-    """One grouped product ``out = A W`` of a launch. Counts that depend on T are the kernel's own arguments.
+    """Sizes of one grouped product ``out = A W`` of a launch, the same for every T.
 
     Attributes:
-        a: A's first element; row r begins at ``r * a_stride``.
-        out: ``[splits, rows, n]``, contiguous.
+        a_stride: from one row of A to the next.
+        n: columns of ``out``, which is ``[slabs, rows, n]``, contiguous.
+        k: columns of A.
+        rows: of W as it is stored; those from here on count as zeros.
+        columns: likewise.
     """
 
-    a: Tensor
     a_stride: int
-    out: Tensor
+    n: int
+    k: int
+    rows: int
+    columns: int
 
 
 class ProductSpec(NamedTuple):
@@ -41,32 +45,12 @@ class ProductSpec(NamedTuple):
     Attributes:
         routed: rows are pairs, each with its expert's weight; else all rows have the one weight.
         rows_per_a: output rows that share a row of A: K where A is tokens, else 1.
-        terms: A is the sum of this many terms: an earlier product's slabs ``[terms, P, k]``, or a token's pairs.
-        by_token: the terms are a token's pairs ``[T, terms, k]``, skipped where their expert is not here.
         transposed: W is stored ``[n, k]``.
-        n: columns of ``out``.
-        k: contracted.
-        splits: of k.
     """
 
     routed: bool
     rows_per_a: int
-    terms: int
-    by_token: bool
     transposed: bool
-    n: int
-    k: int
-    splits: int
-
-
-class Routing(NamedTuple):
-    """Sorted pairs (``reference.align_ref``), and what decides whether a pair counts."""
-
-    sorted_pairs: Tensor
-    block_experts: Tensor
-    num_padded: Tensor
-    topk_ids: Tensor
-    expert_map: Tensor | None
 
 
 class ActivationSpec(NamedTuple):
@@ -129,118 +113,112 @@ def _add_dot(a, b, acc, DOT: tl.constexpr):
 
 
 @triton.jit
-def _swizzle(program, m_blocks, N_BLOCKS: tl.constexpr):
-    group = program // (_GROUP_M * N_BLOCKS)
+def _swizzle(program, m_blocks, n_blocks):
+    group = program // (_GROUP_M * n_blocks)
     first = group * _GROUP_M
     size = tl.minimum(m_blocks - first, _GROUP_M)
-    inside = program - group * _GROUP_M * N_BLOCKS
+    inside = program - group * _GROUP_M * n_blocks
     return first + inside % size, inside // size
 
 
 @triton.jit
 def _product(
-    p, s: tl.constexpr, t, ts: tl.constexpr, routing, program, num_pairs, num_tokens, pair_blocks, TOP_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr
+    a, out, p, s: tl.constexpr, t, ts: tl.constexpr, splits, slab, sorted_pairs, block_experts, num_padded, program,
+    num_pairs, num_tokens, pair_blocks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DOT: tl.constexpr
 ):  # fmt: skip
-    N_BLOCKS: tl.constexpr = (s.n + BLOCK_N - 1) // BLOCK_N
-    K_STEPS: tl.constexpr = (s.k + BLOCK_K - 1) // BLOCK_K
-    CHUNK: tl.constexpr = (K_STEPS + s.splits - 1) // s.splits * BLOCK_K
+    n_blocks = tl.cdiv(p.n, BLOCK_N)
+    chunk = tl.cdiv(tl.cdiv(p.k, BLOCK_K), splits) * BLOCK_K
     if s.routed:
         num_rows = num_pairs
         m_blocks = pair_blocks
     else:
         num_rows = num_tokens
-        m_blocks = (num_tokens + BLOCK_M - 1) // BLOCK_M
-    m_block, place = _swizzle(program, m_blocks, N_BLOCKS * s.splits)
-    n_block = place % N_BLOCKS
-    split = place // N_BLOCKS
+        m_blocks = tl.cdiv(num_tokens, BLOCK_M)
+    m_block, place = _swizzle(program, m_blocks, n_blocks * splits)
+    n_block = place % n_blocks
+    split = place // n_blocks
     wanted = True
     if s.routed:
-        wanted = m_block * BLOCK_M < tl.load(routing.num_padded)
+        wanted = m_block * BLOCK_M < tl.load(num_padded)
     if wanted:
         slots = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
         if s.routed:
-            expert = tl.load(routing.block_experts + m_block).to(tl.int64)
-            rows = tl.load(routing.sorted_pairs + slots)
+            expert = tl.load(block_experts + m_block).to(tl.int64)
+            rows = tl.load(sorted_pairs + slots)
         else:
             expert = tl.full((), 0, tl.int64)
             rows = slots
         row_ok = rows < num_rows
-        a_rows = p.a + (rows // s.rows_per_a).to(tl.int64) * p.a_stride
+        a_rows = a + (rows // s.rows_per_a).to(tl.int64) * p.a_stride
         n_offsets = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
-        begin = split * CHUNK
-        end = tl.minimum(begin + CHUNK, s.k)
+        begin = split * chunk
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if s.transposed:
-            before = tl.zeros((BLOCK_N,), tl.int32)
-            if ts.value_bits > 0:
-                before = kept_before(t, expert, n_offsets, n_offsets < s.n, begin, s.k, BLOCK_N)
-        else:
-            before = tl.zeros((BLOCK_K,), tl.int32)
-        for k in range(begin, end, BLOCK_K):
+        for k in range(begin, tl.minimum(begin + chunk, p.k), BLOCK_K):
             k_offsets = k + tl.arange(0, BLOCK_K)
-            a_ok = row_ok[:, None] & (k_offsets < end)[None, :]
-            # A token's one pair may be skipped, too, and nothing was written for it.
-            if s.terms == 1 and not s.by_token:
-                a = tl.load(a_rows[:, None] + k_offsets[None, :], mask=a_ok, other=0)
-            else:
-                total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-                TERMS: tl.constexpr = s.terms
-                for term in tl.static_range(TERMS):
-                    term_ok = a_ok
-                    step = tl.full((), term, tl.int64) * s.k
-                    if not s.by_token:
-                        step *= num_pairs
-                    else:
-                        found = local_experts(routing.topk_ids, routing.expert_map, rows * TOP_K + term, row_ok)
-                        term_ok = a_ok & (found >= 0)[:, None]
-                    total += tl.load(a_rows[:, None] + step + k_offsets[None, :], mask=term_ok, other=0).to(tl.float32)
-                a = total
+            # Splits begin at whole steps, so only A's own end needs a mask; its divisor keeps loads wide.
+            a_tile = tl.load(a_rows[:, None] + k_offsets[None, :], row_ok[:, None] & (k_offsets < p.k)[None, :], 0)
             if s.transposed:
-                w, before = load_tile(t, ts, expert, n_offsets, k, before, s.n, s.k, BLOCK_N, BLOCK_K, DOT)
-                acc = _add_dot(a.to(DOT), tl.trans(w), acc, DOT)
+                before = tl.zeros((BLOCK_N,), tl.int32)
+                w, _ = load_tile(t, ts, expert, n_offsets, k, before, p.rows, p.columns, BLOCK_N, BLOCK_K, DOT)
+                acc = _add_dot(a_tile.to(DOT), tl.trans(w), acc, DOT)
             else:
                 if ts.value_bits > 0:
-                    before = kept_before(t, expert, k_offsets, k_offsets < s.k, n_block * BLOCK_N, s.n, BLOCK_K)
-                w, _ = load_tile(t, ts, expert, k_offsets, n_block * BLOCK_N, before, s.k, s.n, BLOCK_K, BLOCK_N, DOT)
-                acc = _add_dot(a.to(DOT), w, acc, DOT)
-        out = p.out + (split.to(tl.int64) * num_rows + rows.to(tl.int64)) * s.n
-        ok = row_ok[:, None] & (n_offsets < s.n)[None, :]
-        tl.store(out[:, None] + n_offsets[None, :], acc.to(p.out.dtype.element_ty), mask=ok)
+                    before = kept_before(
+                        t, expert, k_offsets, k_offsets < p.rows, n_block * BLOCK_N, p.columns, BLOCK_N
+                    )
+                else:
+                    before = tl.zeros((BLOCK_K,), tl.int32)
+                w, _ = load_tile(
+                    t, ts, expert, k_offsets, n_block * BLOCK_N, before, p.rows, p.columns, BLOCK_K, BLOCK_N, DOT
+                )  # fmt: skip
+                acc = _add_dot(a_tile.to(DOT), w, acc, DOT)
+        out_rows = out + ((slab + split).to(tl.int64) * num_rows + rows.to(tl.int64)) * p.n
+        ok = row_ok[:, None] & (n_offsets < p.n)[None, :]
+        tl.store(out_rows[:, None] + n_offsets[None, :], acc.to(out.dtype.element_ty), mask=ok)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_tokens", "pair_blocks", "first_1", "first_2", "first_3"])
+@triton.jit(
+    do_not_specialize=[
+        "num_pairs", "num_tokens", "pair_blocks", "first_1", "first_2", "first_3", "splits_0", "splits_1", "splits_2",
+        "splits_3", "slab_0", "slab_1", "slab_2", "slab_3"
+    ]
+)  # fmt: skip
 def _products_kernel(
-    routing, num_pairs, num_tokens, pair_blocks, first_1, first_2, first_3, p0, s0: tl.constexpr, t0,
-    ts0: tl.constexpr, p1, s1: tl.constexpr, t1, ts1: tl.constexpr, p2, s2: tl.constexpr, t2, ts2: tl.constexpr, p3,
-    s3: tl.constexpr, t3, ts3: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, DOT: tl.constexpr
+    sorted_pairs, block_experts, num_padded, num_pairs, num_tokens, pair_blocks, first_1, first_2, first_3, splits_0,
+    splits_1, splits_2, splits_3, slab_0, slab_1, slab_2, slab_3, a_0, out_0, p_0, s_0: tl.constexpr, t_0,
+    ts_0: tl.constexpr, a_1, out_1, p_1, s_1: tl.constexpr, t_1, ts_1: tl.constexpr, a_2, out_2, p_2,
+    s_2: tl.constexpr, t_2, ts_2: tl.constexpr, a_3, out_3, p_3, s_3: tl.constexpr, t_3, ts_3: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr
 ):  # fmt: skip
-    """Up to four products side by side, each from its first program on; those that are not there are None."""
+    """Up to four products side by side, each from its first program on; those that are not there are None.
+
+    A product's ``splits`` slabs are written from ``slab`` on.
+    """
     program = tl.program_id(0)
     # One if for each and no return: so the products share one piece of shared memory.
     if program < first_1:
         _product(
-            p0, s0, t0, ts0, routing, program, num_pairs, num_tokens, pair_blocks, TOP_K, BLOCK_M,
-            BLOCK_N, BLOCK_K, DOT
+            a_0, out_0, p_0, s_0, t_0, ts_0, splits_0, slab_0, sorted_pairs, block_experts, num_padded, program,
+            num_pairs, num_tokens, pair_blocks, BLOCK_M, BLOCK_N, BLOCK_K, DOT
         )  # fmt: skip
-    if s1 is not None:
+    if s_1 is not None:
         if (program >= first_1) & (program < first_2):
             _product(
-                p1, s1, t1, ts1, routing, program - first_1, num_pairs, num_tokens, pair_blocks, TOP_K, BLOCK_M,
-                BLOCK_N, BLOCK_K, DOT
+                a_1, out_1, p_1, s_1, t_1, ts_1, splits_1, slab_1, sorted_pairs, block_experts, num_padded,
+                program - first_1, num_pairs, num_tokens, pair_blocks, BLOCK_M, BLOCK_N, BLOCK_K, DOT
             )  # fmt: skip
-    if s2 is not None:
+    if s_2 is not None:
         if (program >= first_2) & (program < first_3):
             _product(
-                p2, s2, t2, ts2, routing, program - first_2, num_pairs, num_tokens, pair_blocks, TOP_K, BLOCK_M,
-                BLOCK_N, BLOCK_K, DOT
+                a_2, out_2, p_2, s_2, t_2, ts_2, splits_2, slab_2, sorted_pairs, block_experts, num_padded,
+                program - first_2, num_pairs, num_tokens, pair_blocks, BLOCK_M, BLOCK_N, BLOCK_K, DOT
             )  # fmt: skip
-    if s3 is not None:
+    if s_3 is not None:
         if program >= first_3:
             _product(
-                p3, s3, t3, ts3, routing, program - first_3, num_pairs, num_tokens, pair_blocks, TOP_K, BLOCK_M,
-                BLOCK_N, BLOCK_K, DOT
+                a_3, out_3, p_3, s_3, t_3, ts_3, splits_3, slab_3, sorted_pairs, block_experts, num_padded,
+                program - first_3, num_pairs, num_tokens, pair_blocks, BLOCK_M, BLOCK_N, BLOCK_K, DOT
             )  # fmt: skip
 
 
@@ -256,17 +234,17 @@ def _slabs(start, rows, columns, ok, num_rows, n: tl.constexpr, SPLITS: tl.const
 
 @triton.jit
 def _expand(
-    acc, shrunk, u, us: tl.constexpr, expert, rows, row_ok, i_offsets, num_pairs, SIZE_I: tl.constexpr,
-    RANK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    DOT: tl.constexpr
+    acc, shrunk, u, us: tl.constexpr, expert, rows, row_ok, i_offsets, rank, SIZE_I: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, DOT: tl.constexpr
 ):  # fmt: skip
     """Add shrunk U^T to acc."""
     before = tl.zeros((BLOCK_N,), tl.int32)
-    for r in range(0, RANK, BLOCK_R):
+    shrunk_rows = shrunk + rows.to(tl.int64) * rank.width
+    for r in range(0, rank.width, BLOCK_R):
         columns = r + tl.arange(0, BLOCK_R)
-        ok = row_ok[:, None] & (columns < RANK)[None, :]
-        s = _slabs(shrunk, rows, columns, ok, num_pairs, RANK, SPLITS, BLOCK_M, BLOCK_R)
-        w, _ = load_tile(u, us, expert, i_offsets, r, before, SIZE_I, RANK, BLOCK_N, BLOCK_R, DOT)
+        ok = row_ok[:, None] & (columns < rank.width)[None, :]
+        s = tl.load(shrunk_rows[:, None] + columns[None, :], mask=ok, other=0)
+        w, _ = load_tile(u, us, expert, i_offsets, r, before, SIZE_I, rank.columns, BLOCK_N, BLOCK_R, DOT)
         acc = _add_dot(s.to(DOT), tl.trans(w), acc, DOT)
     return acc
 
@@ -277,44 +255,51 @@ def _bias(bias, expert, STRIDE: tl.constexpr, columns, ok):
     return tl.load(bias + expert * STRIDE + columns[None, :], mask=ok, other=0).to(tl.float32)
 
 
-class Side(NamedTuple):
-    """What gate, or up, is made of; None for terms that are not there.
+class Rank(NamedTuple):
+    """Sizes of a low-rank part that gate or up is made of.
 
     Attributes:
-        center: the center's product ``[splits, T, I]``.
-        shrunk: ``x V^T``, ``[splits, P, R]``.
-        bias: ``[E, I]``.
+        width: columns of ``x V^T``, a multiple of 64; those without a row of V are zeros.
+        columns: of U in memory, at most the width.
     """
 
-    center: Tensor | None
-    shrunk: Tensor | None
-    bias: Tensor | None
+    width: int
+    columns: int
 
 
 class SideSpec(NamedTuple):
-    """Compile-time half of a ``Side``; 0 for what is not there."""
+    """What gate, or up, is made of; 0 and False for what is not there.
+
+    Attributes:
+        center_splits: slabs of the center's product.
+        low_rank: ``x V^T`` times U.
+        bias_stride: from one expert's bias to the next.
+    """
 
     center_splits: int
-    rank: int
-    shrunk_splits: int
+    low_rank: bool
     bias_stride: int
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_tokens", "m_blocks"])
 def _hidden_kernel(
-    x, out, topk_weights, routing, num_pairs, num_tokens, m_blocks, gate, gs: tl.constexpr, gate_tile,
-    gts: tl.constexpr, gate_u, gus: tl.constexpr, up, us: tl.constexpr, up_tile, uts: tl.constexpr, up_u,
-    uus: tl.constexpr, SHARED_U: tl.constexpr, TOP_K: tl.constexpr, SIZE_H: tl.constexpr, SIZE_I: tl.constexpr,
+    x, out, topk_weights, sorted_pairs, block_experts, num_padded, num_pairs, num_tokens, m_blocks, gate_center,
+    up_center, gate_shrunk, up_shrunk, gate_bias, up_bias, gs: tl.constexpr, gate_tile, gts: tl.constexpr, gate_rank,
+    gate_u, gus: tl.constexpr, us: tl.constexpr, up_tile, uts: tl.constexpr, up_rank, up_u, uus: tl.constexpr,
+    SHARED_U: tl.constexpr, TOP_K: tl.constexpr, SIZE_H: tl.constexpr, SIZE_I: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr
 ):  # fmt: skip
-    """``weight * activation`` of each pair, ``[P, I]``. One pass over H for tiles, one over the rank for U."""
+    """``weight * activation`` of each pair, ``[P, I]``. One pass over H for tiles, one over the rank for U.
+
+    Of gate and up there may be the center's product ``[splits, T, I]``, ``x V^T`` ``[P, width]``, a bias ``[E, I]``.
+    """
     N_BLOCKS: tl.constexpr = (SIZE_I + BLOCK_N - 1) // BLOCK_N
     m_block, n_block = _swizzle(tl.program_id(0), m_blocks, N_BLOCKS)
-    if m_block * BLOCK_M >= tl.load(routing.num_padded):
+    if m_block * BLOCK_M >= tl.load(num_padded):
         return
-    rows = tl.load(routing.sorted_pairs + m_block * BLOCK_M + tl.arange(0, BLOCK_M))
+    rows = tl.load(sorted_pairs + m_block * BLOCK_M + tl.arange(0, BLOCK_M))
     row_ok = rows < num_pairs
-    expert = tl.load(routing.block_experts + m_block).to(tl.int64)
+    expert = tl.load(block_experts + m_block).to(tl.int64)
     tokens = rows // TOP_K
     i_offsets = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     gate_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -340,34 +325,38 @@ def _hidden_kernel(
                 up_acc = _add_dot(a, tl.trans(w2), up_acc, DOT)
     if SHARED_U:
         before = tl.zeros((BLOCK_N,), tl.int32)
-        for r in range(0, gs.rank, BLOCK_K):
+        gate_rows = gate_shrunk + rows.to(tl.int64) * gate_rank.width
+        up_rows = up_shrunk + rows.to(tl.int64) * gate_rank.width
+        for r in range(0, gate_rank.width, BLOCK_K):
             columns = r + tl.arange(0, BLOCK_K)
-            r_ok = row_ok[:, None] & (columns < gs.rank)[None, :]
-            sg = _slabs(gate.shrunk, rows, columns, r_ok, num_pairs, gs.rank, gs.shrunk_splits, BLOCK_M, BLOCK_K)
-            su = _slabs(up.shrunk, rows, columns, r_ok, num_pairs, us.rank, us.shrunk_splits, BLOCK_M, BLOCK_K)
-            u, _ = load_tile(gate_u, gus, expert, i_offsets, r, before, SIZE_I, gs.rank, BLOCK_N, BLOCK_K, DOT)
+            r_ok = row_ok[:, None] & (columns < gate_rank.width)[None, :]
+            sg = tl.load(gate_rows[:, None] + columns[None, :], mask=r_ok, other=0)
+            su = tl.load(up_rows[:, None] + columns[None, :], mask=r_ok, other=0)
+            u, _ = load_tile(
+                gate_u, gus, expert, i_offsets, r, before, SIZE_I, gate_rank.columns, BLOCK_N, BLOCK_K, DOT
+            )  # fmt: skip
             gate_acc = _add_dot(sg.to(DOT), tl.trans(u), gate_acc, DOT)
             up_acc = _add_dot(su.to(DOT), tl.trans(u), up_acc, DOT)
     else:
-        if gs.rank > 0:
+        if gs.low_rank:
             gate_acc = _expand(
-                gate_acc, gate.shrunk, gate_u, gus, expert, rows, row_ok, i_offsets, num_pairs, SIZE_I, gs.rank,
-                gs.shrunk_splits, BLOCK_M, BLOCK_N, BLOCK_K, DOT
+                gate_acc, gate_shrunk, gate_u, gus, expert, rows, row_ok, i_offsets, gate_rank, SIZE_I, BLOCK_N,
+                BLOCK_K, DOT
             )  # fmt: skip
-        if us.rank > 0:
+        if us.low_rank:
             up_acc = _expand(
-                up_acc, up.shrunk, up_u, uus, expert, rows, row_ok, i_offsets, num_pairs, SIZE_I, us.rank,
-                us.shrunk_splits, BLOCK_M, BLOCK_N, BLOCK_K, DOT
+                up_acc, up_shrunk, up_u, uus, expert, rows, row_ok, i_offsets, up_rank, SIZE_I, BLOCK_N, BLOCK_K,
+                DOT
             )  # fmt: skip
     ok = row_ok[:, None] & (i_offsets < SIZE_I)[None, :]
     if gs.center_splits > 0:
-        gate_acc += _slabs(gate.center, tokens, i_offsets, ok, num_tokens, SIZE_I, gs.center_splits, BLOCK_M, BLOCK_N)
+        gate_acc += _slabs(gate_center, tokens, i_offsets, ok, num_tokens, SIZE_I, gs.center_splits, BLOCK_M, BLOCK_N)
     if us.center_splits > 0:
-        up_acc += _slabs(up.center, tokens, i_offsets, ok, num_tokens, SIZE_I, us.center_splits, BLOCK_M, BLOCK_N)
+        up_acc += _slabs(up_center, tokens, i_offsets, ok, num_tokens, SIZE_I, us.center_splits, BLOCK_M, BLOCK_N)
     if gs.bias_stride > 0:
-        gate_acc += _bias(gate.bias, expert, gs.bias_stride, i_offsets, ok)
+        gate_acc += _bias(gate_bias, expert, gs.bias_stride, i_offsets, ok)
     if us.bias_stride > 0:
-        up_acc += _bias(up.bias, expert, us.bias_stride, i_offsets, ok)
+        up_acc += _bias(up_bias, expert, us.bias_stride, i_offsets, ok)
     weight = tl.load(topk_weights + rows, mask=row_ok, other=0).to(tl.float32)
     hidden = activate(gate_acc, up_acc, ACTIVATION) * weight[:, None]
     target = out + rows.to(tl.int64)[:, None] * SIZE_I + i_offsets[None, :]
@@ -376,11 +365,14 @@ def _hidden_kernel(
 
 @triton.jit(do_not_specialize=["num_pairs", "num_tokens"])
 def _combine_kernel(
-    out, pairs, whole, bias, topk_weights, topk_ids, expert_map, num_pairs, num_tokens, N: tl.constexpr,
+    out, pairs, whole, bias, topk_weights, topk_ids, pair_map, bias_map, num_pairs, num_tokens, N: tl.constexpr,
     PAIR_SLABS: tl.constexpr, TOKEN_SLABS: tl.constexpr, BIAS_STRIDE: tl.constexpr, TOP_K: tl.constexpr,
     CHOICES: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """One token's columns: its pairs' slabs and weighted biases, of experts that are here, and its own slabs."""
+    """One token's columns: its pairs' slabs and weighted biases, of experts that are here, and its own slabs.
+
+    Which experts are here the two maps say, each for its own term.
+    """
     token = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     ok = columns < N
@@ -388,12 +380,12 @@ def _combine_kernel(
     if PAIR_SLABS > 0:
         choices = tl.arange(0, CHOICES)
         own = token * TOP_K + choices
-        found = (local_experts(topk_ids, expert_map, own, choices < TOP_K) >= 0)[:, None] & ok[None, :]
+        found = (local_experts(topk_ids, pair_map, own, choices < TOP_K) >= 0)[:, None] & ok[None, :]
         total += tl.sum(_slabs(pairs, own, columns, found, num_pairs, N, PAIR_SLABS, CHOICES, BLOCK_N), 0)
     if BIAS_STRIDE > 0:
         choice = tl.arange(0, CHOICES)
         pair = token * TOP_K + choice
-        expert = local_experts(topk_ids, expert_map, pair, choice < TOP_K)
+        expert = local_experts(topk_ids, bias_map, pair, choice < TOP_K)
         here = (expert >= 0)[:, None] & ok[None, :]
         own_bias = tl.load(bias + expert.to(tl.int64)[:, None] * BIAS_STRIDE + columns[None, :], mask=here, other=0)
         weight = tl.load(topk_weights + pair, mask=expert >= 0, other=0).to(tl.float32)

@@ -1,20 +1,26 @@
-"""The fused layer on a GPU: four to seven Triton launches, every coder, weights read as they are stored.
+"""The fused layer on a GPU: five to eight Triton launches, every coder, weights read as they are stored.
 
 1. align: pairs sorted by expert.
 2. first: ``x C^T`` of the center's gate and up, once per token, beside ``x V^T`` of the low-rank residuals; only where
    there is either.
 3. hidden: ``a = weight * activation`` of each pair; decodes bitmaps and codes, multiplies by U, adds biases.
 4. shrink: ``a U``; only for a low-rank down projection.
-5. last: the residual's down product of each pair beside the center's, of the token's summed ``a``; for many tokens
-   that sum is a launch of its own before.
-6. combine: each token's sum, and its experts' biases of down.
+5. mix: each token's summed ``a``; only for a down projection with a center of its own.
+6. last: the center's down product of the sum, beside the residual's of each pair.
+7. combine: each token's sum, and its experts' biases of down.
+
+A layer with several groups of experts takes 1, 3, 4 and its part of 2 and 6 for each; the center, 5 and 7 once.
 
 Two strategies for tiles that are decoded, same result (``Config.restore``): few tokens take the center's product
-once per token; many add the center to the decoded tile and take one product. Shapes depend on T, K and the layer
-alone and nothing is read back, so a CUDA graph may hold it.
+once per token; many add the center to the decoded tile and take one product. All that kernels are compiled for
+depends on the layer and the class of T alone (``block_sizes.TokenClass``), so they are compiled, and their launches
+kept, before the first request; nothing is read back, so a CUDA graph may hold them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -23,74 +29,30 @@ from torch import Tensor
 
 from compress_tools.errors import KernelUnsupportedError
 from resmoe_vllm.kernels.activation import FUNCTIONS, Activation
-from resmoe_vllm.kernels.gpu.align import align
-from resmoe_vllm.kernels.gpu.block_sizes import FEW_TOKENS, Blocks, Config
+from resmoe_vllm.kernels.gpu.align import align, max_blocks
+from resmoe_vllm.kernels.gpu.block_sizes import FEW_TOKENS, Blocks, Config, TokenClass
 from resmoe_vllm.kernels.gpu.kernels import (
     TRITON_DTYPES,
     ActivationSpec,
     Product,
     ProductSpec,
-    Routing,
-    Side,
+    Rank,
     SideSpec,
     _combine_kernel,
     _hidden_kernel,
     _products_kernel,
 )
-from resmoe_vllm.kernels.gpu.tiles import Tile, TileSpec
+from resmoe_vllm.kernels.gpu.plans import GroupPlan, LayerPlan, Plan, Weight
 
 COMBINE_COLUMNS = 512
 # that one launch takes
 MAX_PRODUCTS = 4
 # The reader of slabs adds them up unrolled: with eight, ptxas spilled thousands of bytes.
 MAX_SPLITS = 4
+# Pointers are compiled for as multiples of it.
+ALIGNMENT = 16
 
-Weight = tuple[Tile, TileSpec]
 NOTHING = (None, None)
-
-
-@dataclass(frozen=True)
-class Factors:
-    """``U V`` of one projection; ``part`` tells whether two projections share U."""
-
-    u: Weight
-    v: Weight
-    rank: int
-    part: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One projection: what is multiplied once per token, what for each pair.
-
-    Attributes:
-        center: once per token; None where there is none or the tile holds it.
-        tile: for each pair.
-        factors: for each pair.
-        bias: ``[E, I]``, of down ``[E, H]``.
-    """
-
-    center: Weight | None
-    tile: Weight | None
-    factors: Factors | None
-    bias: Tensor | None = None
-
-    @property
-    def bias_stride(self) -> int:
-        """From one expert's bias to the next; 0 where there is none."""
-        return 0 if self.bias is None else self.bias.stride(0)
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """A layer's weights as the kernels take them; E experts, I rows, H columns."""
-
-    gate: Plan
-    up: Plan
-    down: Plan
-    experts: int
-    intermediate: int
-    hidden: int
 
 
 def run_plan(
@@ -102,31 +64,24 @@ def run_plan(
     expert_map: Tensor | None,
     config: Config,
 ) -> Tensor:
-    """One layer.
+    """One layer, once: ``LayerLaunches`` that nobody keeps."""
+    launches = LayerLaunches(plan, activation, TokenClass(len(x), config), _share(plan, expert_map))
+    return launches(*checked(x, topk_weights, topk_ids, plan, activation), expert_map)
 
-    Args:
-        x: ``[T, H]``, fp32, bf16 or fp16.
-        topk_weights: ``[T, K]``.
-        topk_ids: global expert ids ``[T, K]``, int; negative ones are skipped.
-        plan: the layer.
-        activation: the experts'.
-        expert_map: int ``[E]`` global -> local, -1 elsewhere; None when all experts are here.
-        config: block sizes.
-    Returns:
-        ``[T, H]``, x's dtype, fresh.
+
+def _share(plan: LayerPlan, expert_map: Tensor | None) -> float:
+    """Of the layer's experts that are on this rank."""
+    return plan.experts / (plan.experts if expert_map is None else len(expert_map))
+
+
+def checked(
+    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, plan: LayerPlan, activation: Activation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The inputs as kernels are compiled for: contiguous, aligned, weights fp32, ids int32.
+
     Raises:
         KernelUnsupportedError: activation, dtype or sizes that the kernels don't have.
     """
-    _check(x, topk_weights, topk_ids, plan, activation)
-    if topk_ids.numel() == 0:
-        return torch.zeros_like(x, memory_format=torch.contiguous_format)
-    x, topk_weights, topk_ids = x.contiguous(), topk_weights.contiguous(), topk_ids.contiguous()
-    run = _Run(x, topk_ids, expert_map, plan, config)
-    hidden = run.hidden(topk_weights, activation)
-    return run.down(hidden, topk_weights)
-
-
-def _check(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, plan: LayerPlan, activation: Activation) -> None:
     if activation.function not in FUNCTIONS or x.dtype not in TRITON_DTYPES:
         raise KernelUnsupportedError(f"resmoe's GPU kernels have no {activation.function!r} in {x.dtype}")
     if x.dim() != 2 or x.shape[1] != plan.hidden or not len(x) == len(topk_ids) == len(topk_weights):
@@ -134,193 +89,416 @@ def _check(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, plan: LayerPlan, a
             f"expected x [T, {plan.hidden}] and T rows of topk, found x {list(x.shape)}, topk_ids "
             f"{list(topk_ids.shape)} and topk_weights {list(topk_weights.shape)}"
         )
+    return (
+        _aligned(x.contiguous()),
+        _aligned(topk_weights.to(torch.float32).contiguous()),
+        _aligned(topk_ids.to(torch.int32).contiguous()),
+    )
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A product before it has its place in a launch."""
+    """A product before it has its place in a launch: what is the same in every call, and its share of the slabs."""
 
-    a: Tensor
-    a_stride: int
     weight: Weight
     spec: ProductSpec
+    product: Product
+    splits: int = 1
+    slab: int = 0
 
 
-class _Run:
-    """One call: tensors, routing and sizes that all launches share."""
+@dataclass(frozen=True)
+class _Products:
+    """One launch of ``_products_kernel``, center's products first: they are the longest."""
 
-    def __init__(self, x: Tensor, topk_ids: Tensor, expert_map: Tensor | None, plan: LayerPlan, config: Config) -> None:
-        self.x, self.plan, self.config = x, plan, config
-        self.tokens, self.top_k = topk_ids.shape
-        self.pairs = topk_ids.numel()
-        sorted_pairs = align(topk_ids, config.block_m, plan.experts, expert_map)
-        self.routing = Routing(*sorted_pairs, topk_ids, expert_map)
-        self.m_blocks = len(self.routing.block_experts)
+    jobs: Sequence[_Job]
+    blocks: Blocks
+
+    @property
+    def slabs(self) -> int:
+        """Of the products of pairs."""
+        return sum(job.splits for job in self.jobs if job.spec.routed)
+
+
+@dataclass(frozen=True)
+class _Routing:
+    """One group's sorted pairs (``reference.align_ref``)."""
+
+    sorted_pairs: Tensor
+    block_experts: Tensor
+    num_padded: Tensor
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As kernels take them."""
+        return self.sorted_pairs, self.block_experts, self.num_padded
+
+
+class LayerLaunches:
+    """A layer's launches for one class of token counts: all that does not change from call to call is made here.
+
+    Args:
+        plan: the layer.
+        activation: the experts'.
+        token_class: block sizes, and the token count that contractions are split for.
+        share: of the model's experts that are on this rank.
+    """
+
+    def __init__(self, plan: LayerPlan, activation: Activation, token_class: TokenClass, share: float = 1.0) -> None:
+        self.plan, self.activation = plan, _spec(activation)
+        self.config, self.tokens, self.share = token_class.config, token_class.tokens, share
         # What goes from launch to launch is small beside the weights while tokens are few.
-        self.slab_dtype = torch.float32 if self.tokens <= FEW_TOKENS else x.dtype
-        # The interpreter's bf16 products are wrong, so there all are taken in fp32.
-        self.dot = tl.float32 if triton.knobs.runtime.interpret else TRITON_DTYPES[x.dtype]
+        self.few = token_class.tokens <= FEW_TOKENS
+        self.top_k, self.dtype = 0, torch.float32
+        self.kept: dict[object, Any] = {}
 
-    def hidden(self, topk_weights: Tensor, activation: Activation) -> Tensor:
-        """``[P, I]``: launches 2 and 3."""
-        plan, blocks = self.plan, self.config.hidden
-        size_i, size_h = plan.intermediate, plan.hidden
-        jobs: list[_Job] = []
-        for side in (plan.gate, plan.up):
-            if side.center is not None:
-                spec = ProductSpec(False, 1, 1, False, True, size_i, size_h, 1)
-                jobs.append(_Job(self.x, size_h, side.center, spec))
-            if side.factors is not None:
-                spec = ProductSpec(True, self.top_k, 1, False, True, side.factors.rank, size_h, 1)
-                jobs.append(_Job(self.x, size_h, side.factors.v, spec))
-        slabs = iter(self.products(jobs, self.config.first))
-        sides: list[tuple[Side, SideSpec]] = []
-        for side in (plan.gate, plan.up):
-            center = None if side.center is None else next(slabs)
-            shrunk = None if side.factors is None else next(slabs)
-            rank = 0 if side.factors is None else side.factors.rank
-            splits = (0 if center is None else len(center), rank, 0 if shrunk is None else len(shrunk))
-            sides.append((Side(center, shrunk, side.bias), SideSpec(*splits, side.bias_stride)))
-        (gate, gate_spec), (up, up_spec) = sides
-        factors = plan.gate.factors, plan.up.factors
-        hidden = torch.empty(self.pairs, size_i, dtype=self.x.dtype, device=self.x.device)
-        _hidden_kernel[(self.m_blocks * triton.cdiv(size_i, blocks.n),)](
-            self.x,
-            hidden,
-            topk_weights,
-            self.routing,
-            self.pairs,
-            self.tokens,
-            self.m_blocks,
-            gate,
-            gate_spec,
-            *(plan.gate.tile or NOTHING),
-            *(NOTHING if factors[0] is None else factors[0].u),
-            up,
-            up_spec,
-            *(plan.up.tile or NOTHING),
-            *(NOTHING if factors[1] is None else factors[1].u),
-            SHARED_U=factors[0] is not None and factors[1] is not None and factors[0].part == factors[1].part,
-            SIZE_H=size_h,
-            SIZE_I=size_i,
-            ACTIVATION=_spec(activation),
-            **self.launch_options(blocks),
+    def __call__(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None = None) -> Tensor:
+        """One call.
+
+        Args:
+            x: ``[T, H]``, fp32, bf16 or fp16; this and the next two as ``checked`` gives them.
+            topk_weights: fp32 ``[T, K]``.
+            topk_ids: global expert ids, int32 ``[T, K]``; negative ones are skipped.
+            expert_map: int32 ``[E]`` global -> local, -1 elsewhere; None when all experts are here.
+        Returns:
+            ``[T, H]``, x's dtype, fresh.
+        """
+        if topk_ids.numel() == 0:
+            return torch.zeros_like(x)
+        return self.call(x, topk_weights, topk_ids, expert_map).run()
+
+    def call(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None) -> "_Call":
+        """One call, its pairs sorted."""
+        if (topk_ids.shape[1], x.dtype) != (self.top_k, self.dtype):
+            self._prepare(topk_ids.shape[1], x.dtype)
+        return _Call(self, x, topk_weights, topk_ids, expert_map)
+
+    def _prepare(self, top_k: int, dtype: torch.dtype) -> None:
+        """Products of each launch, and into how many slabs they are split."""
+        self.top_k, self.dtype = top_k, dtype
+        self.kept.clear()
+        self.slab_dtype = torch.float32 if self.few else dtype
+        # The interpreter's bf16 products are wrong, so there all are taken in fp32.
+        self.dot = tl.float32 if triton.knobs.runtime.interpret else TRITON_DTYPES[dtype]
+        size_i, size_h = self.plan.intermediate, self.plan.hidden
+        self.first: list[_Products] = []
+        self.shrink: list[_Products] = []
+        self.last: list[_Products] = []
+        self.sides: list[tuple[Plan, Plan]] = []
+        self.centers = tuple(
+            next((side.center for side in sides if side.center is not None), None)
+            for sides in zip(*((group.gate, group.up, group.down) for group in self.plan.groups), strict=True)
         )
+        for number, group in enumerate(self.plan.groups):
+            centers = [
+                _Job(center, ProductSpec(False, 1, True), Product(size_h, size_i, size_h, size_i, size_h))
+                for center in self.centers[:2]
+                if center is not None and number == 0
+            ]
+            pairs = [
+                _Job(f.v, ProductSpec(True, top_k, True), Product(size_h, f.width, size_h, f.rank, size_h))
+                for f in (group.gate.factors, group.up.factors)
+                if f is not None
+            ]
+            # Pairs' products are the next one's A, where a sum of slabs would stop the pipeline: not split.
+            self.first.append(self._split(centers, pairs, self.config.first, group, split_pairs=False))
+            pairs, shrinks = [], []
+            if group.down.tile is not None:
+                product = Product(size_i, size_h, size_i, size_i, size_h)
+                pairs.append(_Job(group.down.tile, ProductSpec(True, 1, False), product))
+            if (f := group.down.factors) is not None:
+                product = Product(size_i, f.width, size_i, size_i, f.columns)
+                shrinks.append(_Job(f.u, ProductSpec(True, 1, False), product))
+                pairs.append(_Job(f.v, ProductSpec(True, 1, False), Product(f.width, size_h, f.width, f.rank, size_h)))
+            self.shrink.append(_Products(shrinks, self.config.shrink))
+            center = self.centers[2] if number == 0 else None
+            product = Product(size_i, size_h, size_i, size_i, size_h)
+            centers = [] if center is None else [_Job(center, ProductSpec(False, 1, False), product)]
+            self.last.append(self._split(centers, pairs, self.config.last, group, split_pairs=True))
+        self._even_out()
+
+    def _split(
+        self, centers: list[_Job], pairs: list[_Job], blocks: Blocks, group: GroupPlan, *, split_pairs: bool
+    ) -> _Products:
+        """Each job's splits and first slab, for about as many programs as are wanted."""
+        jobs = [*centers, *pairs]
+        grids = [self._blocks(job, group) * triton.cdiv(job.product.n, blocks.n) for job in jobs]
+        wanted = triton.next_power_of_2(max(1, self.config.programs // max(1, sum(grids))))
+        made, slab = [], 0
+        for job in jobs:
+            splits = min(wanted, MAX_SPLITS, _power_below(triton.cdiv(job.product.k, blocks.k)))
+            if not job.spec.routed:
+                made.append(_Job(job.weight, job.spec, job.product, splits))
+                continue
+            splits = splits if split_pairs else 1
+            made.append(_Job(job.weight, job.spec, job.product, splits, slab if split_pairs else 0))
+            slab += splits
+        return _Products(made, blocks)
+
+    def _blocks(self, job: _Job, group: GroupPlan) -> int:
+        """Blocks of rows that a job of this class has, as far as tokens spread evenly over experts."""
+        if not job.spec.routed:
+            return -(-self.tokens // self.config.block_m)
+        pairs = self.tokens * self.top_k * self.share * group.experts / max(1, self.plan.experts)
+        return max_blocks(max(1, round(pairs)), self.config.block_m, max(1, group.experts))
+
+    def _even_out(self) -> None:
+        """Every group's pairs have as many slabs as those of the one with most: a split without steps gives zeros."""
+        self.pair_slabs = max(products.slabs for products in self.last)
+        for number, products in enumerate(self.last):
+            missing = self.pair_slabs - products.slabs
+            if not products.slabs or not missing:
+                continue
+            jobs = list(products.jobs)
+            last = jobs[-1]
+            jobs[-1] = _Job(last.weight, last.spec, last.product, last.splits + missing, last.slab)
+            self.last[number] = _Products(jobs, products.blocks)
+
+    def launch(self, key: object, kernel: Any, grid: tuple[int, int, int], *arguments: object, **options: int) -> None:
+        """Launch, by Triton's own dispatch the first time, then as it was compiled."""
+        compiled = self.kept.get(key)
+        if compiled is None:
+            self.kept[key] = kernel[grid](*arguments, **options)
+        else:
+            compiled[grid](*arguments)
+
+
+class _Call:
+    """One call: tensors, routing and counts that its launches share."""
+
+    def __init__(
+        self,
+        launches: LayerLaunches,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        expert_map: Tensor | None,
+    ) -> None:
+        self.launches, self.plan, self.x = launches, launches.plan, x
+        self.topk_weights, self.topk_ids, self.expert_map = topk_weights, topk_ids, expert_map
+        self.tokens, self.pairs = len(x), topk_ids.numel()
+        self.routings = [self._align(number, group) for number, group in enumerate(self.plan.groups)]
+
+    def run(self) -> Tensor:
+        """``[T, H]``."""
+        launches, plan = self.launches, self.plan
+        hidden = self.hidden()
+        shrunk = [self.shrink(number, hidden) for number in range(len(plan.groups))]
+        mixed = None
+        if launches.centers[2] is not None:
+            mixed = self.empty(self.tokens, plan.intermediate)
+            self.combine("mix", mixed, hidden, 1, None, 0, pair_map=self._several(plan.summed))
+        return self.down(hidden, mixed, shrunk)
+
+    def _align(self, number: int, group: GroupPlan) -> _Routing:
+        own = self.expert_map if group.expert_map is None else group.expert_map
+        launch = partial(self.launches.launch, ("align", number, own is None))
+        return _Routing(*align(self.topk_ids, self.launches.config.block_m, group.experts, own, launch))
+
+    def hidden(self) -> Tensor:
+        """``[P, I]``: launches 2 and 3."""
+        hidden = self.empty(self.pairs, self.plan.intermediate)
+        centers: list[Tensor | None] = [None, None]
+        for number, group in enumerate(self.plan.groups):
+            products = self.launches.first[number]
+            outs = [self._out(job) for job in products.jobs]
+            self.products("first", number, products, [self.x] * len(outs), outs)
+            made = iter(outs)
+            if number == 0:
+                centers = [None if center is None else next(made) for center in self.launches.centers[:2]]
+            shrunk = [None if side.factors is None else next(made) for side in (group.gate, group.up)]
+            self._hidden(number, hidden, centers, shrunk)
         return hidden
 
-    def down(self, hidden: Tensor, topk_weights: Tensor) -> Tensor:
-        """``[T, H]``: launches 4 to 6."""
-        plan = self.plan.down
-        size_i, size_h = self.plan.intermediate, self.plan.hidden
-        pair_jobs: list[_Job] = []
-        if plan.tile is not None:
-            spec = ProductSpec(True, 1, 1, False, False, size_h, size_i, 1)
-            pair_jobs.append(_Job(hidden, size_i, plan.tile, spec))
-        if plan.factors is not None:
-            rank = plan.factors.rank
-            spec = ProductSpec(True, 1, 1, False, False, rank, size_i, 1)
-            (shrunk,) = self.products([_Job(hidden, size_i, plan.factors.u, spec)], self.config.shrink)
-            spec = ProductSpec(True, 1, len(shrunk), False, False, size_h, rank, 1)
-            pair_jobs.append(_Job(shrunk, rank, plan.factors.v, spec))
-        token_jobs = [] if plan.center is None else [self._center_down(hidden, plan.center)]
-        slabs = self.products([*pair_jobs, *token_jobs], self.config.last, joined=len(pair_jobs))
-        out = torch.empty_like(self.x)
-        pair_slabs = slabs[0] if pair_jobs else None
-        self.combine(out, pair_slabs, slabs[-1] if token_jobs else None, topk_weights)
-        return out
-
-    def _center_down(self, hidden: Tensor, center: Weight) -> _Job:
-        """The center's down product of each token's summed ``hidden``."""
-        size_i, size_h = self.plan.intermediate, self.plan.hidden
-        if self.tokens <= FEW_TOKENS:
-            # summed by every program that reads it: cheaper than a launch
-            spec = ProductSpec(False, 1, self.top_k, True, False, size_h, size_i, 1)
-            return _Job(hidden, self.top_k * size_i, center, spec)
-        mixed = torch.empty(self.tokens, size_i, dtype=hidden.dtype, device=hidden.device)
-        self.combine(mixed, hidden[None], None)
-        return _Job(mixed, size_i, center, ProductSpec(False, 1, 1, False, False, size_h, size_i, 1))
-
-    def products(self, jobs: list[_Job], blocks: Blocks, joined: int = 0) -> list[Tensor]:
-        """One launch; slabs ``[splits, rows, n]`` of each job, those of the first ``joined`` in one tensor."""
-        if not jobs:
-            return []
-        grids = [self._blocks(job) * triton.cdiv(job.spec.n, blocks.n) for job in jobs]
-        # powers of two: every other number is compiled anew
-        wanted = triton.next_power_of_2(max(1, self.config.programs // sum(grids)))
-        splits = [min(wanted, MAX_SPLITS, _power_below(triton.cdiv(job.spec.k, blocks.k))) for job in jobs]
-        groups = [splits[:joined], *([split] for split in splits[joined:])] if joined else [[s] for s in splits]
-        heads = [jobs[0], *jobs[joined:]] if joined else jobs
-        made = [self._slabs(sum(group), head) for group, head in zip(groups, heads, strict=True)]
-        views = [view for slabs, group in zip(made, groups, strict=True) for view in slabs.split(group)]
-        arguments: list[object] = []
-        ends = [0]
-        for job, view, split, grid in zip(jobs, views, splits, grids, strict=True):
-            arguments += [Product(job.a, job.a_stride, view), job.spec._replace(splits=split), *job.weight]
-            ends.append(ends[-1] + grid * split)
-        arguments += [None] * (4 * MAX_PRODUCTS - len(arguments))
-        firsts = [*ends[1:], *([ends[-1]] * MAX_PRODUCTS)][: MAX_PRODUCTS - 1]
-        _products_kernel[(ends[-1],)](
-            self.routing,
+    def _hidden(self, number: int, hidden: Tensor, centers: list[Tensor | None], shrunk: list[Tensor | None]) -> None:
+        launches, group, routing = self.launches, self.plan.groups[number], self.routings[number]
+        blocks, sides = launches.config.hidden, (group.gate, group.up)
+        # One group may hold the center in its tiles, the next not.
+        centers = [slabs if side.center is not None else None for side, slabs in zip(sides, centers, strict=True)]
+        m_blocks = len(routing.block_experts)
+        static: list[object] = []
+        for side, slabs in zip(sides, centers, strict=True):
+            factors, bias = side.factors, side.bias
+            splits = 0 if slabs is None else len(slabs)
+            static += [SideSpec(splits, factors is not None, 0 if bias is None else bias.stride(0))]
+            static += side.tile or NOTHING
+            static += (None, *NOTHING) if factors is None else (Rank(factors.width, factors.columns), *factors.u)
+        gate, up = group.gate.factors, group.up.factors
+        launches.launch(
+            ("hidden", number),
+            _hidden_kernel,
+            (m_blocks * triton.cdiv(self.plan.intermediate, blocks.n), 1, 1),
+            self.x,
+            hidden,
+            self.topk_weights,
+            *routing.arguments,
             self.pairs,
             self.tokens,
-            self.m_blocks,
-            *firsts,
-            *arguments,
-            **self.launch_options(blocks),
+            m_blocks,
+            *centers,
+            *shrunk,
+            group.gate.bias,
+            group.up.bias,
+            *static,
+            gate is not None and up is not None and gate.part == up.part,
+            launches.top_k,
+            self.plan.hidden,
+            self.plan.intermediate,
+            launches.activation,
+            launches.config.block_m,
+            blocks.n,
+            blocks.k,
+            launches.dot,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
         )
-        return made
 
-    def launch_options(self, blocks: Blocks) -> dict[str, object]:
-        """Sizes that every kernel of products takes."""
-        return {
-            "TOP_K": self.top_k,
-            "BLOCK_M": self.config.block_m,
-            "BLOCK_N": blocks.n,
-            "BLOCK_K": blocks.k,
-            "DOT": self.dot,
-            "num_warps": blocks.warps,
-            "num_stages": blocks.stages,
-        }
+    def shrink(self, number: int, hidden: Tensor) -> Tensor | None:
+        """``a U`` of a group: launch 4."""
+        products = self.launches.shrink[number]
+        if not products.jobs:
+            return None
+        out = self._out(products.jobs[0])
+        self.products("shrink", number, products, [hidden], [out])
+        return out
 
-    def _slabs(self, count: int, job: _Job) -> Tensor:
-        rows = self.pairs if job.spec.routed else self.tokens
-        return torch.empty(count, rows, job.spec.n, dtype=self.slab_dtype, device=self.x.device)
+    def down(self, hidden: Tensor, mixed: Tensor | None, shrunk: list[Tensor | None]) -> Tensor:
+        """``[T, H]``: launches 6 and 7."""
+        launches, plan = self.launches, self.plan
+        size_h = plan.hidden
+        pair_slabs = token_slabs = None
+        if launches.pair_slabs:
+            pair_slabs = self.empty(launches.pair_slabs, self.pairs, size_h, dtype=launches.slab_dtype)
+        for number, products in enumerate(launches.last):
+            sources: list[Tensor | None] = []
+            outs: list[Tensor | None] = []
+            for job in products.jobs:
+                if not job.spec.routed:
+                    token_slabs = self._out(job)
+                    sources.append(mixed)
+                    outs.append(token_slabs)
+                else:
+                    factors = plan.groups[number].down.factors
+                    sources.append(shrunk[number] if factors is not None and job.weight is factors.v else hidden)
+                    outs.append(pair_slabs)
+            self.products("last", number, products, sources, outs)
+        out = torch.empty_like(self.x)
+        token_count = 0 if token_slabs is None else len(token_slabs)
+        self.combine(
+            "combine",
+            out,
+            pair_slabs,
+            launches.pair_slabs,
+            token_slabs,
+            token_count,
+            pair_map=self._several(plan.paired),
+            bias=plan.down_bias,
+        )
+        return out
 
-    def _blocks(self, job: _Job) -> int:
-        return self.m_blocks if job.spec.routed else triton.cdiv(self.tokens, self.config.block_m)
+    def products(
+        self,
+        name: str,
+        number: int,
+        products: _Products,
+        sources: Sequence[Tensor | None],
+        outs: Sequence[Tensor | None],
+    ) -> None:
+        """One launch, or none where there is no job."""
+        if not products.jobs:
+            return
+        launches, blocks, block_m = self.launches, products.blocks, self.launches.config.block_m
+        routing = self.routings[number]
+        m_blocks = len(routing.block_experts)
+        token_blocks = triton.cdiv(self.tokens, block_m)
+        arguments: list[object] = []
+        ends: list[int] = []
+        end = 0
+        for job, source, out in zip(products.jobs, sources, outs, strict=True):
+            arguments += (source, out, job.product, job.spec, *job.weight)
+            rows = m_blocks if job.spec.routed else token_blocks
+            end += rows * triton.cdiv(job.product.n, blocks.n) * job.splits
+            ends.append(end)
+        missing = MAX_PRODUCTS - len(ends)
+        launches.launch(
+            (name, number),
+            _products_kernel,
+            (end, 1, 1),
+            *routing.arguments,
+            self.pairs,
+            self.tokens,
+            m_blocks,
+            *[*ends, *([end] * missing)][: MAX_PRODUCTS - 1],
+            *(job.splits for job in products.jobs),
+            *([0] * missing),
+            *(job.slab for job in products.jobs),
+            *([0] * missing),
+            *arguments,
+            *([None] * 6 * missing),
+            block_m,
+            blocks.n,
+            blocks.k,
+            launches.dot,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+        )
 
     def combine(
         self,
+        name: str,
         out: Tensor,
-        pair_slabs: Tensor | None,
-        token_slabs: Tensor | None,
-        topk_weights: Tensor | None = None,
+        pairs: Tensor | None,
+        pair_slabs: int,
+        whole: Tensor | None,
+        token_slabs: int,
+        *,
+        pair_map: Tensor | None,
+        bias: Tensor | None = None,
     ) -> None:
-        """Sum into ``out`` ``[T, N]``: slabs ``[S, P, N]`` over a token's pairs, ``[S, T, N]``.
-
-        With ``topk_weights`` ``[T, K]`` also the experts' biases of down, where they have some.
-        """
-        size_n = out.shape[1]
-        down = self.plan.down
-        _combine_kernel[(self.tokens, triton.cdiv(size_n, COMBINE_COLUMNS))](
+        """Sum into ``out`` ``[T, N]``: slabs ``[S, P, N]`` over a token's pairs, ``[S, T, N]``, weighted biases."""
+        launches, size_n = self.launches, out.shape[1]
+        launches.launch(
+            (name, self.expert_map is None),
+            _combine_kernel,
+            (self.tokens, triton.cdiv(size_n, COMBINE_COLUMNS), 1),
             out,
-            pair_slabs,
-            token_slabs,
-            down.bias,
-            topk_weights,
-            self.routing.topk_ids,
-            self.routing.expert_map,
+            pairs,
+            whole,
+            bias,
+            self.topk_weights,
+            self.topk_ids,
+            pair_map,
+            # of several groups the biases lie by global expert
+            self.expert_map if len(self.plan.groups) == 1 else None,
             self.pairs,
             self.tokens,
-            N=size_n,
-            PAIR_SLABS=0 if pair_slabs is None else len(pair_slabs),
-            TOKEN_SLABS=0 if token_slabs is None else len(token_slabs),
-            BIAS_STRIDE=0 if topk_weights is None else down.bias_stride,
-            TOP_K=self.top_k,
-            CHOICES=triton.next_power_of_2(self.top_k),
-            BLOCK_N=COMBINE_COLUMNS,
+            size_n,
+            pair_slabs,
+            token_slabs,
+            0 if bias is None else bias.stride(0),
+            launches.top_k,
+            triton.next_power_of_2(launches.top_k),
+            COMBINE_COLUMNS,
             num_warps=4,
         )
+
+    def _out(self, job: _Job) -> Tensor:
+        """Slabs of a product of tokens; of pairs the next product's A, in the model's dtype."""
+        if job.spec.routed:
+            return self.empty(self.pairs, job.product.n)
+        return self.empty(job.splits, self.tokens, job.product.n, dtype=self.launches.slab_dtype)
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Fresh memory on x's device, in its dtype if no other is given."""
+        return torch.empty(shape, dtype=dtype or self.x.dtype, device=self.x.device)
+
+    def _several(self, own: Tensor | None) -> Tensor | None:
+        """The layer's own map of some of its experts, or the caller's."""
+        return self.expert_map if own is None else own
 
 
 def _spec(activation: Activation) -> ActivationSpec:

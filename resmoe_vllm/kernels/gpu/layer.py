@@ -1,5 +1,6 @@
 """A compressed layer for the Triton kernels: parameters to pointers, sizes by token count (launches.py runs it)."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -8,9 +9,10 @@ from torch import Tensor
 from compress_tools.errors import KernelUnsupportedError
 from compress_tools.format.schema import Projection
 from resmoe_vllm.kernels.activation import Activation
-from resmoe_vllm.kernels.gpu.block_sizes import pick_config
-from resmoe_vllm.kernels.gpu.launches import Factors, LayerPlan, Plan, Weight, run_plan
-from resmoe_vllm.kernels.gpu.tiles import PLAIN, Tile, TileSpec, octets_view, window_levels
+from resmoe_vllm.kernels.gpu.block_sizes import HOPPER_SHARED, TokenClass, class_of, invariant_class, token_classes
+from resmoe_vllm.kernels.gpu.launches import LayerLaunches, checked
+from resmoe_vllm.kernels.gpu.plans import Factors, GroupPlan, LayerPlan, Plan, Weight
+from resmoe_vllm.kernels.gpu.tiles import PLAIN, Tile, TileSpec, column_pointers, octets_view, window_levels
 from resmoe_vllm.weights.bound import (
     BitmapWeights,
     Coded,
@@ -20,27 +22,60 @@ from resmoe_vllm.weights.bound import (
     ResMoEWeights,
     RowBitmapWeights,
 )
+from resmoe_vllm.weights.layer_loader import BoundGroup
 
 
-def plan_layer(weights: ResMoEWeights, restore: bool) -> LayerPlan:
+def plan_layer(groups: Sequence[BoundGroup], *, restore: bool) -> LayerPlan:
     """Weights to pointers; with ``restore``, decoded tiles hold the center.
 
     Raises:
         KernelUnsupportedError: one expert's matrix is too large for 32-bit offsets.
     """
-    if 3 * weights.intermediate_size * weights.hidden_size >= 2**31:
+    size_i, size_h = groups[0].weights.intermediate_size, groups[0].weights.hidden_size
+    if 3 * size_i * size_h >= 2**31:
         raise KernelUnsupportedError(
             f"resmoe's GPU kernels take experts of up to 2**31 weights, not three of "
-            f"[{weights.intermediate_size}, {weights.hidden_size}]; use tensor parallelism"
+            f"[{size_i}, {size_h}]; use tensor parallelism"
         )
-    return LayerPlan(
-        _plan(weights, "gate_proj", restore),
-        _plan(weights, "up_proj", restore),
-        _plan(weights, "down_proj", restore),
-        weights.num_experts,
-        weights.intermediate_size,
-        weights.hidden_size,
+    plans = tuple(
+        GroupPlan(
+            _plan(group.weights, "gate_proj", restore),
+            _plan(group.weights, "up_proj", restore),
+            _plan(group.weights, "down_proj", restore),
+            group.weights.num_experts,
+            group.expert_map,
+        )
+        for group in groups
     )
+    return LayerPlan(
+        plans,
+        size_i,
+        size_h,
+        _down_bias(groups),
+        _map_of([plan for plan in plans if plan.down.center is not None], plans),
+        _map_of([plan for plan in plans if plan.down.per_pair], plans),
+    )
+
+
+def _map_of(some: Sequence[GroupPlan], every: Sequence[GroupPlan]) -> Tensor | None:
+    """0 for the experts of some groups, -1 for all others; None where those are all, or none."""
+    maps = [group.expert_map for group in some if group.expert_map is not None]
+    if len(some) == len(every) or not maps:
+        return None
+    return torch.stack(maps).amax(0).clamp(max=0)
+
+
+def _down_bias(groups: Sequence[BoundGroup]) -> Tensor | None:
+    """``[E, H]``; of several groups by global expert, zeros where it is not here."""
+    biases = [group.weights.biases.get("down_proj") for group in groups]
+    if len(groups) == 1 or biases[0] is None:
+        return biases[0]
+    total: Tensor | None = None
+    for group, bias in zip(groups, biases, strict=True):
+        if bias is not None and group.expert_map is not None:
+            here = torch.where((group.expert_map >= 0)[:, None], bias[group.expert_map.clamp(min=0).long()], 0)
+            total = here if total is None else total + here
+    return total
 
 
 def _plan(weights: ResMoEWeights, projection: Projection, restore: bool) -> Plan:
@@ -49,47 +84,88 @@ def _plan(weights: ResMoEWeights, projection: Projection, restore: bool) -> Plan
     factors = None
     for number, part in enumerate(weights.residual):
         if isinstance(part, LowRankWeights) and projection in part.projections:
-            factors = Factors(rows_tile(part.u), rows_tile(part.v[projection]), part.rank, number)
+            columns, u = _whole_rows(part.u)
+            factors = Factors(rows_tile(u), rows_tile(part.v[projection]), part.rank, columns, number)
     tile = sum_tile(None, parts, projection)
-    bias = weights.biases.get(projection)
+    bias = None if projection == "down_proj" else weights.biases.get(projection)
     if tile is not None and restore:
         return Plan(None, sum_tile(center, parts, projection), factors, bias)
     return Plan(sum_tile(center, [], projection), tile, factors, bias)
 
 
+def _whole_rows(u: Matrix) -> tuple[int, Matrix]:
+    """U's columns in memory, and U with all of them: behind a rank of plain values there may be zeros."""
+    if isinstance(u, Coded):
+        return u.shape[-1], u
+    columns = u.stride(-2)
+    return columns, u.as_strided((*u.shape[:-1], columns), u.stride(), u.storage_offset())
+
+
 class GpuKernel:
-    """One layer, or group of experts, bound to pointers, once with and once without the center in decoded tiles.
+    """One layer bound to pointers, once with and once without the center in decoded tiles.
 
     Args:
-        weights: in one dtype or codes, all on one GPU.
+        groups: those of the layer's experts, in one dtype or codes, all on one GPU.
         activation: the experts'.
+        batch_invariant: a token's bits must not depend on its batch.
     """
 
-    def __init__(self, weights: ResMoEWeights, activation: Activation) -> None:
-        self._weights, self._activation = weights, activation
-        self._plans = {restore: plan_layer(weights, restore) for restore in (False, True)}
+    def __init__(self, groups: Sequence[BoundGroup], activation: Activation, *, batch_invariant: bool = False) -> None:
+        self._activation, self._batch_invariant = activation, batch_invariant
+        self._coders = frozenset[str]().union(*(group.weights.coders for group in groups))
+        self._plans = {restore: plan_layer(groups, restore=restore) for restore in (False, True)}
+        self._classes: dict[tuple[int, int, torch.dtype], tuple[tuple[TokenClass, ...], list[LayerLaunches]]] = {}
 
     def __call__(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None = None) -> Tensor:
         """See ``fused_moe_ref``; products in x's dtype, sums in fp32."""
-        weights = self._weights
-        config = pick_config(
-            len(x),
-            topk_ids.shape[1],
-            weights.num_experts,
-            weights.hidden_size,
-            weights.intermediate_size,
-            device_name(x.device),
-            x.dtype,
-            weights.coders,
-        )
-        plan = self._plans[config.restore]
-        return run_plan(x, topk_weights, topk_ids, plan, self._activation, expert_map, config)
+        x, topk_weights, topk_ids = checked(x, topk_weights, topk_ids, self._plans[False], self._activation)
+        classes, launches = self._launches(topk_ids.shape[1], x, expert_map)
+        return launches[class_of(classes, len(x))](x, topk_weights, topk_ids, expert_map)
+
+    def warm_up(self, top_k: int, dtype: torch.dtype, device: torch.device, expert_map: Tensor | None) -> None:
+        """Compile, and keep, all that any number of tokens will launch: one token in each class."""
+        x = torch.zeros(1, self._plans[False].hidden, dtype=dtype, device=device)
+        weights = torch.zeros(1, top_k, device=device)
+        ids = torch.arange(top_k, dtype=torch.int32, device=device)[None]
+        for launches in self._launches(top_k, x, expert_map)[1]:
+            launches(x, weights, ids, expert_map)
+
+    def _launches(
+        self, top_k: int, x: Tensor, expert_map: Tensor | None
+    ) -> tuple[tuple[TokenClass, ...], list[LayerLaunches]]:
+        """Classes of T and the launches of each."""
+        plan = self._plans[False]
+        own_map = plan.groups[0].expert_map if expert_map is None else expert_map
+        experts = plan.experts if own_map is None else len(own_map)
+        key = top_k, experts, x.dtype
+        if key not in self._classes:
+            if self._batch_invariant:
+                classes: tuple[TokenClass, ...] = (invariant_class(self._coders, x.dtype, shared_memory(x.device)),)
+            else:
+                sizes = plan.hidden, plan.intermediate, device_name(x.device)
+                classes = token_classes(top_k, experts, *sizes, x.dtype, self._coders, shared_memory(x.device))
+            share = plan.experts / experts
+            self._classes[key] = (
+                classes,
+                [LayerLaunches(self._plans[one.config.restore], self._activation, one, share) for one in classes],
+            )
+        return self._classes[key]
 
 
 @cache
 def device_name(device: torch.device) -> str:
     """As vLLM's files of tuned sizes have it, with spaces; ``cpu`` in Triton's interpreter."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block may use; in Triton's interpreter as many as an H100's."""
+    if device.type != "cuda":
+        return HOPPER_SHARED
+    properties = torch.cuda.get_device_properties(device)
+    # ROCm's builds of torch say the first alone.
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
 def rows_tile(own: Matrix) -> Weight:
@@ -132,6 +208,7 @@ def sum_tile(
 
 def _add_bitmap(tile: Tile, spec: TileSpec, part: BitmapWeights | RowBitmapWeights, projection: Projection) -> Weight:
     mask = part.mask[projection]
+    pointers = None if projection != "down_proj" else column_pointers(mask)
     row_ptr = starts = None
     row_stride = 0
     if isinstance(part, RowBitmapWeights):
@@ -142,12 +219,14 @@ def _add_bitmap(tile: Tile, spec: TileSpec, part: BitmapWeights | RowBitmapWeigh
     scales = None if part.scales is None else part.scales[projection]
     tile = tile._replace(
         mask=mask,
-        words=mask.view(torch.int32),
+        pointers=pointers,
         row_ptr=row_ptr,
         kept_values=values,
         starts=starts,
         value_scales=scales,
+        row_stride=row_stride,
         mask_stride=mask.stride(0),
+        pointers_stride=_stride(pointers),
         row_ptr_stride=_stride(row_ptr),
         values_stride=0 if starts is not None else values.stride(0),
         starts_stride=_stride(starts),
@@ -156,7 +235,7 @@ def _add_bitmap(tile: Tile, spec: TileSpec, part: BitmapWeights | RowBitmapWeigh
     spec = spec._replace(
         value_bits=part.value_bits or PLAIN,
         value_group=part.group_size or 0,
-        row_stride=row_stride,
+        by_row=row_stride > 0,
     )
     return tile, spec
 

@@ -16,11 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compress_tools.format.packing import mask_row_counts
 from compress_tools.format.trellis import STATE_BITS, STATES, state_levels
 
 # What a ``*_bits`` of ``TileSpec`` says of values that are no codes.
 PLAIN = 16
 _PLAIN = tl.constexpr(PLAIN)
+# Columns of a bitmap for which there is one pointer; ``kept_before`` has it, too.
+POINTER_COLUMNS = 64
 
 
 class Tile(NamedTuple):
@@ -30,8 +33,10 @@ class Tile(NamedTuple):
         center: ``[rows, columns]``, or codes uint8 ``[rows, bytes]``, with ``center_scales`` bfloat16; of trellis codes
             with ``center_levels``, ``window_levels``.
         own: ``[E, rows, columns]``, or codes, with ``own_scales`` and ``own_levels``.
-        mask: uint8 ``[E, rows, mask bytes]``; ``words`` is the same memory as int32.
-        row_ptr: int32 ``[E, rows]``; None where every row holds equally many values.
+        mask: uint8 ``[E, rows, mask bytes]``.
+        pointers: int16 or int32 ``[E, rows, ceil(columns / 64)]``: a row's kept values left of each 64 columns; only
+            where blocks of columns are read by themselves.
+        row_ptr: int32 ``[E, rows]``; None where every row holds equally many values, ``row_stride``.
         kept_values: of every expert, or codes (Triton's own tuples have ``values``); packed where ``starts`` is
             given, int64 ``[E]``.
         value_scales: bfloat16 ``[E, rows, groups]``.
@@ -46,12 +51,14 @@ class Tile(NamedTuple):
     own_stride: int = 0
     own_scales_stride: int = 0
     mask: Tensor | None = None
-    words: Tensor | None = None
+    pointers: Tensor | None = None
     row_ptr: Tensor | None = None
     kept_values: Tensor | None = None
     starts: Tensor | None = None
     value_scales: Tensor | None = None
+    row_stride: int = 0
     mask_stride: int = 0
+    pointers_stride: int = 0
     row_ptr_stride: int = 0
     values_stride: int = 0
     starts_stride: int = 0
@@ -66,7 +73,7 @@ class TileSpec(NamedTuple):
             share a scale, 0 for the whole row.
         own_bits: likewise.
         value_bits: likewise, of the bitmap's values.
-        row_stride: from one row of a bitmap's own values to the next, in values; 0 where ``row_ptr`` says.
+        by_row: a bitmap's rows hold ``row_stride`` values each; else ``row_ptr`` says where one begins.
     """
 
     center_bits: int = 0
@@ -75,7 +82,18 @@ class TileSpec(NamedTuple):
     own_group: int = 0
     value_bits: int = 0
     value_group: int = 0
-    row_stride: int = 0
+    by_row: bool = False
+
+
+def column_pointers(mask: Tensor) -> Tensor:
+    """``Tile.pointers`` of a mask ``[E, rows, mask bytes]``, whose rows end with whole pointers' columns."""
+    places = mask.shape[2] // (POINTER_COLUMNS // 8)
+    dtype = torch.int16 if places * POINTER_COLUMNS < 2**15 else torch.int32
+    pointers = torch.empty(*mask.shape[:2], places, dtype=dtype, device=mask.device)
+    for own, of in zip(pointers, mask, strict=True):
+        counts = mask_row_counts(of.unflatten(1, (-1, POINTER_COLUMNS // 8)))
+        own.copy_(counts.cumsum(1) - counts)
+    return pointers
 
 
 def octets_view(codes: Tensor, bits: int) -> Tensor:
@@ -122,26 +140,26 @@ def _by_octet(c0, c1, c2, c3, c4, c5, c6, c7, ROWS: tl.constexpr, COLUMNS: tl.co
 
 @triton.jit
 def _load_octets(
-    start, rows, row_ok, first_column, BACK: tl.constexpr, BITS: tl.constexpr, NUM_COLUMNS: tl.constexpr,
+    start, rows, row_ok, first_column, BACK: tl.constexpr, BITS: tl.constexpr, num_columns,
     OCTETS: tl.constexpr
 ):  # fmt: skip
     """The codes of each octet in one integer, ``[ROWS, OCTETS]``; with 3 bits the upper plane from bit 16 on.
 
     With ``BACK`` those of that many octets before; before the first lies the last one. Zeros behind the row.
     """
-    ROW: tl.constexpr = (NUM_COLUMNS + 7) // 8
+    row = (num_columns + 7) // 8
     places = first_column // 8 + tl.arange(0, OCTETS)
-    ok = row_ok[:, None] & (places < ROW)[None, :]
+    ok = row_ok[:, None] & (places < row)[None, :]
     for _ in tl.static_range(BACK):
-        places = tl.where(places > 0, places, ROW) - 1
+        places = tl.where(places > 0, places, row) - 1
     if BITS == 3:
-        low = rows[:, None] * (3 * ROW) + 2 * places[None, :]
-        high = rows[:, None] * (3 * ROW) + 2 * ROW + places[None, :]
+        low = rows[:, None] * (3 * row) + 2 * places[None, :]
+        high = rows[:, None] * (3 * row) + 2 * row + places[None, :]
         words = _load_lanes(start, low, ok).to(tl.int32)
         words |= _load_lanes(start, low + 1, ok).to(tl.int32) << 8
         words |= _load_lanes(start, high, ok).to(tl.int32) << 16
     else:
-        words = _load_lanes(start, rows[:, None] * ROW + places[None, :], ok)
+        words = _load_lanes(start, rows[:, None] * row + places[None, :], ok)
     return words
 
 
@@ -175,37 +193,37 @@ def _level(words, before, levels, scale, COLUMN: tl.constexpr, BITS: tl.constexp
 
 @triton.jit
 def _octet_scales(
-    scales, rows, row_ok, first_column, GROUP: tl.constexpr, NUM_COLUMNS: tl.constexpr, OCTETS: tl.constexpr
+    scales, rows, row_ok, first_column, GROUP: tl.constexpr, num_columns, OCTETS: tl.constexpr
 ):  # fmt: skip
     """The scale of each octet, fp32 ``[ROWS, OCTETS]``; of each row, ``[ROWS, 1]``, where GROUP is 0."""
     if GROUP == 0:
         found = tl.load(scales + rows, mask=row_ok, other=0)[:, None]
     else:
-        GROUPS: tl.constexpr = (NUM_COLUMNS + GROUP - 1) // GROUP
+        groups = (num_columns + GROUP - 1) // GROUP
         group = (first_column + tl.arange(0, OCTETS) * 8) // GROUP
-        ok = row_ok[:, None] & (group < GROUPS)[None, :]
-        found = _load_lanes(scales, rows[:, None] * GROUPS + group[None, :], ok)
+        ok = row_ok[:, None] & (group < groups)[None, :]
+        found = _load_lanes(scales, rows[:, None] * groups + group[None, :], ok)
     return found.to(tl.float32)
 
 
 @triton.jit
 def _rows_tile(
     start, scales, levels, rows, row_ok, first_column, BITS: tl.constexpr, GROUP: tl.constexpr,
-    NUM_COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """``[ROWS, COLUMNS]``, plain values in their dtype, codes in fp32. Rows that are not there are 0."""
     if BITS == _PLAIN:
         columns = first_column + tl.arange(0, COLUMNS)
-        ok = row_ok[:, None] & (columns < NUM_COLUMNS)[None, :]
-        tile = tl.load(start + rows[:, None] * NUM_COLUMNS + columns[None, :], mask=ok, other=0)
+        ok = row_ok[:, None] & (columns < num_columns)[None, :]
+        tile = tl.load(start + rows[:, None] * num_columns + columns[None, :], mask=ok, other=0)
     else:
         OCTETS: tl.constexpr = COLUMNS // 8
-        w = _load_octets(start, rows, row_ok, first_column, 0, BITS, NUM_COLUMNS, OCTETS)
-        scale = _octet_scales(scales, rows, row_ok, first_column, GROUP, NUM_COLUMNS, OCTETS)
+        w = _load_octets(start, rows, row_ok, first_column, 0, BITS, num_columns, OCTETS)
+        scale = _octet_scales(scales, rows, row_ok, first_column, GROUP, num_columns, OCTETS)
         if levels is not None:
-            b = _load_octets(start, rows, row_ok, first_column, 1, BITS, NUM_COLUMNS, OCTETS)
+            b = _load_octets(start, rows, row_ok, first_column, 1, BITS, num_columns, OCTETS)
             if BITS == 1:
-                older = _load_octets(start, rows, row_ok, first_column, 2, BITS, NUM_COLUMNS, OCTETS)
+                older = _load_octets(start, rows, row_ok, first_column, 2, BITS, num_columns, OCTETS)
                 b = (b.to(tl.int32) << 8) | older.to(tl.int32)
             tile = _by_octet(
                 _level(w, b, levels, scale, 0, BITS), _level(w, b, levels, scale, 1, BITS),
@@ -249,7 +267,7 @@ def _kept_column(start, numbers, place, scale, shift, COLUMN: tl.constexpr, BITS
 
 @triton.jit
 def _bitmap_tile(
-    t, s: tl.constexpr, expert, rows, row_ok, first_column, before, NUM_COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    t, s: tl.constexpr, expert, rows, row_ok, first_column, before, num_columns, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr
 ):  # fmt: skip
     """``[ROWS, COLUMNS]`` and the rows' kept values up to the tile's end, int32 ``[ROWS]``.
@@ -257,21 +275,21 @@ def _bitmap_tile(
     A value lies at the row's first value + ``before`` + the kept ones of the bytes to the left in the tile + those
     below its bit in its own byte. The last are counted for all eight bits at once, in the nibbles of 32 bits.
     """
-    ROW_BYTES: tl.constexpr = (NUM_COLUMNS + 63) // 64 * 8
+    row_bytes = (num_columns + 63) // 64 * 8
     places = first_column // 8 + tl.arange(0, COLUMNS // 8)
-    ok = row_ok[:, None] & (places < ROW_BYTES)[None, :]
+    ok = row_ok[:, None] & (places < row_bytes)[None, :]
     mask = t.mask + expert * t.mask_stride
-    octets = _load_lanes(mask, rows[:, None] * ROW_BYTES + places[None, :], ok).to(tl.uint32)
+    octets = _load_lanes(mask, rows[:, None] * row_bytes + places[None, :], ok).to(tl.uint32)
     spread = (octets | (octets << 12)) & 0x000F000F
     spread = (spread | (spread << 6)) & 0x03030303
     spread = (spread | (spread << 3)) & 0x11111111  # bit j in nibble j
     counts = spread * 0x11111111  # nibble j: kept among bits 0..j, at most 8
     numbers = counts & (spread * 15)  # and 0 where bit j is not set
     kept = (counts >> 28).to(tl.int32)
-    if s.row_stride == 0:
-        first = tl.load(t.row_ptr + expert * t.row_ptr_stride + rows, mask=row_ok, other=0)
+    if s.by_row:
+        first = rows * t.row_stride
     else:
-        first = rows * s.row_stride
+        first = tl.load(t.row_ptr + expert * t.row_ptr_stride + rows, mask=row_ok, other=0)
     place = (first + before)[:, None] + tl.cumsum(kept, 1) - kept - 1
     values = t.kept_values + expert * t.values_stride
     if t.starts is not None:
@@ -283,7 +301,7 @@ def _bitmap_tile(
         shift = 0.0
     else:
         scales = t.value_scales + expert * t.value_scales_stride
-        scale = _octet_scales(scales, rows, row_ok, first_column, s.value_group, NUM_COLUMNS, COLUMNS // 8)
+        scale = _octet_scales(scales, rows, row_ok, first_column, s.value_group, num_columns, COLUMNS // 8)
         shift = scale * (-((1 << s.value_bits) - 1) / 2)
     tile = _by_octet(
         _kept_column(values, numbers, place, scale, shift, 0, s.value_bits),
@@ -300,28 +318,19 @@ def _bitmap_tile(
 
 
 @triton.jit
-def kept_before(t, expert, rows, row_ok, first_column, NUM_COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    """Kept values of each row left of ``first_column``, a multiple of 32; int32 ``[ROWS]``."""
-    ROW_WORDS: tl.constexpr = (NUM_COLUMNS + 63) // 64 * 2
-    STEP: tl.constexpr = 8
-    row = t.words + expert * (t.mask_stride // 4) + rows[:, None] * ROW_WORDS
-    # counts of two bytes each, so that lanes are summed only once
-    pairs = tl.zeros((ROWS, STEP), tl.uint32)
-    words = first_column // 32
-    for begin in range(0, words, STEP):
-        places = begin + tl.arange(0, STEP)
-        ok = row_ok[:, None] & (places < words)[None, :]
-        v = tl.load(row + places[None, :], mask=ok, other=0).to(tl.uint32, bitcast=True)
-        v = v - ((v >> 1) & 0x55555555)
-        v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
-        v = (v + (v >> 4)) & 0x0F0F0F0F
-        pairs += (v + (v >> 8)) & 0x00FF00FF
-    return tl.sum(((pairs + (pairs >> 16)) & 0xFFFF).to(tl.int32), 1)
+def kept_before(t, expert, rows, row_ok, first_column, num_columns, COLUMNS: tl.constexpr):
+    """Kept values of each row left of ``first_column``, a multiple of COLUMNS; int32, one for each row."""
+    # of a local number: the interpreter's integers can't be divided by a constexpr
+    EVERY: tl.constexpr = 64
+    tl.static_assert(COLUMNS % EVERY == 0, "a block begins where no pointer is")
+    pointers = t.pointers + expert * t.pointers_stride
+    places = rows * tl.cdiv(num_columns, EVERY) + first_column // EVERY
+    return tl.load(pointers + places, mask=row_ok, other=0).to(tl.int32)
 
 
 @triton.jit
 def load_tile(
-    t, s: tl.constexpr, expert, rows, first_column, before, NUM_ROWS: tl.constexpr, NUM_COLUMNS: tl.constexpr,
+    t, s: tl.constexpr, expert, rows, first_column, before, num_rows, num_columns,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr
 ):  # fmt: skip
     """The sum of a weight's terms for one expert.
@@ -330,19 +339,19 @@ def load_tile(
         t: a ``Tile``.
         s: its ``TileSpec``; at least one term.
         expert: int64, row of the parameters.
-        rows: int32 ``[ROWS]``; those from ``NUM_ROWS`` on give 0.
+        rows: int32 ``[ROWS]``; those from ``num_rows`` on give 0.
         first_column: a multiple of COLUMNS, which is a power of two, at least 8.
         before: kept values of each row left of the tile, int32 ``[ROWS]``; only bitmaps use it.
         DOT: dtype of the result. Terms are added in fp32.
     Returns:
         ``[ROWS, COLUMNS]``, finite where no column is there; ``before`` of the next tile.
     """
-    row_ok = rows < NUM_ROWS
+    row_ok = rows < num_rows
     after = before
     if s.center_bits > 0:
         tile = _rows_tile(
             t.center, t.center_scales, t.center_levels, rows, row_ok, first_column, s.center_bits, s.center_group,
-            NUM_COLUMNS, ROWS, COLUMNS
+            num_columns, ROWS, COLUMNS
         )  # fmt: skip
     if s.own_bits > 0:
         scales = t.own_scales
@@ -350,7 +359,7 @@ def load_tile(
             scales += expert * t.own_scales_stride
         own = _rows_tile(
             t.own + expert * t.own_stride, scales, t.own_levels, rows, row_ok, first_column, s.own_bits, s.own_group,
-            NUM_COLUMNS, ROWS, COLUMNS
+            num_columns, ROWS, COLUMNS
         )  # fmt: skip
         if s.center_bits > 0:
             tile = tile.to(tl.float32) + own.to(tl.float32)
@@ -358,7 +367,7 @@ def load_tile(
             tile = own
     if s.value_bits > 0:
         pruned, after = _bitmap_tile(
-            t, s, expert, rows, row_ok, first_column, before, NUM_COLUMNS, ROWS, COLUMNS
+            t, s, expert, rows, row_ok, first_column, before, num_columns, ROWS, COLUMNS
         )  # fmt: skip
         if s.center_bits + s.own_bits > 0:
             tile = tile.to(tl.float32) + pruned.to(tl.float32)

@@ -24,7 +24,8 @@ from benchmarks.harness.shapes import MoEShape
 from benchmarks.kernels.layers import LAYER_MAKERS, make_layer
 from resmoe_vllm.kernels.activation import ACTIVATIONS, SILU, Activation
 from resmoe_vllm.kernels.gpu.block_sizes import default_config
-from resmoe_vllm.kernels.gpu.launches import LayerPlan, Plan, run_plan
+from resmoe_vllm.kernels.gpu.launches import run_plan
+from resmoe_vllm.kernels.gpu.plans import LayerPlan, Plan
 
 # H of a real model, few rows: the code is the same for any I
 SHAPE = MoEShape("compiled", hidden=2048, intermediate=128, experts=4, top_k=2, layers=1)
@@ -49,12 +50,10 @@ def with_biases(plan: LayerPlan, activation: Activation) -> LayerPlan:
     """The plan with biases, and without a gate if the activation has none."""
     inner = torch.zeros(SHAPE.experts, SHAPE.intermediate, dtype=torch.bfloat16)
     outer = torch.zeros(SHAPE.experts, SHAPE.hidden, dtype=torch.bfloat16)
-    return replace(
-        plan,
-        gate=replace(plan.gate, bias=inner) if activation.gated else Plan(None, None, None),
-        up=replace(plan.up, bias=inner),
-        down=replace(plan.down, bias=outer),
-    )
+    (group,) = plan.groups
+    gate = replace(group.gate, bias=inner) if activation.gated else Plan(None, None, None)
+    group = replace(group, gate=gate, up=replace(group.up, bias=inner))
+    return replace(plan, groups=[group], down_bias=outer)
 
 
 def compile_plan(

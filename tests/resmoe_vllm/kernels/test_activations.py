@@ -11,6 +11,7 @@ from resmoe_vllm.kernels.activation import ACTIVATIONS, SILU, Activation, make_a
 from resmoe_vllm.kernels.cpu import native, plain_torch
 from resmoe_vllm.kernels.gpu import layer as gpu_layer
 from resmoe_vllm.kernels.reference import fused_moe_ref
+from resmoe_vllm.weights.layer_loader import BoundGroup
 from tests.resmoe_vllm.kernels.bounds import Precision, assert_within, layer_bound
 from tests.resmoe_vllm.kernels.test_vllm_kernels import (
     DENSE_ACTIVATIONS,
@@ -118,7 +119,9 @@ def test_every_executor_gives_the_reference(name: str, biases: bool, dtype: str)
                 native.NativeKernel(library, weights, activation)(*inputs)
             )
         if not torch.cuda.is_available():
-            found.setdefault(case.x.dtype, []).append(gpu_layer.GpuKernel(weights, activation)(*inputs))
+            found.setdefault(case.x.dtype, []).append(
+                gpu_layer.GpuKernel([BoundGroup(weights, None)], activation)(*inputs)
+            )
         for products, results in found.items():
             limit = layer_bound(*inputs, weights, activation, Precision(products, case.x.dtype))
             for result in results:
@@ -177,7 +180,7 @@ def test_what_is_not_a_number_stays_one(name: str) -> None:
     if library is not None:
         results.append(native.NativeKernel(library, weights, activation)(*inputs))
     if not torch.cuda.is_available():
-        results.append(gpu_layer.GpuKernel(weights, activation)(*inputs))
+        results.append(gpu_layer.GpuKernel([BoundGroup(weights, None)], activation)(*inputs))
     for result in results:
         assert result[0].isnan().all()
         assert result[1].isfinite().all()

@@ -20,10 +20,12 @@ from resmoe_vllm import ops
 from resmoe_vllm.kernels.activation import SILU, Activation
 from resmoe_vllm.kernels.gpu import align, block_sizes, launches
 from resmoe_vllm.kernels.gpu import layer as gpu_layer
-from resmoe_vllm.kernels.gpu.block_sizes import Blocks, Config
+from resmoe_vllm.kernels.gpu.block_sizes import Blocks, Config, TokenClass
+from resmoe_vllm.kernels.gpu.plans import GroupPlan, LayerPlan, Plan
 from resmoe_vllm.kernels.gpu.tiles import Tile, TileSpec
 from resmoe_vllm.kernels.reference import align_ref, combine_ref, fused_moe_ref, hidden_ref, products_ref
 from resmoe_vllm.kernels.routing import local_ids
+from resmoe_vllm.weights.layer_loader import BoundGroup
 from tests.resmoe_vllm.kernels.bounds import Precision, assert_within, hidden_bound, layer_bound, sum_bound
 from tests.resmoe_vllm.kernels.test_vllm_kernels import FLOATS, KINDS, ROUTINGS, SIZES, hidden_states, make_routing
 from tests.resmoe_vllm.layers import layer_kinds, load_all, new_loader, parameters_of, store_layer
@@ -45,7 +47,7 @@ REPO = Path(__file__).resolve().parents[3]
 
 SMALL = Blocks(n=32, k=32, warps=4, stages=2)
 # several blocks of pairs for one expert, several steps and splits, and the center inside of decoded tiles
-RESTORING = Config(16, SMALL, SMALL, SMALL, SMALL, restore=True, programs=24)
+RESTORING = Config(16, SMALL, SMALL, SMALL, replace(SMALL, n=64), restore=True, programs=24)
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +82,7 @@ def check(module, layout, weights, ids, x, dtype: str, activation=SILU, expert_m
     expected = fused_moe_ref(x, weights, ids, bound, activation, expert_map)
     limit = layer_bound(x, weights, ids, bound, activation, Precision(x.dtype, x.dtype), expert_map)
     on_device = [None if t is None else t.to(DEVICE) for t in (x, weights, ids, expert_map)]
-    found = gpu_layer.GpuKernel(layout.bind(tensors), activation)(*on_device)
+    found = gpu_layer.GpuKernel([BoundGroup(layout.bind(tensors), None)], activation)(*on_device)
     assert found.dtype == x.dtype
     assert found.is_contiguous()
     assert_within(found.cpu(), expected, limit)
@@ -115,10 +117,11 @@ def test_every_size(loaded, kind: str, size: str) -> None:
 
 @pytest.mark.parametrize("kind", TILED_KINDS)
 def test_center_inside_of_decoded_tiles(loaded, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_layer, "pick_config", lambda *shape: RESTORING)
+    monkeypatch.setattr(gpu_layer, "token_classes", lambda *shape: (TokenClass(13, RESTORING),))
     module, layout = loaded(kind, "E4-I33-H67", "float32")
-    plan = gpu_layer.plan_layer(layout.bind(parameters_of(module, layout)), restore=True)
-    assert all(side.tile is None or side.center is None for side in (plan.gate, plan.up, plan.down))
+    plan = gpu_layer.plan_layer([BoundGroup(layout.bind(parameters_of(module, layout)), None)], restore=True)
+    (group,) = plan.groups
+    assert all(side.tile is None or side.center is None for side in (group.gate, group.up, group.down))
     weights, ids = make_routing(4, "T13-K2")
     check(module, layout, weights, ids, hidden_states(13, 67, "float32"), "float32")
 
@@ -201,34 +204,36 @@ def test_align_over_several_chunks() -> None:
     assert torch.equal(found[1][: length // 32].cpu(), blocks)
 
 
-def run_of(tokens: int, top_k: int, ids: Tensor, expert_map: Tensor | None, size_i: int, size_h: int):
-    """A run whose plan holds sizes only."""
-    nothing = launches.Plan(None, None, None)
-    plan = launches.LayerPlan(nothing, nothing, nothing, 3, size_i, size_h)
-    x = hidden_states(tokens, size_h, "float32").to(DEVICE)
-    return launches._Run(x, ids.to(DEVICE), expert_map, plan, RESTORING)
+def call_of(ids: Tensor, expert_map: Tensor | None, size_i: int, size_h: int):
+    """A call whose plan holds sizes only."""
+    nothing = Plan(None, None, None)
+    plan = LayerPlan([GroupPlan(nothing, nothing, nothing, 3)], size_i, size_h)
+    x = hidden_states(len(ids), size_h, "float32").to(DEVICE)
+    layer = launches.LayerLaunches(plan, SILU, TokenClass(len(ids), RESTORING))
+    return layer.call(x, torch.ones(ids.shape, device=DEVICE), ids.to(DEVICE), expert_map)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("routed", [False, True])
 def test_products(routed: bool, transposed: bool) -> None:
-    """N and k odd, several splits; twice in one launch, the second after the first's programs."""
+    """N and k odd, several splits; twice in one launch, the second after the first's programs and slabs."""
     generator = torch.Generator().manual_seed(0)
     _, ids = make_routing(3, "T7-K2-padded")
-    run = run_of(7, 2, ids, None, 5, 131)
+    call = call_of(ids, None, 5, 131)
     rows = torch.randn((3, 41, 131) if transposed else (3, 131, 41), generator=generator)
     tile = Tile(own=rows.to(DEVICE), own_stride=rows.stride(0)), TileSpec(own_bits=16)
-    spec = launches.ProductSpec(routed, 2 if routed else 1, 1, False, transposed, 41, 131, 1)
-    job = launches._Job(run.x, 131, tile, spec)
-    a = run.x.cpu().repeat_interleave(2, 0) if routed else run.x.cpu()
-    expected = products_ref(a, rows, local_ids(ids, None).flatten() if routed else None, transposed=transposed)
-    found = run.products([job, job], SMALL)
-    assert [len(slabs) for slabs in found] == [2, 2]
-    for slabs in found:
-        sizes = products_ref(
-            a.abs(), rows.abs(), local_ids(ids, None).flatten() if routed else None, transposed=transposed
-        )
-        assert_within(slabs.sum(0).cpu(), expected, sum_bound(sizes, 131))
+    product = launches.Product(131, 41, 131, *rows.shape[1:])
+    spec = launches.ProductSpec(routed, 2 if routed else 1, transposed)
+    jobs = [launches._Job(tile, spec, product, splits=2, slab=slab) for slab in (0, 2)]
+    a = call.x.cpu().repeat_interleave(2, 0) if routed else call.x.cpu()
+    own = local_ids(ids, None).flatten() if routed else None
+    expected = products_ref(a, rows, own, transposed=transposed)
+    found = torch.full((4, len(a), 41), float("nan"), device=DEVICE)
+    call.products("both", 0, launches._Products(jobs, SMALL), [call.x] * 2, [found] * 2)
+    sizes = products_ref(a.abs(), rows.abs(), own, transposed=transposed)
+    for slabs in found.cpu().split(2):
+        wanted = slice(None) if own is None else own >= 0
+        assert_within(slabs.sum(0)[wanted], expected[wanted], sum_bound(sizes, 131)[wanted])
 
 
 @pytest.mark.parametrize("kind", MAIN_KINDS)
@@ -237,13 +242,16 @@ def test_hidden(loaded, kind: str) -> None:
     weights, ids = make_routing(4, "T7-K2-padded")
     x = hidden_states(7, 67, "float32")
     bound = layout.bind(parameters_of(module, layout))
-    run = launches._Run(x.to(DEVICE), ids.to(DEVICE), None, gpu_layer.plan_layer(bound, False), RESTORING)
+    plan = gpu_layer.plan_layer([BoundGroup(bound, None)], restore=False)
+    layer = launches.LayerLaunches(plan, SILU, TokenClass(7, RESTORING))
     cpu = layout.bind([t.cpu() for t in parameters_of(module, layout)])
-    found, expected = run.hidden(weights.to(DEVICE), SILU).cpu(), hidden_ref(x, weights, ids, cpu, SILU)
+    found = layer.call(x.to(DEVICE), weights.to(DEVICE), ids.to(DEVICE), None).hidden().cpu()
+    expected = hidden_ref(x, weights, ids, cpu, SILU)
     limits = torch.stack([hidden_bound(x, cpu, e, SILU) for e in range(4)])
     pairs = torch.arange(14)
     limit = limits[ids.flatten().clamp(min=0), pairs // 2] * weights.double().flatten()[:, None]
-    assert_within(found, expected, limit)
+    here = ids.flatten() >= 0
+    assert_within(found[here], expected[here], limit[here])
 
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["all_experts", "expert_map"])
@@ -251,12 +259,14 @@ def test_combine(mapped: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     _, ids = make_routing(3, "T7-K2-padded")
     expert_map = torch.tensor([-1, 0, 1], dtype=torch.int32) if mapped else None
-    run = run_of(7, 2, ids, None if expert_map is None else expert_map.to(DEVICE), 5, 67)
+    on_device = None if expert_map is None else expert_map.to(DEVICE)
+    call = call_of(ids, on_device, 5, 67)
     pairs, tokens = torch.randn(3, 14, 67, generator=generator), torch.randn(2, 7, 67, generator=generator)
     pairs[:, local_ids(ids, expert_map).flatten() < 0] = float("nan")
-    for whole in (tokens, None):
+    for name, whole in (("both", tokens), ("pairs", None)):
         out = torch.empty(7, 67, device=DEVICE)
-        run.combine(out, pairs.to(DEVICE), None if whole is None else whole.to(DEVICE))
+        on_tokens = (None, 0) if whole is None else (whole.to(DEVICE), len(whole))
+        call.combine(name, out, pairs.to(DEVICE), len(pairs), *on_tokens, pair_map=on_device)
         expected = combine_ref(pairs, whole, ids, expert_map, torch.float32)
         sizes = combine_ref(pairs.abs(), None if whole is None else whole.abs(), ids, expert_map, torch.float32)
         assert_within(out.cpu(), expected, sum_bound(sizes, 8))
@@ -272,9 +282,9 @@ def test_refusals(loaded) -> None:
     module, layout = loaded("low_rank-joint", "E4-I33-H67", "float32")
     weights, ids = make_routing(4, "T7-K2-padded")
     x, bound = hidden_states(7, 67, "float32"), layout.bind(parameters_of(module, layout))
-    kernel = gpu_layer.GpuKernel(bound, SILU)
+    kernel = gpu_layer.GpuKernel([BoundGroup(bound, None)], SILU)
     with pytest.raises(KernelUnsupportedError, match="no 'relu'"):
-        gpu_layer.GpuKernel(bound, Activation("relu"))(x, weights, ids)
+        gpu_layer.GpuKernel([BoundGroup(bound, None)], Activation("relu"))(x, weights, ids)
     with pytest.raises(KernelUnsupportedError, match=r"float64"):
         kernel(x.double(), weights, ids)
     with pytest.raises(KernelUnsupportedError, match=r"expected x \[T, 67\] .* found x \[7, 66\]"):
@@ -282,7 +292,9 @@ def test_refusals(loaded) -> None:
     with pytest.raises(KernelUnsupportedError, match=r"expected x \[T, 67\] .* topk_ids \[6, 2\]"):
         kernel(x, weights, ids[:6])
     with pytest.raises(KernelUnsupportedError, match="tensor parallelism"):
-        gpu_layer.plan_layer(replace(bound, intermediate_size=2**20, hidden_size=2**10), restore=False)
+        gpu_layer.plan_layer(
+            [BoundGroup(replace(bound, intermediate_size=2**20, hidden_size=2**10), None)], restore=False
+        )
 
 
 def test_tuned_sizes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
