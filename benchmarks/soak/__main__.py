@@ -21,6 +21,11 @@ from compress_tools.stored.restore import restore
 
 TWIN, COMPRESSED = "dense twin", "compressed"
 MIB = 2**20
+# How much more memory a server's processes may hold at a load's end than behind its warm-up.
+MAX_GROWTH = 24 * MIB
+# oneDNN keeps what it compiled for each shape, in either server: 55 to 73 MiB behind the warm-up, in which a leak
+# would not be seen.
+ENV = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
 # A cache for more requests than eight clients send, and small enough that the warm-up touches every page of it.
 OPTIONS = ("--block-size", "32", "--num-gpu-blocks-override", "256")
 CONTEXT = 256
@@ -43,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
             config = CheckpointReader(models[TWIN]).config
             plan = Plan(args.seed, config["vocab_size"], config["max_position_embeddings"])
             for role, model_dir in models.items():
-                with VllmServer(model_dir, OPTIONS, log_path=Path(name) / f"{role}.log", console=console) as server:
+                log = Path(name) / f"{role}.log"
+                with VllmServer(model_dir, OPTIONS, ENV, log_path=log, console=console) as server:
                     console.print(f"{role}: {args.requests} requests of {CLIENTS} clients", highlight=False)
                     found[role] = run(server, plan, args.requests // CLIENTS)
     except ResMoEError as err:
@@ -67,11 +73,10 @@ def complaints(twin: Loaded, compressed: Loaded) -> list[str]:
             if outcome != expected and not chance:
                 broken.append(f"request {number} of client {client}: {outcome}; the dense twin: {expected}")
     broken += [f"an answer changed: {text}" for text in compressed.changed]
-    growth, most = compressed.growth(), twin.growth() + twin.largest_step()
-    if growth > most:
+    if compressed.growth() > MAX_GROWTH:
         broken.append(
-            f"memory grew by {growth / MIB:.1f} MiB behind the warm-up, the dense twin's by "
-            f"{twin.growth() / MIB:.1f} MiB; at most {most / MIB:.1f} MiB may"
+            f"memory grew by {compressed.growth() / MIB:.1f} MiB behind the warm-up, at most {MAX_GROWTH / MIB:.0f} "
+            f"may; the dense twin's: {twin.growth() / MIB:.1f} MiB"
         )
     if compressed.left:
         broken.append(f"{compressed.left} requests were still there 30 s after the last client had gone")

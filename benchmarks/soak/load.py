@@ -68,14 +68,6 @@ class Loaded:
         """Bytes from the first tenth behind the warm-up to the last one."""
         return self.median_bytes(PARTS - 1) - self.median_bytes(WARM_UP)
 
-    def largest_step(self) -> int:
-        """Bytes that memory moved by at most from one tenth behind the warm-up to the next.
-
-        vLLM itself grows with each new shape, and batches form by chance: of two servers under one load, one may
-        be a tenth of it ahead of the other.
-        """
-        return max(abs(self.median_bytes(part + 1) - self.median_bytes(part)) for part in range(WARM_UP, PARTS - 1))
-
     def median_bytes(self, part: int) -> int:
         """Median of the memory during a tenth of the load, the last where nothing was sampled."""
         begin, end = part / PARTS * self.sent, (part + 1) / PARTS * self.sent
