@@ -28,7 +28,7 @@ def read_headers(path: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: an index or a weight file is damaged, missing or elsewhere.
     """
-    index = path / INDEX_NAME
+    index, named = path / INDEX_NAME, set[str]()
     if index.exists():
         weight_map = read_json_object(index).get("weight_map")
         if not isinstance(weight_map, dict):
@@ -36,7 +36,7 @@ def read_headers(path: Path) -> dict[str, StoredTensor]:
         for name, shard in weight_map.items():
             if not is_file_name(shard):
                 raise CheckpointError(f"{index}: {name!r}: expected a weight file beside it, found {shard!r:.60}")
-        files = [path / shard for shard in sorted(set(weight_map.values()))]
+        files, named = [path / shard for shard in sorted(set(weight_map.values()))], set(weight_map)
     else:
         files = sorted(path.glob("*.safetensors"))
     found: dict[str, StoredTensor] = {}
@@ -49,6 +49,10 @@ def read_headers(path: Path) -> dict[str, StoredTensor]:
                 found |= read_header(file)
         except (OSError, SafetensorError) as err:
             raise CheckpointError(f"{file}: truncated or corrupt shard: {in_words(err)}; download it again") from err
+    if missing := sorted(named - set(found)):
+        raise CheckpointError(
+            f"{path}: {len(missing)} tensors of {INDEX_NAME} are not in their shards, first {missing[0]!r}"
+        )
     return found
 
 

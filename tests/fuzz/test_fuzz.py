@@ -214,3 +214,14 @@ def test_the_same_expert_twice_for_one_token(seeds: dict[str, Seed], tmp_path: P
     answers, (truth, _) = loaders.by_plugin(folder), loaders.layer_truth(folder)
     for index, answer in answers.items():
         torch.testing.assert_close(answer[0].double(), truth[index][0], rtol=2e-3, atol=2e-3)
+
+
+def test_an_index_that_names_more_than_there_is(seeds: dict[str, Seed], tmp_path: Path) -> None:
+    files = dict(seeds["shards"].files)
+    index = json.loads(files["model.safetensors.index.json"])
+    index["weight_map"]["gone"] = "model-00001-of-00003.safetensors"
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    folder = write_files(files, tmp_path / "x")
+    for act in LOADERS.values():
+        with pytest.raises(CheckpointError, match=r"1 tensors of model\.safetensors\.index\.json are not in .*'gone'"):
+            act(folder)

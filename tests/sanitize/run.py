@@ -37,6 +37,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory(prefix="resmoe-sanitize-") as name:
+        # For this process, which has it; the compiler needs no sanitizer's runtime in it.
+        os.environ.pop("LD_PRELOAD", None)
         # Sanitised libraries are nobody else's.
         os.environ["XDG_CACHE_HOME"] = name
         shim = (str(SHIM), "-Wl,-Bsymbolic") if options.shim else ()
