@@ -102,15 +102,21 @@ METHODS = {
     "low rank": "low-rank",
     "low rank, 8-bit": "low-rank-8bit",
     "4-bit residuals, 8-bit center": "quantize-4bit",
+    "4-bit codes, 8-bit center": "quantize-4bit",
+    "4-bit trellis codes, 8-bit center": "trellis-4bit",
     "bitmap": "prune",
 }
 
 
-def test_layer_table_is_the_rows():
-    shown = table(PERFORMANCE, "## One MoE layer on the CPU")
+@pytest.mark.parametrize(
+    ("heading", "file"),
+    [("### A layer with AVX-512", "moe-cpu-avx512.json"), ("### A layer with AVX2", "moe-cpu-avx2.json")],
+)
+def test_layer_table_is_the_rows(heading: str, file: str):
+    shown = table(PERFORMANCE, heading)
     measured = {}
-    for row in rows("moe-cpu-avx2.json"):
-        if (match := re.match(r"(\S+), (\S+), T=(\d+): ", row["name"])) is not None:
+    for row in rows(file):
+        if (match := re.match(r"(\S+), (\S+), T=(\d+)(: dense .*|, 1 thread)$", row["name"])) is not None:
             measured[match[1], match[2], int(match[3])] = row["value"]
     seen = 0
     for label, cells in shown.items():
