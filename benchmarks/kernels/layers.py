@@ -11,7 +11,7 @@ from compress_tools.residuals.budget import affordable_rank
 from resmoe_vllm.kernels.activation import SILU
 from resmoe_vllm.kernels.gpu.plans import Factors, GroupPlan, LayerPlan, Plan, Weight
 from resmoe_vllm.kernels.gpu.tiles import PLAIN, Tile, TileSpec, column_pointers, octets_view
-from resmoe_vllm.weights.layout import RANK_MULTIPLE
+from resmoe_vllm.weights.alignment import RANK_MULTIPLE
 
 RETAIN_RATIO = 0.25
 PROJECTIONS = ("gate", "up", "down")

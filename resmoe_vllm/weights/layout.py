@@ -43,6 +43,7 @@ from compress_tools.format.schema import (
     TrellisResidual,
 )
 from compress_tools.format.tensors import BIAS, expert_tensors, shared_tensors
+from resmoe_vllm.weights.alignment import RANK_MULTIPLE
 from resmoe_vllm.weights.bound import (
     BitmapWeights,
     Coded,
@@ -58,8 +59,6 @@ ROW_PTR = "resmoe_row_ptr"
 STARTS = "resmoe_value_starts"
 # What GPUs load at once: codes are read as integers of up to 8 bytes, plain values 16 bytes at a time.
 SLOT_BYTES = 16
-# Columns of U in memory: loads stay wide and asynchronous whatever the rank.
-RANK_MULTIPLE = 64
 # one run of values for a whole group, which tensor parallelism can't slice without the masks
 STREAMS = (VALUES, VALUE_CODES)
 

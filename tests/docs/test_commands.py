@@ -145,7 +145,7 @@ def test_served(checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(directory_of("docs/serving.md", checkpoints, tmp_path))
     with VllmServer("DST", env={"VLLM_CPU_KVCACHE_SPACE": "1"}, log_path=tmp_path / "server.log") as server:
         # told before the server calls itself healthy
-        assert re.search(r"resmoe [\d.]+, format 3: 2 compressed MoE layers", server.log)
+        assert re.search(r"resmoe [\d.]+, format 2: 2 compressed MoE layers", server.log)
         assert re.search(
             r"kernel for experts of I 64, H 64 in float32: (C\+\+, .*loaded in \d|plain torch: )", server.log
         )

@@ -29,6 +29,7 @@ class Layer(torch.nn.Module):
         self.swiglu_limit = self.swiglu_alpha = self.swiglu_beta = None
         self.expert_map = None
         self.layer_name = "layer"
+        self.top_k = 2
 
     @staticmethod
     def _map_global_expert_id_to_local_expert_id(expert: int) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from resmoe_vllm.kernels.gpu.tiles import Tile, TileSpec
-from resmoe_vllm.weights.layout import RANK_MULTIPLE
+from resmoe_vllm.weights.alignment import RANK_MULTIPLE
 
 Weight = tuple[Tile, TileSpec]
 
