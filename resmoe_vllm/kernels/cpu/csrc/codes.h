@@ -49,17 +49,9 @@ struct CodeRows {
   }
 };
 
-// Memory for vectors, kept from use to use.
-class Buffer {
- public:
-  uint8_t* take(int64_t bytes) {
-    if ((int64_t)bytes_.size() < bytes + 64) bytes_.resize(bytes + 64);
-    return (uint8_t*)(((uintptr_t)bytes_.data() + 63) & ~(uintptr_t)63);
-  }
-
- private:
-  std::vector<uint8_t> bytes_;
-};
+// Images of the numbers of one input and, where they are finer than 16 bits, of what rounding left of them, whose
+// product goes to the same sum.
+using Inputs = Operands<Image>;
 
 // Buffers of one thread.
 struct CodeScratch {
@@ -291,9 +283,9 @@ void dot_codes(const CodeRows<D>& rows, int64_t count, const Inputs& inputs, flo
       const int64_t own = std::min<int64_t>(kDirectRows, count - r);
       load_scales(rows, r, own, kDirectRows, scratch.scales);
       if (inputs.count == 1)
-        dot_direct<D, 1>(rows, r, own, scratch.scales.data(), inputs.image, inputs.sum, sums + r, ld);
+        dot_direct<D, 1>(rows, r, own, scratch.scales.data(), inputs.at, inputs.sum, sums + r, ld);
       else
-        dot_direct<D, 2>(rows, r, own, scratch.scales.data(), inputs.image, inputs.sum, sums + r, ld);
+        dot_direct<D, 2>(rows, r, own, scratch.scales.data(), inputs.at, inputs.sum, sums + r, ld);
     }
     return;
   }
@@ -308,7 +300,7 @@ void dot_codes(const CodeRows<D>& rows, int64_t count, const Inputs& inputs, flo
     for (int64_t chunk = 0, block = 0; chunk < rows.chunks(); chunk += kBlockChunks, ++block) {
       make_quads(rows, r, own, chunk, std::min(rows.chunks(), chunk + kBlockChunks), decoded, quads);
       for (int64_t s = 0; s < inputs.count; s += kTileInputs)
-        dot_quads_of<D, kTileInputs>(inputs.count - s, rows, quads, scratch.scales.data(), inputs.image + s, block,
+        dot_quads_of<D, kTileInputs>(inputs.count - s, rows, quads, scratch.scales.data(), inputs.at + s, block,
                                      scratch.totals.data() + s * kTileRows);
     }
     for (int64_t s = 0; s < inputs.count; ++s) {

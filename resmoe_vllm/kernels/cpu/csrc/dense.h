@@ -16,8 +16,8 @@
 
 namespace resmoe {
 
-constexpr int64_t kRows = 128;   // rows of a block: of U they stay in the first cache between dots and axpys
-constexpr int64_t kInputs = 48;  // inputs of a block: with kDotColumns they stay in the second
+constexpr int64_t kRows = 128;   // rows of a block: of U they stay in the second cache between dots and axpys
+constexpr int64_t kInputs = 48;  // inputs of a block: with kDotColumns they stay there too
 constexpr int64_t kSums = 2 * kInputs;
 
 // Rows of T as fp32.
@@ -33,17 +33,11 @@ struct Fma {
   static inline Lanes weights(const Weight* p, int64_t count) { return T::load(p, count); }
   static inline Lanes numbers(const Number* p) { return load_floats(p); }
   static inline Floats multiply(Floats sums, Lanes w, Lanes x) { return fma(w, x, sums); }
-  static int64_t limbs_of(const float*, int64_t) { return 1; }
+  static int64_t limbs_of(uint32_t) { return 1; }
   static void split(const float* x, int64_t n, int64_t, Number* to, int64_t) { std::copy_n(x, n, to); }
 };
 
 #ifdef __AVX512BF16__
-inline uint16_t to_bf16(float x) {  // to nearest, ties to even
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-
 // Rows of bf16, two columns at once.
 struct Bf16Pairs {
   using Weight = uint16_t;
@@ -60,21 +54,13 @@ struct Bf16Pairs {
   static inline Floats multiply(Floats sums, Lanes w, Lanes x) {
     return _mm512_dpbf16_ps(sums, (__m512bh)w, (__m512bh)x);
   }
-  static int64_t limbs_of(const float* x, int64_t n) {
-    uint32_t low = 0;
-    for (int64_t c = 0; c < n; ++c) {
-      uint32_t bits;
-      memcpy(&bits, x + c, 4);
-      low |= bits;
-    }
-    return low & 0xffff ? 3 : 1;
-  }
+  static int64_t limbs_of(uint32_t bits) { return bits & 0xffff ? 3 : 1; }
   // x to `limbs` rows of limbs, `apart` numbers from one to the next.
   static void split(const float* x, int64_t n, int64_t limbs, Number* to, int64_t apart) {
     for (int64_t c = 0; c < n; ++c) {
       float rest = x[c];
       for (int64_t l = 0; l < limbs; ++l) {
-        const uint16_t limb = to_bf16(rest);
+        const uint16_t limb = BF16::nearest(rest);
         const float own = BF16::scalar(limb);
         to[l * apart + c] = limb;
         rest = own - own == 0 ? rest - own : 0;  // of an infinity nothing is left
@@ -107,10 +93,9 @@ class Numbers {
     columns_ = columns;
     apart_ = round_up(columns, 64 / sizeof(Number));
     limbs_ = limbs;
-    const int64_t size = count * limbs * apart_ + 64;
-    if ((int64_t)data_.size() < size) data_.resize(size);
+    data_.take(count * limbs * apart_ * sizeof(Number));
   }
-  const Number* at(int64_t i, int64_t limb) const { return begin() + (i * limbs_ + limb) * apart_; }
+  const Number* at(int64_t i, int64_t limb) const { return (const Number*)data_.data() + (i * limbs_ + limb) * apart_; }
   template <class P>
   void make(int64_t i, const float* x, int64_t limbs) {
     Number* to = const_cast<Number*>(at(i, 0));
@@ -119,24 +104,13 @@ class Numbers {
   }
 
  private:
-  std::vector<Number> data_;
+  Buffer data_;
   int64_t columns_ = 0, apart_ = 0, limbs_ = 0;
-  const Number* begin() const { return (const Number*)(((uintptr_t)data_.data() + 63) & ~(uintptr_t)63); }
 };
 
-// What rows are multiplied with. Limbs of one number go to one sum.
-template <class Number>
-struct Operands {
-  static constexpr int64_t kMost = 3 * kSums;
-  const Number* at[kMost];
-  int32_t sum[kMost];
-  int64_t count = 0;
-  void clear() { count = 0; }
-  void push(const Number* from, int64_t to) {
-    at[count] = from;
-    sum[count++] = (int32_t)to;
-  }
-};
+template <class P>
+using OperandsOf = Operands<const typename P::Number*>;
+static_assert(OperandsOf<Fma<FP32>>::kMost >= 3 * kSums);
 
 // ---- dots ----------------------------------------------------------------------------------------------------
 
@@ -231,8 +205,8 @@ inline void dot_rows(int64_t rows, Rest... rest) {
 
 // Rows and inputs by tiles of four (two chains: two) by kDotInputs.
 template <class P, int Chains>
-void dot_block(const typename P::Weight* row, int64_t stride, int64_t rows, const Operands<typename P::Number>& x,
-               int64_t begin, int64_t end, float* sums, int64_t ld) {
+void dot_block(const typename P::Weight* row, int64_t stride, int64_t rows, const OperandsOf<P>& x, int64_t begin,
+               int64_t end, float* sums, int64_t ld) {
   constexpr int64_t kTile = Chains == 1 ? kDotRows : 2;
   for (int64_t r = 0; r < rows; r += kTile)
     for (int64_t s = 0; s < x.count; s += kDotInputs) {
@@ -247,8 +221,8 @@ void dot_block(const typename P::Weight* row, int64_t stride, int64_t rows, cons
 
 // sums[x.sum[s] * ld + r] += row r . x[s], n columns. Chains: two for rows of a bitmap in octets, read to their end.
 template <class P, int Chains = 1>
-void add_dots(const typename P::Weight* row, int64_t stride, int64_t rows, int64_t n,
-              const Operands<typename P::Number>& x, float* sums, int64_t ld) {
+void add_dots(const typename P::Weight* row, int64_t stride, int64_t rows, int64_t n, const OperandsOf<P>& x,
+              float* sums, int64_t ld) {
   const int64_t width = Chains == 1 ? P::kDotColumns : n;
   if (x.count <= kDotInputs) {  // each row once: read it to its end
     for (int64_t r = 0; r < rows; r += kDotRows)

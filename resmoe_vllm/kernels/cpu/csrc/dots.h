@@ -12,7 +12,7 @@
 #include <cmath>
 #include <vector>
 
-#include "path.h"
+#include "vec.h"
 
 namespace resmoe {
 
@@ -48,16 +48,8 @@ inline float round_to_16_bits(const float* x, int16_t* q) {
   return scale;
 }
 
-// Whether 16 bits of mantissa don't hold these: they are not bf16 or fp16.
-inline bool is_fine(const float* x, int64_t n) {
-  uint32_t low = 0;
-  for (int64_t c = 0; c < n; ++c) {
-    uint32_t bits;
-    memcpy(&bits, x + c, 4);
-    low |= bits;
-  }
-  return low & 0x1fff;
-}
+// Whether 16 bits don't hold numbers of these bits: they are not bf16 or fp16.
+inline bool is_fine(uint32_t bits) { return bits & 0x1fff; }
 
 // How a row of numbers is laid out for rows of levels.
 struct ImageKind {
@@ -89,13 +81,13 @@ class Images {
 
   void resize(int64_t count) {
     if (count <= (int64_t)(scale_.size() / kind.blocks())) return;
-    vectors_.resize(count * kind.vectors() * 2 * kBytes + 64);
+    vectors_.take(count * kind.vectors() * 2 * kBytes);
     scale_.resize(count * kind.blocks());
     start_.resize(count * kind.spans());
     half_.resize(count * kind.spans());
   }
   Image at(int64_t i) const {
-    return {vectors() + i * kind.vectors() * 2 * kBytes, scale_.data() + i * kind.blocks(),
+    return {vectors_.data() + i * kind.vectors() * 2 * kBytes, scale_.data() + i * kind.blocks(),
             start_.data() + i * kind.spans(), half_.data() + i * kind.spans()};
   }
   // rest: what rounding left of x; or null.
@@ -113,11 +105,9 @@ class Images {
   }
 
  private:
-  std::vector<uint8_t> vectors_;
+  Buffer vectors_;
   std::vector<float> scale_, half_;
   std::vector<int32_t> start_;
-
-  const uint8_t* vectors() const { return (const uint8_t*)(((uintptr_t)vectors_.data() + 63) & ~(uintptr_t)63); }
 
   template <int Places>
   void make(int64_t i, const float* x, float* rest) {
@@ -154,20 +144,6 @@ class Images {
       half[k] = rest_of_bias * start[k];
       start[k] *= -bias;
     }
-  }
-};
-
-// What rows are multiplied with: the numbers of one input are its image and, where they are finer than 16 bits, that of
-// what rounding left of them, whose product goes to the same sum.
-struct Inputs {
-  static constexpr int64_t kMost = 4 * 48;
-  Image image[kMost];
-  int32_t sum[kMost];
-  int64_t count = 0;
-  void clear() { count = 0; }
-  void push(const Image& from, int64_t to) {
-    image[count] = from;
-    sum[count++] = (int32_t)to;
   }
 };
 

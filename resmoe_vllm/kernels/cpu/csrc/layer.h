@@ -42,9 +42,7 @@ inline void store(void* into, int32_t dtype, int64_t i, float value) {
   } else if (dtype == kHalf) {
     ((uint16_t*)into)[i] = _mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(value), _MM_FROUND_TO_NEAREST_INT), 0);
   } else {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    ((uint16_t*)into)[i] = value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    ((uint16_t*)into)[i] = BF16::nearest(value);
   }
 }
 
@@ -128,8 +126,8 @@ struct Run {
     std::vector<Images> shrunk;    // of a block's pairs, by low-rank part: [kSums, 2]
     // What is at hand for rows of codes; for others as fp32; and, of x, as products of the layer's dtype take it.
     Inputs inputs;
-    Operands<float> wide;
-    Operands<Number> operands;
+    Operands<const float*> wide;
+    OperandsOf<P> operands;
     CodeScratch codes;
     // Outputs at hand, and what the numbers that go to them need.
     float* into[kInputs];
@@ -195,8 +193,9 @@ struct Run {
     limbs = 1;
     int64_t most_limbs = 1;
     for (int64_t t = 0; t < tokens; ++t) {
-      fine[t] = is_fine(x + t * layer.hidden, layer.hidden);
-      limbs_of[t] = P::limbs_of(x + t * layer.hidden, layer.hidden);
+      const uint32_t bits = bits_of(x + t * layer.hidden, layer.hidden);
+      fine[t] = is_fine(bits);
+      limbs_of[t] = P::limbs_of(bits);
       if (fine[t]) limbs = 2;
       most_limbs = std::max(most_limbs, limbs_of[t]);
     }
@@ -292,8 +291,8 @@ struct Run {
 
   // sums[s * kRows + r] += row i + r . input s; Q: how rows in the layer's dtype are multiplied.
   template <class Q>
-  void dots(const Matrix& m, int64_t e, int64_t i, int64_t rows, int64_t n, const Operands<typename Q::Number>& x,
-            float* sums, Scratch& scratch) const {
+  void dots(const Matrix& m, int64_t e, int64_t i, int64_t rows, int64_t n, const OperandsOf<Q>& x, float* sums,
+            Scratch& scratch) const {
     if (!m.bits) return add_dots<Q>(stored(m, e, i, n), n, rows, n, x, sums, kRows);
     with_codes(m, e, i, n,
                [&](const auto& codes) { dot_codes(codes, rows, scratch.inputs, sums, kRows, scratch.codes); });

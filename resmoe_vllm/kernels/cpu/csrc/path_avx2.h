@@ -228,24 +228,12 @@ inline void store_floats(float* to, Floats v, int64_t count) {
   for (int64_t k = 0; k < count; ++k) to[k] = lanes[k];
 }
 // Four vectors' sums: halves, then pairs two apart, then neighbours.
-inline __m128 sums_of_four(__m128 a, __m128 b, __m128 c, __m128 d) {
-  const __m128 ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));  // a0 + a2, b0 + b2, a1 + a3, b1 + b3
-  const __m128 cd = _mm_add_ps(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
+inline __m128 sums_of_four(Floats a, Floats b, Floats c, Floats d) {
+  const auto half = [](Floats v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); };
+  const auto pairs = [](__m128 v, __m128 w) {  // v0 + v2, w0 + w2, v1 + v3, w1 + w3
+    return _mm_add_ps(_mm_unpacklo_ps(v, w), _mm_unpackhi_ps(v, w));
+  };
+  const __m128 ab = pairs(half(a), half(b)), cd = pairs(half(c), half(d));
   return _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
 }
-inline __m128 quarter(Floats v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
-inline __m128 sums_of_four(Floats a, Floats b, Floats c, Floats d) {
-  return sums_of_four(quarter(a), quarter(b), quarter(c), quarter(d));
-}
-inline float sum_of(Floats v) {
-  __m128 s = quarter(v);
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
-// y[0..] += scale * v, the first `columns` of them.
-inline void add_scaled(float* y, Floats scale, Floats v, int64_t columns) {
-  if (columns >= kWide) return store_floats(y, fma(scale, v, load_floats(y)));
-  store_floats(y, fma(scale, v, load_floats(y, columns)), columns);
-}
-
 }  // namespace resmoe

@@ -201,19 +201,4 @@ inline __m128 sums_of_four(Floats a, Floats b, Floats c, Floats d) {
   v = _mm512_add_ps(v, _mm512_permute_ps(v, _MM_SHUFFLE(1, 1, 1, 1)));
   return _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, v));
 }
-inline __m128 quarter(Floats v) {
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-inline float sum_of(Floats v) {
-  __m128 s = quarter(v);
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
-// y[0..] += scale * v, the first `columns` of them.
-inline void add_scaled(float* y, Floats scale, Floats v, int64_t columns) {
-  if (columns >= kWide) return store_floats(y, fma(scale, v, load_floats(y)));
-  store_floats(y, fma(scale, v, load_floats(y, columns)), columns);
-}
-
 }  // namespace resmoe

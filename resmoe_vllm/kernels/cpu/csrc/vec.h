@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "path.h"
 
@@ -27,6 +28,11 @@ struct BF16 {
     memcpy(&f, &bits, 4);
     return f;
   }
+  static inline type nearest(float x) {  // ties to even
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  }
 };
 struct FP16 {
   using type = uint16_t;
@@ -40,6 +46,50 @@ struct FP32 {
   static inline Floats load(const type* p) { return load_floats(p); }
   static inline Floats load(const type* p, int64_t count) { return load_floats(p, count); }
   static inline float scalar(type w) { return w; }
+};
+
+// The bits that any of n numbers has.
+inline uint32_t bits_of(const float* x, int64_t n) {
+  uint32_t all = 0;
+  for (int64_t c = 0; c < n; ++c) {
+    uint32_t bits;
+    memcpy(&bits, x + c, 4);
+    all |= bits;
+  }
+  return all;
+}
+
+// y[0..] += scale * v, the first `columns` of them.
+inline void add_scaled(float* y, Floats scale, Floats v, int64_t columns) {
+  if (columns >= kWide) return store_floats(y, fma(scale, v, load_floats(y)));
+  store_floats(y, fma(scale, v, load_floats(y, columns)), columns);
+}
+
+// Memory for vectors, kept from use to use.
+class Buffer {
+ public:
+  uint8_t* take(int64_t bytes) {
+    if ((int64_t)bytes_.size() < bytes + 64) bytes_.resize(bytes + 64);
+    return data();
+  }
+  uint8_t* data() const { return (uint8_t*)(((uintptr_t)bytes_.data() + 63) & ~(uintptr_t)63); }
+
+ private:
+  std::vector<uint8_t> bytes_;
+};
+
+// What rows are multiplied with. Several inputs may go to one sum: limbs of one number.
+template <class Input>
+struct Operands {
+  static constexpr int64_t kMost = 3 * 96;  // limbs of the inputs of gate and up
+  Input at[kMost];
+  int32_t sum[kMost];
+  int64_t count = 0;
+  void clear() { count = 0; }
+  void push(const Input& from, int64_t to) {
+    at[count] = from;
+    sum[count++] = (int32_t)to;
+  }
 };
 
 // The sum of an octet, in the order of sums_of_four.
