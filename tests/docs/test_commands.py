@@ -147,7 +147,7 @@ def test_served(checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytes
         # told before the server calls itself healthy
         assert re.search(r"resmoe [\d.]+, format 2: 2 compressed MoE layers", server.log)
         assert re.search(
-            r"kernel for experts of I \d+, H \d+ in \w+: (C\+\+, .*loaded in \d|plain torch: )", server.log
+            r"kernel for experts of I 64, H 64 in bfloat16: (C\+\+, .*loaded in \d|plain torch: )", server.log
         )
         for command in asked.values():
             words = tuple(word.replace(PORT, f"127.0.0.1:{server.port}") for word in command.words)

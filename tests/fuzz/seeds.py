@@ -21,11 +21,10 @@ from compress_tools.format.schema import (
     ResMoEFormat,
     version_for,
 )
-from compress_tools.format.tensors import tensor_name
 from compress_tools.pipeline import compress
 from compress_tools.source.reader import INDEX_NAME
 from tests.resmoe_vllm.layers import grouped_layer, layer_kinds
-from tests.resmoe_vllm.twins import DOWN, HF_NAMES, PROJECTIONS, compress_layer, layer_spec, trellis
+from tests.resmoe_vllm.twins import HF_NAMES, PROJECTIONS, compress_experts, layer_spec, trellis
 
 Files = dict[str, bytes]
 
@@ -129,16 +128,7 @@ def _by_hand(
         rest=block,
     )
     stored: dict[str, Tensor] = dict(tensors)
-    for index, spec in layers.items():
-        experts = []
-        for expert in range(EXPERTS):
-            stem = HF_NAMES.expert_stem(index, expert)
-            dense = {p: stored.pop(f"{stem}.{p}.weight") for p in PROJECTIONS}
-            experts.append(dense | {DOWN: dense[DOWN].T})
-        shared, own = compress_layer(experts, spec, DTYPES[dtype])
-        stored |= {tensor_name(fmt, index, None, *key): tensor for key, tensor in shared.items()}
-        for expert, made in enumerate(own):
-            stored |= {tensor_name(fmt, index, expert, *key): tensor for key, tensor in made.items()}
+    compress_experts(fmt, stored)
     for matrix in rest:
         stored |= dict(zip(row_names(matrix), encode_rows(stored.pop(matrix)), strict=True))
     config = json.loads((source / "config.json").read_text())

@@ -360,6 +360,31 @@ def write_checkpoint(folder: Path, config: PreTrainedConfig, tensors: dict[str, 
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
+def compress_experts(
+    fmt: ResMoEFormat, tensors: dict[str, Tensor]
+) -> dict[int, tuple[dict[tuple[Projection, str], Tensor], list[dict[tuple[Projection, str], Tensor]]]]:
+    """Put a checkpoint's dense experts, one by one on disk, in codes as the block says.
+
+    Args:
+        fmt: the block.
+        tensors: all of the checkpoint by name; the experts' are replaced.
+    Returns:
+        by layer what ``compress_layer`` gives.
+    """
+    made = {}
+    for index, spec in fmt.layers.items():
+        experts = []
+        for expert in range(fmt.num_experts):
+            stem = fmt.names.expert_stem(index, expert)
+            dense = {p: tensors.pop(f"{stem}.{disk}.weight") for p, disk in fmt.names.projections.items()}
+            experts.append(dense | {DOWN: dense[DOWN].T})
+        shared, stored = made[index] = compress_layer(experts, spec, DTYPES[fmt.dtype])
+        tensors |= {tensor_name(fmt, index, None, *key): tensor for key, tensor in shared.items()}
+        for expert, own in enumerate(stored):
+            tensors |= {tensor_name(fmt, index, expert, *key): tensor for key, tensor in own.items()}
+    return made
+
+
 def write_twins(
     root: Path, family: str, dtype: str, layers: dict[int, LayerSpec], num_layers: int
 ) -> tuple[Path, Path]:
@@ -390,20 +415,12 @@ def write_twins(
         layers=layers,
     )
     compressed, twin = dict(tensors), dict(tensors)
-    for index, spec in layers.items():
-        stems = [names.expert_stem(index, expert) for expert in range(EXPERTS)]
-        experts = []
-        for stem in stems:
-            dense = {p: compressed.pop(f"{stem}.{disk}.weight") for p, disk in names.projections.items()}
-            experts.append(dense | {DOWN: dense[DOWN].T})
-        shared, stored = compress_layer(experts, spec, DTYPES[dtype])
-        compressed |= {tensor_name(fmt, index, None, *key): tensor for key, tensor in shared.items()}
-        for expert, stem in enumerate(stems):
-            compressed |= {tensor_name(fmt, index, expert, *key): tensor for key, tensor in stored[expert].items()}
-            restored = restore_expert(spec.of_expert(expert), shared, stored[expert], HIDDEN)
+    for index, (shared, stored) in compress_experts(fmt, compressed).items():
+        for expert in range(EXPERTS):
+            restored = restore_expert(layers[index].of_expert(expert), shared, stored[expert], HIDDEN)
             for projection, disk in names.projections.items():
                 rows = restored[projection].T if projection == DOWN else restored[projection]
-                twin[f"{stem}.{disk}.weight"] = rows.to(DTYPES[dtype])
+                twin[f"{names.expert_stem(index, expert)}.{disk}.weight"] = rows.to(DTYPES[dtype])
     write_checkpoint(root / "resmoe", model.config, compressed, fmt.model_dump(mode="json"))
     write_checkpoint(root / "twin", model.config, twin, None)
     return root / "resmoe", root / "twin"
