@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 from compress_tools.format.tensors import ROLES, is_resmoe_name
@@ -130,14 +131,33 @@ def _keep_index(files: Files, pick: random.Random) -> None:
         files[INDEX_NAME] = json.dumps({"metadata": {}, "weight_map": found}).encode()
 
 
+def on_a_tensor(*, keep_index: bool = False) -> Callable[[Callable[[Shard, str, random.Random], str | None]], Change]:
+    """Make a mutation of what changes one tensor of a shard and says how, or None where there is nothing to change."""
+
+    def mutation_of(change: Callable[[Shard, str, random.Random], str | None]) -> Change:
+        @wraps(change)
+        def mutate(files: Files, pick: random.Random) -> tuple[str, bool] | None:
+            if (place := _tensor(files, pick)) is None:
+                return None
+            file, shard, name = place
+            if (what := change(shard, name, pick)) is None:
+                return None
+            files[file] = shard.pack()
+            if keep_index:
+                _keep_index(files, pick)
+            return what, is_resmoe_name(name)
+
+        return mutate
+
+    return mutation_of
+
+
 # Values.
 
 
-def set_value(files: Files, pick: random.Random) -> tuple[str, bool] | None:
+@on_a_tensor()
+def set_value(shard: Shard, name: str, pick: random.Random) -> str | None:
     """One number of a tensor, or all, become another pattern of bits."""
-    if (place := _tensor(files, pick)) is None:
-        return None
-    file, shard, name = place
     octets = bytearray(shard.octets[name])
     size = BYTES_OF.get(shard.header[name].get("dtype"), 1)
     if len(octets) < size:
@@ -152,43 +172,34 @@ def set_value(files: Files, pick: random.Random) -> tuple[str, bool] | None:
     if octets == shard.octets[name]:
         return None
     shard.octets[name] = bytes(octets)
-    files[file] = shard.pack()
-    return f"{name}: {where} at {begin} = {word:#x}", is_resmoe_name(name)
+    return f"{name}: {where} at {begin} = {word:#x}"
 
 
-def flip_bits(files: Files, pick: random.Random) -> tuple[str, bool] | None:
+@on_a_tensor()
+def flip_bits(shard: Shard, name: str, pick: random.Random) -> str | None:
     """Some bits of a tensor turned round."""
-    if (place := _tensor(files, pick)) is None:
-        return None
-    file, shard, name = place
     octets = bytearray(shard.octets[name])
     if not octets:
         return None
     for _ in range(pick.choice((1, 1, 2, 8))):
         octets[pick.randrange(len(octets))] ^= 1 << pick.randrange(8)
     shard.octets[name] = bytes(octets)
-    files[file] = shard.pack()
-    return f"{name}: bits flipped", is_resmoe_name(name)
+    return f"{name}: bits flipped"
 
 
-def noise(files: Files, pick: random.Random) -> tuple[str, bool] | None:
+@on_a_tensor()
+def noise(shard: Shard, name: str, pick: random.Random) -> str | None:
     """Random bytes in place of a tensor's."""
-    if (place := _tensor(files, pick)) is None:
-        return None
-    file, shard, name = place
     shard.octets[name] = pick.randbytes(len(shard.octets[name]))
-    files[file] = shard.pack()
-    return f"{name}: noise", is_resmoe_name(name)
+    return f"{name}: noise"
 
 
 # Tensors.
 
 
-def retype(files: Files, pick: random.Random) -> tuple[str, bool] | None:
+@on_a_tensor()
+def retype(shard: Shard, name: str, pick: random.Random) -> str | None:
     """Another dtype of the same bytes, or of as many numbers."""
-    if (place := _tensor(files, pick)) is None:
-        return None
-    file, shard, name = place
     dtype, old = pick.choice(DTYPES), shard.header[name].get("dtype")
     if dtype == old:
         return None
@@ -196,15 +207,12 @@ def retype(files: Files, pick: random.Random) -> tuple[str, bool] | None:
     if pick.random() < 0.5:
         count = len(shard.octets[name]) // BYTES_OF.get(old, 1)
         shard.octets[name] = (shard.octets[name] * 8)[: count * BYTES_OF.get(dtype, 1)]
-    files[file] = shard.pack()
-    return f"{name}: {old} to {dtype}", is_resmoe_name(name)
+    return f"{name}: {old} to {dtype}"
 
 
-def reshape(files: Files, pick: random.Random) -> tuple[str, bool] | None:
+@on_a_tensor()
+def reshape(shard: Shard, name: str, pick: random.Random) -> str | None:
     """Another shape, of as many numbers or of others."""
-    if (place := _tensor(files, pick)) is None:
-        return None
-    file, shard, name = place
     old = shard.header[name].get("shape")
     if not isinstance(old, list) or not old:
         return None
@@ -227,15 +235,12 @@ def reshape(files: Files, pick: random.Random) -> tuple[str, bool] | None:
         count *= size
     shard.header[name]["shape"] = new
     shard.octets[name] = (shard.octets[name] * 2).ljust(count, b"\0")[:count]
-    files[file] = shard.pack()
-    return f"{name}: {old} to {new}", is_resmoe_name(name)
+    return f"{name}: {old} to {new}"
 
 
-def rename(files: Files, pick: random.Random) -> tuple[str, bool] | None:
+@on_a_tensor(keep_index=True)
+def rename(shard: Shard, name: str, pick: random.Random) -> str | None:
     """Another layer, expert, projection or suffix, or no name of ours at all."""
-    if (place := _tensor(files, pick)) is None:
-        return None
-    file, shard, name = place
     stem, _, suffix = name.rpartition(".")
     other = pick.choice(
         [
@@ -255,20 +260,14 @@ def rename(files: Files, pick: random.Random) -> tuple[str, bool] | None:
         return None
     shard.octets = {other if key == name else key: value for key, value in shard.octets.items()}
     shard.header[other] = shard.header.pop(name)
-    files[file] = shard.pack()
-    _keep_index(files, pick)
-    return f"{name} renamed {other:.80}", is_resmoe_name(name)
+    return f"{name} renamed {other:.80}"
 
 
-def drop(files: Files, pick: random.Random) -> tuple[str, bool] | None:
+@on_a_tensor(keep_index=True)
+def drop(shard: Shard, name: str, pick: random.Random) -> str | None:
     """A tensor is gone."""
-    if (place := _tensor(files, pick)) is None:
-        return None
-    file, shard, name = place
     del shard.octets[name]
-    files[file] = shard.pack()
-    _keep_index(files, pick)
-    return f"{name} dropped", is_resmoe_name(name)
+    return f"{name} dropped"
 
 
 def add(files: Files, pick: random.Random) -> tuple[str, bool] | None:
