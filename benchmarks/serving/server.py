@@ -39,6 +39,8 @@ class ServerError(ResMoEError):
 class VllmServer:
     """`vllm serve MODEL --port PORT` as a context manager; healthy inside the `with` block, gone after it.
 
+    Once gone it may be entered again: on the same port, with an empty log.
+
     Args:
         model_dir: checkpoint directory; also the model's name for clients.
         options: further options of `vllm serve`; none by default.
@@ -73,7 +75,6 @@ class VllmServer:
             self._env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         self._timeout_s = timeout_s
         self._console = console or Console(stderr=True)
-        self._stopping = threading.Event()
 
     def __enter__(self) -> Self:
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
@@ -85,6 +86,7 @@ class VllmServer:
             self._process = subprocess.Popen(
                 self.command, stdout=log, stderr=subprocess.STDOUT, env=self._env, start_new_session=True
             )
+        self._stopping = threading.Event()
         self._watcher = threading.Thread(target=self._watch_memory, daemon=True)
         self._watcher.start()
         try:
@@ -148,10 +150,26 @@ class VllmServer:
         for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(left, timeout=10)
+        self._wait_for_end(left)
+
+    def kill(self) -> None:
+        """SIGKILL to all of its processes at once, as where a container is killed or memory has run out.
+
+        Raises:
+            ServerError: a process outlived it.
+        """
+        family = self._family()
+        os.killpg(self._process.pid, signal.SIGKILL)
+        if left := self._wait_for_end(family):
+            raise ServerError(f"`{shlex.join(self.command)}` was killed, and {left} are still there")
+
+    def _wait_for_end(self, processes: list[psutil.Process]) -> list[psutil.Process]:
+        """Wait for them, and for the server itself; which of them are still there."""
+        _, left = psutil.wait_procs(processes, timeout=10)
         self._process.wait()
         self._stopping.set()
         self._watcher.join()
+        return left
 
     def _wait_until_healthy(self) -> None:
         started = time.perf_counter()

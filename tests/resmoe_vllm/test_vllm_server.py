@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import re
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -13,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from openai import APIStatusError, OpenAI
+from openai import APIConnectionError, APIStatusError, OpenAI
 from safetensors.torch import load_file
 
 from benchmarks.models.reference_models import build_reference_model, preset_config
@@ -217,6 +219,11 @@ def test_the_twins_give_the_same_answer(servers: Servers, question: str):
 PLAIN = ("completion", "several prompts", "stream", "chat", "chat, logprobs", "stop", "regular expression")
 
 
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file's size and time of its last change."""
+    return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())}
+
+
 @pytest.mark.parametrize("question", PLAIN)
 def test_speculation_on_a_read_only_directory_gives_the_same_answer(servers: Servers, question: str):
     """Two servers run on one directory; this one drafts by what was said before."""
@@ -300,3 +307,55 @@ def test_an_adapter_on_experts_is_refused_and_the_server_goes_on(servers: Server
     assert refused.status_code >= 400
     assert "resmoe doesn't support LoRA on experts" in refused.text + servers.small.log
     assert_same(texts(ask(client_of(servers.small))), texts(ask(client_of(servers.dense))))
+
+
+def test_the_directory_cannot_be_written(servers: Servers, folder: Path):
+    if os.access(folder / "mounted", os.W_OK):
+        pytest.skip("root writes where permissions forbid it, and this machine allows no read-only mount")
+    with pytest.raises(OSError, match=r"Read-only file system|Permission denied"):
+        (folder / "mounted" / "written").touch()
+    assert texts(ask(client_of(servers.read_only))) == texts(ask(client_of(servers.small)))
+
+
+def answers_until_cut(client: OpenAI, tokens: int, begun: threading.Event) -> bool:
+    """Ask for one stream after the other until the server is gone.
+
+    Args:
+        client: of that server.
+        tokens: of each answer.
+        begun: is set once a first piece has come.
+    Returns:
+        whether a request was cut, not one refused that came too late.
+    """
+    try:
+        while True:
+            for _ in ask(client, max_tokens=tokens, stream=True, extra_body={"ignore_eos": True}):
+                begun.set()
+    except APIConnectionError as err:
+        return "Connection refused" not in str(err.__cause__)
+
+
+def test_killed_while_it_streams_and_started_again_it_gives_the_same_answers(servers: Servers, folder: Path):
+    """Two servers have one directory: the other one answers at the same time, and all through it."""
+    client, other = client_of(servers.small), client_of(servers.read_only)
+    expected = {question: QUESTIONS[question](client) for question in PLAIN}
+    before = contents(folder / "small")
+    # of different lengths, so that they don't end all at once
+    begun = {tokens: threading.Event() for tokens in (100, 85, 70, 55)}
+    with ThreadPoolExecutor() as pool:
+        cut = [pool.submit(answers_until_cut, client, *stream) for stream in begun.items()]
+        assert all(event.wait(60) for event in begun.values())
+        at_once = texts(ask(other, max_tokens=24))
+        servers.small.kill()
+    results = [future.result() for future in cut]
+    assert any(results), results
+    assert at_once == texts(ask(other, max_tokens=24)) == expected["completion"]
+    with pytest.raises(APIConnectionError):
+        ask(client)
+    servers.small.__enter__()
+    with ThreadPoolExecutor() as pool:
+        for question in PLAIN:
+            one, two = pool.submit(QUESTIONS[question], client), pool.submit(QUESTIONS[question], other)
+            assert_same(one.result(), expected[question])
+            assert_same(two.result(), expected[question])
+    assert contents(folder / "small") == before

@@ -74,6 +74,21 @@ def test_stop_ends_the_server_and_its_children(stand_in, tmp_path: Path, body: s
     assert server.peak_rss_bytes > 1e6
 
 
+def test_killed_it_is_gone_with_its_children_and_can_be_started_again(stand_in, tmp_path: Path):
+    stand_in(STUBBORN)
+    server = VllmServer(tmp_path, log_path=tmp_path / "log")
+    children = []
+    for _ in range(2):
+        with server:
+            words = server.log.split()
+            children.append(int(words[words.index("child") + 1]))
+            assert psutil.pid_exists(children[-1])
+            server.kill()
+            assert not psutil.pid_exists(children[-1])
+            assert not psutil.pid_exists(server._process.pid)
+    assert len(set(children)) == 2
+
+
 def test_no_flag_beyond_directory_and_port(stand_in, tmp_path: Path):
     stand_in(SERVES)
     with VllmServer(tmp_path, log_path=tmp_path / "log") as server:
