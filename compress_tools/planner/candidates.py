@@ -25,6 +25,8 @@ TRELLIS_GROUP_SIZES = (0, 128)
 DENSITIES = (0.05, 0.1, 0.2, 0.35, 0.5)
 DENSITIES_8 = (0.1, 0.25)
 _BISECTIONS = 40
+# GPU kernels read U's columns in steps of 64, and pad others in memory; the matrix units take 16.
+RANK_STEPS = (64, 16)
 
 
 @dataclass(frozen=True)
@@ -181,11 +183,27 @@ def _prune(sizes: Sizes, centers: tuple[CenterBits, ...], layer_budget: float) -
     return coders + _filling(sizes, centers, layer_budget, options)
 
 
+def whole_ranks(sizes: Sizes, retain_ratios: tuple[float, ...]) -> tuple[float, ...]:
+    """Ratios near these, without repeats, whose ranks for one projection are multiples of ``RANK_STEPS``.
+
+    The larger step where the rank changes by a quarter at most, else the smaller; smaller ranks stay as they are.
+    """
+    rows, columns = sizes.rows, sizes.hidden_size
+    each = rows * columns / (rows + columns)
+    found = []
+    for ratio in retain_ratios:
+        rank = ratio * each
+        near = [own for step in RANK_STEPS if abs((own := round(rank / step) * step) - rank) <= rank / 4]
+        # Half a rank more, so that rounding does not make it one less.
+        found.append((near[0] + 0.5) / each if near else ratio)
+    return tuple(dict.fromkeys(found))
+
+
 def _low_rank(sizes: Sizes, centers: tuple[CenterBits, ...], layer_budget: float) -> list[Coder]:
     few = _without(centers, 16, 4)
     coders = [
         Coder(make_config(method="low-rank", factor_bits=8, retain_ratio=ratio), joint=False, centers=few)
-        for ratio in (0.05, 0.125, 0.25)
+        for ratio in whole_ranks(sizes, (0.05, 0.125, 0.25))
     ]
     options: list[dict[str, object]] = [
         {"method": "low-rank", "factor_bits": 8},
@@ -195,7 +213,7 @@ def _low_rank(sizes: Sizes, centers: tuple[CenterBits, ...], layer_budget: float
 
 
 def _low_rank_and(coder: str, sizes: Sizes, centers: tuple[CenterBits, ...], layer_budget: float) -> list[Coder]:
-    del sizes, layer_budget
+    del layer_budget
     few = _without(centers, 16, 4)
     return [
         Coder(
@@ -203,7 +221,7 @@ def _low_rank_and(coder: str, sizes: Sizes, centers: tuple[CenterBits, ...], lay
             joint=False,
             centers=few,
         )
-        for ratio in (0.02, 0.06)
+        for ratio in whole_ranks(sizes, (0.02, 0.06))
         for bits in (2, 3)
     ]
 

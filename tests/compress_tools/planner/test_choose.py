@@ -2,6 +2,7 @@
 
 from math import ceil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from benchmarks.models.tiny_models import save_tiny_model
 from compress_tools.config import make_config
 from compress_tools.errors import ConfigError
 from compress_tools.output.target import make_target
-from compress_tools.planner.candidates import CenterBits, Coder, Sizes, menu
+from compress_tools.planner.candidates import CenterBits, Coder, Sizes, menu, whole_ranks
 from compress_tools.planner.choices import Choice, Rated, expert_groups
 from compress_tools.planner.config import MENU_METHODS, Bounds, layer_bounds, make_planner_config
 from compress_tools.planner.estimate import layer_seconds
@@ -21,6 +22,7 @@ from compress_tools.planner.measure import LayerMeasurement, Sample
 from compress_tools.planner.plan_file import parse_plan
 from compress_tools.planner.plan_text import plan_text
 from compress_tools.planner.planner import LayerChoices, Measured, choose
+from compress_tools.residuals.budget import affordable_rank
 from compress_tools.source.reader import CheckpointReader
 
 TWO, THREE = (Coder(make_config(method="quantize", bits=bits), joint=False, centers=(0, 8)) for bits in (2, 3))
@@ -241,6 +243,20 @@ def test_filling_coders_fill_the_budget(sizes: Sizes, share: float) -> None:
             coder.config.model_copy(update={"retain_ratio": coder.config.retain_ratio + 0.02}), True, coder.centers
         )
         assert coder.config.retain_ratio > 0.979 or sizes.uniform(more, *coder.centers) > budget
+
+
+def offered_ranks(rows: int, columns: int, *ratios: float) -> list[int]:
+    """Ranks of one projection ``[rows, columns]`` that the menu makes of these ratios."""
+    some = SimpleNamespace(rows=rows, hidden_size=columns)
+    return [affordable_rank(rows, columns, ratio) for ratio in whole_ranks(some, ratios)]
+
+
+def test_offered_ranks_are_those_that_gpu_kernels_take_whole() -> None:
+    """Multiples of 64, or of 16 where those are too far off; what is smaller stays, and nothing is offered twice."""
+    assert offered_ranks(1024, 2048, 0.05, 0.125, 0.25) == [32, 64, 192]
+    assert offered_ranks(14336, 4096, 0.02, 0.06, 0.125) == [64, 192, 384]
+    assert offered_ranks(48, 64, 0.05, 0.125, 0.25) == [1, 3, 6]
+    assert offered_ranks(1024, 2048, 0.09, 0.1) == [64]
 
 
 def test_the_estimate_grows_with_the_work(sizes: Sizes) -> None:
