@@ -6,19 +6,20 @@
 The first writes a tiny config.json of each family, with the block of a compressed checkpoint. The second puts a
 stand-in in place of vLLM's platform, which says that it is an H100, builds each model on the meta device, and looks at
 what the plugin made: the method of each MoE layer, its parameters, a traced call of the op. Parameters have no memory
-and no kernel runs. Each family is a process of its own. Compiled parts of vLLM that can't be loaded are left out.
+and no kernel runs. Each family is a process of its own, forked where vLLM is imported. Compiled parts of vLLM that
+can't be loaded are left out.
 """
 
 import argparse
 import json
-import subprocess
+import multiprocessing
 import sys
 import tempfile
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from benchmarks.harness.environment import REPO
 from benchmarks.harness.rows import Row, print_rows, write_rows
 
 SECONDS = 240
@@ -148,19 +149,28 @@ def stand_in() -> None:
     vllm.platforms._current_platform = StandIn()
 
 
+def prepare() -> None:
+    """Import all that building a model takes, once for all families."""
+    stand_in()
+    import vllm.distributed
+    import vllm.engine.arg_utils
+    import vllm.model_executor.model_loader.utils  # noqa: F401 -- for the processes that are forked from here
+
+    import resmoe_vllm
+
+    resmoe_vllm.register()
+
+
 def build(model_dir: Path) -> dict[str, Any]:
     """One family: what was built."""
-    stand_in()
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
 
-    import resmoe_vllm
     from resmoe_vllm.fused_moe import ResMoEFusedMoEMethod
 
-    resmoe_vllm.register()
     args = EngineArgs(
         model=str(model_dir), skip_tokenizer_init=True, enforce_eager=True, max_model_len=64, trust_remote_code=True,
         dtype="bfloat16", load_format="dummy",
@@ -195,45 +205,65 @@ def trace(layer: Any, method: Any) -> bool:
     return out.shape == x.shape and out.dtype == x.dtype and out.device == x.device
 
 
+def send_built(model_dir: Path, sender: Connection) -> None:
+    """In a process of its own: build, and say what was built or what was wrong."""
+    try:
+        sender.send(build(model_dir))
+    except Exception as err:
+        # whatever vLLM raises is a finding
+        sender.send({"said": f"{type(err).__name__}: {err}"})
+
+
+def built_apart(model_dir: Path) -> dict[str, Any]:
+    """What ``build`` gives, in a process of its own and in bounded time; ``said``: why nothing was built."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=send_built, args=(model_dir, sender))
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(SECONDS):
+            return {"said": f"not built within {SECONDS} s"}
+        found: dict[str, Any] = receiver.recv()
+    except EOFError:
+        process.join()
+        return {"said": f"the process ended with {process.exitcode}"}
+    else:
+        return found
+    finally:
+        process.kill()
+        process.join()
+
+
 def check(folder: Path, families: list[str] | None, file: Path | None) -> list[Row]:
     """Every family, each in a process of its own; rows are written as they come."""
+    prepare()
     rows = []
     for model_dir in sorted(path for path in folder.iterdir() if (path / "config.json").exists()):
         if families and model_dir.name not in families:
             continue
         expected = len(json.loads((model_dir / "config.json").read_text())["quantization_config"]["layers"])
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.vllm_cuda", "build", str(model_dir)]
-        try:
-            done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False, timeout=SECONDS)
-            lines = done.stdout.splitlines()
-            found = json.loads(lines[-1]) if done.returncode == 0 and lines else {}
-            last = done.stderr.strip().splitlines()[-1:] if not found else []
-        except subprocess.TimeoutExpired:
-            found, last = {}, [f"not built within {SECONDS} s"]
-        count = found.get("traced", 0)
-        context = {**found, "said": last[0] if last else None}
+        context = {"said": None, **built_apart(model_dir)}
+        count = context.get("traced", 0)
         rows.append(Row.at_least(f"{model_dir.name}: MoE layers built and traced", count, "", expected, **context))
-        print(rows[-1].name, count, "of", expected, *last, flush=True)
+        print(rows[-1].name, count, "of", expected, context["said"] or "", flush=True)
         if file is not None:
             write_rows(rows, file)
     return rows
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write, check, or build one; the exit code."""
+    """Write or check; the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.vllm_cuda", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["write", "check", "build"])
+    parser.add_argument("what", choices=["write", "check"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--family", nargs="+", help="default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
     options = parser.parse_args(argv)
     if options.what == "write":
         write(options.folder)
-        return 0
-    if options.what == "build":
-        print(json.dumps(build(options.folder)))
         return 0
     rows = check(options.folder, options.family, options.json)
     print_rows(rows, title="vLLM's CUDA build, models on no device")

@@ -6,8 +6,9 @@ multiprocessor up to 64 tokens, no spilled registers, asynchronous copies in eve
 two bytes at a time, instructions for each decoded weight within the committed budget. What fails and is known to stands
 in allowed.json; anything worse makes the exit code 1. Nothing here is a time.
 
-What was compiled is kept and not compiled again, so the command goes on where it was stopped. All cells take a night.
-Without options all cards and shapes are compiled, float16 and the rarer ways of coding at one shape only.
+What was compiled is kept and not compiled again, so the command goes on where it was stopped. Without options those
+cells are compiled that differ in what is compiled (``differs``), under an hour on one core; all of them, by naming
+cards, shapes, methods and dtypes, take a night.
 """
 
 import argparse
@@ -22,7 +23,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from benchmarks.compiled.matrix import Allowed, Cell
 
-CHECKS = ("compiles", "shared", "blocks", "spills", "copies", "loads", "instructions")
+CHECKS = ("compiles", "listed", "shared", "blocks", "spills", "copies", "loads", "instructions")
+# One card for each way of compiling, for which all is compiled; others share an instruction set or a memory size.
+WHOLE_CARDS = ("sm_89", "sm_90", "gfx942")
+USUAL_SHAPE = "OLMoE-1B-7B"
+# One for each number of experts of a token, but the usual one's.
+OTHER_SHAPES = ("Mixtral-8x7B", "DeepSeekMoE-16B", "Llama-4-Scout", "Qwen3-Next-80B-A3B", "DeepSeek-V3")
+# Of few tokens and of many, those whose kernels need most.
+ENDS = (1, 4096)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -38,7 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     for name, choices in (("card", CARDS), ("shape", MATRIX_SHAPES), ("method", MATRIX_METHODS), ("dtype", DTYPES)):
         parser.add_argument(f"--{name}", nargs="+", choices=list(choices), metavar="NAME", help=", ".join(choices))
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS), metavar="T")
+    parser.add_argument("--tokens", nargs="+", type=int, metavar="T", help=", ".join(map(str, TOKENS)))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long; go on another time")
     parser.add_argument("--folder", type=Path, default=Path("build/compiled"), help="keeps what was found")
     parser.add_argument("--accept", action="store_true", help="write what is found to allowed.json")
@@ -47,23 +55,44 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def chosen(options: argparse.Namespace) -> "Iterator[Cell]":
-    """The cells: all of what is named; else what seldom matters at a few shapes alone."""
+    """The cells: all of what is named; else those that differ in what is compiled."""
     from benchmarks.compiled.cards import CARDS
     from benchmarks.compiled.layers import MATRIX_METHODS, MATRIX_SHAPES
-    from benchmarks.compiled.matrix import DTYPES, Cell
-    from benchmarks.models.synthetic_layer import CODINGS
+    from benchmarks.compiled.matrix import DTYPES, TOKENS, Cell
 
+    named = bool(options.shape or options.method or options.dtype or options.tokens)
     for card, shape, method, dtype, tokens in itertools.product(
         options.card or CARDS,
         options.shape or MATRIX_SHAPES,
         options.method or MATRIX_METHODS,
-        options.dtype or DTYPES,
-        options.tokens,
+        options.dtype or (DTYPES if options.shape is None else DTYPES[:1]),
+        options.tokens or TOKENS,
     ):
-        rare = not (options.shape or options.method) and method not in CODINGS
-        rare = rare or (not (options.shape or options.dtype) and dtype == "float16")
-        if not rare or shape == "OLMoE-1B-7B":
-            yield Cell(card, shape, method, dtype, tokens)
+        cell = Cell(card, shape, method, dtype, tokens)
+        if named or differs(cell):
+            yield cell
+
+
+def differs(cell: "Cell") -> bool:
+    """Whether a cell's kernels are not, or nearly, those of others.
+
+    Numbers of tokens fall into classes, and a class is compiled once. A shape decides how many choices a token has
+    and where a row ends; its other kernels are the usual shape's. The rarer ways of coding, and fp16, are compiled for
+    three cards.
+    """
+    from benchmarks.models.synthetic_layer import CODINGS
+
+    whole = cell.card in WHOLE_CARDS
+    if cell.dtype == "float32":
+        return whole and cell.shape == USUAL_SHAPE and cell.method in ("low-rank", "prune") and cell.tokens in ENDS
+    if cell.dtype == "float16":
+        return whole and cell.shape == USUAL_SHAPE and cell.method in CODINGS and cell.tokens in ENDS
+    if cell.shape == USUAL_SHAPE:
+        return cell.method in CODINGS or (whole and (cell.tokens <= 64 or cell.tokens in (128, 4096)))
+    if cell.shape not in OTHER_SHAPES or cell.tokens not in ENDS:
+        return False
+    usual = cell.method in ("low-rank", "prune")
+    return (usual or (whole and cell.method in CODINGS)) if cell.shape == OTHER_SHAPES[0] else (usual and whole)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -93,7 +93,7 @@ def align(
     block_experts = torch.empty(blocks, dtype=torch.int32, device=topk_ids.device)
     num_padded = torch.empty(1, dtype=torch.int32, device=topk_ids.device)
     # The block tells the class of T, and so how much there may be to sort.
-    arguments = (num_experts, max(16, triton.next_power_of_2(num_experts + 1)), block, min(2048, 32 * block))
+    arguments = (num_experts, max(16, 1 << num_experts.bit_length()), block, min(2048, 32 * block))
     pointers = topk_ids, expert_map, sorted_pairs, block_experts, num_padded
     (launch or _launch)(
         _align_kernel, (num_experts, 1, 1), *pointers, num_pairs, *arguments, num_warps=4 if block <= FEW_ROWS else 8

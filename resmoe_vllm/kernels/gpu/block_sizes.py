@@ -124,7 +124,8 @@ def _rule(tokens: int, per_expert: float, coders: frozenset[str], dtype: torch.d
             hidden, last = Blocks(n=32, k=64, warps=4, stages=4), few
         return Config(16, few, hidden, few, last, False, 528)
     block_m = 32 if per_expert <= _FEW_ROWS else 64 if per_expert <= _SOME_ROWS else 128
-    warps = 8 if block_m == 128 else 4
+    # A decoded tile is in registers twice, as codes and as fp32: four warps spilled some of it.
+    warps = 8 if block_m == 128 or coders - {"low_rank", "dense"} else 4
     wide = Blocks(n=128, k=64, warps=warps, stages=3)
     hidden = Blocks(n=64, k=64, warps=warps, stages=3)
     return Config(block_m, wide, hidden, hidden, wide, True, 264)

@@ -111,12 +111,23 @@ class _Job:
     slab: int = 0
 
 
-@dataclass(frozen=True)
 class _Products:
-    """One launch of ``_products_kernel``, center's products first: they are the longest."""
+    """One launch of ``_products_kernel``, center's products first: they are the longest.
 
-    jobs: Sequence[_Job]
-    blocks: Blocks
+    Args:
+        jobs: up to ``MAX_PRODUCTS``.
+        blocks: of all of them.
+    """
+
+    def __init__(self, jobs: Sequence[_Job], blocks: Blocks) -> None:
+        self.jobs, self.blocks = jobs, blocks
+        # what the kernel takes of a job, but for its tensors; and its programs for each block of rows
+        self.constants = [(job.product, job.spec, *job.weight) for job in jobs]
+        self.programs = [_ceil_div(job.product.n, blocks.n) * job.splits for job in jobs]
+        missing = (0,) * (MAX_PRODUCTS - len(jobs))
+        self.slab_arguments = (*(job.splits for job in jobs), *missing, *(job.slab for job in jobs), *missing)
+        self.absent = (None,) * 6 * len(missing)
+        self.absent_ends = len(missing)
 
     @property
     def slabs(self) -> int:
@@ -153,7 +164,7 @@ class LayerLaunches:
         self.config, self.tokens, self.share = token_class.config, token_class.tokens, share
         # What goes from launch to launch is small beside the weights while tokens are few.
         self.few = token_class.tokens <= FEW_TOKENS
-        self.top_k, self.dtype = 0, torch.float32
+        self.top_k, self.choices, self.dtype = 0, 0, torch.float32
         self.kept: dict[object, Any] = {}
 
     def __call__(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None = None) -> Tensor:
@@ -180,6 +191,7 @@ class LayerLaunches:
     def _prepare(self, top_k: int, dtype: torch.dtype) -> None:
         """Products of each launch, and into how many slabs they are split."""
         self.top_k, self.dtype = top_k, dtype
+        self.choices = triton.next_power_of_2(top_k)
         self.kept.clear()
         self.slab_dtype = torch.float32 if self.few else dtype
         # The interpreter's bf16 products are wrong, so there all are taken in fp32.
@@ -226,11 +238,11 @@ class LayerLaunches:
     ) -> _Products:
         """Each job's splits and first slab, for about as many programs as are wanted."""
         jobs = [*centers, *pairs]
-        grids = [self._blocks(job, group) * triton.cdiv(job.product.n, blocks.n) for job in jobs]
+        grids = [self._blocks(job, group) * _ceil_div(job.product.n, blocks.n) for job in jobs]
         wanted = triton.next_power_of_2(max(1, self.config.programs // max(1, sum(grids))))
         made, slab = [], 0
         for job in jobs:
-            splits = min(wanted, MAX_SPLITS, _power_below(triton.cdiv(job.product.k, blocks.k)))
+            splits = min(wanted, MAX_SPLITS, _power_below(_ceil_div(job.product.k, blocks.k)))
             if not job.spec.routed:
                 made.append(_Job(job.weight, job.spec, job.product, splits))
                 continue
@@ -331,7 +343,7 @@ class _Call:
         launches.launch(
             ("hidden", number),
             _hidden_kernel,
-            (m_blocks * triton.cdiv(self.plan.intermediate, blocks.n), 1, 1),
+            (m_blocks * _ceil_div(self.plan.intermediate, blocks.n), 1, 1),
             self.x,
             hidden,
             self.topk_weights,
@@ -414,16 +426,17 @@ class _Call:
         launches, blocks, block_m = self.launches, products.blocks, self.launches.config.block_m
         routing = self.routings[number]
         m_blocks = len(routing.block_experts)
-        token_blocks = triton.cdiv(self.tokens, block_m)
+        token_blocks = -(-self.tokens // block_m)
         arguments: list[object] = []
         ends: list[int] = []
         end = 0
-        for job, source, out in zip(products.jobs, sources, outs, strict=True):
-            arguments += (source, out, job.product, job.spec, *job.weight)
-            rows = m_blocks if job.spec.routed else token_blocks
-            end += rows * triton.cdiv(job.product.n, blocks.n) * job.splits
+        for job, programs, constants, source, out in zip(
+            products.jobs, products.programs, products.constants, sources, outs, strict=True
+        ):
+            arguments += (source, out, *constants)
+            end += (m_blocks if job.spec.routed else token_blocks) * programs
             ends.append(end)
-        missing = MAX_PRODUCTS - len(ends)
+        ends += [end] * products.absent_ends
         launches.launch(
             (name, number),
             _products_kernel,
@@ -432,13 +445,10 @@ class _Call:
             self.pairs,
             self.tokens,
             m_blocks,
-            *[*ends, *([end] * missing)][: MAX_PRODUCTS - 1],
-            *(job.splits for job in products.jobs),
-            *([0] * missing),
-            *(job.slab for job in products.jobs),
-            *([0] * missing),
+            *ends[:-1],
+            *products.slab_arguments,
             *arguments,
-            *([None] * 6 * missing),
+            *products.absent,
             block_m,
             blocks.n,
             blocks.k,
@@ -464,7 +474,7 @@ class _Call:
         launches.launch(
             (name, self.expert_map is None),
             _combine_kernel,
-            (self.tokens, triton.cdiv(size_n, COMBINE_COLUMNS), 1),
+            (self.tokens, _ceil_div(size_n, COMBINE_COLUMNS), 1),
             out,
             pairs,
             whole,
@@ -481,7 +491,7 @@ class _Call:
             token_slabs,
             0 if bias is None else bias.stride(0),
             launches.top_k,
-            triton.next_power_of_2(launches.top_k),
+            launches.choices,
             COMBINE_COLUMNS,
             num_warps=4,
         )
@@ -511,6 +521,11 @@ def _spec(activation: Activation) -> ActivationSpec:
         activation.beta,
         activation.limit_after,
     )
+
+
+def _ceil_div(count: int, size: int) -> int:
+    """Triton's own takes the host two microseconds."""
+    return -(-count // size)
 
 
 def _power_below(steps: int) -> int:

@@ -23,6 +23,7 @@ KEY = "sm_89 low-rank hidden few"
 
 def row_of(tokens: int = 1, card: str = "sm_89", **changes: Any) -> dict[str, Any]:
     """A row of one kernel, right in everything that is not changed."""
+    cell = {name: changes.pop(name) for name in ("method", "dtype") if name in changes}
     loop = LOOP | {name: changes.pop(name) for name in list(changes) if name in LOOP}
     return {
         "card": card,
@@ -32,7 +33,7 @@ def row_of(tokens: int = 1, card: str = "sm_89", **changes: Any) -> dict[str, An
         "tokens": tokens,
         "sources": sources_hash(),
         "kernels": {"hidden": KERNEL | {"loops": [loop]} | changes},
-    }
+    } | cell
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,10 @@ def row_of(tokens: int = 1, card: str = "sm_89", **changes: Any) -> dict[str, An
         ({"two_bytes": {"_rows_tile": 3}}, "loads"),
         ({"two_bytes": {"_load_lanes": 3}}, None),
         ({"instructions": 72}, "instructions"),
-        ({"instructions": 70}, None),
+        ({"instructions": 67}, None),
+        ({"instructions": 67, "dtype": "float16"}, None),
+        ({"dtype": "float32"}, "listed"),
+        ({"method": "prune"}, "listed"),
     ],
 )
 def test_each_check(changes: dict[str, Any], check: str | None) -> None:

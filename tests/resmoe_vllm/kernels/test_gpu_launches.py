@@ -3,9 +3,11 @@
 import inspect
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from resmoe_vllm.kernels.activation import SILU
 from resmoe_vllm.kernels.gpu import launches
@@ -106,17 +108,51 @@ def test_rows_padded_behind_a_rank(kind: str) -> None:
     check(groups_of(layer_kinds(SIZE_I, SIZE_H)[kind]), hidden_states(13, SIZE_H, "float32"), weights, ids)
 
 
-@pytest.mark.parametrize("kind", ["low_rank-joint", "bitmap-4bit", "trellis-3bit-no_center"])
+INVARIANT_KINDS = ("low_rank-joint", "bitmap-4bit", "trellis-3bit-no_center", "quantized-3bit", "both", "groups")
+
+
+@pytest.fixture
+def _ordered_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's products as a matrix unit's: no row depends on its place. OpenBLAS adds up by place."""
+
+    def create_dot(
+        _self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, acc: TensorHandle, *_given: object
+    ) -> TensorHandle:
+        product = np.einsum("mk,kn->mn", a.data, b.data, dtype=acc.data.dtype)
+        return TensorHandle(product + acc.data, acc.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+def invariant_layer(kind: str) -> GpuKernel:
+    spec = grouped_layer(SIZE_I, SIZE_H) if kind == "groups" else layer_kinds(SIZE_I, SIZE_H)[kind]
+    return GpuKernel(groups_of(spec), SILU, batch_invariant=True)
+
+
+@pytest.mark.parametrize("kind", INVARIANT_KINDS)
+@pytest.mark.usefixtures("_ordered_products")
 def test_a_tokens_bits_do_not_depend_on_its_batch(kind: str) -> None:
-    """With VLLM_BATCH_INVARIANT=1: one class, nothing split. The interpreter's own products depend on the batch."""
-    kernel = GpuKernel(groups_of(layer_kinds(SIZE_I, SIZE_H)[kind]), SILU, batch_invariant=True)
-    weights, ids = make_routing(4, "T13-K2")
-    kernel(hidden_states(13, SIZE_H, "float32"), weights, ids)
-    _, (only,) = kernel._launches(2, torch.empty(0), None)
-    assert not only.few
-    jobs = [job for products in (*only.first, *only.shrink, *only.last) for job in products.jobs]
-    assert jobs or kind.endswith("no_center")
-    assert all(job.splits == 1 for job in jobs)
+    """With VLLM_BATCH_INVARIANT=1: alone, among few, and among more pairs of an expert than a block has."""
+    kernel = invariant_layer(kind)
+    weights, ids = make_routing(4, "T101-K2")
+    x = hidden_states(101, SIZE_H, "float32")
+    whole = kernel(x, weights, ids)
+    parts = [slice(9, 10), slice(0, 1), slice(95, 101), slice(3, 40)]
+    for part in parts:
+        assert torch.equal(kernel(x[part], weights[part], ids[part]), whole[part])
+
+
+def test_nothing_is_split_where_bits_must_not_depend_on_the_batch() -> None:
+    """Groups are: to as many slabs as the one with most products has, whatever the batch."""
+    for kind in INVARIANT_KINDS[:-1]:
+        kernel = invariant_layer(kind)
+        weights, ids = make_routing(4, "T1-KE")
+        kernel(hidden_states(1, SIZE_H, "float32"), weights, ids)
+        _, (only,) = kernel._launches(4, torch.empty(0), None)
+        assert not only.few
+        jobs = [job for products in (*only.first, *only.shrink, *only.last) for job in products.jobs]
+        assert jobs
+        assert all(job.splits == 1 for job in jobs)
 
 
 class Census:
