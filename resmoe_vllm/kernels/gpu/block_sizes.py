@@ -127,6 +127,7 @@ def _rule(tokens: int, per_expert: float, coders: frozenset[str], dtype: torch.d
     # A decoded tile is in registers twice, as codes and as fp32: four warps spilled some of it.
     warps = 8 if block_m == 128 or coders - {"low_rank", "dense"} else 4
     wide = Blocks(n=128, k=64, warps=warps, stages=3)
+    warps = 8 if block_m == 128 or any(coder.startswith("bitmap") for coder in coders) else 4
     hidden = Blocks(n=64, k=64, warps=warps, stages=3)
     return Config(block_m, wide, hidden, hidden, wide, True, 264)
 

@@ -1,7 +1,9 @@
 """What a GPU layer launches, without a GPU: no kernel that was not warmed up, one center for all groups of experts."""
 
 import inspect
+import sys
 from collections.abc import Iterator
+from types import CodeType, FrameType
 
 import numpy as np
 import pytest
@@ -23,6 +25,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's inte
 SIZE_I, SIZE_H = 33, 67
 LOW_RANK = frozenset({"low_rank"})
 CODERS = (LOW_RANK, *(frozenset({coder}) for coder in ("bitmap", "quantized", "trellis", "dense")))
+# of seven launches, which take 41 us of the host; Triton's take as much again
+MOST_FRAMES = 100
 LAUNCHES = ("first", "hidden", "shrink", "last")
 # Counts that kernels are not compiled anew for.
 UNSPECIALIZED = ("num_", "pair_blocks", "m_blocks", "first_", "splits_", "slab_")
@@ -196,6 +200,29 @@ def test_no_number_of_tokens_meets_a_kernel_that_was_not_warmed_up(kind: str, mo
     assert counts[-1] > 2**14
     assert census.variants == warm
     assert len(warm) <= 60
+
+
+@pytest.mark.parametrize("kind", ["low_rank-joint", "bitmap-joint", "quantized-3bit"])
+def test_the_host_does_little_besides_launching(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions of Python that a call takes, counted, since times depend on the load; Triton's own are slow ones."""
+    monkeypatch.setattr(launches.LayerLaunches, "launch", lambda _self, *_given, **_options: None)
+    kernel = GpuKernel(groups_of(layer_kinds(16, 64)[kind], "bfloat16", 16, 64), SILU)
+    given = torch.zeros(1, 64, dtype=torch.bfloat16), *make_routing(4, "T1-KE")
+    kernel(*given)
+    called: list[CodeType] = []
+
+    def note(frame: FrameType, event: str, _argument: object) -> None:
+        if event == "call":
+            called.append(frame.f_code)
+
+    sys.setprofile(note)
+    try:
+        kernel(*given)
+    finally:
+        sys.setprofile(None)
+    assert "_Call.combine" in {code.co_qualname for code in called}
+    assert [code.co_qualname for code in called if "/triton/" in code.co_filename] == []
+    assert len(called) <= MOST_FRAMES
 
 
 def test_blocks_follow_the_rows_that_an_expert_has_on_all_ranks() -> None:
