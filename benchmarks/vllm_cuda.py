@@ -23,6 +23,8 @@ from typing import Any
 from benchmarks.harness.rows import Row, print_rows, write_rows
 
 SECONDS = 240
+# Attention of the published models: vLLM's GPU backends take these alone, and the weights are nowhere.
+MLA_SIZES = {"qk_nope_head_dim": 128, "v_head_dim": 128, "qk_head_dim": 192}
 _LIBRARIES: list[Any] = []
 
 
@@ -47,7 +49,8 @@ def write(folder: Path) -> None:
             save_tiny_model(family, source, torch.bfloat16)
             outline = make_outline(source, config.recipe(), make_target(CheckpointReader(source), config))
             (folder / family).mkdir(parents=True)
-            (folder / family / "config.json").write_text(json.dumps(outline.config))
+            sizes = {name: size for name, size in MLA_SIZES.items() if name in outline.config}
+            (folder / family / "config.json").write_text(json.dumps(outline.config | sizes))
             for file in source.glob("*.py"):
                 (folder / family / file.name).write_text(file.read_text())
         print(family, flush=True)
@@ -118,7 +121,8 @@ def stand_in() -> None:
     torch.cuda.get_device_capability = lambda device=None: (9, 0)  # noqa: ARG005 -- torch's signature
     torch.cuda.current_device = lambda: 0
     # of the shared experts, made and never used
-    torch.cuda.Stream = type("Stream", (), {"__init__": lambda self, *given, **options: None})  # noqa: ARG005
+    for name in ("Stream", "Event"):
+        setattr(torch.cuda, name, type(name, (), {"__init__": lambda self, *given, **options: None}))  # noqa: ARG005
     from vllm.platforms.cuda import NonNvmlCudaPlatform
 
     class StandIn(NonNvmlCudaPlatform):  # type: ignore[misc, valid-type]  # vLLM's class
