@@ -13,6 +13,7 @@ can't be loaded are left out.
 import argparse
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
 from multiprocessing.connection import Connection
@@ -100,6 +101,8 @@ def stand_in() -> None:
     """Put a platform that says it is an H100 in vLLM's place for one; before anything of vLLM asks for it."""
     import importlib
 
+    # vLLM has no use for Triton unless it finds a driver, or this says that there will be one
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
     import vllm.platforms
     from vllm.platforms.interface import DeviceCapability
@@ -147,6 +150,10 @@ def stand_in() -> None:
             return 1
 
         @classmethod
+        def current_device(cls) -> torch.device:
+            return torch.device("meta")
+
+        @classmethod
         def set_device(cls, device: Any) -> None:
             """There is none."""
 
@@ -159,9 +166,12 @@ def prepare() -> None:
     import vllm.distributed
     import vllm.engine.arg_utils
     import vllm.model_executor.model_loader.utils  # noqa: F401 -- for the processes that are forked from here
+    from vllm.model_executor.models import registry
 
     import resmoe_vllm
 
+    # it looks at a model's class in a process of its own, where the stand-in is not
+    registry._run_in_subprocess = lambda function: function()
     resmoe_vllm.register()
 
 
@@ -180,6 +190,8 @@ def build(model_dir: Path) -> dict[str, Any]:
         dtype="bfloat16", load_format="dummy",
     )  # fmt: skip
     config = args.create_engine_config()
+    # for what vLLM builds from transformers' classes
+    config.device_config.device = torch.device("meta")
     with set_current_vllm_config(config), tempfile.TemporaryDirectory() as scratch:
         init_distributed_environment(1, 0, f"file://{scratch}/store", 0, "gloo")
         initialize_model_parallel(1, 1)
