@@ -11,6 +11,7 @@ can't be loaded are left out.
 """
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -97,22 +98,25 @@ def name_absent_operators() -> None:
     namespace.__getattr__ = get
 
 
+def leave_out(*modules: str) -> None:
+    """Put names alone in place of those that can't be loaded here."""
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError as err:
+            print(f"left out: {name}: {err}", file=sys.stderr)
+            sys.modules[name] = Absent(name)
+
+
 def stand_in() -> None:
     """Put a platform that says it is an H100 in vLLM's place for one; before anything of vLLM asks for it."""
-    import importlib
-
     # vLLM has no use for Triton unless it finds a driver, or this says that there will be one
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
     import vllm.platforms
     from vllm.platforms.interface import DeviceCapability
 
-    for name in ("vllm._C_stable_libtorch", "vllm.vllm_flash_attn", "vllm.vllm_flash_attn.flash_attn_interface"):
-        try:
-            importlib.import_module(name)
-        except ImportError as err:
-            print(f"left out: {name}: {err}", file=sys.stderr)
-            sys.modules[name] = Absent(name)
+    leave_out("vllm._C_stable_libtorch", "vllm.vllm_flash_attn", "vllm.vllm_flash_attn.flash_attn_interface")
     answer_no()
     import vllm._custom_ops
 
