@@ -158,7 +158,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     for row in rows:
         for name, kernel in row["kernels"].items():
             if "error" not in kernel:
-                kernels.setdefault((row["method"], cell_of(row).few, name), []).append(kernel)
+                kernels.setdefault((cell_of(row).coded.split()[1], cell_of(row).few, name), []).append(kernel)
     card = CARDS[rows[0]["card"]]
     for (method, few, name), own in kernels.items():
         loops = [loop for kernel in own for loop in loops_of(kernel)]

@@ -172,9 +172,11 @@ def _shared_bytes(block_m: int, blocks: Blocks, *, itemsize: int, sides: int, de
 
 def _wide_values(tokens: int) -> Config:
     """For fp32, which the matrix units don't take: small blocks, as every product is a lane's own."""
-    blocks = Blocks(n=64, k=32, warps=4, stages=2)
     few = tokens <= FEW_TOKENS
-    return Config(16 if few else 32, blocks, blocks, blocks, blocks, not few, 528 if few else 264)
+    blocks = Blocks(n=64, k=32, warps=4 if few else 8, stages=2)
+    # two tiles side by side: as wide as the others' they spilled some registers
+    hidden = replace(blocks, n=32)
+    return Config(16 if few else 32, blocks, hidden, blocks, blocks, not few, 528 if few else 264)
 
 
 def token_classes(
