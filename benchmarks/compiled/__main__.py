@@ -31,8 +31,9 @@ FP32_CARDS = (WHOLE_CARD, "sm_89")
 USUAL_SHAPE = "OLMoE-1B-7B"
 # One for each number of experts of a token, but the usual one's.
 OTHER_SHAPES = ("Mixtral-8x7B", "DeepSeekMoE-16B", "Llama-4-Scout", "Qwen3-Next-80B-A3B", "DeepSeek-V3")
-# Of few tokens and of many, those whose kernels need most.
+# Of few tokens and of many, those whose kernels need most; and what other cards are compiled for.
 ENDS = (1, 4096)
+FEW_CLASSES = (1, 64, 4096)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -90,7 +91,9 @@ def differs(cell: "Cell") -> bool:
     if cell.dtype == "float16":
         return whole and cell.shape == USUAL_SHAPE and cell.method in CODINGS and end
     if cell.shape == USUAL_SHAPE:
-        return cell.method in CODINGS or (whole and (cell.tokens <= 64 or cell.tokens in (128, 4096)))
+        if cell.method in CODINGS:
+            return whole or cell.tokens in FEW_CLASSES
+        return whole and (cell.tokens <= 64 or cell.tokens in (128, 4096))
     if cell.shape not in OTHER_SHAPES or not end:
         return False
     return usual and (whole or cell.shape == OTHER_SHAPES[0])
