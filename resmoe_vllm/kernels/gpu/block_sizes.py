@@ -104,7 +104,12 @@ def default_config(
     """
     decoded = bool(coders - {"low_rank", "dense"})
     config = _rule(tokens, tokens * top_k / experts, coders, dtype)
-    return _fit(config, shared, dtype.itemsize, decoded=decoded, pairs=tokens <= FEW_TOKENS)
+    config = _fit(config, shared, dtype.itemsize, decoded=decoded, pairs=tokens <= FEW_TOKENS)
+    # On AMD both sums pass through shared memory at the end, beside what a bitmap counts.
+    sums = 2 * config.block_m * config.hidden.n * torch.float32.itemsize
+    if sums >= shared and any(coder.startswith("bitmap") for coder in coders):
+        config = replace(config, hidden=replace(config.hidden, n=config.hidden.n // 2))
+    return config
 
 
 def _rule(tokens: int, per_expert: float, coders: frozenset[str], dtype: torch.dtype) -> Config:

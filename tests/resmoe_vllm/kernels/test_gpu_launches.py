@@ -252,6 +252,14 @@ def test_blocks_fit_the_card(shared: int, dtype: torch.dtype) -> None:
                 assert step_bytes(config, name, dtype.itemsize) * getattr(config, name).stages <= shared
 
 
+def test_both_sums_of_a_bitmaps_block_fit_beside_what_it_counts() -> None:
+    """On AMD they pass through shared memory at the end: 66,560 bytes of 65,536 with columns as many as elsewhere."""
+    for shared, columns in ((65536, 32), (101376, 64), (232448, 64)):
+        config = default_config(4096, 8, 64, frozenset({"bitmap"}), torch.bfloat16, shared)
+        assert (config.block_m, config.hidden.n) == (128, columns)
+        assert 2 * config.block_m * config.hidden.n * 4 < shared
+
+
 @pytest.mark.parametrize("shared", [65536, 101376, 166912, 232448])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_two_blocks_of_few_tokens_fit_the_card(shared: int, dtype: torch.dtype) -> None:
