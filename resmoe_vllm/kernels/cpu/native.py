@@ -1,6 +1,6 @@
-"""Calls csrc/fused_moe_cpu.cpp, the kernel of every coder on a CPU with AVX2.
+"""Calls csrc/fused_moe_cpu.cpp, the kernel of every coder on a CPU with AVX2, or ARM64's NEON.
 
-Without a compiler or AVX2, ``load`` says why and gives None, and the plain torch path, same result, serves instead.
+Without a compiler or these, ``load`` says why and gives None, and the plain torch path, same result, serves instead.
 """
 
 import ctypes

@@ -1,6 +1,6 @@
 """Products with matrices in 8-bit codes by row on a CPU: C++ for few tokens, torch on decoded blocks for many.
 
-Without a compiler or AVX2 torch serves all of them, same result.
+Without a compiler, or AVX2 or NEON, torch serves all of them, same result.
 """
 
 import ctypes

@@ -14,6 +14,7 @@ struct ShuffleTable {
   alignas(16) uint8_t narrow[256][16];  // to 16-bit lanes
   alignas(32) uint8_t top[256][32];     // bytes to the top of 32-bit lanes, the ninth one below each
   alignas(8) int8_t lane[256][8];       // source of each 32-bit lane, negative where there is none
+  uint8_t count[256];                   // of kept values
   ShuffleTable() {
     for (int m = 0; m < 256; ++m)
       for (int to = 0, next = 0; to < kLanes; ++to) {
@@ -27,6 +28,7 @@ struct ShuffleTable {
         top[m][4 * to + 3] = kept ? next : 0x80;
         lane[m][to] = kept ? next : -1;
         next += kept;
+        count[m] = next;
       }
   }
 };
@@ -71,38 +73,28 @@ inline const char* address(const Nibbles& values) { return (const char*)values.f
 // kEntry, the wide tables' offset.
 constexpr int kEntry = sizeof ShuffleTable::wide[0];
 template <class V>
-inline __m256 expand8(Cursor<V> values, uint64_t entry);
+inline Octet expand8(Cursor<V> values, uint64_t entry);
 template <>
-inline __m256 expand8<BF16>(const uint16_t* values, uint64_t entry) {
-  const __m256i packed = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)values));
-  return _mm256_castsi256_ps(
-      _mm256_shuffle_epi8(packed, _mm256_load_si256((const __m256i*)(kShuffle.wide[0] + entry))));
+inline Octet expand8<BF16>(const uint16_t* values, uint64_t entry) {
+  return spread_bf16(values, kShuffle.wide[0] + entry);
 }
 template <>
-inline __m256 expand8<FP16>(const uint16_t* values, uint64_t entry) {
-  const __m128i control = _mm_load_si128((const __m128i*)kShuffle.narrow[entry / kEntry]);
-  return FP16::octet(_mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)values), control));
+inline Octet expand8<FP16>(const uint16_t* values, uint64_t entry) {
+  return spread_fp16(values, kShuffle.narrow[entry / kEntry]);
 }
 template <>
-inline __m256 expand8<FP32>(const float* values, uint64_t entry) {
-  const __m256i lanes = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)kShuffle.lane[entry / kEntry]));
-  const __m256 spread = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), lanes);
-  return _mm256_blendv_ps(spread, _mm256_setzero_ps(), _mm256_castsi256_ps(lanes));
-}
-inline __m256 expand8(__m128i tops, uint64_t entry) {
-  const __m256i control = _mm256_load_si256((const __m256i*)(kShuffle.top[0] + entry));
-  return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(tops), control));
+inline Octet expand8<FP32>(const float* values, uint64_t entry) {
+  return spread_floats(values, kShuffle.lane[entry / kEntry]);
 }
 template <>
-inline __m256 expand8<Kept8>(const uint8_t* values, uint64_t entry) {  // code - 128 at the top, a half below
-  return expand8(_mm_xor_si128(_mm_loadl_epi64((const __m128i*)values), _mm_set1_epi8(-128)), entry);
+inline Octet expand8<Kept8>(const uint8_t* values, uint64_t entry) {
+  return spread_codes_of_8(values, kShuffle.top[0] + entry);
 }
 template <>
-inline __m256 expand8<Kept4>(Nibbles values, uint64_t entry) {  // code - 8 in the upper half of a byte, a half below
+inline Octet expand8<Kept4>(Nibbles values, uint64_t entry) {
   uint64_t codes;
   memcpy(&codes, address(values), 8);
-  return expand8(_mm_cvtsi64_si128(_pdep_u64(codes >> 4 * (values.at & 1), 0xf0f0f0f0f0f0f0f0u) ^ 0x8888888888888888u),
-                 entry);
+  return spread_codes_of_4(codes >> 4 * (values.at & 1), kShuffle.top[0] + entry);
 }
 
 // Unpacks a row, 64 columns at a time: begin() with their mask, then octet(0) to octet(7), in this order. Reads up to
@@ -117,11 +109,11 @@ struct Unpacker {
     static_assert(kEntry == 1 << 5);
     word = word << 5 | word >> 59;
   }
-  __attribute__((always_inline)) inline __m256 octet(int j) {
+  __attribute__((always_inline)) inline Octet octet(int j) {
     uint64_t entry = (word >> 8 * j | word << (64 - 8 * j) % 64) & 255 * kEntry;
     asm("" : "+r"(entry));  // one number serves as offset and for counting: compilers would make two
-    const __m256 w = expand8<V>(values, entry);
-    values += __builtin_popcountll(entry);
+    const Octet w = expand8<V>(values, entry);
+    values += kCountsBits ? __builtin_popcountll(entry) : kShuffle.count[entry / kEntry];
     return w;
   }
 };
@@ -173,20 +165,20 @@ struct BitmapRows {
   const BitmapRow<V>* rows;
   int64_t mask_ahead, values_ahead;  // from a row to the one R rows on
   int64_t scaled = 0;                // codes: where columns end that share the scales at hand
-  __m256 scale[R][2];                // of the first 32 columns at hand, of the others
+  Octet scale[R][2];                 // of the first 32 columns at hand, of the others
   BitmapRows(const BitmapRow<V>* rows, const BitmapRow<V>& next)
       : rows(rows), mask_ahead(next.mask - rows->mask), values_ahead(next.values - rows->values) {
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
       packed[r].values = rows[r].values;
-      scale[r][0] = scale[r][1] = _mm256_setzero_ps();
+      scale[r][0] = scale[r][1] = octet_set(0);
     }
   }
   __attribute__((always_inline)) inline void begin(int64_t c) {
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
-      _mm_prefetch(address(packed[r].values + values_ahead), _MM_HINT_T0);
-      if (c % 512 == 0) _mm_prefetch(rows[r].mask + mask_ahead + c / 8, _MM_HINT_T0);
+      fetch(address(packed[r].values + values_ahead));
+      if (c % 512 == 0) fetch(rows[r].mask + mask_ahead + c / 8);
       packed[r].begin(rows[r].mask + c / 8);
     }
     if constexpr (kCoded<V>)
@@ -196,12 +188,12 @@ struct BitmapRows {
 #pragma GCC unroll 2
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-          for (int half = 0; half < 2; ++half) scale[r][half] = _mm256_set1_ps(rows[r].scale(c + 32 * half));
+          for (int half = 0; half < 2; ++half) scale[r][half] = octet_set(rows[r].scale(c + 32 * half));
       }
   }
-  __attribute__((always_inline)) inline __m256 octet(int r, int j) {
-    const __m256 w = packed[r].octet(j);
-    if constexpr (kCoded<V>) return _mm256_mul_ps(w, scale[r][j / 4]);
+  __attribute__((always_inline)) inline Octet octet(int r, int j) {
+    const Octet w = packed[r].octet(j);
+    if constexpr (kCoded<V>) return mul(w, scale[r][j / 4]);
     return w;
   }
   // rest(r, k, value) for the kept columns k from c on
@@ -231,8 +223,8 @@ inline void decode_as_stored(const BitmapRow<V>& row, int64_t n, uint16_t* out) 
   const uint16_t* values = row.values;
   const uint16_t* end = values + row.readable;
   for (int64_t c = 0; c < n; c += 64) {
-    _mm_prefetch((const char*)(values + kAhead), _MM_HINT_T0);  // rows lie one behind the other
-    if (c % 512 == 0) _mm_prefetch((const char*)(row.mask + c / 8 + kAhead), _MM_HINT_T0);
+    fetch(values + kAhead);  // rows lie one behind the other
+    if (c % 512 == 0) fetch(row.mask + c / 8 + kAhead);
     uint64_t word;
     memcpy(&word, row.mask + c / 8, 8);
 #pragma GCC unroll 2
@@ -265,7 +257,7 @@ void decode_row(const BitmapRow<V>& row, int64_t n, float* out) {
   for (int64_t c = 0; c < vectors; c += 64) {
     at.begin(c);
 #pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) _mm256_storeu_ps(out + c + kLanes * j, at.octet(0, j));
+    for (int j = 0; j < 8; ++j) store_octet(out + c + kLanes * j, at.octet(0, j));
   }
   std::fill(out + vectors, out + n, 0.0f);
   at.tail(vectors, n, [&](int, int64_t k, float w) { out[k] = w; });
@@ -280,33 +272,33 @@ template <class V, int R, int S>
 __attribute__((noinline)) void dot_bitmap(const BitmapRow<V>* rows, const BitmapRow<V>& next, int64_t n,
                                           const float* const* x, float* sums, int64_t ld) {
   BitmapRows<V, R> at(rows, next);
-  __m256 acc[R][S][2];
+  Octet acc[R][S][2];
 #pragma GCC unroll 2
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) acc[r][s][0] = acc[r][s][1] = _mm256_setzero_ps();
+    for (int s = 0; s < S; ++s) acc[r][s][0] = acc[r][s][1] = octet_set(0);
   for (int64_t c = 0; c < n; c += 64) {
     at.begin(c);
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
-      __m256 in[S];
+      Octet in[S];
 #pragma GCC unroll 4
       for (int s = 0; s < S; ++s) {
-        in[s] = _mm256_loadu_ps(x[s] + c + kLanes * j);
-        if (R > 1) asm("" : "+x"(in[s]));  // in a register, not loaded for each row
+        in[s] = load_octet(x[s] + c + kLanes * j);
+        if (R > 1) keep_in_register(in[s]);  // not loaded for each row
       }
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r) {
-        const __m256 w = at.octet(r, j);
+        const Octet w = at.octet(r, j);
 #pragma GCC unroll 4
-        for (int s = 0; s < S; ++s) acc[r][s][j & 1] = _mm256_fmadd_ps(w, in[s], acc[r][s][j & 1]);
+        for (int s = 0; s < S; ++s) acc[r][s][j & 1] = fma(w, in[s], acc[r][s][j & 1]);
       }
     }
   }
 #pragma GCC unroll 2
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) sums[s * ld + r] += sum(_mm256_add_ps(acc[r][s][0], acc[r][s][1]));
+    for (int s = 0; s < S; ++s) sums[s * ld + r] += sum(add(acc[r][s][0], acc[r][s][1]));
 }
 
 // y[s] += a[s * lda + r] * row r, row after row.
@@ -314,27 +306,27 @@ template <class V, int R, int S>
 __attribute__((noinline)) void axpy_bitmap(const float* a, int64_t lda, const BitmapRow<V>* rows,
                                            const BitmapRow<V>& next, int64_t n, float* const* y) {
   BitmapRows<V, R> at(rows, next);
-  __m256 factor[R][S];
+  Octet factor[R][S];
 #pragma GCC unroll 2
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) factor[r][s] = _mm256_set1_ps(a[s * lda + r]);
+    for (int s = 0; s < S; ++s) factor[r][s] = octet_set(a[s * lda + r]);
   int64_t c = 0;
   for (; c + 64 <= n; c += 64) {
     at.begin(c);
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
-      __m256 into[S];
+      Octet into[S];
 #pragma GCC unroll 4
-      for (int s = 0; s < S; ++s) into[s] = _mm256_loadu_ps(y[s] + c + kLanes * j);
+      for (int s = 0; s < S; ++s) into[s] = load_octet(y[s] + c + kLanes * j);
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r) {
-        const __m256 w = at.octet(r, j);
+        const Octet w = at.octet(r, j);
 #pragma GCC unroll 4
-        for (int s = 0; s < S; ++s) into[s] = _mm256_fmadd_ps(factor[r][s], w, into[s]);
+        for (int s = 0; s < S; ++s) into[s] = fma(factor[r][s], w, into[s]);
       }
 #pragma GCC unroll 4
-      for (int s = 0; s < S; ++s) _mm256_storeu_ps(y[s] + c + kLanes * j, into[s]);
+      for (int s = 0; s < S; ++s) store_octet(y[s] + c + kLanes * j, into[s]);
     }
   }
   at.tail(c, n, [&](int r, int64_t k, float w) {

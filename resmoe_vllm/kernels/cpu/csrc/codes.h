@@ -44,8 +44,8 @@ struct CodeRows {
   __attribute__((always_inline)) void fetch_ahead(int64_t row, int64_t rows, int64_t chunk) const {
     constexpr int kShare = D::kBits == 3 ? 3 : 2;  // halves of a vector that a chunk takes
     const char* at = (const char*)codes + (row + rows) * stride + chunk * kShare * kBytes / 2;
-    _mm_prefetch(at, _MM_HINT_T0);
-    if (kShare == 3) _mm_prefetch(at + 64, _MM_HINT_T0);
+    fetch(at);
+    if (kShare == 3) fetch(at + 64);
   }
 };
 
@@ -67,22 +67,6 @@ struct CodeScratch {
 
 constexpr int64_t kDirectInputs = 2;  // for which rows are multiplied while they are decoded
 constexpr int kDirectRows = 4;
-
-// Eight bf16 numbers of four rows, from `at` on, to eight times four fp32 ones.
-inline void four_by_eight(const uint16_t* const (&rows)[4], int64_t at, float* to, int64_t apart) {
-  const auto load = [&](int r) { return _mm_loadu_si128((const __m128i*)(rows[r] + at)); };
-  const __m128i zero = _mm_setzero_si128();
-  const auto store_pairs = [&](__m128i a, __m128i b, float* into) {  // rows 0 and 1, 2 and 3 of four columns
-    const __m128i low = _mm_unpacklo_epi32(a, b), high = _mm_unpackhi_epi32(a, b);
-    _mm_storeu_ps(into, _mm_castsi128_ps(_mm_unpacklo_epi16(zero, low)));
-    _mm_storeu_ps(into + apart, _mm_castsi128_ps(_mm_unpackhi_epi16(zero, low)));
-    _mm_storeu_ps(into + 2 * apart, _mm_castsi128_ps(_mm_unpacklo_epi16(zero, high)));
-    _mm_storeu_ps(into + 3 * apart, _mm_castsi128_ps(_mm_unpackhi_epi16(zero, high)));
-  };
-  const __m128i a = load(0), b = load(1), c = load(2), d = load(3);
-  store_pairs(_mm_unpacklo_epi16(a, b), _mm_unpacklo_epi16(c, d), to);
-  store_pairs(_mm_unpackhi_epi16(a, b), _mm_unpackhi_epi16(c, d), to + 4 * apart);
-}
 
 // Scales of each span, or of whole rows, by row; beyond the last row that one's. lanes: a multiple of 4.
 template <class D>
@@ -112,9 +96,9 @@ __attribute__((noinline)) void dot_direct(const CodeRows<D>& rows, int64_t first
   const int64_t chunks = rows.chunks(), spans = rows.spans(), span_chunks = std::max<int64_t>(1, rows.span() / kChunk);
   const int64_t per_chunk = std::max<int64_t>(1, kChunk / rows.span());
   const bool one_scale = rows.groups == 1;
-  __m128 total[S];
+  Four total[S];
 #pragma GCC unroll 4
-  for (int s = 0; s < S; ++s) total[s] = _mm_setzero_ps();
+  for (int s = 0; s < S; ++s) total[s] = four_set(0);
   int64_t chunk = 0;
   for (int64_t span = 0; span < spans; span += per_chunk) {
     const int64_t block = span * rows.span() / kBlock;
@@ -143,32 +127,32 @@ __attribute__((noinline)) void dot_direct(const CodeRows<D>& rows, int64_t first
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s) {
       // a quarter of the lanes each, by row
-      __m128i quarters[kQuarters];
+      FourInts quarters[kQuarters];
       split_quarters(sums_of_quarters(value(acc[0][s]), value(acc[1][s]), value(acc[2][s]), value(acc[3][s])),
                      quarters);
-      const __m128 of_input = _mm_set1_ps(image[s].scale[block]);
-      const auto add_span = [&](int64_t own, __m128i integers) __attribute__((always_inline)) {
-        __m128 f = _mm_cvtepi32_ps(_mm_add_epi32(integers, _mm_set1_epi32(image[s].start[own])));
-        if (D::kTwiceBias % 2) f = _mm_add_ps(f, _mm_set1_ps(image[s].half[own]));
-        const __m128 scale = one_scale ? of_input : _mm_mul_ps(of_input, _mm_loadu_ps(scales + own * R));
-        total[s] = _mm_fmadd_ps(f, scale, total[s]);
+      const Four of_input = four_set(image[s].scale[block]);
+      const auto add_span = [&](int64_t own, FourInts integers) __attribute__((always_inline)) {
+        Four f = to_floats(add(integers, four_ints(image[s].start[own])));
+        if (D::kTwiceBias % 2) f = add(f, four_set(image[s].half[own]));
+        const Four scale = one_scale ? of_input : mul(of_input, load_four(scales + own * R));
+        total[s] = fma(f, scale, total[s]);
       };
       if (per_chunk == 1) {
-        __m128i all = quarters[0];
+        FourInts all = quarters[0];
 #pragma GCC unroll 4
-        for (int q = 1; q < kQuarters; ++q) all = _mm_add_epi32(all, quarters[q]);
+        for (int q = 1; q < kQuarters; ++q) all = add(all, quarters[q]);
         add_span(span, all);
       } else {
         const int64_t own = kQuarters / per_chunk;
         for (int64_t p = 0; p < std::min(per_chunk, spans - span); ++p)
-          add_span(span + p, own == 1 ? quarters[p] : _mm_add_epi32(quarters[own * p], quarters[own * p + 1]));
+          add_span(span + p, own == 1 ? quarters[p] : add(quarters[own * p], quarters[own * p + 1]));
       }
     }
   }
 #pragma GCC unroll 4
   for (int s = 0; s < S; ++s) {
     alignas(16) float of_row[R];
-    _mm_store_ps(of_row, one_scale ? _mm_mul_ps(total[s], _mm_loadu_ps(scales)) : total[s]);
+    store_four(of_row, one_scale ? mul(total[s], load_four(scales)) : total[s]);
     for (int64_t r = 0; r < count; ++r) sums[sum[s] * ld + r] += of_row[r];
   }
 }
@@ -330,7 +314,7 @@ inline void make_factors(const float* numbers, int64_t twice_bias, Factors* into
   split(q, kRows, into->first, into->second);
   int32_t total = 0;
   for (int r = 0; r < kRows; ++r) total += q[r];
-  into->start = -(int32_t)(twice_bias / 2) * total;
+  into->start = (kLevelsLess - (int32_t)(twice_bias / 2)) * total;
   into->half = twice_bias % 2 ? -0.5f * total : 0;
   if (!finer) return;
   float rest[kRows];
@@ -389,7 +373,7 @@ inline void make_strip(const CodeRows<D>& rows, int64_t count, int64_t chunk, ui
     for (int r = 0; r < 4; ++r) {
       const int64_t row = std::min(count - 1, 4 * quad + r);
       // the rows behind these, which lie in one piece, a piece for each
-      _mm_prefetch((const char*)rows.codes + count * rows.stride + (chunk * count + row) * step, _MM_HINT_T0);
+      fetch(rows.codes + count * rows.stride + (chunk * count + row) * step);
       rows.template decode<true>(row, chunk, own[r]);
       in_columns(own[r]);
     }

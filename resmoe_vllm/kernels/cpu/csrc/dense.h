@@ -119,7 +119,7 @@ static_assert(OperandsOf<Fma<FP32>>::kMost >= 3 * kSums);
 template <int R, class W>
 __attribute__((always_inline)) inline void fetch_ahead(const W* row, int64_t stride) {
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) _mm_prefetch((const char*)(row + r * stride), _MM_HINT_T0);
+  for (int r = 0; r < R; ++r) fetch(row + r * stride);
 }
 
 constexpr int kDotRows = 4;
@@ -180,7 +180,7 @@ inline void dot_tile(const typename P::Weight* row, int64_t stride, const typena
                     : Chains == 2 ? add(acc[r % R][s][0], acc[r % R][s][Chains - 1])
                                   : acc[r % R][s][0];
     alignas(16) float totals[kDotRows];
-    _mm_store_ps(totals, sums_of_four(row_sums[0], row_sums[1], row_sums[2], row_sums[3]));
+    store_four(totals, sums_of_four(row_sums[0], row_sums[1], row_sums[2], row_sums[3]));
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) sums[sum[s] * ld + r] += totals[r];
   }

@@ -142,7 +142,7 @@ class Images {
     const float rest_of_bias = kind.twice_bias % 2 ? -0.5f : 0;
     for (int64_t k = 0; k < kind.spans(); ++k) {
       half[k] = rest_of_bias * start[k];
-      start[k] *= -bias;
+      start[k] *= kLevelsLess - bias;
     }
   }
 };

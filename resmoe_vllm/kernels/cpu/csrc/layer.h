@@ -40,7 +40,7 @@ inline void store(void* into, int32_t dtype, int64_t i, float value) {
   if (dtype == kFloat) {
     ((float*)into)[i] = value;
   } else if (dtype == kHalf) {
-    ((uint16_t*)into)[i] = _mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(value), _MM_FROUND_TO_NEAREST_INT), 0);
+    ((uint16_t*)into)[i] = float_to_half(value);
   } else {
     ((uint16_t*)into)[i] = BF16::nearest(value);
   }

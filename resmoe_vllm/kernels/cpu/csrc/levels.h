@@ -103,8 +103,6 @@ struct Plain<3> {
   }
 };
 
-inline __m128i load_8(const int8_t* from) { return _mm_loadl_epi64((const __m128i*)from); }
-
 // The tables of three fields of four bits, the newest symbols' first. place(k): the entry that nibble k of a row, as it
 // lies, chooses: the older symbol is the lower one in a row, the newer in a state.
 struct ThreeTables {
@@ -121,7 +119,7 @@ struct ThreeTables {
   static inline Bytes ordered(const int8_t* t, Place place) {
     alignas(16) int8_t entries[16];
     for (int k = 0; k < 16; ++k) entries[k] = t[place(k)];
-    return table_of(_mm_load_si128((const __m128i*)entries));
+    return table_of(entries_of_16(entries));
   }
 };
 
@@ -147,7 +145,7 @@ struct Trellis<3> {
   struct Tables {
     Bytes of_age[4];
     explicit Tables(const int8_t* t) {
-      for (int age = 0; age < 4; ++age) of_age[age] = table_of(load_8(t + 8 * age));
+      for (int age = 0; age < 4; ++age) of_age[age] = table_of(entries_of_8(t + 8 * age));
       of_age[0] = plus(of_age[0], byte_set(128));
     }
   };

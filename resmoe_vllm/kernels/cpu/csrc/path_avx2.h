@@ -3,20 +3,16 @@
 // Without it x stays int16, the even numbers of a quad apart from the odd ones, and so are levels for vpmaddwd.
 #pragma once
 
-#include <immintrin.h>
-#include <stdint.h>
-#include <string.h>
-
 #include <algorithm>
+
+#include "path_256.h"
+#include "path_x86.h"
 
 namespace resmoe {
 
-constexpr int kBytes = 32, kWide = 8;
-constexpr int kTileVectors = 2, kTileInputs = 2;  // of a tile of products: its sums stay in registers
-constexpr int kQuarters = 2;                      // of 128 bits
 using Bytes = __m256i;
 using Ints = __m256i;
-using Floats = __m256;
+using Floats = Octet;
 
 inline Bytes load_bytes(const uint8_t* from) { return _mm256_loadu_si256((const __m256i*)from); }
 inline void store_bytes(uint8_t* to, Bytes v) { _mm256_storeu_si256((__m256i*)to, v); }
@@ -46,13 +42,6 @@ inline void store_lanes_apart(uint8_t* to, Bytes v, int64_t apart) {
   _mm_storeu_si128((__m128i*)(to + apart), _mm256_extracti128_si256(v, 1));
 }
 
-template <int By>
-inline void copy_window(const uint8_t* from, int64_t size, int64_t at, uint8_t* to, int64_t most) {
-  int64_t done = 0;
-  if (at == 0)
-    for (; done < By; ++done) to[done] = from[(2 * size + done - By) % size];
-  memcpy(to + done, from + at - By + done, std::min(most - done, size - at + By - done));
-}
 // Bytes at - By.. of `size` of them, which bite their tail; zeros beyond. At: from 0 on in steps of whole vectors.
 template <int By>
 inline Bytes load_window(const uint8_t* from, int64_t size, int64_t at) {
@@ -136,7 +125,7 @@ inline Ints sums_of_quarters(Ints a, Ints b, Ints c, Ints d) {
   const Ints cd = _mm256_add_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
   return _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
 }
-inline void split_quarters(Ints v, __m128i (&to)[kQuarters]) {
+inline void split_quarters(Ints v, FourInts (&to)[kQuarters]) {
   to[0] = _mm256_castsi256_si128(v);
   to[1] = _mm256_extracti128_si256(v, 1);
 }
@@ -181,8 +170,6 @@ inline Floats to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
 inline Floats load_floats(const float* from) { return _mm256_loadu_ps(from); }
 inline void store_floats(float* to, Floats v) { _mm256_storeu_ps(to, v); }
 inline Floats float_set(float v) { return _mm256_set1_ps(v); }
-inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
-inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats divided(Floats a, Floats b) { return _mm256_div_ps(a, b); }
 inline Floats within(Floats v, float least, float most) {
   return _mm256_min_ps(float_set(most), _mm256_max_ps(float_set(least), v));
@@ -191,7 +178,6 @@ inline Floats times_power_of_two(Floats v, Floats n) {  // n from -126 to 127
   return _mm256_mul_ps(
       v, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23)));
 }
-inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 // The first `count` of eight, and zeros; nothing beyond them is read.
 inline Floats load_floats(const float* from, int64_t count) {
   if (count >= kWide) return load_floats(from);
@@ -228,7 +214,7 @@ inline void store_floats(float* to, Floats v, int64_t count) {
   for (int64_t k = 0; k < count; ++k) to[k] = lanes[k];
 }
 // Four vectors' sums: halves, then pairs two apart, then neighbours.
-inline __m128 sums_of_four(Floats a, Floats b, Floats c, Floats d) {
+inline Four sums_of_four(Floats a, Floats b, Floats c, Floats d) {
   const auto half = [](Floats v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); };
   const auto pairs = [](__m128 v, __m128 w) {  // v0 + v2, w0 + w2, v1 + v3, w1 + w3
     return _mm_add_ps(_mm_unpacklo_ps(v, w), _mm_unpackhi_ps(v, w));

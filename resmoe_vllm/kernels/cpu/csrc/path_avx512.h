@@ -3,10 +3,11 @@
 // x is 256 * high + low, both int8: vpdpbusd adds four products of unsigned levels at once, once for each half.
 #pragma once
 
-#include <immintrin.h>
 #include <stdint.h>
 
 #include <algorithm>
+
+#include "path_x86.h"
 
 namespace resmoe {
 
@@ -118,7 +119,7 @@ inline Ints sums_of_quarters(Ints a, Ints b, Ints c, Ints d) {
   const Ints cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
   return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
 }
-inline void split_quarters(Ints v, __m128i (&to)[kQuarters]) {
+inline void split_quarters(Ints v, FourInts (&to)[kQuarters]) {
   to[0] = _mm512_castsi512_si128(v);
   to[1] = _mm512_extracti32x4_epi32(v, 1);
   to[2] = _mm512_extracti32x4_epi32(v, 2);
@@ -189,7 +190,7 @@ inline Floats load_fp16(const uint16_t* from, int64_t count) { return _mm512_cvt
 
 inline void store_floats(float* to, Floats v, int64_t count) { _mm512_mask_storeu_ps(to, first_of_16(count), v); }
 // Four vectors' sums: halves, halves of these, then pairs two apart, then neighbours.
-inline __m128 sums_of_four(Floats a, Floats b, Floats c, Floats d) {
+inline Four sums_of_four(Floats a, Floats b, Floats c, Floats d) {
   const auto halves = [](Floats v, Floats w) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(v, w, _MM_SHUFFLE(1, 0, 1, 0)),
                          _mm512_shuffle_f32x4(v, w, _MM_SHUFFLE(3, 2, 3, 2)));

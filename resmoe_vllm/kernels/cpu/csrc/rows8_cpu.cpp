@@ -12,29 +12,25 @@ namespace {
 constexpr int64_t kTile = 4;    // rows at a time
 constexpr int64_t kInputs = 3;  // inputs at a time: with the rows their sums fill the registers
 
-inline __m256 levels(const int8_t* codes) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)codes)));
-}
-
 // out[s][r] = scales[r] * (codes row r . x[s]) + bias[r], n columns.
 template <int R, int S>
 inline void dot_tile(const int8_t* codes, int64_t n, const float* const* x, const float* scales, const float* bias,
                      float* const* out) {
-  __m256 acc[R][S];
+  Octet acc[R][S];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) acc[r][s] = _mm256_setzero_ps();
+    for (int s = 0; s < S; ++s) acc[r][s] = octet_set(0);
   int64_t c = 0;
   for (; c + kLanes <= n; c += kLanes) {
-    __m256 in[S];
+    Octet in[S];
 #pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) in[s] = _mm256_loadu_ps(x[s] + c);
+    for (int s = 0; s < S; ++s) in[s] = load_octet(x[s] + c);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const __m256 w = levels(codes + r * n + c);
+      const Octet w = octet_of_bytes(codes + r * n + c);
 #pragma GCC unroll 4
-      for (int s = 0; s < S; ++s) acc[r][s] = _mm256_fmadd_ps(w, in[s], acc[r][s]);
+      for (int s = 0; s < S; ++s) acc[r][s] = fma(w, in[s], acc[r][s]);
     }
   }
 #pragma GCC unroll 4

@@ -1,0 +1,23 @@
+// What paths of 256 bits share, AVX2's and NEON's: their constants, and rows' ends without masks.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include <algorithm>
+
+namespace resmoe {
+
+constexpr int kBytes = 32, kWide = 8;
+constexpr int kTileVectors = 2, kTileInputs = 2;  // of a tile of products: its sums stay in registers
+constexpr int kQuarters = 2;                      // of 128 bits
+
+template <int By>
+inline void copy_window(const uint8_t* from, int64_t size, int64_t at, uint8_t* to, int64_t most) {
+  int64_t done = 0;
+  if (at == 0)
+    for (; done < By; ++done) to[done] = from[(2 * size + done - By) % size];
+  memcpy(to + done, from + at - By + done, std::min(most - done, size - at + By - done));
+}
+
+}  // namespace resmoe
