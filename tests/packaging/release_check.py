@@ -1,14 +1,11 @@
 """`make release-check`: the wheel in an empty environment compresses and serves, and nothing of this clone helps it.
 
 Builds the sdist, the wheel from the sdist, and an environment of the pins and that wheel (docker/install.sh --wheel).
-`--image cpu` takes the steps of docker/Dockerfile.cpu instead, without a container engine: what it copies, its
-environment variables, its install script, its user, its entry point and its health check. apt is left to the machine.
 
-    python -m tests.packaging.release_check [--image cpu] [--out DIR]
+    python -m tests.packaging.release_check [--out DIR]
 """
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -69,32 +66,33 @@ class Installed:
         venv: its folder.
         serve: the command that serves ``/model``.
         health: the command that says whether it does; None: ask /health.
-        env: variables of the server.
-        user: uid that it runs as; None: this one.
+        env: all variables of its commands but HOME; none: PATH, and one thread.
+        user: uid and gid that the server runs as; None: these.
+        cwd: where the server starts; None: in its HOME.
     """
 
     venv: Path
-    serve: Sequence[str] = ("vllm", "serve", "/model", "--host", "127.0.0.1")
+    serve: Sequence[str] = ("vllm", "serve", "/model")
     health: Sequence[str] | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     user: int | None = None
+    cwd: Path | None = None
 
 
 def main() -> None:
     """Build, install, compress, serve, ask; ends with a sentence."""
     parser = argparse.ArgumentParser(prog="python -m tests.packaging.release_check", description=__doc__)
-    parser.add_argument("--image", choices=["cpu"], help="by the steps of this Dockerfile")
     parser.add_argument("--out", type=Path, default=REPO / "build" / "release", help="folder of all that is made")
     args = parser.parse_args()
     begun, out = time.perf_counter(), args.out.resolve()
     shutil.rmtree(out, ignore_errors=True)
     (out / "work").mkdir(parents=True)
-    model = _reference_model(out)
-    installed = like_image(args.image, out) if args.image else from_wheel(out)
-    _check_path(installed, out)
-    _resmoe(installed, out, "compress", str(model), "small")
-    _resmoe(installed, out, "verify", "small")
-    _serve(installed, out)
+    model = reference_model(out)
+    installed = from_wheel(out)
+    check_path(installed, out)
+    resmoe(installed, out, "compress", str(model), "small")
+    resmoe(installed, out, "verify", "small")
+    serve(installed, out)
     print(f"passed after {(time.perf_counter() - begun) / 60:.1f} minutes")
 
 
@@ -116,68 +114,30 @@ def from_wheel(out: Path) -> Installed:
     return Installed(out / "venv")
 
 
-def like_image(flavor: str, out: Path) -> Installed:
-    """What the Dockerfile makes of an image, in a folder that stands for ``/app``."""
-    text = re.sub(r"^#.*\n", "", (REPO / f"docker/Dockerfile.{flavor}").read_text(), flags=re.MULTILINE)
-    app, env, commands = out / "app", {}, {}
-    user, steps = None, 0
-    for line in text.replace("\\\n", " ").splitlines():
-        instruction, _, rest = line.strip().partition(" ")
-        rest = rest.replace("/app", str(app))
-        if instruction == "COPY":
-            *sources, target = rest.split()
-            _copy(sources, app / target, into_folder=target.endswith("/"))
-        elif instruction == "ENV":
-            env |= {name: value for name, _, value in (word.partition("=") for word in shlex.split(rest))}
-        elif instruction == "RUN":
-            # apt-get and useradd are the machine's
-            for command in (part.strip() for part in rest.split("&&")):
-                if command.startswith("docker/"):
-                    _run(shlex.split(command), cwd=app, env={**os.environ, **env, "PATH": os.environ["PATH"]})
-        elif instruction == "USER" and os.getuid() == 0:
-            user = int(rest.split(":")[0])
-        elif instruction == "ENTRYPOINT":
-            commands["serve"] = json.loads(rest)
-        elif instruction == "HEALTHCHECK":
-            commands["health"] = json.loads(rest.partition("CMD")[2])
-        steps += bool(instruction)
-    print(f"Dockerfile.{flavor}: {steps} instructions")
-    env["PATH"] = f"{app / 'venv' / 'bin'}:{os.environ['PATH']}"
-    return Installed(app / "venv", env=env, user=user, **commands)
-
-
-def _copy(sources: list[str], target: Path, *, into_folder: bool) -> None:
-    for name in sources:
-        source = REPO / name
-        if source.is_dir():
-            shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            place = target / source.name if into_folder or len(sources) > 1 else target
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, place)
-
-
-def _reference_model(out: Path) -> Path:
+def reference_model(out: Path) -> Path:
     """A model to compress, trained by this clone in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.models.reference_models", "--preset", "tiny"]
     _run([*command, "--context-length", "128", "--out", str(out / "model")], cwd=REPO, quiet=True)
     return out / "model"
 
 
-def _check_path(installed: Installed, out: Path) -> None:
+def check_path(installed: Installed, out: Path) -> None:
+    """The packages are imported from the environment, and nothing of this clone is."""
     done = _run([str(installed.venv / "bin/python"), "-c", WHERE], cwd=out / "work", env=_clean(installed, out))
     for place in done.split():
         if not Path(place).is_relative_to(installed.venv):
             sys.exit(f"{place} is not in {installed.venv}")
 
 
-def _resmoe(installed: Installed, out: Path, *words: str) -> None:
+def resmoe(installed: Installed, out: Path, *words: str) -> None:
+    """The environment's own `resmoe`, in OUT/work."""
     command = [str(installed.venv / "bin/resmoe"), *words]
     _run(command, cwd=out / "work", env=_clean(installed, out), quiet=True)
     print(f"$ resmoe {' '.join(words)}")
 
 
-def _serve(installed: Installed, out: Path) -> None:
+def serve(installed: Installed, out: Path) -> None:
+    """Serve OUT/work/small, wait until it is healthy, ask."""
     home = out / "home"
     home.mkdir(exist_ok=True)
     if installed.user is not None:
@@ -188,12 +148,13 @@ def _serve(installed: Installed, out: Path) -> None:
     model = str(out / "work" / "small")
     command = [model if word == "/model" else word for word in installed.serve]
     command[0] = str(installed.venv / "bin" / command[0])
-    env = _clean(installed, out) | {"VLLM_API_KEY": API_KEY, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1", **_clean(installed, out), "VLLM_API_KEY": API_KEY}
+    as_user = {} if installed.user is None else {"user": installed.user, "group": installed.user, "extra_groups": []}
     base, log = f"http://127.0.0.1:{port}", out / "server.log"
     with log.open("w") as file:
         server = subprocess.Popen(
-            [*command, "--port", str(port)], cwd=home, env=env, stdout=file, stderr=subprocess.STDOUT,
-            user=installed.user, start_new_session=True,
+            [*command, "--host", "127.0.0.1", "--port", str(port)], cwd=installed.cwd or home, env=env, stdout=file,
+            stderr=subprocess.STDOUT, start_new_session=True, **as_user,
         )  # fmt: skip
     try:
         begun = time.perf_counter()
@@ -229,7 +190,7 @@ def _wait(installed: Installed, server: subprocess.Popen, base: str, env: Mappin
 def _clean(installed: Installed, out: Path) -> dict[str, str]:
     """An environment without anything of this one's but the search path for compilers."""
     path = f"{installed.venv / 'bin'}:/usr/local/bin:/usr/bin:/bin"
-    return {**installed.env, "PATH": path, "HOME": str(out / "home"), "OMP_NUM_THREADS": "1"}
+    return {**(installed.env or {"PATH": path, "OMP_NUM_THREADS": "1"}), "HOME": str(out / "home")}
 
 
 def _run(command: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None, *, quiet: bool = False) -> str:

@@ -1,6 +1,5 @@
 """The images and the compose file, without an engine: lint, parse, and what an operator relies on."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.packaging.dockerfile import read
+
 REPO = Path(__file__).resolve().parents[2]
 DOCKER = REPO / "docker"
 FLAVORS = ("cpu", "cuda")
@@ -16,9 +17,7 @@ FLAVORS = ("cpu", "cuda")
 
 def instructions(flavor: str) -> list[tuple[str, str]]:
     """(instruction, arguments) of a Dockerfile, comments dropped and continuation lines joined."""
-    text = re.sub(r"^#.*\n", "", (DOCKER / f"Dockerfile.{flavor}").read_text(), flags=re.MULTILINE)
-    lines = text.replace("\\\n", " ").splitlines()
-    return [tuple(line.split(None, 1)) for line in lines if line.strip()]
+    return [(step.name, step.rest) for step in read(DOCKER / f"Dockerfile.{flavor}")]
 
 
 def only(flavor: str, name: str) -> str:

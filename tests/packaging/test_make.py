@@ -17,6 +17,7 @@ REPO = Path(__file__).resolve().parents[2]
         ("demo", "no-such-venv/bin/resmoe demo"),
         ("check", "no-such-venv/bin/ruff check ."),
         ("sbom", "no-such-venv/bin/python docker/sbom.py no-such-venv build/sbom"),
+        ("image-check", "no-such-venv/bin/python -m tests.packaging.image_check"),
         ("release-check", "no-such-venv/bin/python -m tests.packaging.release_check"),
         (
             "recovery",
