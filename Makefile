@@ -41,7 +41,7 @@ cover: $(STAMP)  ## hold format/ and output/ to their floor of lines and branche
 demo: $(STAMP)  ## train a small MoE, compress it three times, serve and compare all four
 	$(BIN)/resmoe demo
 
-compile-matrix: $(STAMP)  ## compile the GPU kernels for seven cards, without one, and compare with what is allowed; COMPILE_ARGS="--card sm_90"
+compile-matrix: $(STAMP)  ## compile the GPU kernels for several cards, without one, and compare with what is allowed; COMPILE_ARGS="--card sm_90"
 	$(BIN)/python -W ignore -m benchmarks.compiled $(COMPILE_ARGS)
 
 gpu-day: $(STAMP)  ## all that a GPU has to show, in 25 minutes; GPU_DAY_ARGS=--rehearse tries it on a CPU
