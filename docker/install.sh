@@ -71,7 +71,12 @@ check() {
     wrong=$(printf '%s' "$wrong" | grep -vE 'requires (torchvision|torchaudio|torchcodec), which is not installed' || true)
   fi
   [ -z "$wrong" ] || die "the environment does not fit together:"$'\n'"$wrong"
-  "$venv/bin/vllm" --version >/dev/null 2>"$log" || { cat "$log" >&2; die "the vllm command does not run"; }
+  # The command infers its device even to say its version: on a CUDA build without a GPU, as in `docker build`, it can't.
+  if [ "$flavor" = cuda ] && ! nvidia-smi >/dev/null 2>&1; then
+    "$venv/bin/python" -c 'import vllm, resmoe_vllm' 2>"$log" || { cat "$log" >&2; die "vllm can't be imported"; }
+  else
+    "$venv/bin/vllm" --version >/dev/null 2>"$log" || { cat "$log" >&2; die "the vllm command does not run"; }
+  fi
   "$venv/bin/resmoe" --version >/dev/null 2>"$log" || { cat "$log" >&2; die "the resmoe command does not run"; }
 }
 
@@ -98,4 +103,4 @@ else
   pip_install --no-build-isolation "$repo"
 fi
 check
-say "done: $("$venv/bin/vllm" --version 2>/dev/null | tail -1) (vllm), $("$venv/bin/resmoe" --version)"
+say "done: $(grep -E '^vllm(-cpu)?==' "$pins"), $("$venv/bin/resmoe" --version)"

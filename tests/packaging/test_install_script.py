@@ -23,7 +23,11 @@ def install(tmp_path: Path, *arguments: str, **env: str) -> tuple[subprocess.Com
     """Run the script on a ready-made environment of stand-ins; its result and the interpreter's calls."""
     commands = tmp_path / "venv" / "bin"
     commands.mkdir(parents=True)
-    for name, text in {"python": FAKE_PYTHON, "vllm": "#!/bin/bash\n", "resmoe": "#!/bin/bash\n"}.items():
+    for name, text in {
+        "python": FAKE_PYTHON,
+        "vllm": '#!/bin/bash\n[ -z "$VLLM_RUNS" ]\n',
+        "resmoe": "#!/bin/bash\n",
+    }.items():
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
     calls = tmp_path / "calls"
@@ -50,6 +54,18 @@ def test_image_gets_a_copy_without_test_tools(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert "constraints-cuda.txt" in " ".join(calls)
     assert not [call for call in calls if "--editable" in call or "constraints-dev" in call or "cpu" in call]
+
+
+def test_a_cuda_environment_without_a_gpu_is_checked_without_the_vllm_command(tmp_path: Path):
+    """As in `docker build`: vLLM's command infers its device even to say its version."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    done, calls = install(tmp_path, "cuda", "{venv}", PATH=f"{tmp_path}:/usr/bin:/bin", VLLM_RUNS="no")
+    assert done.returncode == 0, done.stderr
+    assert calls[-1] == "-c import vllm, resmoe_vllm"
+    done, calls = install(tmp_path / "cpu", "cpu", "{venv}", VLLM_RUNS="no")
+    assert done.returncode == 1
+    assert "the vllm command does not run" in done.stderr
 
 
 def test_a_wheel_in_place_of_the_clone(tmp_path: Path):
