@@ -106,6 +106,9 @@ class Asker:
         }  # fmt: skip
         if self._is_llama:
             body["cache_prompt"] = False
+        else:
+            # A token whose bytes are only the beginning of a character has no text.
+            body["return_token_ids"] = True
         begun = time.perf_counter()
         first = last = None
         with httpx.stream("POST", f"{self._url}/v1/completions", json=body, timeout=600) as answer:
@@ -135,7 +138,10 @@ class Asker:
 
 
 def _has_token(chunk: dict[str, Any]) -> bool:
-    return any(choice.get("text") or not choice.get("finish_reason") for choice in chunk.get("choices", []))
+    return any(
+        choice.get("token_ids") or choice.get("text") or not choice.get("finish_reason")
+        for choice in chunk.get("choices", [])
+    )
 
 
 def must_agree(one: list[dict[int, float]], other: list[dict[int, float]]) -> None:

@@ -1,6 +1,6 @@
-"""Products with matrices in 8-bit codes by row on a CPU: C++ for few tokens, torch on decoded blocks for many.
+"""Products with matrices in 8-bit codes by row on a CPU, in C++: the experts' integer dots (csrc/dots.h).
 
-Without a compiler, or AVX2 or NEON, torch serves all of them, same result.
+Without a compiler, or AVX2 or NEON, torch multiplies decoded blocks, same result.
 """
 
 import ctypes
@@ -14,15 +14,14 @@ from torch.nn import functional
 
 from compress_tools import native_library
 from compress_tools.errors import KernelUnsupportedError
-from compress_tools.format.rest import decode_rows
+from compress_tools.format.dtypes import DTYPES as DTYPES_OF_FORMAT
+from compress_tools.format.parts.base import SCALE_DTYPE
+from compress_tools.format.rest import LEVELS, decode_rows
 from compress_tools.native_library import NativeSource
+from resmoe_vllm.kernels.cpu.build import PATHS, chosen_path
 from resmoe_vllm.kernels.cpu.native import open_or_reason
-from resmoe_vllm.kernels.cpu.plain_torch import product_dtype
-from resmoe_vllm.kernels.cpu.structs import pointer_to
+from resmoe_vllm.kernels.cpu.structs import DTYPES, pointer_to
 
-# Above, where the processor multiplies x's dtype of 16 bits in hardware, torch's product of a decoded block wins over
-# reading each code once for three tokens.
-MAX_CPP_TOKENS = 32
 # Weights of a decoded block.
 BLOCK = 2**20
 
@@ -45,22 +44,27 @@ def rows8_ref(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> 
 def rows8(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """See ``rows8_ref``; all contiguous, on the CPU."""
     library = _load()
-    if library is None or (len(x) > MAX_CPP_TOKENS and x.dtype != torch.float32 and product_dtype(x.dtype) == x.dtype):
+    if library is None:
         return _by_blocks(x, codes, scales, bias)
-    wide, factors = x.float().contiguous(), scales.float()
-    shift = None if bias is None else bias.float()
-    out = torch.empty(len(x), len(codes), dtype=torch.float32)
+    out = torch.empty(len(x), len(codes), dtype=x.dtype)
+    _call(library, x, codes, scales, None if bias is None else bias.float(), out, torch.get_num_threads())
+    return out
+
+
+def _call(
+    library: ctypes.CDLL, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor, threads: int
+) -> None:
     library.resmoe_rows8(
         codes.data_ptr(),
-        factors.data_ptr(),
-        pointer_to(shift),
-        wide.data_ptr(),
+        scales.data_ptr(),
+        pointer_to(bias),
+        x.data_ptr(),
         len(x),
         *codes.shape,
         out.data_ptr(),
-        torch.get_num_threads(),
+        DTYPES[x.dtype],
+        threads,
     )
-    return out.to(x.dtype)
 
 
 def _by_blocks(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
@@ -87,24 +91,14 @@ def _check(library: ctypes.CDLL) -> None:
     """
     _declare(library)
     generator = torch.Generator().manual_seed(0)
-    for tokens, rows, columns in ((1, 5, 3), (2, 4, 8), (4, 7, 77)):
-        codes = torch.randint(-127, 128, (rows, columns), generator=generator).to(torch.int8)
-        scales = torch.rand(rows, generator=generator)
+    for tokens, rows, columns in ((1, 5, 3), (2, 4, 8), (4, 7, 77), (3, 33, 600)):
+        codes = torch.randint(-LEVELS, LEVELS + 1, (rows, columns), generator=generator).to(torch.int8)
+        scales = torch.rand(rows, 1, generator=generator).to(DTYPES_OF_FORMAT[SCALE_DTYPE])
         x, bias = torch.randn(tokens, columns, generator=generator), torch.randn(rows, generator=generator)
         out = torch.empty(tokens, rows)
         for shift in (None, bias):
-            library.resmoe_rows8(
-                codes.data_ptr(),
-                scales.data_ptr(),
-                pointer_to(shift),
-                x.data_ptr(),
-                tokens,
-                rows,
-                columns,
-                out.data_ptr(),
-                1,
-            )
-            if not torch.allclose(out, rows8_ref(x, codes, scales[:, None], shift), rtol=1e-4, atol=1e-3):
+            _call(library, x, codes, scales, shift, out, 1)
+            if not torch.allclose(out, rows8_ref(x, codes, scales, shift), rtol=1e-4, atol=1e-2):
                 raise KernelUnsupportedError("resmoe's C++ kernel multiplies 8-bit rows wrongly on this processor")
 
 
@@ -120,12 +114,12 @@ def _load() -> ctypes.CDLL | None:
 
 
 def _opened(say: Callable[[str], None]) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(native_library.build(SOURCE, say=say)))
+    library = ctypes.CDLL(str(native_library.build(SOURCE, *PATHS[chosen_path()].flags, say=say)))
     _declare(library)
     return library
 
 
 def _declare(library: ctypes.CDLL) -> None:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    library.resmoe_rows8.argtypes = [*[pointer] * 4, *[size] * 3, pointer, ctypes.c_int]
+    library.resmoe_rows8.argtypes = [*[pointer] * 4, *[size] * 3, pointer, ctypes.c_int32, ctypes.c_int]
     library.resmoe_rows8.restype = None

@@ -7,8 +7,8 @@ from compress_tools.format.rest import encode_rows
 from resmoe_vllm.kernels.cpu import rows8 as kernels
 from resmoe_vllm.kernels.cpu.rows8 import rows8, rows8_ref
 
-# Rows of a tile and one less, columns of a lane and odd ones, tokens of a tile and one more.
-SIZES = [(1, 1, 1), (1, 4, 8), (2, 3, 7), (3, 5, 33), (4, 8, 64), (5, 6, 100), (33, 7, 129), (70, 9, 40)]
+# Rows of a tile, of a strip and one more; columns of a vector, of a block and odd ones; tokens of a block and one more.
+SIZES = [(1, 1, 1), (1, 4, 8), (2, 3, 7), (3, 33, 33), (4, 8, 64), (5, 129, 100), (33, 7, 513), (97, 9, 40)]
 
 
 def rows(tokens: int, outputs: int, columns: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
@@ -24,7 +24,6 @@ def strategy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(kernels, "_load", lambda: None)
     else:
         assert kernels._load() is not None, "no C++ kernel here"
-        monkeypatch.setattr(kernels, "MAX_CPP_TOKENS", 10**9)
     return str(request.param)
 
 
@@ -55,33 +54,43 @@ def test_no_tokens_and_rows_of_zeros() -> None:
     assert not rows8(x, codes, scales, None)[:, 2].any()
 
 
-def test_a_token_alone_and_in_a_batch() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [2, 3, 96, 97, 200])
+def test_a_token_alone_and_in_a_batch(tokens: int, dtype: torch.dtype) -> None:
     """Bit for bit, in C++."""
-    x, codes, scales, bias = rows(11, 13, 77)
+    x, codes, scales, bias = rows(tokens, 133, 577, dtype)
     whole = rows8(x, codes, scales, bias)
     for token in range(len(x)):
         assert torch.equal(rows8(x[token : token + 1], codes, scales, bias), whole[token : token + 1])
+
+
+def test_threads_share_the_rows() -> None:
+    """Bit for bit, in C++; more threads than there is work for, too."""
+    library = kernels._load()
+    assert library is not None
+    x, codes, scales, bias = rows(5, 70, 577)
+    one, many = torch.empty(5, 70), torch.empty(5, 70)
+    kernels._call(library, x, codes, scales, bias, one, 1)
+    for threads in (2, 3, 7):
+        kernels._call(library, x, codes, scales, bias, many.zero_(), threads)
+        assert torch.equal(one, many)
+
+
+def test_one_large_number_does_not_drown_the_others() -> None:
+    """A number is off by at most 2^-15 of the largest of its 512, however large that is: half of it here."""
+    x, codes, scales, _ = rows(3, 40, 1024, torch.bfloat16)
+    x[:, 700] = 1024.0
+    weights = codes.double() * scales.double()
+    expected = x.double() @ weights.T
+    error = (rows8(x, codes, scales, None).double() - expected).abs()
+    rounding = 2.0**-8 * expected.abs()  # to bfloat16
+    assert (error <= rounding + 2.0**-16 * 1024 * weights[:, 512:].abs().sum(1)).all()
 
 
 def test_the_largest_codes_do_not_overflow() -> None:
     x, codes = torch.full((1, 4096), 100.0), torch.full((2, 4096), 127, dtype=torch.int8)
     scales = torch.tensor([[1.0], [2.0]]).bfloat16()
     assert rows8(x, codes, scales, None).tolist() == [[127 * 100 * 4096, 2 * 127 * 100 * 4096]]
-
-
-def test_which_serves_which(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch takes many tokens of a dtype that the processor multiplies, and no others."""
-    taken: list[int] = []
-    monkeypatch.setattr(kernels, "_by_blocks", lambda x, *_: taken.append(len(x)) or x)
-    monkeypatch.setattr(kernels, "product_dtype", lambda dtype: dtype)
-    limit = kernels.MAX_CPP_TOKENS
-    for dtype, tokens in ((torch.float32, limit + 1), (torch.bfloat16, limit), (torch.bfloat16, limit + 1)):
-        x, codes, scales, _ = rows(tokens, 3, 8, dtype)
-        rows8(x, codes, scales, None)
-    assert taken == [limit + 1]
-    monkeypatch.setattr(kernels, "product_dtype", lambda _: torch.float32)
-    rows8(*rows(limit + 1, 3, 8, torch.bfloat16)[:3], None)
-    assert taken == [limit + 1]
 
 
 @pytest.mark.parametrize("error", [OSError("found neither g++ nor clang++")])

@@ -20,7 +20,7 @@ struct CodeRows {
   const uint8_t* codes;    // the first row
   const uint16_t* scales;  // its first group's
   typename D::Tables tables;
-  int64_t n, octets, stride, group, groups;
+  int64_t n, octets, stride, group, groups;  // octets: of a row of SignedBytes its columns
   static constexpr int64_t kChunk = D::kPlaces * kBytes;
 
   CodeRows(const Matrix& m, int64_t e, int64_t i, int64_t columns)
@@ -30,6 +30,16 @@ struct CodeRows {
     codes = (const uint8_t*)m.data + e * m.stride + i * stride;
     scales = m.scales + e * m.scales_stride + i * groups;
   }
+  // Rows of SignedBytes, one scale each.
+  CodeRows(const int8_t* codes, const uint16_t* scales, int64_t columns)
+      : codes((const uint8_t*)codes),
+        scales(scales),
+        tables(nullptr),
+        n(columns),
+        octets(columns),
+        stride(columns),
+        group(columns),
+        groups(1) {}
   float scale(int64_t row, int64_t g) const { return BF16::scalar(scales[row * groups + g]); }
   int64_t chunks() const { return (n + kChunk - 1) / kChunk; }
   int64_t span() const { return groups == 1 ? kBlock : std::min(group, kBlock); }

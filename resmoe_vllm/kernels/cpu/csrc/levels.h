@@ -47,6 +47,16 @@ struct Plain<8> {
   }
 };
 
+// Signed bytes, as matrices beside the experts have them (SPEC.md, 6): any number of columns, not octets, a row.
+struct SignedBytes {
+  using Tables = NoTables;
+  static constexpr int kBits = 8, kPlaces = 1, kTwiceBias = 256;
+  template <bool Turned>
+  static inline void decode(const Tables&, const uint8_t* row, int64_t columns, int64_t chunk, Bytes (&out)[1]) {
+    out[0] = plus(window<Turned, 1>(row, columns, chunk * kBytes), byte_set(128));
+  }
+};
+
 template <>
 struct Plain<4> {
   using Tables = NoTables;

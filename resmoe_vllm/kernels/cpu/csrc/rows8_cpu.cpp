@@ -1,94 +1,98 @@
-// Products with matrices in 8-bit codes by row on a CPU: codes are read once for each block of tokens.
+// Products with matrices in signed 8-bit codes by row: the integer dots of rows of codes (codes.h), scale by row.
 //
-// Plain C ABI, no torch headers. Inputs and sums are fp32. Truth: rows8_ref in rows8.py. Each element of a result is
-// added up in one order, whatever stands beside it, so a token's result does not depend on its batch.
+// Plain C ABI, no torch headers. Truth: rows8_ref in rows8.py. A token's result does not depend on its batch. Inputs
+// are rounded to 16 bits with a scale for each 512 columns; what that leaves of numbers finer than 16 bits is used too.
 
-#include "vec.h"
+#include <omp.h>
+
+#include "codes.h"
+#include "numbers.h"
 
 using namespace resmoe;
 
 namespace {
 
-constexpr int64_t kTile = 4;    // rows at a time
-constexpr int64_t kInputs = 3;  // inputs at a time: with the rows their sums fill the registers
+constexpr int64_t kStripRows = 4 * kTileRows;  // they stay in the second cache from one block of tokens to the next
+constexpr int64_t kTokens = 96;                // of a block
+static_assert(2 * kTokens <= Inputs::kMost);
 
-// out[s][r] = scales[r] * (codes row r . x[s]) + bias[r], n columns.
-template <int R, int S>
-inline void dot_tile(const int8_t* codes, int64_t n, const float* const* x, const float* scales, const float* bias,
-                     float* const* out) {
-  Octet acc[R][S];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) acc[r][s] = octet_set(0);
-  int64_t c = 0;
-  for (; c + kLanes <= n; c += kLanes) {
-    Octet in[S];
-#pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) in[s] = load_octet(x[s] + c);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Octet w = octet_of_bytes(codes + r * n + c);
-#pragma GCC unroll 4
-      for (int s = 0; s < S; ++s) acc[r][s] = fma(w, in[s], acc[r][s]);
+struct RowProducts {
+  const CodeRows<SignedBytes> matrix;
+  const float* bias;  // [rows], or null
+  const void* x;      // [tokens, columns]
+  int64_t tokens, rows;
+  void* out;  // [tokens, rows]
+  int32_t dtype;
+  Images images;               // [tokens, 2]: of x, and of what rounding left of it
+  std::vector<uint8_t> finer;  // [tokens]: whether that is used
+
+  RowProducts(const CodeRows<SignedBytes>& matrix, const float* bias, const void* x, int64_t tokens, int64_t rows,
+              void* out, int32_t dtype)
+      : matrix(matrix),
+        bias(bias),
+        x(x),
+        tokens(tokens),
+        rows(rows),
+        out(out),
+        dtype(dtype),
+        images(matrix.kind()),
+        finer(tokens) {
+    images.resize(2 * tokens);
+  }
+
+  void run(int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+      const int thread = omp_get_thread_num(), count = omp_get_num_threads();
+      round_inputs(share(tokens, 1, thread, count));
+#pragma omp barrier
+      multiply(share(rows, kTileRows, thread, count));
     }
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) {
-      float total = sum(acc[r][s]);
-      for (int64_t t = c; t < n; ++t) total = __builtin_fmaf(codes[r * n + t], x[s][t], total);
-      out[s][r] = bias == nullptr ? total * scales[r] : __builtin_fmaf(total, scales[r], bias[r]);
-    }
-}
 
-template <int R>
-inline void dot_rows(const int8_t* codes, int64_t n, const float* x, int64_t tokens, const float* scales,
-                     const float* bias, float* out, int64_t rows) {
-  for (int64_t s = 0; s < tokens; s += kInputs) {
-    const float* in[kInputs];
-    float* into[kInputs];
-    for (int64_t k = 0; k < std::min(kInputs, tokens - s); ++k) in[k] = x + (s + k) * n, into[k] = out + (s + k) * rows;
-    switch (std::min(kInputs, tokens - s)) {
-      case 1:
-        dot_tile<R, 1>(codes, n, in, scales, bias, into);
-        break;
-      case 2:
-        dot_tile<R, 2>(codes, n, in, scales, bias, into);
-        break;
-      default:
-        dot_tile<R, 3>(codes, n, in, scales, bias, into);
+  void round_inputs(Span own) {
+    std::vector<float> numbers(matrix.n), rest(matrix.n);
+    for (int64_t t = own.begin; t < own.end; ++t) {
+      load_floats(x, dtype, t * matrix.n, matrix.n, numbers.data());
+      finer[t] = is_fine(bits_of(numbers.data(), matrix.n));
+      images.make(2 * t, numbers.data(), finer[t] ? rest.data() : nullptr);
+      if (finer[t]) images.make(2 * t + 1, rest.data(), nullptr);
     }
   }
-}
+
+  void multiply(Span own) {
+    CodeScratch scratch;
+    Inputs inputs;
+    std::vector<float> sums(kTokens * kStripRows);
+    for (int64_t r = own.begin; r < own.end; r += kStripRows) {
+      const int64_t count = std::min(kStripRows, own.end - r);
+      CodeRows<SignedBytes> strip = matrix;
+      strip.codes += r * strip.stride;
+      strip.scales += r;
+      for (int64_t t = 0; t < tokens; t += kTokens) {
+        const int64_t block = std::min(kTokens, tokens - t);
+        inputs.clear();
+        for (int64_t s = 0; s < block; ++s)
+          for (int64_t limb = 0; limb <= finer[t + s]; ++limb) inputs.push(images.at(2 * (t + s) + limb), s);
+        std::fill(sums.begin(), sums.end(), 0.0f);
+        dot_codes(strip, count, inputs, sums.data(), kStripRows, scratch);
+        for (int64_t s = 0; s < block; ++s)
+          for (int64_t k = 0; k < count; ++k) {
+            const float sum = sums[s * kStripRows + k];
+            store(out, dtype, (t + s) * rows + r + k, bias == nullptr ? sum : sum + bias[r + k]);
+          }
+      }
+    }
+  }
+};
 
 }  // namespace
 
 extern "C" {
 
-// out [T, N] = x [T, K] times codes [N, K] by scales [N], plus bias [N] or null; all but the codes fp32.
-void resmoe_rows8(const int8_t* codes, const float* scales, const float* bias, const float* x, int64_t tokens,
-                  int64_t rows, int64_t columns, float* out, int threads) {
-  const int64_t blocks = (rows + kTile - 1) / kTile;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t r = b * kTile;
-    const int8_t* at = codes + r * columns;
-    const float* shift = bias == nullptr ? nullptr : bias + r;
-    switch (std::min(kTile, rows - r)) {
-      case 1:
-        dot_rows<1>(at, columns, x, tokens, scales + r, shift, out + r, rows);
-        break;
-      case 2:
-        dot_rows<2>(at, columns, x, tokens, scales + r, shift, out + r, rows);
-        break;
-      case 3:
-        dot_rows<3>(at, columns, x, tokens, scales + r, shift, out + r, rows);
-        break;
-      default:
-        dot_rows<4>(at, columns, x, tokens, scales + r, shift, out + r, rows);
-    }
-  }
+// out [T, N] = x [T, K] times codes [N, K] by scales, bf16 [N], plus bias, fp32 [N] or null; x and out in dtype.
+void resmoe_rows8(const int8_t* codes, const uint16_t* scales, const float* bias, const void* x, int64_t tokens,
+                  int64_t rows, int64_t columns, void* out, int32_t dtype, int threads) {
+  RowProducts({codes, scales, columns}, bias, x, tokens, rows, out, dtype).run(threads);
 }
 }
