@@ -370,34 +370,78 @@ inline void axpy_tile(const uint8_t* strip, int64_t quad_stride, const Factors* 
   }
 }
 
-// Levels of `count` rows of a chunk, four rows interleaved, in column order: [kQuads, kChunk, 4]. Missing rows are the
+// Levels of four rows of a chunk, interleaved, in column order: 16 columns a vector of 64 bytes. Missing rows are the
 // last one again: their factors are zero.
 template <class D>
-inline void make_strip(const CodeRows<D>& rows, int64_t count, int64_t chunk, uint8_t* strip) {
-  constexpr int kPlaces = D::kPlaces;
-  const int64_t chunks = rows.chunks(), step = rows.stride / chunks;
-  for (int64_t quad = 0; quad < kQuads; ++quad) {
-    uint8_t* to = strip + quad * 4 * rows.kChunk;
-    Bytes own[4][kPlaces];
+__attribute__((always_inline)) inline void interleave_rows(const CodeRows<D>& rows, int64_t count, int64_t chunk,
+                                                           int64_t quad, Bytes (&to)[4 * D::kPlaces]) {
+  const int64_t step = rows.stride / rows.chunks();
+  Bytes own[4][D::kPlaces];
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      const int64_t row = std::min(count - 1, 4 * quad + r);
-      // the rows behind these, which lie in one piece, a piece for each
-      fetch(rows.codes + count * rows.stride + (chunk * count + row) * step);
-      rows.template decode<true>(row, chunk, own[r]);
-      in_columns(own[r]);
-    }
+  for (int r = 0; r < 4; ++r) {
+    const int64_t row = std::min(count - 1, 4 * quad + r);
+    // the rows behind these, which lie in one piece, a piece for each
+    fetch(rows.codes + count * rows.stride + (chunk * count + row) * step);
+    rows.template decode<true>(row, chunk, own[r]);
+    in_columns(own[r]);
+  }
 #pragma GCC unroll 8
-    for (int j = 0; j < kPlaces; ++j) {
-      const Bytes low01 = low_8(own[0][j], own[1][j]), high01 = high_8(own[0][j], own[1][j]);
-      const Bytes low23 = low_8(own[2][j], own[3][j]), high23 = high_8(own[2][j], own[3][j]);
-      store_bytes(to + (4 * j + 0) * kBytes, low_16(low01, low23));
-      store_bytes(to + (4 * j + 1) * kBytes, high_16(low01, low23));
-      store_bytes(to + (4 * j + 2) * kBytes, low_16(high01, high23));
-      store_bytes(to + (4 * j + 3) * kBytes, high_16(high01, high23));
-    }
+  for (int j = 0; j < D::kPlaces; ++j) {
+    const Bytes low01 = low_8(own[0][j], own[1][j]), high01 = high_8(own[0][j], own[1][j]);
+    const Bytes low23 = low_8(own[2][j], own[3][j]), high23 = high_8(own[2][j], own[3][j]);
+    to[4 * j] = low_16(low01, low23);
+    to[4 * j + 1] = high_16(low01, low23);
+    to[4 * j + 2] = low_16(high01, high23);
+    to[4 * j + 3] = high_16(high01, high23);
   }
 }
+
+// Of `count` rows: [kQuads, kChunk, 4].
+template <class D>
+inline void make_strip(const CodeRows<D>& rows, int64_t count, int64_t chunk, uint8_t* strip) {
+  for (int64_t quad = 0; quad < kQuads; ++quad) {
+    Bytes own[4 * D::kPlaces];
+    interleave_rows(rows, count, chunk, quad, own);
+#pragma GCC unroll 16
+    for (int v = 0; v < 4 * D::kPlaces; ++v) store_bytes(strip + quad * 4 * rows.kChunk + v * kBytes, own[v]);
+  }
+}
+
+// y[..] += factors . `count` rows of a chunk, `columns` of them, multiplied while they are decoded. factors(v): of
+// vector v; One: they are the same for all.
+template <class D, bool One, class FactorsOf>
+inline void axpy_direct(const CodeRows<D>& rows, int64_t count, int64_t chunk, FactorsOf factors, float* y,
+                        int64_t columns) {
+  constexpr int V = 4 * D::kPlaces;
+  const Factors* own[V];
+  Acc acc[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) {
+    own[v] = factors(One ? 0 : v);
+    acc[v] = start(int_set(own[v]->start));
+  }
+  for (int64_t quad = 0; 4 * quad < count; ++quad) {
+    Bytes levels[V];
+    interleave_rows(rows, count, chunk, quad, levels);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const Factors* with = own[One ? 0 : v];
+      int32_t first, second;
+      memcpy(&first, with->first + 4 * quad, 4);
+      memcpy(&second, with->second + 4 * quad, 4);
+      dot(acc[v], prepare(levels[v]), int_set(first), int_set(second));
+    }
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) {
+    Floats f = to_floats(value(acc[v]));
+    if (D::kTwiceBias % 2) f = add(f, float_set(own[v]->half));
+    if (v * kWide < columns) add_scaled(y + v * kWide, float_set(own[v]->scale), f, columns - v * kWide);
+  }
+}
+// Where the sums of a chunk stay in registers.
+template <class D>
+constexpr bool kAxpyDirect = kWide == 16 && D::kPlaces <= 2;
 
 // y[s] += sum over r < count of a[s * lda + r] * row r; count at most kRows. fine: whether numbers of s are.
 template <class D>
@@ -429,6 +473,18 @@ void axpy_codes(const float* a, int64_t lda, const CodeRows<D>& rows, int64_t co
         }
       }
     }
+    if constexpr (kAxpyDirect<D>)
+      if (products == 1) {
+        const auto of = [&](int64_t v) {
+          const int64_t p = one_scale ? 0 : std::min(per - 1, (begin + v * kWide) / rows.group - first_group);
+          return factors + p * 2 * outputs;
+        };
+        if (per == 1)
+          axpy_direct<D, true>(rows, count, chunk, of, into[0] + begin, rows.n - begin);
+        else
+          axpy_direct<D, false>(rows, count, chunk, of, into[0] + begin, rows.n - begin);
+        continue;
+      }
     make_strip(rows, count, chunk, strip);
     for (int64_t s = 0; s < products; s += kMostOutputs)
       for (int64_t c = 0; c < kChunk && begin + c < rows.n; c += kStripVectors * kWide) {
