@@ -237,6 +237,128 @@ inline void decode_as_stored(const BitmapRow<V>& row, int64_t n, uint16_t* out) 
     }
   }
 }
+
+// Four rows of 16-bit values that stand together, 32 columns at a time, for few inputs or outputs: they are multiplied
+// where they are expanded. Reads up to 32 values behind a row's last.
+constexpr int kExpanded = 4;
+template <class V>
+struct Expander {
+  const uint16_t* values[kExpanded];
+  const uint8_t* mask;
+  int64_t apart;  // from one row's mask to the next
+
+  // Whether so much may be read.
+  static bool fits(const BitmapRow<V> (&rows)[kExpanded], int64_t n) {
+    for (const BitmapRow<V>& row : rows)
+      if (row.readable < n + 32) return false;
+    return true;
+  }
+  explicit Expander(const BitmapRow<V>* rows) : mask(rows[0].mask), apart(rows[1].mask - rows[0].mask) {
+    for (int r = 0; r < kExpanded; ++r) values[r] = rows[r].values;
+  }
+  // The rows behind these, before each 64 columns.
+  __attribute__((always_inline)) inline void fetch_ahead(int64_t c) {
+    constexpr int kAhead = 2048;
+#pragma GCC unroll 4
+    for (int r = 0; r < kExpanded; ++r) {
+      _mm_prefetch((const char*)(values[r] + kAhead), _MM_HINT_T0);
+      if (c % 512 == 0) _mm_prefetch((const char*)(mask + (kExpanded + r) * apart + c / 8), _MM_HINT_T0);
+    }
+  }
+  __attribute__((always_inline)) inline __m512i next(int r, int64_t c) {
+    uint32_t own;
+    memcpy(&own, mask + r * apart + c / 8, 4);
+    const __m512i w = _mm512_maskz_expand_epi16(own, _mm512_loadu_si512(values[r]));
+    values[r] += __builtin_popcount(own);
+    return w;
+  }
+};
+
+#ifdef __AVX512BF16__
+// sums[sum[s] * ld + r] += row r . x[s] in the order of dot_tile<Bf16Pairs>.
+template <int S>
+__attribute__((noinline)) void dot_expanded(const BitmapRow<BF16>* rows, int64_t n, const uint16_t* const* x,
+                                            const int32_t* sum, float* sums, int64_t ld) {
+  constexpr int R = kExpanded;
+  Expander<BF16> at(rows);
+  for (int64_t begin = 0; begin < n; begin += Bf16Pairs::kDotColumns) {
+    const int64_t stop = std::min(n, begin + Bf16Pairs::kDotColumns);
+    Floats acc[R][S];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int s = 0; s < S; ++s) acc[r][s] = float_set(0);
+    const auto add_columns = [&](int64_t c) __attribute__((always_inline)) {
+      __m512i in[S];
+#pragma GCC unroll 2
+      for (int s = 0; s < S; ++s) in[s] = Bf16Pairs::numbers(x[s] + c);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const __m512i w = at.next(r, c);
+#pragma GCC unroll 2
+        for (int s = 0; s < S; ++s) acc[r][s] = Bf16Pairs::multiply(acc[r][s], w, in[s]);
+      }
+    };
+    for (int64_t c = begin; c < stop; c += 64) {
+      at.fetch_ahead(c);
+      add_columns(c);
+      if (c + 32 < stop) add_columns(c + 32);
+    }
+#pragma GCC unroll 2
+    for (int s = 0; s < S; ++s) {
+      alignas(16) float totals[4];
+      _mm_store_ps(totals, sums_of_four(acc[0][s], acc[1][s], acc[2][s], acc[3][s]));
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sums[sum[s] * ld + r] += totals[r];
+    }
+  }
+}
+#endif
+
+// Numbers as axpy_expanded takes them: of each 32 the even ones, then the odd ones; zeros beyond n.
+inline __m512i even_or_odd(int odd) {
+  return _mm512_add_epi32(_mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 1),
+                          int_set(odd));
+}
+inline void to_pairs(const float* y, int64_t n, float* pairs) {
+  const __m512i even = even_or_odd(0), odd = even_or_odd(1);
+  for (int64_t c = 0; c < n; c += 2 * kWide) {
+    const Floats first = load_floats(y + c, n - c),
+                 second = load_floats(y + c + kWide, std::max(int64_t(0), n - c - kWide));
+    store_floats(pairs + c, _mm512_permutex2var_ps(first, even, second));
+    store_floats(pairs + c + kWide, _mm512_permutex2var_ps(first, odd, second));
+  }
+}
+inline void from_pairs(const float* pairs, int64_t n, float* y) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i second = _mm512_add_epi32(first, int_set(8));
+  for (int64_t c = 0; c < n; c += 2 * kWide) {
+    const Floats even = load_floats(pairs + c), odd = load_floats(pairs + c + kWide);
+    store_floats(y + c, _mm512_permutex2var_ps(even, first, odd), n - c);
+    if (n - c > kWide) store_floats(y + c + kWide, _mm512_permutex2var_ps(even, second, odd), n - c - kWide);
+  }
+}
+
+// y += a[r] * row r, row after row; y: to_pairs'. A pair of bf16 becomes two fp32 numbers without a shuffle.
+inline __attribute__((noinline)) void axpy_expanded(const float* a, const BitmapRow<BF16>* rows, int64_t n, float* y) {
+  Expander<BF16> at(rows);
+  Floats factor[kExpanded];
+#pragma GCC unroll 4
+  for (int r = 0; r < kExpanded; ++r) factor[r] = float_set(a[r]);
+  const __m512i upper = int_set((int32_t)0xffff0000);
+  for (int64_t c = 0; c < n; c += 32) {
+    if (c % 64 == 0) at.fetch_ahead(c);
+    Floats even = load_floats(y + c), odd = load_floats(y + c + kWide);
+#pragma GCC unroll 4
+    for (int r = 0; r < kExpanded; ++r) {
+      const __m512i w = at.next(r, c);
+      even = fma(factor[r], _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), even);
+      odd = fma(factor[r], _mm512_castsi512_ps(_mm512_and_si512(w, upper)), odd);
+    }
+    store_floats(y + c, even);
+    store_floats(y + c + kWide, odd);
+  }
+}
 #else
 template <class V>
 constexpr bool kAsStored = false;

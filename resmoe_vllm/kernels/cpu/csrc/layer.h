@@ -285,6 +285,7 @@ struct Run {
     for (int64_t r = 0; r < rows; r += step) {
       const int64_t count = std::min(step, rows - r);
       if constexpr (kAsStored<V>) {
+        if (dots_expanded<V>(part, p, e, i + r, count, sums + r, scratch)) continue;
         decode_stored<V>(part, p, e, i + r, count, scratch);
         add_dots<P>(scratch.stored.data(), scratch.ld_stored, count, H, scratch.operands, sums + r, kRows);
       } else {
@@ -316,7 +317,7 @@ struct Run {
              Scratch& scratch) const {
     const int64_t H = layer.hidden;
     const int64_t step = kAsStored<V> ? outputs <= 2 ? 4 : kStoredRows : outputs <= kDirect ? 2 : 4;
-    for (int64_t r = 0; r < rows; r += step) {
+    for (int64_t r = outputs == 1 ? axpy_rows_expanded<V>(a, part, e, i, rows, scratch) : 0; r < rows; r += step) {
       const int64_t count = std::min(step, rows - r);
       if constexpr (kAsStored<V>) {
         decode_stored<V>(part, kDown, e, i + r, count, scratch);
@@ -333,6 +334,53 @@ struct Run {
         add_axpys<FP32>(a + r, lda, scratch.rows.data(), scratch.ld, count, H, scratch.into, outputs);
       }
     }
+  }
+
+  // visit(rows) of rows i to i + 3, where they can be multiplied while they are expanded; else false.
+  template <class V, class Visit>
+  bool expanded(const Bitmap& part, int p, int64_t e, int64_t i, int64_t rows, Visit visit) const {
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+    if constexpr (std::is_same_v<V, BF16>) {
+      if (rows != kExpanded) return false;
+      const BitmapRow<V> at[kExpanded] = {locate<V>(part, p, e, i), locate<V>(part, p, e, i + 1),
+                                          locate<V>(part, p, e, i + 2), locate<V>(part, p, e, i + 3)};
+      if (!Expander<V>::fits(at, layer.hidden)) return false;
+      visit(at);
+      return true;
+    }
+#endif
+    return false;
+  }
+  // Four rows for one or two inputs.
+  template <class V>
+  bool dots_expanded(const Bitmap& part, int p, int64_t e, int64_t i, int64_t rows, float* sums,
+                     Scratch& scratch) const {
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+    const auto& x = scratch.operands;
+    if (x.count <= 2)
+      return expanded<V>(part, p, e, i, rows, [&](const auto& at) {
+        (x.count == 1 ? dot_expanded<1> : dot_expanded<2>)(at, layer.hidden, x.at, x.sum, sums, kRows);
+      });
+#endif
+    return false;
+  }
+  // How many rows scratch.into[0] has got.
+  template <class V>
+  int64_t axpy_rows_expanded(const float* a, const Bitmap& part, int64_t e, int64_t i, int64_t rows,
+                             Scratch& scratch) const {
+    int64_t r = 0;
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+    if constexpr (std::is_same_v<V, BF16>) {
+      const int64_t H = layer.hidden;
+      scratch.rows.resize(4 * scratch.ld);
+      float* pairs = scratch.rows.data();
+      to_pairs(scratch.into[0], H, pairs);
+      const auto add = [&](const auto& at) { axpy_expanded(a + r, at, H, pairs); };
+      while (expanded<V>(part, kDown, e, i + r, std::min<int64_t>(kExpanded, rows - r), add)) r += kExpanded;
+      from_pairs(pairs, H, scratch.into[0]);
+    }
+#endif
+    return r;
   }
 
   // Rows i.. of a bitmap, at most kStoredRows, to scratch.stored.
