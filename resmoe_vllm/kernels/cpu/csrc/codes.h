@@ -370,7 +370,7 @@ inline void axpy_tile(const uint8_t* strip, int64_t quad_stride, const Factors* 
   }
 }
 
-// Levels of four rows of a chunk, interleaved, in column order: 16 columns a vector of 64 bytes. Missing rows are the
+// Levels of four rows of a chunk, interleaved, in column order, kWide columns a vector. Missing rows are the
 // last one again: their factors are zero.
 template <class D>
 __attribute__((always_inline)) inline void interleave_rows(const CodeRows<D>& rows, int64_t count, int64_t chunk,
