@@ -348,6 +348,8 @@ struct Run {
       visit(at);
       return true;
     }
+#else
+    unused(part, p, e, i, rows, visit);
 #endif
     return false;
   }
@@ -361,6 +363,8 @@ struct Run {
       return expanded<V>(part, p, e, i, rows, [&](const auto& at) {
         (x.count == 1 ? dot_expanded<1> : dot_expanded<2>)(at, layer.hidden, x.at, x.sum, sums, kRows);
       });
+#else
+    unused(part, p, e, i, rows, sums, scratch);
 #endif
     return false;
   }
@@ -379,6 +383,8 @@ struct Run {
       while (expanded<V>(part, kDown, e, i + r, std::min<int64_t>(kExpanded, rows - r), add)) r += kExpanded;
       from_pairs(pairs, H, scratch.into[0]);
     }
+#else
+    unused(a, part, e, i, rows, scratch);
 #endif
     return r;
   }

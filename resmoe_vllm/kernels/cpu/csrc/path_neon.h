@@ -356,10 +356,6 @@ inline Four sums_of_four(Floats a, Floats b, Floats c, Floats d) {
 using Octet = Floats;
 inline Octet octet_set(float v) { return float_set(v); }
 inline Octet load_octet(const float* from) { return load_floats(from); }
-inline Octet octet_of_bytes(const int8_t* from) {
-  const int16x8_t words = vmovl_s8(vld1_s8(from));
-  return to_floats(Ints{vmovl_s16(vget_low_s16(words)), vmovl_high_s16(words)});
-}
 inline void store_octet(float* to, Octet v) { store_floats(to, v); }
 inline void keep_in_register(Octet& v) { asm("" : "+w"(v.low), "+w"(v.high)); }
 // The sum of an octet, in the order of sums_of_four.

@@ -51,9 +51,6 @@ inline void four_by_eight(const uint16_t* const (&rows)[4], int64_t at, float* t
 using Octet = __m256;
 inline Octet octet_set(float v) { return _mm256_set1_ps(v); }
 inline Octet load_octet(const float* from) { return _mm256_loadu_ps(from); }
-inline Octet octet_of_bytes(const int8_t* from) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
-}
 inline void store_octet(float* to, Octet v) { _mm256_storeu_ps(to, v); }
 inline Octet add(Octet a, Octet b) { return _mm256_add_ps(a, b); }
 inline Octet mul(Octet a, Octet b) { return _mm256_mul_ps(a, b); }

@@ -13,6 +13,10 @@ namespace resmoe {
 
 constexpr int kLanes = 8;  // of an octet
 
+// What a path has no use for.
+template <class... T>
+inline void unused(const T&...) {}
+
 __attribute__((always_inline)) inline void fetch(const void* from) { __builtin_prefetch(from); }
 
 inline int64_t octets_of(int64_t columns) { return (columns + kLanes - 1) / kLanes; }

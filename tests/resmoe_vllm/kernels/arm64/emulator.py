@@ -125,7 +125,7 @@ class LayerCall:
                 setattr(bound.struct, name, None)
         layer = image.place_struct(bound.struct)
         size = self.x.numel() * self.x.itemsize
-        head = (layer, x, DTYPES[self.x.dtype], len(self.x), ids, weights, self.ids.shape[1], size, self.threads)
+        head = (layer, x, DTYPES[self.x.dtype], len(self.x), ids, weights, self.ids.shape[1], size, self.threads, 0)
         return _call(0, head, image)
 
     def result(self, data: bytearray) -> Tensor:
@@ -149,11 +149,13 @@ class Rows8Call:
         codes, scales, x = (image.place_tensor(t) for t in (self.codes, self.scales, self.x))
         bias = -1 if self.bias is None else image.place_tensor(self.bias)
         tokens, rows, columns = len(self.x), *self.codes.shape
-        return _call(1, (codes, scales, bias, x, tokens, rows, columns, 4 * tokens * rows, self.threads), image)
+        size = self.x.itemsize * tokens * rows
+        head = (codes, scales, bias, x, tokens, rows, columns, size, self.threads, DTYPES[self.x.dtype])
+        return _call(1, head, image)
 
     def result(self, data: bytearray) -> Tensor:
         """What the program gave."""
-        return torch.frombuffer(data, dtype=torch.float32).view(len(self.x), len(self.codes))
+        return torch.frombuffer(data, dtype=self.x.dtype).view(len(self.x), len(self.codes))
 
 
 Call = LayerCall | Rows8Call

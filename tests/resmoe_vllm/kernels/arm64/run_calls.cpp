@@ -1,6 +1,6 @@
 // Runs calls of the kernels that emulator.py wrote. Arguments: pairs of files, a call and where its result goes.
 //
-// A call is kCall, the number of pointers in the memory image, nine arguments, where those pointers stand, and the
+// A call is kCall, the number of pointers in the memory image, ten arguments, where those pointers stand, and the
 // image. Pointers are offsets in it; those of a null pointer are not listed, an argument's is -1.
 
 #include <stdint.h>
@@ -15,13 +15,14 @@
 extern "C" {
 int resmoe_fused_moe(const resmoe::Layer*, const void*, int32_t, int64_t, const int32_t*, const float*, int64_t,
                      const int32_t*, void*, int);
-void resmoe_rows8(const int8_t*, const float*, const float*, const float*, int64_t, int64_t, int64_t, float*, int);
+void resmoe_rows8(const int8_t*, const uint16_t*, const float*, const void*, int64_t, int64_t, int64_t, void*, int32_t,
+                  int);
 }
 
 namespace {
 
 enum { kLayer = 0, kRows8 = 1 };
-constexpr int kHead = 11;
+constexpr int kHead = 12;
 constexpr size_t kAligned = 64;
 
 std::vector<uint8_t> read_all(const char* path) {
@@ -58,8 +59,8 @@ int run(const char* call, const char* result) {
     failed = resmoe_fused_moe((const resmoe::Layer*)at(a[0]), at(a[1]), (int32_t)a[2], a[3], (const int32_t*)at(a[4]),
                               (const float*)at(a[5]), a[6], nullptr, out.data(), (int)a[8]);
   else
-    resmoe_rows8((const int8_t*)at(a[0]), (const float*)at(a[1]), (const float*)at(a[2]), (const float*)at(a[3]), a[4],
-                 a[5], a[6], (float*)out.data(), (int)a[8]);
+    resmoe_rows8((const int8_t*)at(a[0]), (const uint16_t*)at(a[1]), (const float*)at(a[2]), at(a[3]), a[4], a[5], a[6],
+                 out.data(), (int32_t)a[9], (int)a[8]);
   free(image);
   FILE* file = fopen(result, "wb");
   if (!file || fwrite(out.data(), 1, out.size(), file) != out.size() || fclose(file) || failed)

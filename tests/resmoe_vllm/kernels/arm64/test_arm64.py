@@ -108,7 +108,7 @@ def test_rows_in_8_bits_give_the_reference(program: Path, tmp_path: Path) -> Non
     calls = []
     for tokens, rows, columns in ((1, 5, 3), (4, 7, 77), (7, 9, 256)):
         codes = torch.randint(-127, 128, (rows, columns), generator=generator).to(torch.int8)
-        scales, bias = torch.rand(rows, generator=generator), torch.randn(rows, generator=generator)
+        scales, bias = torch.rand(rows, generator=generator).bfloat16(), torch.randn(rows, generator=generator)
         x = torch.randn(tokens, columns, generator=generator)
         calls += [Rows8Call(x, codes, scales, bias, threads=2), Rows8Call(x, codes, scales, None)]
         calls.append(Rows8Call(x[-1:].clone(), codes, scales, None))
