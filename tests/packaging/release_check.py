@@ -52,9 +52,14 @@ for path, body, expected in (
         sys.exit(f"{path} without a key: {found.status_code}, expected {expected}: {found.text[:300]}")
 """
 WHERE = """
-import importlib.util, compress_tools, resmoe_vllm
+import importlib.metadata, importlib.util, compress_tools, resmoe_vllm
 print(compress_tools.__file__, resmoe_vllm.__file__)
-assert importlib.util.find_spec("benchmarks") is None and importlib.util.find_spec("tests") is None
+own = {file.parts[0] for file in importlib.metadata.files("resmoe")}
+assert not own & {"benchmarks", "tests"}, own
+# another distribution may bring packages of these names, into the environment
+for name in ("benchmarks", "tests"):
+    found = importlib.util.find_spec(name)
+    print(*(found.submodule_search_locations or [] if found else []), sep="\\n")
 """
 
 
