@@ -7,13 +7,13 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from compress_tools.config import CompressionConfig, check_device
 from compress_tools.damage import refusal
 from compress_tools.errors import NumericalError
 from compress_tools.format.dtypes import DTYPES
+from compress_tools.format.finite import ALLOW_VARIABLE, all_finite, plain_fault
 from compress_tools.format.rest import encode_rows, row_names
 from compress_tools.format.tensors import layer_bytes
 from compress_tools.importance import CalibrationFile, opened_calibration
@@ -230,16 +230,17 @@ def _copied(job: _Job, shard: Shard, progress: ProgressListener) -> dict[str, Te
     tensors: dict[str, Tensor] = {}
     for name, copied in zip(shard.names, shard.copied, strict=True):
         tensor = job.target.source.reader.get(copied)
-        finite = not tensor.is_floating_point() or tensor.itemsize == 1 or bool(torch.isfinite(tensor).all())
         if name in job.target.fmt.rest_tensors:
-            if not finite:
+            if not all_finite(tensor):
                 raise NumericalError(
                     f"{job.target.source.reader.path}: {copied!r} holds NaN or Inf, which codes can't hold; "
-                    "--rest-bits 16 copies it as it is"
+                    f"--rest-bits 16 with {ALLOW_VARIABLE}=1 copies it as it is"
                 )
             tensors |= zip(row_names(name), encode_rows(tensor), strict=True)
         else:
-            if not finite:
+            if fault := plain_fault(tensor):
+                raise NumericalError(f"{job.target.source.reader.path}: {copied!r} {fault}")
+            if not all_finite(tensor):
                 progress.say(f"{copied} holds NaN or Inf; it is copied as it is")
             # One tensor under two names shares its memory, which safetensors refuses.
             tensors[name] = tensor.clone() if uses[copied] > 1 else tensor

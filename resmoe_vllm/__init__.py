@@ -13,10 +13,11 @@ def register() -> None:
         return
 
     from compress_tools.format.schema import QUANT_METHOD
-    from resmoe_vllm import compat, ops
+    from resmoe_vllm import compat, ops, stored_files
     from resmoe_vllm.config import ResMoEConfig
 
     compat.allow_amx()
     compat.complete_expert_names()
+    compat.watch_weights(stored_files.watched)
     ops.register_op()
     compat.register_quantization_config(QUANT_METHOD)(ResMoEConfig)

@@ -6,10 +6,11 @@ to refuse a vLLM whose paths these are not, and evaluation.py its public interfa
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm import envs
 from vllm.config import get_current_vllm_config_or_none
 from vllm.forward_context import get_forward_context
@@ -27,6 +28,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 from vllm.model_executor.model_loader import weight_utils
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.runai_streamer_loader import RunaiModelStreamerLoader
 from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
@@ -60,6 +63,7 @@ __all__ = [
     "platform_device",
     "quant_method_of",
     "register_quantization_config",
+    "watch_weights",
     "weight_only_kernel",
 ]
 
@@ -156,6 +160,29 @@ def weight_only_kernel(full_shape: tuple[int, int], shape: tuple[int, int], dtyp
     except ValueError:
         return None
     return kernel(config, w_q_param_name="weight_packed", w_s_param_name="weight_scale")
+
+
+def watch_weights(watch: Callable[[Any, Any, Iterable[tuple[str, Tensor]]], Iterator[tuple[str, Tensor]]]) -> None:
+    """Let all tensors that a loader of vLLM's reads from a checkpoint pass a generator, under their names on disk.
+
+    No hook of a quantization config sees them: parameters have loaders of their own, and models map names first.
+
+    Args:
+        watch: is given the loader, vLLM's config of the model, and the tensors.
+    """
+    for loader in (DefaultModelLoader, RunaiModelStreamerLoader):
+        reads = loader.get_all_weights
+        if hasattr(reads, "resmoe_watches"):
+            continue
+
+        # Bound now: the loop goes on.
+        def get_all_weights(
+            self: Any, model_config: Any, model: torch.nn.Module, *, _reads: Any = reads
+        ) -> Iterator[tuple[str, Tensor]]:
+            return watch(self, model_config, _reads(self, model_config, model))
+
+        get_all_weights.resmoe_watches = reads  # type: ignore[attr-defined]  # marks it; functions take attributes
+        setattr(loader, "get_all_weights", get_all_weights)  # noqa: B010  mypy takes no assignment to a method
 
 
 def lora_target_modules() -> list[str] | None:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from compress_tools.format.directory import check_headers, check_layer_count, read_headers
 from compress_tools.format.schema import QUANT_METHOD, ResMoEFormat, parse_format
 from resmoe_vllm.coded_rest import CodedEmbeddingMethod, CodedLinearMethod
 from resmoe_vllm.compat import (
@@ -25,6 +24,7 @@ from resmoe_vllm.gpt_oss import STREAMED_NAMES, streams_experts
 from resmoe_vllm.lora import REFUSES_ADAPTERS, keep_lora_off
 from resmoe_vllm.plain_layers import PlainEmbeddingMethod, PlainLinearMethod
 from resmoe_vllm.start_log import StartLog
+from resmoe_vllm.stored_files import check_files, folder_of, is_whole
 
 
 class ResMoEConfig(QuantizationConfig):
@@ -51,20 +51,20 @@ class ResMoEConfig(QuantizationConfig):
         if self.fmt.rest is not None:
             ask_the_config(type(self))
 
-    def maybe_update_config(self, model_name: str, hf_config: Any = None, **_: Any) -> None:
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None, **_: Any
+    ) -> None:
         """See vLLM's, which calls it before the model is built: the files' headers must be what the block says.
 
-        Parameters are made by the block, so that memory is asked for in proportion to what is stored. A model of the
-        hub has no files yet: of it each tensor is checked as it comes.
+        Parameters are made by the block, so that memory is asked for in proportion to what is stored. Files of a model
+        of the hub that are not in its cache yet are compared once vLLM has downloaded them: see ``stored_files``.
 
         Raises:
             CheckpointError, FormatError: they are not; names the tensor.
         """
-        path = Path(model_name)
-        if path.is_dir() and (headers := read_headers(path)):
-            check_headers(self.fmt, headers, model_name)
-            if hf_config is not None:
-                check_layer_count(hf_config, headers, model_name)
+        folder = folder_of(model_name, revision)
+        if folder is not None and (Path(model_name).is_dir() or is_whole(folder)):
+            check_files(self.fmt, folder, model_name, hf_config)
 
     def get_name(self) -> str:
         """Name under ``quant_method`` in config.json."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from compress_tools.text_file import in_words
 
 _SAMPLE_BYTES = 4096
 _SAMPLE_EVERY_BYTES = 16 * 2**20
+_CUT = "it ends too early"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,45 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             return parse_header(_header(stream, file.stat().st_size))
     except (OSError, ValueError) as err:
         raise _unreadable(file, err) from err
+
+
+def read_tensor(file: Path, stored: StoredTensor, begin: int = 0, end: int | None = None) -> bytearray:
+    """Bytes of a tensor, or a part of them.
+
+    Args:
+        file: the file.
+        stored: what its header says of the tensor.
+        begin: first byte, counted from the tensor's.
+        end: the byte after the last; None: all.
+    Raises:
+        OSError: not readable.
+        ValueError: shorter than its header said.
+    """
+    with file.open("rb", buffering=0) as stream:
+        # A size that is written in the file is not asked of memory before it is known to be there.
+        size = os.fstat(stream.fileno()).st_size
+        first = 8 + int.from_bytes(stream.read(8), "little") + stored.begin + begin
+        count = (stored.nbytes if end is None else end) - begin
+        if first + count > size:
+            raise ValueError(_CUT)
+        stream.seek(first)
+        return _read_all(stream, count)
+
+
+def _read_all(stream: FileIO, count: int) -> bytearray:
+    """So many bytes.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    content = bytearray(max(count, 0))
+    left = memoryview(content)
+    while left:
+        # One call gives at most 2 GiB.
+        if not (got := stream.readinto(left)):
+            raise ValueError(_CUT)
+        left = left[got:]
+    return content
 
 
 def shard_digest(file: Path) -> str:
@@ -123,13 +164,7 @@ class SinglePass:
         return self._digest.hexdigest()
 
     def _read(self, stream: FileIO, count: int) -> bytearray:
-        content = bytearray(max(count, 0))
-        left = memoryview(content)
-        while left:
-            # One call gives at most 2 GiB.
-            if not (got := stream.readinto(left)):
-                raise ValueError("it ends too early")
-            left = left[got:]
+        content = _read_all(stream, count)
         self._digest.update(content)
         return content
 

@@ -20,9 +20,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compress_tools.errors import CheckpointError, FormatError
+from compress_tools.errors import CheckpointError, FormatError, NumericalError
 from compress_tools.format.directory import check_layer_count, read_headers
 from compress_tools.format.dtypes import DTYPES
+from compress_tools.format.finite import plain_fault
 from compress_tools.format.loading_guard import GUARD_KEY
 from compress_tools.format.schema import QUANT_METHOD, parse_format
 from compress_tools.hf.coded_rest import DecodeRows, with_coded_rest
@@ -118,6 +119,9 @@ class ResMoEQuantizer(HfQuantizer):
                 f"{checkpoint.reader.path}: {len(fmt.rest.tensors) - self._decode.decoded} of {len(fmt.rest.tensors)} "
                 "matrices in 8-bit codes have no place in transformers' class of this model; `resmoe restore` it first"
             )
+        for name, parameter in (*model.named_parameters(), *model.named_buffers()):
+            if fault := plain_fault(parameter):
+                raise NumericalError(f"{checkpoint.reader.path}: {name!r} {fault}")
         # transformers leaves what it renames (Mixtral's router) in the stored dtype where a model is quantised.
         for parameter in model.parameters():
             if parameter.dtype == DTYPES[fmt.dtype] != self._asked_dtype:

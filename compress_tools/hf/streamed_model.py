@@ -181,7 +181,6 @@ class StreamedModel:
         finally:
             for name in stored:
                 _drop(self.model, name)
-            self.source.reader.release()
 
     def _is_of_layers(self, name: str) -> bool:
         return re.match(re.escape(self._before) + r"\d+\.", name) is not None

@@ -99,7 +99,9 @@ class HubFiles(CheckpointFiles):
         return self._headers[shard]
 
     def read(self, shard: str, tensor: StoredTensor, begin: int = 0, end: int | None = None) -> bytearray:
-        """Bytes of a tensor, from the hub; see the base class."""
+        """Bytes of a tensor, from the hub where its file is not here; see the base class."""
+        if self.local(shard) is not None:
+            return super().read(shard, tensor, begin, end)
         first = self._data[shard] + tensor.begin + begin
         count = (tensor.nbytes if end is None else end) - begin
         if count > _SMALL_BYTES:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from compress_tools.errors import CheckpointError, ConfigError
-from compress_tools.format.shard_file import StoredTensor, read_header, shard_digest
+from compress_tools.format.shard_file import StoredTensor, read_header, read_tensor, shard_digest
 from compress_tools.source.other_files import files_of, why_left_out
 
 
@@ -74,7 +74,9 @@ class CheckpointFiles:
         return read_header(self.path / shard)
 
     def read(self, shard: str, tensor: StoredTensor, begin: int = 0, end: int | None = None) -> bytearray:
-        """Bytes of a tensor of a weight file that is not here.
+        """Bytes of a tensor of a weight file.
+
+        They are read, not mapped: the system ends a process that looks at a mapped page of a file that was cut since.
 
         Args:
             shard: its file.
@@ -82,9 +84,9 @@ class CheckpointFiles:
             begin: first byte, counted from the tensor's.
             end: the byte after the last; None: all.
         Raises:
-            CheckpointError: they can't be had.
+            CheckpointError, OSError, ValueError: they can't be had.
         """
-        raise NotImplementedError(f"{shard} lies in {self.path}; nothing is read of it in parts")
+        return read_tensor(self.local(shard) or self.path / shard, tensor, begin, end)
 
     def identity(self, shards: Iterable[str]) -> dict[str, str]:
         """What tells this checkpoint's weights from another's.

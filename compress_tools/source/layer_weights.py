@@ -40,6 +40,5 @@ def read_layer(
             fill_design(design[expert], expert_to_rows(weights))
             biases.append({projection: bias.clone() for projection, bias in weights.biases.items()})
             del weights
-            source.reader.release()
             progress.step()
     return LayerWeights(design, biases)

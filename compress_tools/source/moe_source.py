@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from compress_tools.architectures.base import DraftLayer, Located, MoEArchitecture
@@ -13,6 +12,7 @@ from compress_tools.architectures.experts import ExpertWeights, MoESizes
 from compress_tools.architectures.layouts import ExpertLayout, Stacked
 from compress_tools.architectures.registry import expert_like, find_architecture
 from compress_tools.errors import CheckpointError, FormatError, NumericalError, UnsupportedArchitectureError
+from compress_tools.format.finite import all_finite
 from compress_tools.format.schema import ExpertNames, Projection
 from compress_tools.format.tensors import is_resmoe_name
 from compress_tools.source.completeness import OUTPUT_NAME, check_whole, has_output, is_embedding, is_tied, odd_tensors
@@ -209,7 +209,7 @@ class MoESource:
 
     def _read(self, name: str, expert: int | None = None) -> Tensor:
         tensor = self.reader.get(name) if expert is None else self.reader.get_row(name, expert)
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             where = "" if expert is None else f", expert {expert},"
             raise NumericalError(f"{self.reader.path}: {name!r}{where} holds NaN or Inf; the checkpoint is damaged")
         return tensor

@@ -55,7 +55,8 @@ class CheckpointReader:
         self.config = self._read_config()
         self.remarks = list(self.store.remarks)
         self.shards = self._shard_names()
-        self._handles: dict[str, Any] = {}
+        # Weight files that are here whole, as safetensors says; one that is fetched later is not yet among them.
+        self._checked: set[str] = set()
         self._shard_of: dict[str, str] = {}
         self._stored: dict[str, StoredTensor] = {}
         # Other shards that hold a tensor of the same name.
@@ -106,17 +107,13 @@ class CheckpointReader:
         wanted: Counter[str] = Counter()
         for name in names:
             wanted[self._shard_of[name]] += self._stored[name].nbytes
-        # A file that is mapped keeps its place on the disk after it is removed.
-        self.release()
+        if self.store.streams:
+            self._checked.clear()
         self.store.need(wanted, partly=partly)
 
     def shards_of(self, names: Iterable[str]) -> list[str]:
         """The weight files that hold these tensors, ascending."""
         return sorted({self._shard_of[name] for name in names})
-
-    def release(self) -> None:
-        """Unmap the shards, so that pages already read count for this process no more; the next read maps again."""
-        self._handles.clear()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
@@ -167,30 +164,25 @@ class CheckpointReader:
 
     def _read(self, shard: str, name: str, stored: StoredTensor, index: int | None = None) -> Tensor:
         """A tensor of a shard, or one of its rows."""
+        file = self.store.local(shard)
+        if file is not None:
+            if shard not in self._checked:
+                self._check_shard(shard)
+            _check_there(file)
         with self._reading(name, "" if index is None else f"[{index}]"):
-            if self.store.local(shard) is None:
-                return self._read_part(shard, stored, index)
-            if shard not in self._handles:
-                self._handles[shard] = self._map(shard)
-            handle = self._handles[shard]
-            found: Tensor = handle.get_tensor(name) if index is None else handle.get_slice(name)[index]
-            return found
-
-    def _read_part(self, shard: str, stored: StoredTensor, index: int | None) -> Tensor:
-        """Of a shard that is not here."""
-        if index is None:
-            return as_tensor(self.store.read(shard, stored), stored.dtype, stored.shape)
-        row = range(stored.shape[0])[index]
-        size = stored.nbytes // stored.shape[0]
-        octets = self.store.read(shard, stored, row * size, (row + 1) * size)
-        return as_tensor(octets, stored.dtype, stored.shape[1:])
+            if index is None:
+                return as_tensor(self.store.read(shard, stored), stored.dtype, stored.shape)
+            row = range(stored.shape[0])[index]
+            size = stored.nbytes // stored.shape[0]
+            octets = self.store.read(shard, stored, row * size, (row + 1) * size)
+            return as_tensor(octets, stored.dtype, stored.shape[1:])
 
     @contextmanager
     def _reading(self, name: str, part: str = "") -> Iterator[None]:
         """What can stop a read, dtypes that torch lacks included, as one error."""
         try:
             yield
-        except (SafetensorError, OSError, RuntimeError, IndexError, AttributeError) as err:
+        except (SafetensorError, OSError, RuntimeError, ValueError, IndexError, AttributeError) as err:
             dtype, shape = self.dtype(name), list(self.shape(name))
             raise CheckpointError(
                 f"{self.path / self._shard_of[name]}: can't read {name!r}{part}, {dtype} {shape}: {in_words(err)}"
@@ -274,21 +266,22 @@ class CheckpointReader:
 
     def _open(self, shard: str) -> None:
         if self.store.local(shard) is not None:
-            self._handles[shard] = self._map(shard)
+            self._check_shard(shard)
         for name, stored in self.store.header(shard).items():
             if name in self._shard_of:
                 self._copies.setdefault(name, []).append((self._shard_of[name], self._stored[name]))
             # The last counts.
             self._shard_of[name], self._stored[name] = shard, stored
 
-    def _map(self, shard: str) -> Any:
+    def _check_shard(self, shard: str) -> None:
+        """Offsets, shapes and the file's length agree; its header is mapped for that moment, and never its data."""
         file = self.store.local(shard) or self.path / shard
-        if not file.exists():
-            raise CheckpointError(f"{file}: shard named by {INDEX_NAME} is missing")
+        _check_there(file)
         if not file.is_file():
             raise CheckpointError(f"{file}: is a directory; expected a weight file")
         try:
-            return safe_open(file, framework="pt", device="cpu")
+            with safe_open(file, framework="pt", device="cpu"):
+                self._checked.add(shard)
         except OSError as err:
             raise CheckpointError(f"{file}: not readable: {in_words(err)}") from err
         except SafetensorError as err:
@@ -348,3 +341,8 @@ class CheckpointReader:
             tensors = [self._read(shard, name, stored), self._read(self._shard_of[name], name, own)]
             first, second = (tensor.reshape(-1).view(torch.uint8) for tensor in tensors)
             return torch.equal(first, second)
+
+
+def _check_there(file: Path) -> None:
+    if not file.exists():
+        raise CheckpointError(f"{file}: shard named by {INDEX_NAME} is missing")

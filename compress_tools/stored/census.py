@@ -1,5 +1,6 @@
 """What comes in is what goes out: every tensor and file of a source is accounted for, and nothing else is there."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,8 @@ def _check_config(checkpoint: ResMoECheckpoint, source: MoESource) -> None:
     theirs = {key: value for key, value in source.reader.config.items() if key != GUARD_KEY}
     for key in sorted(set(ours) | set(theirs)):
         found, expected = ours.get(key, _ABSENT), theirs.get(key, _ABSENT)
-        if found != expected:
+        # By their text: NaN, which JSON of Python holds, differs from itself.
+        if json.dumps(found, sort_keys=True, default=str) != json.dumps(expected, sort_keys=True, default=str):
             raise FormatError(
                 f"{checkpoint.reader.path}: config.json: {key} is {found!r:.60}; in {source.reader.path} it is "
                 f"{expected!r:.60}"

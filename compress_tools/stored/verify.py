@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress_tools.architectures.base import MoEArchitecture
+from compress_tools.architectures.experts import MoESizes
 from compress_tools.architectures.registry import find_architecture
 from compress_tools.center.alignment import align_experts
 from compress_tools.errors import ConfigError, FormatError, NumericalError
 from compress_tools.format.dtypes import DTYPES, SAFETENSORS_NAMES
+from compress_tools.format.finite import plain_fault
 from compress_tools.format.parts.base import SCALE_DTYPE, TensorSpec
 from compress_tools.format.rest import ROW_CODES_DTYPE, row_names
 from compress_tools.format.schema import QUANT_METHOD
 from compress_tools.format.shard_file import SinglePass, StoredTensor, file_checksum, is_file_name
-from compress_tools.format.tensors import layer_tensors
+from compress_tools.format.tensors import is_resmoe_name, layer_tensors
 from compress_tools.numerics.products import squared_distance, squared_norm
 from compress_tools.numerics.work import Work
 from compress_tools.output.run_record import config_digest
@@ -29,9 +32,10 @@ from compress_tools.source.files import CheckpointFiles
 from compress_tools.source.moe_source import MoESource, open_source
 from compress_tools.source.reader import CONFIG_NAME, INDEX_NAME, CheckpointReader
 from compress_tools.source.source_reader import SourceReader
+from compress_tools.source.stored_bytes import as_tensor
 from compress_tools.stored.census import Census, take_census
 from compress_tools.stored.checkpoint import ResMoECheckpoint
-from compress_tools.text_file import read_json_object
+from compress_tools.text_file import in_words, read_json_object
 
 # The best matching of restored rows to source rows can only beat the one the report was made with.
 REPORT_TOLERANCE = 1e-3
@@ -190,7 +194,7 @@ class _Verification:
         files = sorted({*self._checkpoint.reader.shards, *self._checksums})
         for name in files:
             if not (self._path / name).is_file():
-                raise FormatError(f"{self._path}: {name} is missing")
+                raise FormatError(f"{self._path}: {name} is missing, a weight file by the index or {REPORT_NAME}")
         if self._source is not None:
             self._source.reader.store.prepare(self._source.reader.shards)
         self._progress.start(len(files), "file")
@@ -229,6 +233,8 @@ class _Verification:
     def _tensor(self, name: str, stored: StoredTensor, octets: bytearray) -> None:
         if self._source is not None and name in self._copied:
             self._check_copied(self._source.reader, name, stored, octets)
+        if not is_resmoe_name(name):
+            self._check_plain(name, stored, octets)
         if name in self._coded:
             matrix = self._coded[name]
             held = self._rows.setdefault(matrix, {})
@@ -249,6 +255,14 @@ class _Verification:
             if not octets or torch.equal(theirs, torch.frombuffer(octets, dtype=torch.uint8)):
                 return
         raise FormatError(f"{self._path}: {name!r} differs from {reader.path}; not made from it")
+
+    def _check_plain(self, name: str, stored: StoredTensor, octets: bytearray) -> None:
+        try:
+            fault = plain_fault(as_tensor(octets, stored.dtype, stored.shape))
+        except RuntimeError as err:
+            raise FormatError(f"{self._path}: {name!r}: {stored.dtype} {list(stored.shape)}: {in_words(err)}") from err
+        if fault:
+            raise NumericalError(f"{self._path}: {name!r} {fault}")
 
     def _matrix(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """One matrix in codes: nothing forbidden in it, and of the source's each value within half a code."""
@@ -304,6 +318,7 @@ def _check_rest(checkpoint: ResMoECheckpoint) -> None:
     """Everything that is not experts is there."""
     reader, expert = checkpoint.reader, checkpoint.fmt.names.expert
     architecture = find_architecture(reader.config)
+    _check_sizes(checkpoint, architecture)
     root = expert.removesuffix(architecture.expert)
     stems = [layout.stem for layout in architecture.layouts] + [expert.removeprefix(root).partition("{expert}")[0]]
     dense = (found.layers for found in architecture.locate(reader.names, reader.config) if found.root == root)
@@ -312,6 +327,14 @@ def _check_rest(checkpoint: ResMoECheckpoint) -> None:
     coded = {own for name in checkpoint.fmt.rest_tensors for own in row_names(name)}
     names = [*(name for name in reader.names if name not in coded), *checkpoint.fmt.rest_tensors]
     check_whole(reader, architecture, root, stems, moe_layers, names)
+
+
+def _check_sizes(checkpoint: ResMoECheckpoint, architecture: MoEArchitecture) -> None:
+    """Of a family that is known, config.json and its block say the same; a loader builds the model by the one."""
+    fmt = checkpoint.fmt
+    found = MoESizes(fmt.num_experts, fmt.hidden_size, fmt.intermediate_size)
+    if architecture.known and (said := architecture.sizes(checkpoint.reader.config)) != found:
+        raise FormatError(f"{checkpoint.reader.path}: config.json says {said}, its quantization_config {found}")
 
 
 def _check_config(path: Path) -> None:

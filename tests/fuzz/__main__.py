@@ -17,11 +17,24 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 from tests.fuzz import loaders
-from tests.fuzz.seeds import make_seeds
+from tests.fuzz.seeds import Seed, make_seeds
+from tests.fuzz.sources import make_source_mutant, make_sources, try_source
 from tests.fuzz.trial import try_mutant
 from tests.fuzz.workers import Result, make_mutant, try_all
 
-LOADERS = ("verify", "transformers", "plugin", "vllm", "restore", "truth", "process")
+LOADERS = (
+    "plan",
+    "compress",
+    "probe",
+    "verify",
+    "transformers",
+    "plugin",
+    "vllm",
+    "restore",
+    "twin",
+    "truth",
+    "process",
+)
 
 
 def main() -> int:
@@ -29,14 +42,19 @@ def main() -> int:
     options = _options()
     loaders.register()
     with tempfile.TemporaryDirectory(prefix="resmoe-fuzz-seeds-") as name:
-        seeds = make_seeds(Path(name))
+        seeds = make_sources(Path(name)) if options.sources else make_seeds(Path(name))
     if options.only is not None:
-        return _explain(seeds, options.only)
+        return _explain(seeds, options.only, sources=bool(options.sources))
     begun = time.monotonic()
     results: list[Result] = []
-    numbers = _numbers(options.first, options.mutants, begun + 60 * options.minutes)
+    numbers = _numbers(options.first, options.sources or options.mutants, begun + 60 * options.minutes)
     for result in try_all(
-        seeds, numbers, workers=options.workers, whole_every=options.whole_every, seconds_each=options.seconds_each
+        seeds,
+        numbers,
+        workers=options.workers,
+        whole_every=options.whole_every,
+        seconds_each=options.seconds_each,
+        sources=bool(options.sources),
     ):
         results.append(result)
         for fault in result.faults:
@@ -54,9 +72,12 @@ def _numbers(first: int, count: int, deadline: float) -> Iterator[int]:
         yield number
 
 
-def _explain(seeds: list[object], number: int) -> int:
-    mutant = make_mutant(seeds, number)  # type: ignore[arg-type]  the list that make_seeds gave
-    trial = try_mutant(mutant, whole=True)
+def _explain(seeds: list[Seed], number: int, *, sources: bool) -> int:
+    mutant = make_source_mutant(seeds, number) if sources else make_mutant(seeds, number)
+    if sources:
+        trial = try_source(mutant, next(seed.files for seed in seeds if seed.name == mutant.seed))
+    else:
+        trial = try_mutant(mutant, whole=True)
     print(f"{mutant.seed}: {'; '.join(mutant.changes)}")
     for loader, outcome in trial.outcomes.items():
         print(f"  {loader}: {outcome} {trial.sentences.get(loader, '')}")
@@ -68,6 +89,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make fuzz", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="end after that time")
     parser.add_argument("--mutants", type=int, default=10**9, help="end after so many")
+    parser.add_argument("--sources", type=int, default=0, help="so many dense checkpoints to compress, instead")
     parser.add_argument("--first", type=int, default=0, help="number of the first mutant")
     parser.add_argument("--workers", type=int, default=1, help="processes at a time")
     parser.add_argument("--whole-every", type=int, default=200, help="mutants for one through vLLM's own loader")

@@ -1,7 +1,10 @@
 """Everything that reads a ResMoE checkpoint, each called as its users call it, and what it makes of one."""
 
 import json
+import math
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +18,7 @@ import compress_tools
 import resmoe_vllm
 from compress_tools.errors import FormatError
 from compress_tools.format.dtypes import DTYPES
+from compress_tools.format.schema import QUANT_METHOD
 from compress_tools.stored.checkpoint import ResMoECheckpoint
 from compress_tools.stored.restore import restore
 from compress_tools.stored.verify import verify
@@ -22,6 +26,7 @@ from resmoe_vllm.config import ResMoEConfig
 from resmoe_vllm.kernels.activation import SILU
 from resmoe_vllm.kernels.cpu import native
 from resmoe_vllm.ops import BoundLayer
+from resmoe_vllm.stored_files import watched
 from resmoe_vllm.weights.layer_loader import LayerLoader
 
 TOKENS = torch.tensor([[3, 7, 1, 9, 4, 2]])
@@ -41,29 +46,65 @@ def by_verify(folder: Path) -> None:
     verify(folder)
 
 
-def by_transformers(folder: Path) -> Tensor:
+@dataclass(frozen=True)
+class Logits:
+    """What a model of transformers answers.
+
+    Attributes:
+        values: its logits.
+        made_up: names of weights that the checkpoint does not have, which transformers makes at random, and says so.
+    """
+
+    values: Tensor
+    made_up: frozenset[str]
+
+
+def by_transformers(folder: Path) -> Logits:
     """Logits of ``from_pretrained``, residuals compressed in memory."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    with torch.no_grad():
-        logits: Tensor = model(TOKENS).logits
-    return logits
+    return _logits(folder)
 
 
-def by_restore(folder: Path, target: Path) -> Tensor:
-    """Logits of the dense checkpoint that ``resmoe restore`` writes."""
+def by_restore(folder: Path, target: Path) -> None:
+    """``resmoe restore``."""
     restore(folder, target)
+
+
+def by_twin(dense: Path) -> Logits:
+    """Logits of a dense checkpoint that ``resmoe restore`` wrote."""
     # The grouped product of torch takes rows of whole 16 bytes alone.
-    model = AutoModelForCausalLM.from_pretrained(target, dtype="auto", experts_implementation="eager")
+    return _logits(dense, experts_implementation="eager")
+
+
+def _logits(folder: Path, **options: Any) -> Logits:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
     with torch.no_grad():
         logits: Tensor = model(TOKENS).logits
-    return logits
+    return Logits(logits, frozenset(map(str, [*info["missing_keys"], *info["mismatched_keys"]])))
+
+
+def largest_inside(dense: Path) -> float:
+    """The largest magnitude that a module of a dense model takes or gives, computed in fp64; Inf where one is none."""
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float64, experts_implementation="eager")
+    found = 0.0
+
+    def look(_: torch.nn.Module, inputs: object, output: object) -> None:
+        nonlocal found
+        for value in (*inputs, output) if isinstance(inputs, tuple) else (output,):
+            if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+                found = max(found, float(value.abs().nan_to_num(math.inf, math.inf).max()))
+
+    for module in model.modules():
+        module.register_forward_hook(look)
+    with torch.no_grad():
+        model(TOKENS)
+    return found
 
 
 def by_plugin(folder: Path) -> dict[int, Tensor]:
     """What each compressed layer answers, loaded and run by the plugin's own code: config, loader, kernel.
 
     Around it stands what vLLM does: the config is read as JSON, tensors come from the files in the order in which they
-    lie, each is handed to the parameter that its name says, and other names are passed over.
+    lie, pass the plugin's watch, each is handed to the parameter that its name says, and other names are passed over.
     """
     config = json.loads((folder / "config.json").read_text())
     served = ResMoEConfig.from_config(config["quantization_config"])
@@ -86,16 +127,21 @@ def _hand_over(folder: Path, fmt: Any, index: int, module: torch.nn.Module) -> N
         for expert in range(fmt.num_experts)
         for projection, disk in fmt.names.projections.items()
     }
+    model = SimpleNamespace(quantization=QUANT_METHOD, model=str(folder), revision=None)
+    for name, tensor in watched(None, model, _tensors_in(folder)):
+        stem, _, suffix = name.rpartition(".")
+        if stem not in stems:
+            continue
+        expert, prefix, shard = stems[stem]
+        if (param := getattr(module, f"{prefix}_{suffix}", None)) is not None:
+            param.weight_loader(param, tensor, name, shard_id=shard, expert_id=expert, return_success=True)
+
+
+def _tensors_in(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118  no iterator
-                stem, _, suffix = name.rpartition(".")
-                if stem not in stems:
-                    continue
-                expert, prefix, shard = stems[stem]
-                if (param := getattr(module, f"{prefix}_{suffix}", None)) is not None:
-                    tensor = opened.get_tensor(name)
-                    param.weight_loader(param, tensor, name, shard_id=shard, expert_id=expert, return_success=True)
+                yield name, opened.get_tensor(name)
 
 
 def layer_input(num_experts: int, hidden_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,15 +156,30 @@ def layer_input(num_experts: int, hidden_size: int, dtype: torch.dtype) -> tuple
     return x, weights, ids
 
 
-def layer_truth(folder: Path) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """What each layer should answer by its restored experts, fp64, and the sum of all magnitudes that go into it."""
+@dataclass(frozen=True)
+class LayerTruth:
+    """What a layer should answer by its restored experts, fp64.
+
+    Attributes:
+        answer: ``[T, H]``.
+        magnitude: the sum of all magnitudes that go into it, ``[T, H]``.
+        peak: the largest magnitude on a token's way, ``[T]``.
+    """
+
+    answer: Tensor
+    magnitude: Tensor
+    peak: Tensor
+
+
+def layer_truth(folder: Path) -> dict[int, LayerTruth]:
+    """By layer what it should answer."""
     checkpoint = ResMoECheckpoint(folder)
     fmt = checkpoint.fmt
-    answers, magnitudes = {}, {}
+    truth = {}
     for index in fmt.layers:
         x, weights, ids = layer_input(fmt.num_experts, fmt.hidden_size, DTYPES[fmt.dtype])
         x = x.double()
-        answer, magnitude = torch.zeros_like(x), torch.zeros_like(x)
+        answer, magnitude, peak = torch.zeros_like(x), torch.zeros_like(x), x.abs().amax(1)
         for expert in range(fmt.num_experts):
             rows = {p: r.double() for p, r in checkpoint.expert(index, expert).items()}
             biases = {p: b.double() for p, b in (checkpoint.biases(index, expert) or {}).items()}
@@ -133,9 +194,12 @@ def layer_truth(folder: Path) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
             answer += mine * (inner @ rows["down_proj"] + biases.get("down_proj", 0))
             # The kernel multiplies whole numbers of 16 bits: what a row's largest number leaves of its others.
             sums = most.amax(1, keepdim=True) * rows["down_proj"].abs().sum(0)
-            magnitude += mine * (sums + abs(biases.get("down_proj", torch.zeros(()))))
-        answers[index], magnitudes[index] = answer, magnitude
-    return answers, magnitudes
+            sums = sums + abs(biases.get("down_proj", torch.zeros(())))
+            magnitude += mine * sums
+            reached = (mine[:, 0] != 0) * torch.maximum(most.amax(1), sums.amax(1))
+            peak = torch.maximum(peak, reached.nan_to_num(math.inf))
+        truth[index] = LayerTruth(answer, magnitude, peak)
+    return truth
 
 
 def by_vllm(folder: Path) -> Any:

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -558,20 +558,21 @@ CHANGES: tuple[Change, ...] = (
 )
 
 
-def mutate(name: str, files: Files, pick: random.Random) -> Mutant:
+def mutate(name: str, files: Files, pick: random.Random, kinds_of: Sequence[Change] = CHANGES) -> Mutant:
     """Change a checkpoint: once, mostly.
 
     Args:
         name: of the good checkpoint.
         files: of it; not changed.
         pick: decides.
+        kinds_of: changes to choose from.
     """
     made, changes, kinds, ours = dict(files), [], [], True
     wanted = pick.choice((1, 1, 1, 2, 3))
     for _ in range(12):
         if len(changes) == wanted or not any(file.endswith(".safetensors") for file in made):
             break
-        change = pick.choice(CHANGES)
+        change = pick.choice(kinds_of)
         if (done := change(made, pick)) is not None:
             changes.append(done[0])
             kinds.append(change.__name__)

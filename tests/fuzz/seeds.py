@@ -140,9 +140,15 @@ def _by_hand(
 
 def _written(folder: Path) -> list[Seed]:
     """Checkpoints as ``resmoe compress`` writes them: several files, index, report; biases, drafts, all in codes."""
-    small = {"intermediate_size": 24, "num_local_experts": 2, "num_hidden_layers": 1, "hidden_size": 32}
+    small = {"intermediate_size": 24, "num_local_experts": 2, "num_hidden_layers": 2, "hidden_size": 32}
     biased = save_tiny_model(
-        "gpt_oss", folder / "biased", torch.bfloat16, vocab_size=VOCAB, head_dim=32, num_attention_heads=1, **small
+        "gpt_oss",
+        folder / "biased",
+        torch.bfloat16,
+        vocab_size=VOCAB,
+        head_dim=32,
+        num_attention_heads=1,
+        **small,
     )
     draft = save_tiny_model(
         "glm4_moe", folder / "draft", torch.bfloat16, n_routed_experts=2, moe_intermediate_size=8, hidden_size=32,

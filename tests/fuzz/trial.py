@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+import compress_tools
 from compress_tools.errors import ResMoEError
 from tests.fuzz import loaders
 from tests.fuzz.mutants import CANARY_VARIABLE, Mutant
@@ -18,12 +19,24 @@ from tests.fuzz.seeds import write_files
 
 # Bytes beyond those that were resident before: checkpoints are of less than 1 MiB.
 MEMORY_LIMIT = 64 * 2**20
+# Of vLLM, whose first model of a process imports the half of it.
+VLLM_MEMORY_LIMIT = 768 * 2**20
 # Of the seed with a draft: transformers has no place for it, so that it never reads what restore refuses.
 DRAFT_LAYER = "model.layers.2."
-# What `verify` says where a plain tensor is missing, or has another name.
+# What `verify` says where a plain tensor is missing, or has another name: vLLM has words of its own for it.
 INCOMPLETE = "incomplete: there is no"
-# In units of the model's rounding: what sums of two orders can differ by.
+# Of logits, relative to the largest: what sums of two orders can differ by.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
+# Of a layer's answers, relative to the sum of all magnitudes that go into one. Good checkpoints reach 2e-9, 2e-4 and
+# 5e-6; an answer without its experts would be wrong by 1e-2.
+LAYER_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 5e-5}
+# Packages whose code must not raise anything but its own errors, whoever calls it.
+OURS = ("compress_tools", "resmoe_vllm")
+TOP = Path(compress_tools.__file__).parents[1]
+# What a refusal is about: something of the checkpoint by its name.
+PLACES = re.compile(
+    r"config|layer|tensor|expert|index|shard|safetensors|report|model_type|\.json|resmoe_|weight|bytes more"
+)
 
 
 @dataclass
@@ -63,15 +76,14 @@ class Trial:
             # vLLM and pydantic wrap what a config class raises.
             if (own := _own_cause(err)) is not None:
                 self._refused(loader, own)
-            elif (theirs or _in_their_config(err)) and not isinstance(err, MemoryError | AssertionError):
+            elif self._may_be_theirs(loader, err, theirs=theirs):
                 self.outcomes[loader] = "theirs"
                 self.sentences[loader] = f"{type(err).__name__}: {str(err)[:200]}"
             else:
                 self.outcomes[loader] = "fault"
                 self.faults.append(f"{loader}: {type(err).__name__}: {str(err)[:300]}; {_where(err)}")
         taken = peak_bytes() - before
-        # vLLM's own imports, at the first model of a process, take more.
-        if taken > MEMORY_LIMIT and loader != "vllm":
+        if taken > (VLLM_MEMORY_LIMIT if loader == "vllm" else MEMORY_LIMIT):
             self.faults.append(f"{loader}: took {taken >> 20} MiB")
         return answer
 
@@ -80,6 +92,20 @@ class Trial:
         self.sentences[loader] = sentence
         if "\n" in sentence or len(sentence) < 20 or len(sentence) > 2000 or re.search(r"Errno|Traceback", sentence):
             self.faults.append(f"{loader}: not a sentence: {sentence[:300]!r}")
+        if not PLACES.search(sentence):
+            self.faults.append(f"{loader}: does not say where: {sentence[:300]!r}")
+
+    def _may_be_theirs(self, loader: str, err: Exception, *, theirs: bool) -> bool:
+        """Whether an error is in place though it is none of ours.
+
+        It is where a library is asked before this project is, or reads what any model has. Where code of this project
+        is on the way to it, it would have had to refuse first.
+        """
+        if isinstance(err, MemoryError | AssertionError) or _own_frame(err):
+            return False
+        # transformers turns every `dtype` of config.json into text, the block's too, before it asks what a block is.
+        dtype = loader in ("transformers", "vllm") and any("dtype" in what for what in self.mutant.changes)
+        return theirs or (dtype and re.search(r"configuration_utils\.py:\d+$", _where(err)) is not None)
 
 
 def try_mutant(mutant: Mutant, *, whole: bool = False) -> Trial:
@@ -114,6 +140,8 @@ def try_served(mutant: Mutant) -> Trial:
         if answers is not None:
             truth = trial.call("truth", lambda: loaders.layer_truth(folder), theirs=False)
             _compare_layers(trial, answers, truth)
+        if trial.outcomes["plugin"] == "refused" and trial.outcomes["verify"] != "refused":
+            trial.faults.append(f"verify: takes what the plugin refuses: {trial.sentences['plugin']}")
     return trial
 
 
@@ -124,76 +152,122 @@ def _judge(trial: Trial, folder: Path, dense: Path, *, whole: bool) -> None:
     except ResMoEError:
         # Not a ResMoE checkpoint to vLLM and transformers, which never ask this project.
         trial.outcomes["transformers"] = trial.outcomes["plugin"] = "theirs"
+        if trial.outcomes["verify"] != "refused":
+            trial.faults.append("verify: takes what is no ResMoE checkpoint")
         return
     ours = trial.mutant.ours
     without_weights = not any(name.endswith(".safetensors") for name in trial.mutant.files)
     theirs = not ours or without_weights
-    logits = trial.call("transformers", lambda: loaders.by_transformers(folder), theirs=theirs)
+    found = trial.call("transformers", lambda: loaders.by_transformers(folder), theirs=theirs)
     answers = trial.call("plugin", lambda: loaders.by_plugin(folder), theirs=False)
-    if logits is not None:
-        expected = trial.call("restore", lambda: loaders.by_restore(folder, dense), theirs=theirs)
-        _compare(trial, "transformers", logits, expected)
+    if found is not None:
+        trial.call("restore", lambda: loaders.by_restore(folder, dense), theirs=False)
+        expected = None
+        if trial.outcomes["restore"] == "served":
+            expected = trial.call("twin", lambda: loaders.by_twin(dense), theirs=theirs)
+        _compare(trial, found, expected, dense)
     if answers is not None:
         truth = trial.call("truth", lambda: loaders.layer_truth(folder), theirs=False)
         _compare_layers(trial, answers, truth)
     if whole:
         theirs = theirs or INCOMPLETE in trial.sentences.get("verify", "")
-        trial.call("vllm", lambda: loaders.by_vllm(folder), theirs=theirs)
+        served = trial.call("vllm", lambda: loaders.by_vllm(folder), theirs=theirs)
+        if served is not None:
+            _judge_vllm(trial, served.model)
+    for loader in ("transformers", "plugin", "vllm"):
+        # Whoever checks a checkpoint beforehand must hear of what will be refused.
+        if trial.outcomes.get(loader) == "refused" and trial.outcomes["verify"] != "refused":
+            trial.faults.append(f"verify: takes what {loader} refuses: {trial.sentences[loader]}")
 
 
-def _compare(trial: Trial, loader: str, found: torch.Tensor, expected: torch.Tensor | None) -> None:
+def _judge_vllm(trial: Trial, model: torch.nn.Module) -> None:
+    # A draft's layer is loaded with the draft.
+    if trial.outcomes["plugin"] == "refused" and DRAFT_LAYER not in trial.sentences["plugin"]:
+        trial.faults.append(f"vllm: loads what the plugin's parts refuse: {trial.sentences['plugin']}")
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.isfinite().all():
+            trial.faults.append(f"vllm: {name} is not finite")
+
+
+def _compare(trial: Trial, found: loaders.Logits, expected: loaders.Logits | None, dense: Path) -> None:
+    """What transformers serves beside the dense twin: the same numbers, or none where the twin's are none."""
     if expected is None:
-        refusal = trial.sentences.get("restore", "")
-        if "the restored weights are beyond" in refusal:
-            trial.outcomes[loader] = "overflows"
-        elif trial.outcomes["restore"] != "theirs" and not (loader == "transformers" and DRAFT_LAYER in refusal):
-            trial.faults.append(f"{loader}: serves what restore refuses: {refusal}")
+        _judge_without_twin(trial)
         return
-    if not expected.isfinite().all():
-        trial.outcomes[loader] = "overflows"
+    if expected.made_up or found.made_up:
+        # config.json may ask for biases that no checkpoint of the family has: it is any model's, and so are the words.
+        if trial.outcomes["verify"] != "refused" and "edit_config" not in trial.mutant.kinds:
+            trial.faults.append(f"verify: takes what has no {min(expected.made_up | found.made_up)}")
         return
-    if not found.isfinite().all():
-        trial.faults.append(f"{loader}: not finite, the restored checkpoint's logits are")
+    if not expected.values.isfinite().all():
+        trial.outcomes["transformers"] = "overflows"
+        # Squares, and products of two of them, are what overflows first.
+        limit = torch.finfo(expected.values.dtype).max ** 0.5 / 8
+        if "edit_config" not in trial.mutant.kinds and loaders.largest_inside(dense) < limit:
+            trial.faults.append("twin: logits are not finite, and nothing in the model is large")
         return
-    if not trial.mutant.ours or INCOMPLETE in trial.sentences.get("verify", ""):
-        # transformers makes random weights where a plain one is missing, and says so, here as in a dense checkpoint.
+    if not found.values.isfinite().all():
+        trial.faults.append("transformers: not finite, the restored checkpoint's logits are")
         return
-    scale = max(1.0, float(expected.abs().max()))
-    worst = float((found.float() - expected.float()).abs().max()) / scale
-    if not worst <= TOLERANCE[found.dtype]:
-        trial.faults.append(f"{loader}: logits differ from the restored checkpoint's by {worst:.3g}")
+    scale = max(1.0, float(expected.values.abs().max()))
+    worst = float((found.values.float() - expected.values.float()).abs().max()) / scale
+    if not worst <= TOLERANCE[found.values.dtype]:
+        trial.faults.append(f"transformers: logits differ from the restored checkpoint's by {worst:.3g}")
+
+
+def _judge_without_twin(trial: Trial) -> None:
+    refusal = trial.sentences.get("restore", "")
+    if trial.outcomes["restore"] == "served":
+        # By transformers' own words, which are let pass for what any model has alone.
+        if trial.outcomes["twin"] != "theirs" or "transformers" not in trial.outcomes:
+            trial.faults.append("twin: is not loaded")
+    elif "the restored weights are beyond" in refusal:
+        # Center and residual are both finite. Their sum is what an answer with Inf would come from.
+        trial.outcomes["transformers"] = "overflows"
+    elif DRAFT_LAYER not in refusal:
+        trial.faults.append(f"transformers: serves what restore refuses: {refusal}")
 
 
 def _compare_layers(
-    trial: Trial,
-    answers: dict[int, torch.Tensor],
-    truth: tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]] | None,
+    trial: Trial, answers: dict[int, torch.Tensor], truth: dict[int, loaders.LayerTruth] | None
 ) -> None:
     if truth is None:
         trial.faults.append(f"plugin: serves what the format's reader refuses: {trial.sentences.get('truth')}")
         return
     for index, answer in answers.items():
-        expected, magnitude = truth[0][index], truth[1][index]
         largest = torch.finfo(torch.float16 if answer.dtype == torch.float16 else torch.float32).max
-        if float(magnitude.max()) > largest / 2 or not magnitude.isfinite().all():
+        # A token on whose way no sum can overflow has its answer, whatever becomes of the others.
+        small = truth[index].peak <= largest / 2
+        if not small.all():
             trial.outcomes["plugin"] = "overflows"
-        elif not answer.isfinite().all():
+        expected, magnitude = truth[index].answer[small], truth[index].magnitude[small]
+        if not answer[small].isfinite().all():
             trial.faults.append(f"plugin: layer {index} answers with NaN or Inf")
-        elif not ((answer.double() - expected).abs() <= TOLERANCE[answer.dtype] * (magnitude + 1e-6)).all():
+            continue
+        # And the step between the smallest numbers of the dtype.
+        step = torch.finfo(answer.dtype).smallest_normal * torch.finfo(answer.dtype).eps
+        if not ((answer[small] - expected).abs() <= LAYER_TOLERANCE[answer.dtype] * (magnitude + 1e-6) + step).all():
             trial.faults.append(f"plugin: layer {index} answers otherwise than its restored experts")
 
 
 def _own_cause(err: BaseException) -> ResMoEError | None:
-    """An error of this project that another one was raised from."""
+    """An error of this project that another one was raised from, and whose sentence it says."""
     seen: BaseException | None = err
     while seen is not None and not isinstance(seen, ResMoEError):
         seen = seen.__cause__ or seen.__context__
-    return seen
+    return seen if seen is not None and str(seen) in str(err) else None
 
 
-def _in_their_config(err: BaseException) -> bool:
-    """transformers turns every `dtype` of config.json into text, the block's too, before it asks what a block is."""
-    return re.search(r"configuration_utils\.py:\d+$", _where(err)) is not None
+def _own_frame(err: BaseException) -> bool:
+    """Whether code of this project, and not only of its tests, is on the way to an error."""
+    steps = err.__traceback__
+    while steps is not None:
+        if Path(steps.tb_frame.f_code.co_filename).is_relative_to(TOP):
+            parts = Path(steps.tb_frame.f_code.co_filename).relative_to(TOP).parts
+            if parts[0] in OURS:
+                return True
+        steps = steps.tb_next
+    return False
 
 
 def _where(err: BaseException) -> str:

@@ -8,7 +8,7 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
@@ -54,6 +54,15 @@ def make_mutant(seeds: Sequence[Seed], number: int) -> Mutant:
     return mutate(seed.name, seed.files, pick)
 
 
+Maker = Callable[[Sequence[Seed], int], Mutant]
+
+
+def _maker(sources: bool) -> Maker:
+    from tests.fuzz.sources import make_source_mutant
+
+    return make_source_mutant if sources else make_mutant
+
+
 class Worker:
     """A forked process that tries mutants by number.
 
@@ -62,9 +71,11 @@ class Worker:
         whole_every: each so many-th mutant goes through vLLM's own loader, too; 0: none.
     """
 
-    def __init__(self, seeds: Sequence[Seed], whole_every: int) -> None:
+    def __init__(self, seeds: Sequence[Seed], whole_every: int, *, sources: bool = False) -> None:
         self.pipe, theirs = _FORK.Pipe()
-        self.process: ForkProcess = _FORK.Process(target=_serve, args=(seeds, whole_every, theirs), daemon=True)
+        self.process: ForkProcess = _FORK.Process(
+            target=_serve, args=(seeds, whole_every, sources, theirs), daemon=True
+        )
         self.process.start()
         theirs.close()
         self.number: int | None = None
@@ -85,7 +96,13 @@ class Worker:
 
 
 def try_all(
-    seeds: Sequence[Seed], numbers: Iterator[int], *, workers: int, whole_every: int, seconds_each: float
+    seeds: Sequence[Seed],
+    numbers: Iterator[int],
+    *,
+    workers: int,
+    whole_every: int,
+    seconds_each: float,
+    sources: bool = False,
 ) -> Iterator[Result]:
     """Results as they come.
 
@@ -95,15 +112,16 @@ def try_all(
         workers: processes at a time.
         whole_every: see ``Worker``.
         seconds_each: a mutant that takes longer hangs.
+        sources: the checkpoints are dense ones, to be compressed.
     """
-    pool = [Worker(seeds, whole_every) for _ in range(workers)]
+    pool = [Worker(seeds, whole_every, sources=sources) for _ in range(workers)]
     try:
         for worker in pool:
             _next(worker, numbers)
         while busy := [worker for worker in pool if worker.number is not None]:
             ready = wait([worker.pipe for worker in busy], timeout=1)
             for worker in busy:
-                result = _result(seeds, worker, seconds_each, ready=worker.pipe in ready)
+                result = _result(_maker(sources), seeds, worker, seconds_each, ready=worker.pipe in ready)
                 if result is None:
                     continue
                 yield result
@@ -111,24 +129,24 @@ def try_all(
                 place = pool.index(worker)
                 if "process" in result.outcomes or worker.done >= PER_PROCESS:
                     worker.end()
-                    pool[place] = Worker(seeds, whole_every)
+                    pool[place] = Worker(seeds, whole_every, sources=sources)
                 _next(pool[place], numbers)
     finally:
         for worker in pool:
             worker.end()
 
 
-def _result(seeds: Sequence[Seed], worker: Worker, seconds_each: float, *, ready: bool) -> Result | None:
+def _result(make: Maker, seeds: Sequence[Seed], worker: Worker, seconds_each: float, *, ready: bool) -> Result | None:
     """What a worker tells, or that it has ended or hangs; None while it works."""
     if ready:
         try:
             told: Result = worker.pipe.recv()
         except EOFError:
             worker.process.join()
-            return _lost(seeds, worker, f"the process ended with {worker.process.exitcode}")
+            return _lost(make, seeds, worker, f"the process ended with {worker.process.exitcode}")
         return told
     hangs = time.monotonic() - worker.begun > seconds_each
-    return _lost(seeds, worker, f"hangs for {seconds_each:g} s") if hangs else None
+    return _lost(make, seeds, worker, f"hangs for {seconds_each:g} s") if hangs else None
 
 
 def _next(worker: Worker, numbers: Iterator[int]) -> None:
@@ -137,14 +155,15 @@ def _next(worker: Worker, numbers: Iterator[int]) -> None:
         worker.give(number)
 
 
-def _lost(seeds: Sequence[Seed], worker: Worker, what: str) -> Result:
+def _lost(make: Maker, seeds: Sequence[Seed], worker: Worker, what: str) -> Result:
     number = worker.number or 0
-    mutant = make_mutant(seeds, number)
+    mutant = make(seeds, number)
     seconds = time.monotonic() - worker.begun
     return Result(number, mutant.seed, mutant.changes, mutant.kinds, {"process": "fault"}, (what,), seconds)
 
 
-def _serve(seeds: Sequence[Seed], whole_every: int, pipe: Connection) -> None:
+def _serve(seeds: Sequence[Seed], whole_every: int, sources: bool, pipe: Connection) -> None:
+    from tests.fuzz.sources import try_source
     from tests.fuzz.trial import try_mutant
 
     quiet()
@@ -154,8 +173,11 @@ def _serve(seeds: Sequence[Seed], whole_every: int, pipe: Connection) -> None:
         while True:
             number = pipe.recv()
             begun = time.monotonic()
-            mutant = make_mutant(seeds, number)
-            trial = try_mutant(mutant, whole=bool(whole_every) and number % whole_every == 0)
+            mutant = _maker(sources)(seeds, number)
+            if sources:
+                trial = try_source(mutant, next(seed.files for seed in seeds if seed.name == mutant.seed))
+            else:
+                trial = try_mutant(mutant, whole=bool(whole_every) and number % whole_every == 0)
             seconds = time.monotonic() - begun
             faults = tuple(trial.faults)
             pipe.send(Result(number, mutant.seed, mutant.changes, mutant.kinds, trial.outcomes, faults, seconds))

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from torch import Tensor
 
 from compress_tools.format.dtypes import DTYPES, dtype_name
+from compress_tools.format.finite import all_finite
 from compress_tools.format.packing import mask_row_counts, pack_codes, unpack_codes, unpack_mask
 from compress_tools.format.quantization import dequantize, half_range
 from compress_tools.format.row_sizes import code_row_bytes, num_groups
@@ -92,7 +93,7 @@ class TensorSpec:
         """Numbers that are none: NaN, Inf, or a scale whose largest weight is beyond ``dtype``; None without."""
         if not tensor.is_floating_point():
             return None
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             return "holds NaN or Inf"
         if self.role == "scales" and tensor.numel():
             largest = float(tensor.abs().max()) * self.level

@@ -1,6 +1,7 @@
 """Every tensor and file of a source is accounted for: `verify --against` finds what is missing, added or changed."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ from transformers import AutoModelForCausalLM
 import compress_tools
 from benchmarks.models.tiny_models import save_tiny_model
 from compress_tools.config import make_config
-from compress_tools.errors import CheckpointError, FormatError
+from compress_tools.errors import CheckpointError, FormatError, NumericalError
+from compress_tools.format.finite import ALLOW_VARIABLE
 from compress_tools.format.loading_guard import GUARD_KEY
 from compress_tools.pipeline import compress
 from compress_tools.progress.listener import Silent
@@ -252,11 +254,21 @@ def test_weights_that_transformers_would_take_elsewhere(tiny_olmoe: Path, tmp_pa
         SourceReader(source)
 
 
-def test_values_that_are_not_finite_are_copied_and_said(tiny_olmoe: Path, tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_copied_and_said_where_that_is_asked_for(
+    tiny_olmoe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tensor = load_file(tiny_olmoe / "model.safetensors")[NORM]
     tensor[3] = float("nan")
     source = rewritten(tiny_olmoe, tmp_path / "source", {NORM: tensor})
     listener = Listener()
-    compress(source, tmp_path / "small", QUICK, progress=listener)
+    sentence = f"'{NORM}' holds NaN or Inf, expected finite numbers; download it again, or set {ALLOW_VARIABLE}=1"
+    with pytest.raises(NumericalError, match=re.escape(sentence)):
+        compress(source, tmp_path / "small", QUICK, progress=listener)
+    assert not (tmp_path / "small").exists()
+    monkeypatch.setenv(ALLOW_VARIABLE, "1")
+    compress(source, tmp_path / "small", QUICK, progress=listener, overwrite=True)
     assert [text for text in listener.said if "NaN" in text] == [f"{NORM} holds NaN or Inf; it is copied as it is"]
     verify(tmp_path / "small", source)
+    monkeypatch.delenv(ALLOW_VARIABLE)
+    with pytest.raises(NumericalError, match=re.escape(sentence)):
+        verify(tmp_path / "small", source)
