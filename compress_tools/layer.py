@@ -1,12 +1,14 @@
 """One MoE layer from weights to stored tensors: find the center, code the residuals, measure the error."""
 
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
 
 from compress_tools.center.barycenter import CenterOptions, CenterResult, find_center
 from compress_tools.config import CompressionConfig
+from compress_tools.errors import NumericalError
 from compress_tools.format.codec import decode_residual, restore_center
 from compress_tools.format.dtypes import DTYPES
 from compress_tools.format.parts.base import StoredTensors
@@ -77,6 +79,11 @@ def compress_layer(
     found = find_center(weights.design, CenterOptions(kind, config.max_iterations, config.tolerance), work)
     coded = code_layer(target, layer, weights, found, config.seed, work, importance)
     energy = sum(in_parallel(squared_norm, weights.design, work.workers))
+    if not isfinite(sum(coded.errors)) or not isfinite(energy):
+        raise NumericalError(
+            f"layer {layer}: its error is no finite number: experts' weights reach {_largest(weights):.3g}, too large "
+            f"to be compressed; expected weights of a trained model"
+        )
     report = LayerReport(
         layer=layer,
         approximation_error=sum(coded.errors) / len(coded.errors) / fmt.intermediate_size,
@@ -92,6 +99,10 @@ def compress_layer(
     for expert, stored in enumerate(coded.experts):
         named.update({tensor_name(fmt, layer, expert, *key): tensor for key, tensor in stored.items()})
     return CompressedLayer({name: named[name] for name in layer_tensors(fmt, layer)}, report)
+
+
+def _largest(weights: LayerWeights) -> float:
+    return max(float(expert.abs().max()) for expert in weights.design)
 
 
 def code_layer(

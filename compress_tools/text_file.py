@@ -1,27 +1,45 @@
 """A text file that was not written by this process: read whole, or one sentence why not."""
 
 import json
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from compress_tools.errors import CheckpointError, ResMoEError
 
+# The largest text that is read: an index of a million tensors is a tenth of it.
+MOST_BYTES = 2**30
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-def read_text(file: str | Path, error: Callable[[str], ResMoEError] = CheckpointError, where: str | None = None) -> str:
+def read_text(
+    file: str | Path,
+    error: Callable[[str], ResMoEError] = CheckpointError,
+    where: str | None = None,
+    *,
+    may_be_piped: bool = False,
+) -> str:
     """Read UTF-8 text.
 
     Args:
         file: the file.
         error: kind of error that is raised.
         where: names the file in the error, such as an option with its value; by default its path.
+        may_be_piped: whether it may be a pipe, and of any size, as a user may name one; else a regular file of at most
+            ``MOST_BYTES``: a pipe would be waited for, a device has no end.
     Raises:
-        ResMoEError: of kind ``error``: missing, a directory, unreadable, a Git LFS pointer, or not UTF-8.
+        ResMoEError: of kind ``error``: missing, no regular file, unreadable, too large, a Git LFS pointer, or not
+            UTF-8.
     """
     where = where or str(file)
     try:
+        status = os.stat(file)
+        if not (may_be_piped or stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            raise error(f"{where}: is a pipe or a device; expected a text file")
+        if status.st_size > MOST_BYTES and not may_be_piped:
+            raise error(f"{where}: is {status.st_size} bytes long; expected a text file of at most {MOST_BYTES}")
         content = Path(file).read_bytes()
     except OSError as err:
         raise error(f"{where}: not readable: {in_words(err)}; expected a text file") from err

@@ -68,7 +68,7 @@ def read_tokens(model: str, text: str, max_tokens: int | None, **loading: bool) 
         CheckpointError: no tokenizer beside the weights, or none that transformers can load.
         ConfigError: the text is missing, not UTF-8, or shorter than two tokens.
     """
-    content = read_text(text, ConfigError, f"--text {text}")
+    content = read_text(text, ConfigError, f"--text {text}", may_be_piped=True)
     ids = load_tokenizer(model, **loading)(content, add_special_tokens=False, verbose=False)["input_ids"]
     tokens = torch.tensor(ids, dtype=torch.int64)[:max_tokens]
     if len(tokens) < 2:

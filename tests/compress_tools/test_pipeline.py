@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from math import isfinite
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,25 @@ def test_keeping_everything_keeps_the_model(family: str, method: str, tmp_path: 
     verify(tmp_path / "small", source)
     restore(tmp_path / "small", tmp_path / "dense")
     torch.testing.assert_close(logits(tmp_path / "dense"), logits(source), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["prune", "low-rank", "quantize", "trellis"])
+@pytest.mark.parametrize("largest", [1e30, 3e38])
+def test_weights_too_large_to_be_compressed_are_refused(method: str, largest: float, tmp_path: Path) -> None:
+    """Nothing is written whose error is NaN, which no limit would refuse."""
+    source = save_tiny_model("mixtral", tmp_path / "source", torch.float32)
+    shard = source / "model.safetensors"
+    tensors = load_file(shard)
+    name = next(name for name in tensors if ".experts." in name)
+    tensors[name].view(-1)[3] = largest
+    save_file(tensors, shard, {"format": "pt"})
+    try:
+        report = compress(source, tmp_path / "small", make_config(method=method))
+    except (NumericalError, ConfigError):
+        assert not (tmp_path / "small").exists()
+    else:
+        assert isfinite(report.relative_error)
+        verify(tmp_path / "small", source)
 
 
 @pytest.mark.parametrize("family", sorted(NOT_IN_TRANSFORMERS))
