@@ -278,11 +278,12 @@ class CheckpointReader:
         file = self.store.local(shard) or self.path / shard
         _check_there(file)
         if not file.is_file():
-            raise CheckpointError(f"{file}: is a directory; expected a weight file")
+            found = "a directory" if file.is_dir() else "a pipe or a device"
+            raise CheckpointError(f"{file}: is {found}; expected a weight file")
         try:
             with safe_open(file, framework="pt", device="cpu"):
                 self._checked.add(shard)
-        except OSError as err:
+        except (OSError, MemoryError) as err:  # more than a process may map, where that is limited
             raise CheckpointError(f"{file}: not readable: {in_words(err)}") from err
         except SafetensorError as err:
             if is_lfs_pointer(file):

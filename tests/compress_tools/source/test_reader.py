@@ -1,6 +1,7 @@
 """A checkpoint directory as strangers leave it: every fault is a sentence that names the file."""
 
 import json
+import os
 import re
 import shutil
 import struct
@@ -137,6 +138,10 @@ def directory(name: str) -> Callable[[Path], object]:
     return lambda path: ((path / name).unlink(), (path / name).mkdir())
 
 
+def pipe(name: str) -> Callable[[Path], object]:
+    return lambda path: ((path / name).unlink(), os.mkfifo(path / name))
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -169,6 +174,7 @@ def directory(name: str) -> Callable[[Path], object]:
         (replace("1.safetensors", b""), r"1.safetensors: truncated or corrupt shard"),
         (replace("1.safetensors", b"\xff" * 64), r"1.safetensors: truncated or corrupt shard"),
         (directory("1.safetensors"), r"1.safetensors: is a directory; expected a weight file"),
+        (pipe("1.safetensors"), r"1.safetensors: is a pipe or a device; expected a weight file"),
         (lambda path: (path / "1.safetensors").unlink(), r"1.safetensors: shard named by .* is missing"),
     ],
 )
