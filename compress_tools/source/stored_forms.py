@@ -191,7 +191,8 @@ def _block_size(size: int, count: int, usual: int | None) -> int | None:
         return size
     if count == size:
         return 1
-    candidates = [*([usual] if usual else []), *USUAL_BLOCKS, *([size // count] if count and size % count == 0 else [])]
+    even = size and count and size % count == 0
+    candidates = [*([usual] if usual else []), *USUAL_BLOCKS, *([size // count] if even else [])]
     return next((own for own in candidates if ceil(size / own) == count), None)
 
 

@@ -210,6 +210,7 @@ def test_plain_tensors_are_no_form():
         ),
         ({"w.weight": random(4, 4).to(torch.float8_e4m3fn), "w.weight_scale": random(0, 1)}, "fit no known form"),
         ({"w.weight": random(4, 4).to(torch.float8_e4m3fn), "w.weight_scale": random(4, 0)}, "fit no known form"),
+        ({"w.weight": random(0, 4).to(torch.float8_e4m3fn), "w.weight_scale": random(4, 1)}, "fit no known form"),
         (
             {
                 "w.weight_packed": torch.zeros(4, 32, dtype=torch.uint8),
