@@ -16,6 +16,14 @@ from benchmarks.models.tiny_models import save_tiny_model
 from compress_tools.config import make_config
 from compress_tools.pipeline import compress
 
+_set_num_threads = torch.set_num_threads
+
+
+@pytest.fixture(autouse=True)
+def threads_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine in this process replaces the function by one that does nothing, for good."""
+    monkeypatch.setattr(torch, "set_num_threads", _set_num_threads)
+
 
 @pytest.fixture(scope="session")
 def tiny_mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -108,7 +108,7 @@ class MoEArchitecture:
         for keys in (self.num_experts_keys, self.hidden_size_keys, self.intermediate_size_keys):
             key = next((key for key in keys if own.get(key) is not None), " or ".join(keys))
             value = own.get(key)
-            if isinstance(value, list) and value == value[:1] * (self.num_layers(config) or 0):
+            if isinstance(value, list) and value and value == value[:1] * (self.num_layers(config) or 0):
                 # One for each layer, and all alike.
                 value = value[0]
             values.append(self.whole_number(key, value))

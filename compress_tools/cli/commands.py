@@ -455,9 +455,7 @@ def demo(*, out_dir: str) -> None:
 
 # Packages that are imported where they are needed, and the extra that brings each.
 EXTRAS = {
-    **dict.fromkeys(
-        ("click", "huggingface_hub", "lap", "ot", "yaml", "rich", "threadpoolctl", "transformers"), "compress"
-    ),
+    **dict.fromkeys(("click", "lap", "ot", "yaml", "rich", "threadpoolctl", "transformers"), "compress"),
     "matplotlib": "plot",
     **dict.fromkeys(("gguf", "openai", "psutil", "tokenizers"), "demo"),
     "ray": "ray",

@@ -23,7 +23,7 @@ def with_config(source: Path, target: Path, **changes: object) -> CheckpointRead
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "num_experts", "hidden_size", "intermediate_size"])
-@pytest.mark.parametrize("value", [HUGE, "x", 0, -1, True, 2.5, [1], {}], ids=repr)
+@pytest.mark.parametrize("value", [HUGE, "x", 0, -1, True, 2.5, [1], [], {}], ids=repr)
 def test_a_count_that_is_none(key: str, value: object, tiny_olmoe: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedArchitectureError, match=rf"config.json: {key} .*expected a positive whole number"):
         open_source(with_config(tiny_olmoe, tmp_path / "x", **{key: value}))
