@@ -104,6 +104,8 @@ METHODS = {
     "4-bit residuals, 8-bit center": "quantize-4bit",
     "4-bit codes, 8-bit center": "quantize-4bit",
     "4-bit trellis codes, 8-bit center": "trellis-4bit",
+    "4-bit codes, 4-bit center": "quantize-4bit-center-4bit",
+    "4-bit trellis codes, 4-bit center": "trellis-4bit-center-4bit",
     "bitmap": "prune",
 }
 
