@@ -261,8 +261,8 @@ struct Expander {
     constexpr int kAhead = 2048;
 #pragma GCC unroll 4
     for (int r = 0; r < kExpanded; ++r) {
-      _mm_prefetch((const char*)(values[r] + kAhead), _MM_HINT_T0);
-      if (c % 512 == 0) _mm_prefetch((const char*)(mask + (kExpanded + r) * apart + c / 8), _MM_HINT_T0);
+      fetch(values[r] + kAhead);
+      if (c % 512 == 0) fetch(mask + (kExpanded + r) * apart + c / 8);
     }
   }
   __attribute__((always_inline)) inline __m512i next(int r, int64_t c) {

@@ -48,6 +48,24 @@ inline float round_to_16_bits(const float* x, int16_t* q) {
   return scale;
 }
 
+// What levels are multiplied with, four by four, of int16 numbers, at most kLargest: their two halves where the path
+// has kHalves, else the even ones and the odd ones.
+inline void split(const int16_t* x, int64_t count, uint8_t* first, uint8_t* second) {
+  if constexpr (kHalves) {
+    for (int64_t k = 0; k < count; ++k) {
+      const int16_t high = (int16_t)(x[k] + 128) >> 8;
+      first[k] = (uint8_t)high;
+      second[k] = (uint8_t)(x[k] - 256 * high);
+    }
+  } else {
+    int16_t *even = (int16_t*)first, *odd = (int16_t*)second;
+    for (int64_t k = 0; k < count / 2; ++k) {
+      even[k] = x[2 * k];
+      odd[k] = x[2 * k + 1];
+    }
+  }
+}
+
 // Whether 16 bits don't hold numbers of these bits: they are not bf16 or fp16.
 inline bool is_fine(uint32_t bits) { return bits & 0x1fff; }
 

@@ -15,7 +15,7 @@ int resmoe_fused_moe(const Layer* layer, const void* x, int32_t x_dtype, int64_t
                      const float* weights, int64_t top_k, const int32_t* map, void* out, int threads) {
   const Routing routing(ids, weights, tokens, top_k, map, layer->experts);
   std::vector<float> converted(x_dtype == kFloat ? 0 : tokens * layer->hidden);
-  for (size_t c = 0; c < converted.size(); ++c) converted[c] = load((const uint16_t*)x, x_dtype, c);
+  if (!converted.empty()) load_floats(x, x_dtype, 0, converted.size(), converted.data());
   const float* wide = x_dtype == kFloat ? (const float*)x : converted.data();
   switch (layer->dtype) {
     case kFloat:

@@ -74,14 +74,7 @@ inline Bytes turn(Bytes v) {
 }
 
 #ifdef __AVXVNNI__
-// Two halves of int16 numbers, at most kLargest: what levels are multiplied with, four by four.
-inline void split(const int16_t* x, int64_t count, uint8_t* first, uint8_t* second) {
-  for (int64_t k = 0; k < count; ++k) {
-    const int16_t high = (int16_t)(x[k] + 128) >> 8;
-    first[k] = (uint8_t)high;
-    second[k] = (uint8_t)(x[k] - 256 * high);
-  }
-}
+constexpr bool kHalves = true;
 using Levels = Bytes;
 inline Levels prepare(Bytes levels) { return levels; }
 struct Acc {
@@ -94,14 +87,7 @@ inline void dot(Acc& acc, Levels levels, Ints first, Ints second) {
 }
 inline Ints value(const Acc& acc) { return _mm256_add_epi32(_mm256_slli_epi32(acc.high, 8), acc.low); }
 #else
-// Even and odd ones of int16 numbers: what levels are multiplied with, four by four.
-inline void split(const int16_t* x, int64_t count, uint8_t* first, uint8_t* second) {
-  int16_t *even = (int16_t*)first, *odd = (int16_t*)second;
-  for (int64_t k = 0; k < count / 2; ++k) {
-    even[k] = x[2 * k];
-    odd[k] = x[2 * k + 1];
-  }
-}
+constexpr bool kHalves = false;
 struct Levels {
   Bytes even, odd;
 };

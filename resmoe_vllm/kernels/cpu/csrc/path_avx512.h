@@ -92,14 +92,7 @@ inline Bytes turn(Bytes v) {
   }
 }
 
-// Two halves of int16 numbers, at most kLargest: what levels are multiplied with, four by four.
-inline void split(const int16_t* x, int64_t count, uint8_t* first, uint8_t* second) {
-  for (int64_t k = 0; k < count; ++k) {
-    const int16_t high = (int16_t)(x[k] + 128) >> 8;
-    first[k] = (uint8_t)high;
-    second[k] = (uint8_t)(x[k] - 256 * high);
-  }
-}
+constexpr bool kHalves = true;
 
 using Levels = Bytes;
 inline Levels prepare(Bytes levels) { return levels; }

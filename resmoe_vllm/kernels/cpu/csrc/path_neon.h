@@ -173,14 +173,7 @@ inline void store_words(int16_t* to, Ints v) { vst1q_s16(to, vcombine_s16(vqmovn
 // ---- dots of levels ------------------------------------------------------------------------------------------
 
 #if defined(__ARM_FEATURE_MATMUL_INT8) || defined(__ARM_FEATURE_DOTPROD)
-// Two halves of int16 numbers, at most kLargest: what levels are multiplied with, four by four.
-inline void split(const int16_t* x, int64_t count, uint8_t* first, uint8_t* second) {
-  for (int64_t k = 0; k < count; ++k) {
-    const int16_t high = (int16_t)(x[k] + 128) >> 8;
-    first[k] = (uint8_t)high;
-    second[k] = (uint8_t)(x[k] - 256 * high);
-  }
-}
+constexpr bool kHalves = true;
 inline int8x16_t as_halves(int32x4_t v) { return vreinterpretq_s8_s32(v); }
 #ifdef __ARM_FEATURE_MATMUL_INT8
 constexpr int32_t kLevelsLess = 0;
@@ -217,14 +210,7 @@ inline Ints value(const Acc& acc) {
 }
 #else
 constexpr int32_t kLevelsLess = 0;
-// Even and odd ones of int16 numbers: what levels are multiplied with, four by four.
-inline void split(const int16_t* x, int64_t count, uint8_t* first, uint8_t* second) {
-  int16_t *even = (int16_t*)first, *odd = (int16_t*)second;
-  for (int64_t k = 0; k < count / 2; ++k) {
-    even[k] = x[2 * k];
-    odd[k] = x[2 * k + 1];
-  }
-}
+constexpr bool kHalves = false;
 struct Levels {
   int16x8_t even[2], odd[2];  // of the low 16 bytes, and of the high ones
 };
