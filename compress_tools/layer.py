@@ -79,15 +79,16 @@ def compress_layer(
     found = find_center(weights.design, CenterOptions(kind, config.max_iterations, config.tolerance), work)
     coded = code_layer(target, layer, weights, found, config.seed, work, importance)
     energy = sum(in_parallel(squared_norm, weights.design, work.workers))
-    if not isfinite(sum(coded.errors)) or not isfinite(energy):
+    error = sum(coded.errors)
+    if not isfinite(error) or not isfinite(energy):
         raise NumericalError(
             f"layer {layer}: its error is no finite number: experts' weights reach {_largest(weights):.3g}, too large "
-            f"to be compressed; expected weights of a trained model"
+            "to be compressed; expected weights of a trained model"
         )
     report = LayerReport(
         layer=layer,
-        approximation_error=sum(coded.errors) / len(coded.errors) / fmt.intermediate_size,
-        relative_error=sum(coded.errors) / energy if energy else 0.0,
+        approximation_error=error / len(coded.errors) / fmt.intermediate_size,
+        relative_error=error / energy if energy else 0.0,
         residual_energy=sum(coded.residual_energies) / energy if energy else 0.0,
         bytes_before=sum(map(target.source.reader.nbytes, target.source.expected(layer))),
         bytes_after=layer_bytes(fmt, layer),

@@ -230,17 +230,18 @@ def _copied(job: _Job, shard: Shard, progress: ProgressListener) -> dict[str, Te
     tensors: dict[str, Tensor] = {}
     for name, copied in zip(shard.names, shard.copied, strict=True):
         tensor = job.target.source.reader.get(copied)
+        finite = all_finite(tensor)
         if name in job.target.fmt.rest_tensors:
-            if not all_finite(tensor):
+            if not finite:
                 raise NumericalError(
                     f"{job.target.source.reader.path}: {copied!r} holds NaN or Inf, which codes can't hold; "
                     f"--rest-bits 16 with {ALLOW_VARIABLE}=1 copies it as it is"
                 )
             tensors |= zip(row_names(name), encode_rows(tensor), strict=True)
         else:
-            if fault := plain_fault(tensor):
-                raise NumericalError(f"{job.target.source.reader.path}: {copied!r} {fault}")
-            if not all_finite(tensor):
+            if not finite:
+                if fault := plain_fault(tensor):
+                    raise NumericalError(f"{job.target.source.reader.path}: {copied!r} {fault}")
                 progress.say(f"{copied} holds NaN or Inf; it is copied as it is")
             # One tensor under two names shares its memory, which safetensors refuses.
             tensors[name] = tensor.clone() if uses[copied] > 1 else tensor
