@@ -66,20 +66,20 @@ class ActivationSpec(NamedTuple):
 
 
 @triton.jit
-def apply_function(x, FUNCTION: tl.constexpr, ALPHA: tl.constexpr):
-    """fp32 in and out; names as in ``FUNCTIONS``."""
-    if FUNCTION == "silu":
-        if ALPHA == 1.0:
+def apply_function(x, a: tl.constexpr):
+    """fp32 in and out; names as in ``FUNCTIONS``. Takes the whole spec: Triton 3.6 passes no string by itself."""
+    if a.function == "silu":
+        if a.alpha == 1.0:
             out = x * tl.sigmoid(x)
         else:
-            out = x * tl.sigmoid(ALPHA * x)
-    elif FUNCTION == "gelu":
+            out = x * tl.sigmoid(a.alpha * x)
+    elif a.function == "gelu":
         out = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif FUNCTION == "relu2":
+    elif a.function == "relu2":
         positive = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
         out = positive * positive
     else:
-        tl.static_assert(FUNCTION == "gelu_tanh")
+        tl.static_assert(a.function == "gelu_tanh")
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         out = x * tl.sigmoid(2.0 * inner)
     return out
@@ -89,12 +89,12 @@ def apply_function(x, FUNCTION: tl.constexpr, ALPHA: tl.constexpr):
 def activate(gate, up, a: tl.constexpr):
     """fp32 in and out: what ``Activation`` says."""
     if not a.gated:
-        return apply_function(up, a.function, a.alpha)
+        return apply_function(up, a)
     if a.limited:
         up = tl.clamp(up, -a.limit, a.limit, propagate_nan=tl.PropagateNan.ALL)
         if not a.limit_after:
             gate = tl.minimum(gate, a.limit, propagate_nan=tl.PropagateNan.ALL)
-    out = apply_function(gate, a.function, a.alpha)
+    out = apply_function(gate, a)
     if a.limited and a.limit_after:
         out = tl.minimum(out, a.limit, propagate_nan=tl.PropagateNan.ALL)
     if a.beta != 0.0:
