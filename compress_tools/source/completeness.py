@@ -7,7 +7,7 @@ norm and, unless it is tied, an output layer.
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from compress_tools.architectures.base import MoEArchitecture, config_parts
@@ -18,6 +18,15 @@ EMBEDDING = r"(?:embed_tokens|word_embeddings|tok_embeddings|embeddings|embeddin
 FINAL_NORM = r"(?:norm|final_layernorm|final_norm|final_layer_norm|norm_f|ln_f|embedding_norm)\.weight"
 OUTPUT_NAME = "lm_head.weight"
 OUTPUT = r"(?:.*\.)?(?:lm_head|output|head|embed_out|unembed)\.weight"
+# What an attention has or not by the layer's kind: keys can be values too where config.json says so, indices of one
+# layer serve the next ones, and sinks may be those of sliding windows alone.
+_BY_KIND = frozenset({"indexer", "compressor", "attention_sink_bias"})
+_KEYS_ARE_VALUES, _VALUES = "attention_k_eq_v", "v_proj"
+# Norms that stand before or behind experts, and of which some families have none where they have no experts.
+_OF_EXPERTS = re.compile(r"mlp|ffn|ff_|feed_?forward|moe|expert|residual")
+# Matrices of one module of which none comes without the others; the gate is left out where experts have none.
+_TOGETHER = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("q_proj", "k_proj", _VALUES, "o_proj"))
+_GATES = frozenset({"gate_proj", "w1"})
 
 
 class _Kind(NamedTuple):
@@ -54,6 +63,7 @@ def check_whole(
         return
     absent = absent_from_layers(names, reader.config, count, root, stems, moe_layers)
     if architecture.known:
+        absent += absent_from_lone_layers(names, reader.config, count, root, stems, moe_layers, architecture)
         absent += absent_experts(names, reader.config, count, root, stems, moe_layers)
     absent += absent_around(names, reader.config, root, tied=architecture.tied)
     if absent:
@@ -102,6 +112,54 @@ def absent_from_layers(
                 kinds[_Kind(labels[layer], layer in moe_layers, modules)][layer] = part
         missing += _lacking(kinds, f"{root}layers.")
     return missing
+
+
+def absent_from_lone_layers(
+    names: Collection[str],
+    config: Mapping[str, Any],
+    count: int,
+    root: str,
+    stems: Collection[str],
+    moe_layers: Collection[int],
+    architecture: MoEArchitecture,
+) -> list[str]:
+    """Tensors that a layer which is the only one of its kind lacks: ``absent_from_layers`` compares it with none.
+
+    Kinds differ in their modules, hardly in what a module of one name consists of: where another layer's module has all
+    that the lone layer's has, and more, that is missing (a bias, where the weight is there). Of two layers that both
+    have experts, or both none, the whole is looked at likewise. What kinds of attention differ in is let pass. Norms
+    and other tensors of the layer itself that all other layers have are missing, and so is the last of matrices that
+    come together. Arguments are those of ``absent_from_layers``, and the family.
+
+    Returns:
+        names.
+    """
+    labels = layer_labels(config, count)
+    found = {layer: own for layer, own in _by_layer(names, count, root, _behind_layer(stems)).items() if own}
+    kinds = {layer: (labels[layer], layer in moe_layers) for layer in found}
+    number = Counter(kinds.values())
+    modules = {layer: _modules(own) for layer, own in found.items()}
+    gated = "gate_proj" in dict(architecture.projections)
+    optional = _BY_KIND | ({_VALUES} if any(part.get(_KEYS_ARE_VALUES) for part in config_parts(config)) else set())
+    missing = set()
+    for layer in (layer for layer, kind in kinds.items() if number[kind] == 1):
+        others = [other for other in found if other != layer]
+        unlike = any(kinds[layer][1] != kinds[other][1] for other in others)
+        lacking = {rest for rest in set().union(*found.values()) - found[layer] if _of_any_layer(rest, unlike=unlike)}
+        lacking = {rest for rest in lacking if all(rest in found[other] for other in others)}
+        for module, own in modules[layer].items():
+            for other in others:
+                theirs = modules[other].get(module, frozenset())
+                if own < theirs and (module or kinds[layer][1] == kinds[other][1]):
+                    alike = labels[layer] == labels[other]
+                    lacking |= {
+                        rest
+                        for rest in theirs - own
+                        if alike or not optional & _parts(rest, module, architecture.renames)
+                    }
+            lacking |= {rest for rest in _last_of_set(module, own, gated=gated) if not optional & _parts(rest, module)}
+        missing |= {f"{root}layers.{layer}{rest}" for rest in lacking}
+    return sorted(missing)
 
 
 def absent_experts(
@@ -184,6 +242,46 @@ def _by_layer(names: Collection[str], count: int, root: str, experts: tuple[str,
         if match is not None and int(match[1]) < count and not match[2].startswith(experts):
             found[int(match[1])].add(match[2])
     return found
+
+
+def _of_any_layer(rest: str, *, unlike: bool) -> bool:
+    """Whether it is a tensor of the layer itself, or of a norm beside its modules; one of experts may be theirs alone.
+
+    Args:
+        rest: the name behind the layer's.
+        unlike: of the layers that are compared some have experts and some have none.
+    """
+    module, *inner = rest.removeprefix(".").split(".")
+    own = not (unlike and _OF_EXPERTS.search(module))
+    return own and (not inner or (inner == ["weight"] and "norm" in module))
+
+
+def _parts(rest: str, module: str, renames: Iterable[tuple[str, str]] = ()) -> set[str]:
+    """The parts of a name behind its module's, as the family usually calls it."""
+    for pattern, replacement in renames:
+        rest = re.sub(pattern, replacement, rest)
+    return set(rest.removeprefix(f"{module}.").split("."))
+
+
+def _last_of_set(module: str, own: Collection[str], *, gated: bool) -> list[str]:
+    """What is missing of matrices that come together, where all others are there."""
+    missing: list[str] = []
+    for together in _TOGETHER:
+        wanted = {f"{module}.{matrix}.weight" for matrix in together if gated or matrix not in _GATES}
+        lacking = wanted.difference(own)
+        if len(lacking) == 1 and len(wanted) > 2:  # of two, the one is no sign of the other
+            missing += lacking
+    return missing
+
+
+def _modules(own: Collection[str]) -> dict[str, frozenset[str]]:
+    """By name of a module, those that hold others and the layer itself (``""``) included, what is in it."""
+    within: dict[str, set[str]] = defaultdict(set)
+    for rest in own:
+        path = rest.split(".")
+        for depth in range(1, len(path)):
+            within[".".join(path[:depth])].add(rest)
+    return {module: frozenset(held) for module, held in within.items()}
 
 
 def _lacking(kinds: Mapping[_Kind, Mapping[int, set[str]]], before: str) -> list[str]:

@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 
 from compress_tools.errors import CheckpointError, FormatError, NumericalError, ResMoEError
 from compress_tools.format.finite import ALLOW_VARIABLE
+from compress_tools.format.tensors import is_resmoe_name
+from compress_tools.report import REPORT_NAME
+from compress_tools.source.reader import INDEX_NAME
 from compress_tools.stored.restore import restore
 from compress_tools.stored.verify import verify
 from tests.fuzz import loaders
@@ -249,6 +252,67 @@ def test_the_same_expert_twice_for_one_token(seeds: dict[str, Seed], tmp_path: P
     answers, truth = loaders.by_plugin(folder), loaders.layer_truth(folder)
     for index, answer in answers.items():
         torch.testing.assert_close(answer[0].double(), truth[index].answer[0], rtol=2e-3, atol=2e-3)
+
+
+def with_shards(files: Files, change: Callable[[Shard], object]) -> Files:
+    """All weight files changed, an index that is up to date, and no report."""
+    shards = {name: Shard(content) for name, content in files.items() if name.endswith(".safetensors")}
+    for shard in shards.values():
+        change(shard)
+    index = {"weight_map": {tensor: name for name, shard in shards.items() for tensor in shard.octets}}
+    kept = {name: content for name, content in files.items() if name != REPORT_NAME}
+    return {**kept, **{name: shard.pack() for name, shard in shards.items()}, INDEX_NAME: json.dumps(index).encode()}
+
+
+def dropped(files: Files, tensor: str) -> Files:
+    """The same without a tensor."""
+    return with_shards(files, lambda shard: shard.octets.pop(tensor, None))
+
+
+def doubled(files: Files, tensor: str, name: str) -> Files:
+    """The same with a copy of a tensor."""
+
+    def add(shard: Shard) -> None:
+        if tensor in shard.octets:
+            shard.header[name], shard.octets[name] = shard.header[tensor], shard.octets[tensor]
+
+    return with_shards(files, add)
+
+
+def tensors_of(files: Files) -> list[str]:
+    shards = [Shard(content) for name, content in files.items() if name.endswith(".safetensors")]
+    return [name for shard in shards for name in shard.octets]
+
+
+def refused_by_verify(files: Files, folder: Path) -> str:
+    """What is said of them; overwrites what is in the folder."""
+    with pytest.raises(ResMoEError) as caught:
+        verify(write_files(files, folder))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("number", range(19))
+def test_any_tensor_that_its_layers_format_asks_for(number: int, seeds: dict[str, Seed], tmp_path: Path) -> None:
+    """One that is missing, and one more: for each projection and suffix of the first and last expert."""
+    files = list(seeds.values())[number].files
+    own = [name for name in tensors_of(files) if is_resmoe_name(name) and not re.search(r"experts\.[12]\.", name)]
+    assert len(own) > 10
+    for name in own:
+        assert repr(name) in refused_by_verify(dropped(files, name), tmp_path / "x"), name
+        stem, _, suffix = name.rpartition(".resmoe_")
+        extra = f"{stem}.resmoe_{'bias' if suffix != 'bias' else 'u'}"
+        assert repr(extra) in refused_by_verify(doubled(files, name, extra), tmp_path / "x"), extra
+
+
+@pytest.mark.parametrize("start", ["biases", "version 1", "coded rest"])
+def test_any_plain_tensor_of_a_layer(start: str, seeds: dict[str, Seed], tmp_path: Path) -> None:
+    """Two layers of one kind, and (GPT-OSS: sliding and full attention) two that are each the only one of theirs."""
+    files = seeds[start].files
+    assert verify(write_files(with_shards(files, lambda shard: None), tmp_path / "x"))
+    plain = [name for name in tensors_of(files) if ".layers." in name and not is_resmoe_name(name)]
+    assert len(plain) >= 15
+    for name in plain:
+        assert f"incomplete: there is no {name};" in refused_by_verify(dropped(files, name), tmp_path / "x")
 
 
 def test_an_index_that_names_more_than_there_is(seeds: dict[str, Seed], tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from compress_tools.architectures.registry import find_architecture
 from compress_tools.source.completeness import (
     absent_around,
     absent_experts,
     absent_from_layers,
+    absent_from_lone_layers,
     layer_labels,
     odd_tensors,
 )
@@ -21,7 +23,7 @@ NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 ATTENTION = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.o_proj.weight")
 LINEAR = ("linear_attn.in_proj.weight", "linear_attn.conv1d.weight", "linear_attn.A_log")
 INDEXER = ("self_attn.indexer.wq.weight", "self_attn.indexer.wk.weight")
-MIXER_ATTENTION = ("mixer.q_proj.weight", "mixer.k_proj.weight", "mixer.o_proj.weight")
+MIXER_ATTENTION = ("mixer.q_proj.weight", "mixer.k_proj.weight", "mixer.v_proj.weight", "mixer.o_proj.weight")
 MIXER_MAMBA = ("mixer.in_proj.weight", "mixer.conv1d.weight", "mixer.A_log")
 SPARSE = ("mlp.gate.weight", "mlp.shared_expert.up_proj.weight")
 DENSE = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
@@ -90,6 +92,63 @@ def test_a_whole_module_that_is_dropped_is_found(model: str):
             gone = f"model.layers.{layer}.{module}."
             left = [name for name in names_of(layers, moe) if not name.startswith(gone) or "experts" in name]
             assert absent(layers, moe, config, left), gone
+
+
+BIASES = ("self_attn.q_proj.bias", "self_attn.sinks")
+FAMILY = find_architecture({"model_type": "qwen3_moe"})
+# Layers that are the only ones of their kind: what each may lack is told by others, or by what comes together.
+LONE: dict[str, tuple[list[tuple[str, ...]], list[int], dict[str, object]]] = {
+    "one dense layer": ([(*NORMS, *ATTENTION, *BIASES, *DENSE)] + [(*NORMS, *ATTENTION, *BIASES, *SPARSE)] * 2,
+                        [1, 2], {}),
+    # As A.X-K1.
+    "one dense layer without a norm of experts": (
+        [(*NORMS, *ATTENTION, *DENSE)] + [(*NORMS, "post_mlp_layernorm.weight", *ATTENTION, *SPARSE)] * 2,
+        [1, 2],
+        {},
+    ),
+    "one of each attention": ([(*NORMS, *ATTENTION, *BIASES, *SPARSE)] * 2, [0, 1],
+                              {"layer_types": ["sliding_attention", "full_attention"]}),
+    "one with an indexer": (
+        [(*NORMS, *ATTENTION, *INDEXER, *SPARSE), (*NORMS, *ATTENTION, *SPARSE), (*NORMS, *ATTENTION, *SPARSE)],
+        [0, 1, 2],
+        {"indexer_types": ["full", "shared", "shared"]},
+    ),
+    "one whose keys are values": (
+        [(*NORMS, *ATTENTION, *SPARSE), (*NORMS, *ATTENTION[:2], ATTENTION[3], *SPARSE)],
+        [0, 1],
+        {"layer_types": ["sliding_attention", "full_attention"], "text_config": {"attention_k_eq_v": True}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", MODELS | LONE)
+def test_nothing_lacks_in_layers_of_their_own_kind(model: str):
+    layers, moe, config = (MODELS | LONE)[model]
+    lists = config.get("text_config", config)
+    assert isinstance(lists, dict)
+    for first, last in ((0, len(layers)), (0, 2), (1, 3)):
+        own, kept = layers[first:last], [layer - first for layer in moe if first <= layer < last]
+        said = {key: value[first:last] for key, value in (config | lists).items() if isinstance(value, list | str)}
+        said["text_config"] = {"attention_k_eq_v": "values" in model}
+        names = names_of(own, kept)
+        assert absent_from_lone_layers(names, said, len(own), "model.", STEMS, kept, FAMILY) == []
+
+
+@pytest.mark.parametrize("model", LONE)
+def test_any_tensor_that_a_layer_of_its_own_kind_lacks_is_found(model: str):
+    """But for values where keys can be them, and what no other layer has."""
+    layers, moe, config = LONE[model]
+    tried = 0
+    for index, own in enumerate(layers):
+        for rest in own:
+            if ("values" in model and "v_proj" in rest) or "indexer" in rest:
+                continue
+            dropped = f"model.layers.{index}.{rest}"
+            left = [name for name in names_of(layers, moe) if name != dropped]
+            lone = absent_from_lone_layers(left, config, len(layers), "model.", STEMS, moe, FAMILY)
+            assert dropped in {*lone, *absent(layers, moe, config, left)}, dropped
+            tried += 1
+    assert tried > 10
 
 
 @pytest.mark.parametrize("model", sorted(set(MODELS) - {"one mixer each"}))
