@@ -18,6 +18,7 @@ from torch import Tensor
 
 from compress_tools.format.packing import mask_row_counts
 from compress_tools.format.trellis import STATE_BITS, STATES, state_levels
+from resmoe_vllm.kernels.gpu.trellis_codes import has_programs, octet_columns
 
 # What a ``*_bits`` of ``TileSpec`` says of values that are no codes.
 PLAIN = 16
@@ -209,9 +210,9 @@ def _octet_scales(
 @triton.jit
 def _rows_tile(
     start, scales, levels, rows, row_ok, first_column, BITS: tl.constexpr, GROUP: tl.constexpr,
-    num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TO: tl.constexpr
 ):  # fmt: skip
-    """``[ROWS, COLUMNS]``, plain values in their dtype, codes in fp32. Rows that are not there are 0."""
+    """``[ROWS, COLUMNS]``, plain values in their dtype, codes in fp32, or TO. Rows that are not there are 0."""
     if BITS == _PLAIN:
         columns = first_column + tl.arange(0, COLUMNS)
         ok = row_ok[:, None] & (columns < num_columns)[None, :]
@@ -225,12 +226,24 @@ def _rows_tile(
             if BITS == 1:
                 older = _load_octets(start, rows, row_ok, first_column, 2, BITS, num_columns, OCTETS)
                 b = (b.to(tl.int32) << 8) | older.to(tl.int32)
-            tile = _by_octet(
-                _level(w, b, levels, scale, 0, BITS), _level(w, b, levels, scale, 1, BITS),
-                _level(w, b, levels, scale, 2, BITS), _level(w, b, levels, scale, 3, BITS),
-                _level(w, b, levels, scale, 4, BITS), _level(w, b, levels, scale, 5, BITS),
-                _level(w, b, levels, scale, 6, BITS), _level(w, b, levels, scale, 7, BITS), ROWS, COLUMNS
-            )  # fmt: skip
+            if has_programs():
+                if tl.bfloat16 == TO:
+                    c0, c1, c2, c3, c4, c5, c6, c7 = octet_columns(w, b, scale, BITS, True)
+                    tile = _by_octet(c0, c1, c2, c3, c4, c5, c6, c7, ROWS, COLUMNS)
+                else:
+                    c0, c1, c2, c3, c4, c5, c6, c7 = octet_columns(w, b, scale, BITS, False)
+                    tile = _by_octet(
+                        c0.to(tl.float32) * scale, c1.to(tl.float32) * scale, c2.to(tl.float32) * scale,
+                        c3.to(tl.float32) * scale, c4.to(tl.float32) * scale, c5.to(tl.float32) * scale,
+                        c6.to(tl.float32) * scale, c7.to(tl.float32) * scale, ROWS, COLUMNS
+                    )  # fmt: skip
+            else:
+                tile = _by_octet(
+                    _level(w, b, levels, scale, 0, BITS), _level(w, b, levels, scale, 1, BITS),
+                    _level(w, b, levels, scale, 2, BITS), _level(w, b, levels, scale, 3, BITS),
+                    _level(w, b, levels, scale, 4, BITS), _level(w, b, levels, scale, 5, BITS),
+                    _level(w, b, levels, scale, 6, BITS), _level(w, b, levels, scale, 7, BITS), ROWS, COLUMNS
+                )  # fmt: skip
         else:
             shift = scale * (-((1 << BITS) - 1) / 2)
             tile = _by_octet(
@@ -348,10 +361,13 @@ def load_tile(
     """
     row_ok = rows < num_rows
     after = before
+    # what is added to others is not rounded before
+    ALONE: tl.constexpr = (s.center_bits > 0) + (s.own_bits > 0) + (s.value_bits > 0) == 1
+    TO: tl.constexpr = DOT if ALONE else tl.float32
     if s.center_bits > 0:
         tile = _rows_tile(
             t.center, t.center_scales, t.center_levels, rows, row_ok, first_column, s.center_bits, s.center_group,
-            num_columns, ROWS, COLUMNS
+            num_columns, ROWS, COLUMNS, TO
         )  # fmt: skip
     if s.own_bits > 0:
         scales = t.own_scales
@@ -359,7 +375,7 @@ def load_tile(
             scales += expert * t.own_scales_stride
         own = _rows_tile(
             t.own + expert * t.own_stride, scales, t.own_levels, rows, row_ok, first_column, s.own_bits, s.own_group,
-            num_columns, ROWS, COLUMNS
+            num_columns, ROWS, COLUMNS, TO
         )  # fmt: skip
         if s.center_bits > 0:
             tile = tile.to(tl.float32) + own.to(tl.float32)

@@ -1,0 +1,131 @@
+"""The PTX that decodes trellis codes, run line by line by a few rules, gives levels and rounds them as it should."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from compress_tools.format.trellis import STATE_BITS, STATES, state_levels
+from resmoe_vllm.kernels.gpu.trellis_codes import octet_program, split_tables
+
+_MASK = 0xFFFFFFFF
+
+
+def _bfloat16(halves: Tensor) -> Tensor:
+    """Of their bits, fp64."""
+    return ((halves & 0xFFFF) << 16).to(torch.int32).view(torch.float32).double()
+
+
+def _prmt(low: Tensor, high: Tensor, selectors: Tensor) -> Tensor:
+    found = torch.zeros_like(low)
+    for place in range(4):
+        selector = selectors >> 4 * place & 15
+        byte = (low | high << 32) >> 8 * (selector & 7) & 255
+        found |= torch.where(selector > 7, (byte >> 7) * 255, byte) << 8 * place
+    return found
+
+
+def _fma(left: Tensor, right: Tensor, added: Tensor) -> Tensor:
+    halves = []
+    for shift in (0, 16):
+        exact = _bfloat16(left >> shift) * _bfloat16(right >> shift) + _bfloat16(added >> shift)
+        halves.append(exact.float().bfloat16().view(torch.int16).long() & 0xFFFF)
+    return halves[0] | halves[1] << 16
+
+
+_OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    "mov.b32": lambda value: value,
+    "prmt.b32": _prmt,
+    "shr.u32": lambda value, by: value >> by,
+    "shf.r.wrap.b32": lambda low, high, by: (low >> by) | (high << 32 - by & _MASK),
+    "xor.b32": torch.bitwise_xor,
+    "and.b32": torch.bitwise_and,
+    "add.u32": lambda left, right: left + right & _MASK,
+    "mul.lo.u32": lambda left, right: left * right & _MASK,
+    "mad.lo.u32": lambda left, right, added: left * right + added & _MASK,
+    "fma.rn.bf16x2": _fma,
+}
+
+
+def _run(program: str, inputs: list[Tensor]) -> Tensor:
+    """The eight outputs, fp64 ``[N, 8]``."""
+    registers = {f"${8 + number}": tensor & _MASK for number, tensor in enumerate(inputs)}
+    outputs: dict[int, Tensor] = {}
+    lines = program.splitlines()
+    assert lines[0] == "{"
+    assert lines[-1] == "}"
+    assert lines[1].startswith(".reg")
+    for line in lines[2:-1]:
+        if stored := re.fullmatch(r"mov\.b32 \{\$(\d), \$(\d)\}, (\w+);", line):
+            for place, shift in ((1, 0), (2, 16)):
+                outputs[int(stored[place])] = _bfloat16(registers[stored[3]] >> shift)
+        else:
+            found = re.fullmatch(r"(\S+) (\w+), (.*);", line)
+            assert found is not None, line
+            operands = [
+                torch.tensor(int(own, 16)).expand(len(inputs[0])) if own.startswith("0x") else registers[own]
+                for own in found[3].split(", ")
+            ]
+            registers[found[2]] = _OPERATIONS[found[1]](*operands)
+    return torch.stack([outputs[column] for column in range(8)], 1)
+
+
+def _packed(symbols: Tensor, bits: int) -> Tensor:
+    """Octets ``[N, 8]`` as kernels load them."""
+    places = torch.arange(symbols.shape[1])
+    if bits == 3:
+        return ((symbols & 3) << 2 * places | symbols >> 2 << 16 + places).sum(1)
+    return (symbols << bits * places).sum(1)
+
+
+def _octets(bits: int) -> tuple[list[Tensor], Tensor]:
+    """Codes with what is before them, every state in every column; their levels ``[N, 8]``."""
+    generator = torch.Generator().manual_seed(bits)
+    before = 16 if bits == 1 else 8
+    count = STATE_BITS // bits
+    symbols = torch.randint(0, 1 << bits, (8, STATES, before + 8), generator=generator)
+    states = torch.zeros(8, STATES, 8, dtype=torch.int64)
+    for column in range(8):
+        for age in range(count):
+            symbols[column, :, before + column - age] = torch.arange(STATES) >> bits * age & (1 << bits) - 1
+    for age in range(count):
+        states |= symbols[..., before - age : before - age + 8] << bits * age
+    symbols = symbols.flatten(0, 1)
+    inputs = [_packed(symbols[:, before:], bits), _packed(symbols[:, :before], bits)]
+    return inputs, state_levels(bits)[states.flatten(0, 1)].double()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_program_gives_the_level_of_every_state_in_every_column(bits: int) -> None:
+    inputs, levels = _octets(bits)
+    assert torch.equal(_run(octet_program(bits, scaled=False), inputs), levels)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_program_rounds_a_level_times_its_scale_once(bits: int) -> None:
+    inputs, levels = _octets(bits)
+    scales = torch.randn(len(levels), generator=torch.Generator().manual_seed(9)).bfloat16()
+    halves = scales.view(torch.int16).long() & 0xFFFF
+    found = _run(octet_program(bits, scaled=True), [*inputs, halves | halves << 16])
+    assert torch.equal(found, (levels * scales.double()[:, None]).float().bfloat16().double())
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_program_does_not_mind_the_sign_of_codes(bits: int) -> None:
+    """Integers of 16 bits come with their sign in the upper half."""
+    inputs, levels = _octets(bits)
+    own = 8 * bits
+    signed = [codes - (codes >> own - 1 << own) for codes in inputs]
+    assert min(int(codes.min()) for codes in signed) < 0
+    assert torch.equal(_run(octet_program(bits, scaled=False), signed), levels)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_sums_of_entries_have_seven_bits(bits: int) -> None:
+    sides = split_tables(bits)
+    for side in sides:
+        assert min(min(table) for table in side.values()) >= 0
+        assert sum(max(table) for table in side.values()) <= 127
+    assert sorted(field for side in sides for field in side) == list(range(STATE_BITS // (3 if bits == 3 else 4)))
