@@ -5,7 +5,7 @@ every program here reads all ids, which costs nothing beside a launch while they
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,6 +20,35 @@ FEW_ROWS = 16
 Launch = Callable[..., object]
 
 
+class Routing(NamedTuple):
+    """Blocks of pairs as kernels take them (``reference.align_ref``).
+
+    Attributes:
+        block_experts: int32, the expert of each block; of a lone token ``topk_ids``, a block for each of its pairs.
+        sorted_pairs: int32; None for a lone token, and so is the next.
+        num_padded: int32 ``[1]``: slots of blocks that hold a pair.
+        expert_map: of a lone token, for ``topk_ids``.
+    """
+
+    block_experts: Tensor
+    sorted_pairs: Tensor | None = None
+    num_padded: Tensor | None = None
+    expert_map: Tensor | None = None
+
+
+@triton.jit
+def follow(PDL: tl.constexpr):
+    """Wait until the launch before has ended, then let programs of the next one come and wait.
+
+    With programmatic dependent launch programs begin while the launch before still runs. Of what any launch writes
+    nothing is read, and nothing is written, before this. Every program of every kernel must come by here: the launch
+    before has ended only when its programs have waited for the one before it.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 @triton.jit
 def local_experts(topk_ids, expert_map, pairs, ok):
     """Local expert of each pair, int32; -1 for padding and other ranks' experts."""
@@ -29,12 +58,36 @@ def local_experts(topk_ids, expert_map, pairs, ok):
     return tl.where(ids < 0, -1, ids)
 
 
+@triton.jit
+def block_expert(r, m_block, BLOCK_M: tl.constexpr):
+    """Local expert of a block, int32; -1 where it has no pair of this rank."""
+    if r.sorted_pairs is None:
+        expert = local_experts(r.block_experts, r.expert_map, m_block, m_block >= 0)
+    else:
+        # both on their way at once: behind num_padded there is memory, if nothing that was written
+        expert = tl.load(r.block_experts + m_block)
+        expert = tl.where(m_block * BLOCK_M < tl.load(r.num_padded), expert, -1)
+    return expert
+
+
+@triton.jit
+def block_pairs(r, m_block, num_pairs, BLOCK_M: tl.constexpr):
+    """Pairs of a block, int32 ``[BLOCK_M]``; ``num_pairs`` where there is none."""
+    slots = tl.arange(0, BLOCK_M)
+    if r.sorted_pairs is None:
+        pairs = tl.where(slots == 0, m_block, num_pairs)
+    else:
+        pairs = tl.load(r.sorted_pairs + m_block * BLOCK_M + slots)
+    return pairs
+
+
 @triton.jit(do_not_specialize=["num_pairs"])
 def _align_kernel(
     topk_ids, expert_map, sorted_pairs, block_experts, num_padded, num_pairs, NUM_EXPERTS: tl.constexpr,
-    BINS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
+    BINS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """One program per expert: it counts all, so it knows where its own blocks begin, and places its pairs there."""
+    follow(PDL)
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)
     counts = tl.zeros((BINS,), tl.int32)
@@ -102,4 +155,4 @@ def align(
 
 
 def _launch(kernel: Any, grid: tuple[int, int, int], *arguments: object, **options: int) -> None:
-    kernel[grid](*arguments, **options)
+    kernel[grid](*arguments, False, **options)

@@ -29,6 +29,8 @@ HOPPER_SHARED = 232448
 _RESERVED = 1024
 # What the class without an end is split for.
 _MANY_TOKENS = 8192
+# Up to here a launch has fewer programs than run at a time: narrow ones, with all their steps on the way at once.
+_LONE_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ def _rule(tokens: int, per_expert: float, coders: frozenset[str], dtype: torch.d
     if dtype == torch.float32:
         return _wide_values(tokens)
     if tokens <= FEW_TOKENS:
-        few = Blocks(n=32, k=128, warps=4, stages=4)
+        few = Blocks(n=32, k=128, warps=4, stages=6)
+        shrink = Blocks(n=16, k=256, warps=4, stages=5) if tokens <= _LONE_TOKENS else few
         if any(coder.startswith("bitmap") for coder in coders):
             # Steps of 32 columns leave a decoded tile where the matrix units take it, with no copy through shared
             # memory; a block of the last launch begins where a pointer is.
@@ -124,10 +127,11 @@ def _rule(tokens: int, per_expert: float, coders: frozenset[str], dtype: torch.d
         elif "quantized" in coders:
             hidden, last = Blocks(n=32, k=64, warps=4, stages=3), Blocks(n=64, k=64, warps=4, stages=3)
         elif "dense" in coders:
-            hidden, last = Blocks(n=32, k=128, warps=4, stages=3), few
+            hidden, last = Blocks(n=32, k=128, warps=4, stages=3), replace(few, stages=4)
         else:
-            hidden, last = Blocks(n=32, k=64, warps=4, stages=4), few
-        return Config(16, few, hidden, few, last, False, 528)
+            # of a rank's one or two steps
+            hidden, last = Blocks(n=32, k=128, warps=4, stages=3), Blocks(n=64, k=128, warps=4, stages=4)
+        return Config(16, few, hidden, shrink, last, False, 528)
     block_m = 32 if per_expert <= _FEW_ROWS else 64 if per_expert <= _SOME_ROWS else 128
     # A decoded tile is in registers twice, as codes and as fp32: four warps spilled some of it.
     warps = 8 if block_m == 128 or coders - {"low_rank", "dense"} else 4
@@ -211,7 +215,10 @@ def token_classes(
         counts = sorted(tuned)
         # The nearest count serves; of two as near the smaller one.
         ends = [(count + above) // 2 for count, above in pairwise(counts)] + [_MANY_TOKENS]
-        return tuple(TokenClass(end, tuned[count]) for end, count in zip(ends, counts, strict=True))
+        classes = [TokenClass(end, tuned[count]) for end, count in zip(ends, counts, strict=True)]
+        # A lone token has launches of its own.
+        lone = [] if ends[0] == 1 else [TokenClass(1, tuned[counts[0]])]
+        return (*lone, *classes)
     ends = [1, 4, 16, FEW_TOKENS]
     ends += [end for rows in (_FEW_ROWS, _SOME_ROWS) if (end := rows * experts // top_k) > FEW_TOKENS]
     ends.append(max(_MANY_TOKENS, 2 * ends[-1]))

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from resmoe_vllm.kernels.gpu.align import local_experts
+from resmoe_vllm.kernels.gpu.align import block_expert, block_pairs, follow, local_experts
 from resmoe_vllm.kernels.gpu.tiles import kept_before, load_tile
 
 # m-blocks that walk over the columns together, so that a weight tile is still in L2 for the next of them
@@ -123,9 +123,8 @@ def _swizzle(program, m_blocks, n_blocks):
 
 @triton.jit
 def _product(
-    a, out, p, s: tl.constexpr, t, ts: tl.constexpr, splits, slab, sorted_pairs, block_experts, num_padded, program,
-    num_pairs, num_tokens, pair_blocks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    DOT: tl.constexpr
+    a, out, p, s: tl.constexpr, t, ts: tl.constexpr, splits, slab, r, program, num_pairs, num_tokens, pair_blocks,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr
 ):  # fmt: skip
     n_blocks = tl.cdiv(p.n, BLOCK_N)
     chunk = tl.cdiv(tl.cdiv(p.k, BLOCK_K), splits) * BLOCK_K
@@ -138,17 +137,15 @@ def _product(
     m_block, place = _swizzle(program, m_blocks, n_blocks * splits)
     n_block = place % n_blocks
     split = place // n_blocks
-    wanted = True
+    local = tl.full((), 0, tl.int32)
     if s.routed:
-        wanted = m_block * BLOCK_M < tl.load(num_padded)
-    if wanted:
-        slots = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
+        local = block_expert(r, m_block, BLOCK_M)
+    if local >= 0:
+        expert = local.to(tl.int64)
         if s.routed:
-            expert = tl.load(block_experts + m_block).to(tl.int64)
-            rows = tl.load(sorted_pairs + slots)
+            rows = block_pairs(r, m_block, num_pairs, BLOCK_M)
         else:
-            expert = tl.full((), 0, tl.int64)
-            rows = slots
+            rows = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
         row_ok = rows < num_rows
         a_rows = a + (rows // s.rows_per_a).to(tl.int64) * p.a_stride
         n_offsets = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -185,39 +182,40 @@ def _product(
     ]
 )  # fmt: skip
 def _products_kernel(
-    sorted_pairs, block_experts, num_padded, num_pairs, num_tokens, pair_blocks, first_1, first_2, first_3, splits_0,
-    splits_1, splits_2, splits_3, slab_0, slab_1, slab_2, slab_3, a_0, out_0, p_0, s_0: tl.constexpr, t_0,
+    r, num_pairs, num_tokens, pair_blocks, first_1, first_2, first_3, splits_0, splits_1, splits_2, splits_3, slab_0,
+    slab_1, slab_2, slab_3, a_0, out_0, p_0, s_0: tl.constexpr, t_0,
     ts_0: tl.constexpr, a_1, out_1, p_1, s_1: tl.constexpr, t_1, ts_1: tl.constexpr, a_2, out_2, p_2,
     s_2: tl.constexpr, t_2, ts_2: tl.constexpr, a_3, out_3, p_3, s_3: tl.constexpr, t_3, ts_3: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """Up to four products side by side, each from its first program on; those that are not there are None.
 
     A product's ``splits`` slabs are written from ``slab`` on.
     """
+    follow(PDL)
     program = tl.program_id(0)
     # One if for each and no return: so the products share one piece of shared memory.
     if program < first_1:
         _product(
-            a_0, out_0, p_0, s_0, t_0, ts_0, splits_0, slab_0, sorted_pairs, block_experts, num_padded, program,
+            a_0, out_0, p_0, s_0, t_0, ts_0, splits_0, slab_0, r, program,
             num_pairs, num_tokens, pair_blocks, BLOCK_M, BLOCK_N, BLOCK_K, DOT
         )  # fmt: skip
     if s_1 is not None:
         if (program >= first_1) & (program < first_2):
             _product(
-                a_1, out_1, p_1, s_1, t_1, ts_1, splits_1, slab_1, sorted_pairs, block_experts, num_padded,
+                a_1, out_1, p_1, s_1, t_1, ts_1, splits_1, slab_1, r,
                 program - first_1, num_pairs, num_tokens, pair_blocks, BLOCK_M, BLOCK_N, BLOCK_K, DOT
             )  # fmt: skip
     if s_2 is not None:
         if (program >= first_2) & (program < first_3):
             _product(
-                a_2, out_2, p_2, s_2, t_2, ts_2, splits_2, slab_2, sorted_pairs, block_experts, num_padded,
+                a_2, out_2, p_2, s_2, t_2, ts_2, splits_2, slab_2, r,
                 program - first_2, num_pairs, num_tokens, pair_blocks, BLOCK_M, BLOCK_N, BLOCK_K, DOT
             )  # fmt: skip
     if s_3 is not None:
         if program >= first_3:
             _product(
-                a_3, out_3, p_3, s_3, t_3, ts_3, splits_3, slab_3, sorted_pairs, block_experts, num_padded,
+                a_3, out_3, p_3, s_3, t_3, ts_3, splits_3, slab_3, r,
                 program - first_3, num_pairs, num_tokens, pair_blocks, BLOCK_M, BLOCK_N, BLOCK_K, DOT
             )  # fmt: skip
 
@@ -283,11 +281,12 @@ class SideSpec(NamedTuple):
 
 @triton.jit(do_not_specialize=["num_pairs", "num_tokens", "m_blocks"])
 def _hidden_kernel(
-    x, out, topk_weights, sorted_pairs, block_experts, num_padded, num_pairs, num_tokens, m_blocks, gate_center,
+    x, out, topk_weights, r, num_pairs, num_tokens, m_blocks, gate_center,
     up_center, gate_shrunk, up_shrunk, gate_bias, up_bias, gs: tl.constexpr, gate_tile, gts: tl.constexpr, gate_rank,
     gate_u, gus: tl.constexpr, us: tl.constexpr, up_tile, uts: tl.constexpr, up_rank, up_u, uus: tl.constexpr,
     SHARED_U: tl.constexpr, TOP_K: tl.constexpr, SIZE_H: tl.constexpr, SIZE_I: tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
+    PDL: tl.constexpr
 ):  # fmt: skip
     """``weight * activation`` of each pair, ``[P, I]``. One pass over H for tiles, one over the rank for U.
 
@@ -295,11 +294,13 @@ def _hidden_kernel(
     """
     N_BLOCKS: tl.constexpr = (SIZE_I + BLOCK_N - 1) // BLOCK_N
     m_block, n_block = _swizzle(tl.program_id(0), m_blocks, N_BLOCKS)
-    if m_block * BLOCK_M >= tl.load(num_padded):
+    follow(PDL)
+    local = block_expert(r, m_block, BLOCK_M)
+    if local < 0:
         return
-    rows = tl.load(sorted_pairs + m_block * BLOCK_M + tl.arange(0, BLOCK_M))
+    expert = local.to(tl.int64)
+    rows = block_pairs(r, m_block, num_pairs, BLOCK_M)
     row_ok = rows < num_pairs
-    expert = tl.load(block_experts + m_block).to(tl.int64)
     tokens = rows // TOP_K
     i_offsets = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     gate_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -367,12 +368,13 @@ def _hidden_kernel(
 def _combine_kernel(
     out, pairs, whole, bias, topk_weights, topk_ids, pair_map, bias_map, num_pairs, num_tokens, N: tl.constexpr,
     PAIR_SLABS: tl.constexpr, TOKEN_SLABS: tl.constexpr, BIAS_STRIDE: tl.constexpr, TOP_K: tl.constexpr,
-    CHOICES: tl.constexpr, BLOCK_N: tl.constexpr
+    CHOICES: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """One token's columns: its pairs' slabs and weighted biases, of experts that are here, and its own slabs.
 
     Which experts are here the two maps say, each for its own term.
     """
+    follow(PDL)
     token = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     ok = columns < N

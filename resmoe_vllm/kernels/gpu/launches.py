@@ -10,6 +10,7 @@
 7. combine: each token's sum, and its experts' biases of down.
 
 A layer with several groups of experts takes 1, 3, 4 and its part of 2 and 6 for each; the center, 5 and 7 once.
+A lone token takes neither 1, as each of its pairs is a block, nor 5: the center's down product is taken of its pairs.
 
 Two strategies for tiles that are decoded, same result (``Config.restore``): few tokens take the center's product
 once per token; many add the center to the decoded tile and take one product. All that kernels are compiled for
@@ -17,8 +18,9 @@ depends on the layer and the class of T alone (``block_sizes.TokenClass``), so t
 kept, before the first request; nothing is read back, so a CUDA graph may hold them.
 """
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +31,7 @@ from torch import Tensor
 
 from compress_tools.errors import KernelUnsupportedError
 from resmoe_vllm.kernels.activation import FUNCTIONS, Activation
-from resmoe_vllm.kernels.gpu.align import align, max_blocks
+from resmoe_vllm.kernels.gpu.align import Routing, align, max_blocks
 from resmoe_vllm.kernels.gpu.block_sizes import FEW_TOKENS, Blocks, Config, TokenClass
 from resmoe_vllm.kernels.gpu.kernels import (
     TRITON_DTYPES,
@@ -44,13 +46,17 @@ from resmoe_vllm.kernels.gpu.kernels import (
 )
 from resmoe_vllm.kernels.gpu.plans import GroupPlan, LayerPlan, Plan, Weight
 
-COMBINE_COLUMNS = 512
+# Of a program: many tokens have programs enough.
+COMBINE_COLUMNS, FEW_COMBINE_COLUMNS = 512, 128
 # that one launch takes
 MAX_PRODUCTS = 4
 # The reader of slabs adds them up unrolled: with eight, ptxas spilled thousands of bytes.
 MAX_SPLITS = 4
 # Pointers are compiled for as multiples of it.
 ALIGNMENT = 16
+# With 0 a launch's programs begin when the launch before has ended, as everywhere but on Hopper and later.
+PDL_VARIABLE = "RESMOE_GPU_PDL"
+_PDL_ARCH = 90
 
 NOTHING = (None, None)
 
@@ -102,17 +108,27 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Job:
-    """A product before it has its place in a launch: what is the same in every call, and its share of the slabs."""
+    """A product before it has its place in a launch: what is the same in every call, and its share of the slabs.
+
+    Attributes:
+        center_of_pairs: its rows are pairs, although all have the one weight.
+    """
 
     weight: Weight
     spec: ProductSpec
     product: Product
     splits: int = 1
     slab: int = 0
+    center_of_pairs: bool = False
+
+    @property
+    def pairs(self) -> bool:
+        """Whether its rows are pairs."""
+        return self.spec.routed or self.center_of_pairs
 
 
 class _Products:
-    """One launch of ``_products_kernel``, center's products first: they are the longest.
+    """One launch of ``_products_kernel``, the longest programs first.
 
     Args:
         jobs: up to ``MAX_PRODUCTS``.
@@ -124,29 +140,18 @@ class _Products:
         # what the kernel takes of a job, but for its tensors; and its programs for each block of rows
         self.constants = [(job.product, job.spec, *job.weight) for job in jobs]
         self.programs = [_ceil_div(job.product.n, blocks.n) * job.splits for job in jobs]
+        self.order = sorted(range(len(jobs)), key=lambda place: -jobs[place].product.k // jobs[place].splits)
+        ordered = [jobs[place] for place in self.order]
         missing = (0,) * (MAX_PRODUCTS - len(jobs))
-        self.slab_arguments = (*(job.splits for job in jobs), *missing, *(job.slab for job in jobs), *missing)
+        self.slab_arguments = (*(job.splits for job in ordered), *missing, *(job.slab for job in ordered), *missing)
         self.absent = (None,) * 6 * len(missing)
         self.absent_ends = len(missing)
+        self.center_of_pairs = any(job.center_of_pairs for job in jobs)
 
     @property
     def slabs(self) -> int:
         """Of the products of pairs."""
-        return sum(job.splits for job in self.jobs if job.spec.routed)
-
-
-@dataclass(frozen=True)
-class _Routing:
-    """One group's sorted pairs (``reference.align_ref``)."""
-
-    sorted_pairs: Tensor
-    block_experts: Tensor
-    num_padded: Tensor
-
-    @property
-    def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """As kernels take them."""
-        return self.sorted_pairs, self.block_experts, self.num_padded
+        return sum(job.splits for job in self.jobs if job.pairs)
 
 
 class LayerLaunches:
@@ -164,6 +169,8 @@ class LayerLaunches:
         self.config, self.tokens, self.share = token_class.config, token_class.tokens, share
         # What goes from launch to launch is small beside the weights while tokens are few.
         self.few = token_class.tokens <= FEW_TOKENS
+        self.lone = token_class.tokens == 1
+        self.pdl = _has_dependent_launch()
         self.top_k, self.choices, self.dtype = 0, 0, torch.float32
         self.kept: dict[object, Any] = {}
 
@@ -205,6 +212,10 @@ class LayerLaunches:
             next((side.center for side in sides if side.center is not None), None)
             for sides in zip(*((group.gate, group.up, group.down) for group in self.plan.groups), strict=True)
         )
+        # The center's down product is taken of pairs, if they fill no more than the block that their sum does.
+        self.center_of_pairs = (
+            self.lone and len(self.plan.groups) == 1 and top_k <= self.config.block_m and self.centers[2] is not None
+        )
         for number, group in enumerate(self.plan.groups):
             centers = [
                 _Job(center, ProductSpec(False, 1, True), Product(size_h, size_i, size_h, size_i, size_h))
@@ -229,7 +240,9 @@ class LayerLaunches:
             self.shrink.append(_Products(shrinks, self.config.shrink))
             center = self.centers[2] if number == 0 else None
             product = Product(size_i, size_h, size_i, size_i, size_h)
-            centers = [] if center is None else [_Job(center, ProductSpec(False, 1, False), product)]
+            spec = ProductSpec(False, 1, False)
+            of_pairs = self.center_of_pairs
+            centers = [] if center is None else [_Job(center, spec, product, center_of_pairs=of_pairs)]
             self.last.append(self._split(centers, pairs, self.config.last, group, split_pairs=True))
         self._even_out()
 
@@ -242,12 +255,15 @@ class LayerLaunches:
         wanted = triton.next_power_of_2(max(1, self.config.programs // max(1, sum(grids))))
         made, slab = [], 0
         for job in jobs:
-            splits = min(wanted, MAX_SPLITS, _power_below(_ceil_div(job.product.k, blocks.k)))
-            if not job.spec.routed:
-                made.append(_Job(job.weight, job.spec, job.product, splits))
+            # The center's down product takes more steps than those of factors beside it, and all wait for its last.
+            longest = self.few and split_pairs and not job.spec.routed and self.config.programs > 1
+            splits = MAX_SPLITS if longest else wanted
+            splits = min(splits, MAX_SPLITS, _power_below(_ceil_div(job.product.k, blocks.k)))
+            if not job.pairs:
+                made.append(replace(job, splits=splits))
                 continue
             splits = splits if split_pairs else 1
-            made.append(_Job(job.weight, job.spec, job.product, splits, slab if split_pairs else 0))
+            made.append(replace(job, splits=splits, slab=slab if split_pairs else 0))
             slab += splits
         return _Products(made, blocks)
 
@@ -266,17 +282,18 @@ class LayerLaunches:
             if not products.slabs or not missing:
                 continue
             jobs = list(products.jobs)
-            last = jobs[-1]
-            jobs[-1] = _Job(last.weight, last.spec, last.product, last.splits + missing, last.slab)
+            jobs[-1] = replace(jobs[-1], splits=jobs[-1].splits + missing)
             self.last[number] = _Products(jobs, products.blocks)
 
     def launch(self, key: object, kernel: Any, grid: tuple[int, int, int], *arguments: object, **options: int) -> None:
         """Launch, by Triton's own dispatch the first time, then as it was compiled."""
         compiled = self.kept.get(key)
-        if compiled is None:
-            self.kept[key] = kernel[grid](*arguments, **options)
+        if compiled is not None:
+            compiled[grid](*arguments, self.pdl)
+        elif self.pdl:
+            self.kept[key] = kernel[grid](*arguments, True, **options, launch_pdl=True)
         else:
-            compiled[grid](*arguments)
+            self.kept[key] = kernel[grid](*arguments, False, **options)
 
 
 class _Call:
@@ -301,15 +318,18 @@ class _Call:
         hidden = self.hidden()
         shrunk = [self.shrink(number, hidden) for number in range(len(plan.groups))]
         mixed = None
-        if launches.centers[2] is not None:
+        if launches.centers[2] is not None and not launches.center_of_pairs:
             mixed = self.empty(self.tokens, plan.intermediate)
             self.combine("mix", mixed, hidden, 1, None, 0, pair_map=self._several(plan.summed))
         return self.down(hidden, mixed, shrunk)
 
-    def _align(self, number: int, group: GroupPlan) -> _Routing:
+    def _align(self, number: int, group: GroupPlan) -> Routing:
         own = self.expert_map if group.expert_map is None else group.expert_map
+        if self.launches.lone:
+            return Routing(self.topk_ids, expert_map=own)
         launch = partial(self.launches.launch, ("align", number, own is None))
-        return _Routing(*align(self.topk_ids, self.launches.config.block_m, group.experts, own, launch))
+        sorted_pairs, blocks, length = align(self.topk_ids, self.launches.config.block_m, group.experts, own, launch)
+        return Routing(blocks, sorted_pairs, length)
 
     def hidden(self) -> Tensor:
         """``[P, I]``: launches 2 and 3."""
@@ -331,7 +351,7 @@ class _Call:
         blocks, sides = launches.config.hidden, (group.gate, group.up)
         # One group may hold the center in its tiles, the next not.
         centers = [slabs if side.center is not None else None for side, slabs in zip(sides, centers, strict=True)]
-        m_blocks = len(routing.block_experts)
+        m_blocks = routing.block_experts.numel()
         static: list[object] = []
         for side, slabs in zip(sides, centers, strict=True):
             factors, bias = side.factors, side.bias
@@ -347,7 +367,7 @@ class _Call:
             self.x,
             hidden,
             self.topk_weights,
-            *routing.arguments,
+            routing,
             self.pairs,
             self.tokens,
             m_blocks,
@@ -389,7 +409,7 @@ class _Call:
             sources: list[Tensor | None] = []
             outs: list[Tensor | None] = []
             for job in products.jobs:
-                if not job.spec.routed:
+                if not job.pairs:
                     token_slabs = self._out(job)
                     sources.append(mixed)
                     outs.append(token_slabs)
@@ -425,25 +445,24 @@ class _Call:
             return
         launches, blocks, block_m = self.launches, products.blocks, self.launches.config.block_m
         routing = self.routings[number]
-        m_blocks = len(routing.block_experts)
-        token_blocks = -(-self.tokens // block_m)
+        m_blocks = routing.block_experts.numel()
+        unrouted_rows = self.pairs if products.center_of_pairs else self.tokens
+        token_blocks = -(-unrouted_rows // block_m)
         arguments: list[object] = []
         ends: list[int] = []
         end = 0
-        for job, programs, constants, source, out in zip(
-            products.jobs, products.programs, products.constants, sources, outs, strict=True
-        ):
-            arguments += (source, out, *constants)
-            end += (m_blocks if job.spec.routed else token_blocks) * programs
+        for place in products.order:
+            arguments += (sources[place], outs[place], *products.constants[place])
+            end += (m_blocks if products.jobs[place].spec.routed else token_blocks) * products.programs[place]
             ends.append(end)
         ends += [end] * products.absent_ends
         launches.launch(
             (name, number),
             _products_kernel,
             (end, 1, 1),
-            *routing.arguments,
+            routing,
             self.pairs,
-            self.tokens,
+            unrouted_rows,
             m_blocks,
             *ends[:-1],
             *products.slab_arguments,
@@ -471,10 +490,11 @@ class _Call:
     ) -> None:
         """Sum into ``out`` ``[T, N]``: slabs ``[S, P, N]`` over a token's pairs, ``[S, T, N]``, weighted biases."""
         launches, size_n = self.launches, out.shape[1]
+        columns = FEW_COMBINE_COLUMNS if launches.few else COMBINE_COLUMNS
         launches.launch(
             (name, self.expert_map is None),
             _combine_kernel,
-            (self.tokens, _ceil_div(size_n, COMBINE_COLUMNS), 1),
+            (self.tokens, _ceil_div(size_n, columns), 1),
             out,
             pairs,
             whole,
@@ -492,7 +512,7 @@ class _Call:
             0 if bias is None else bias.stride(0),
             launches.top_k,
             launches.choices,
-            COMBINE_COLUMNS,
+            columns,
             num_warps=4,
         )
 
@@ -509,6 +529,14 @@ class _Call:
     def _several(self, own: Tensor | None) -> Tensor | None:
         """The layer's own map of some of its experts, or the caller's."""
         return self.expert_map if own is None else own
+
+
+def _has_dependent_launch() -> bool:
+    """Whether programs may begin while the launch before still runs: on NVIDIA's Hopper and later."""
+    if triton.knobs.runtime.interpret or os.environ.get(PDL_VARIABLE) == "0":
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    return bool(target.backend == "cuda" and target.arch >= _PDL_ARCH)
 
 
 def _spec(activation: Activation) -> ActivationSpec:
