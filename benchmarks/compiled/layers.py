@@ -37,7 +37,12 @@ MATRIX_METHODS: dict[str, dict[str, Any]] = {
 
 
 def matrix_layer(shape: MoEShape, method: str, dtype: str, experts: int | None = None) -> BoundLayer:
-    """A layer bound to the kernels; its memory is never written.
+    """A layer bound to the kernels; arguments as of ``matrix_groups``."""
+    return BoundLayer(matrix_groups(shape, method, dtype, experts), SILU, "cuda")
+
+
+def matrix_groups(shape: MoEShape, method: str, dtype: str, experts: int | None = None) -> list[BoundGroup]:
+    """A layer's weights, whose memory is never written.
 
     Args:
         shape: the model's.
@@ -52,7 +57,7 @@ def matrix_layer(shape: MoEShape, method: str, dtype: str, experts: int | None =
         torch.empty(1 if shared else rows, columns, dtype=getattr(torch, kind))
         for columns, kind, shared in layout.params.values()
     ]
-    return BoundLayer([BoundGroup(layout.bind(tensors), None)], SILU, "cuda")
+    return [BoundGroup(layout.bind(tensors), None)]
 
 
 def matrix_call(kernel: BoundLayer, shape: MoEShape, tokens: int, dtype: str) -> None:

@@ -112,19 +112,19 @@ class GpuKernel:
 
     def __init__(self, groups: Sequence[BoundGroup], activation: Activation, *, batch_invariant: bool = False) -> None:
         self._activation, self._batch_invariant = activation, batch_invariant
-        self._coders = frozenset[str]().union(*(group.weights.coders for group in groups))
-        self._plans = {restore: plan_layer(groups, restore=restore) for restore in (False, True)}
+        self.coders = frozenset[str]().union(*(group.weights.coders for group in groups))
+        self.plans = {restore: plan_layer(groups, restore=restore) for restore in (False, True)}
         self._classes: dict[tuple[int, int, torch.dtype], tuple[tuple[TokenClass, ...], list[LayerLaunches]]] = {}
 
     def __call__(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None = None) -> Tensor:
         """See ``fused_moe_ref``; products in x's dtype, sums in fp32."""
-        x, topk_weights, topk_ids = checked(x, topk_weights, topk_ids, self._plans[False], self._activation)
+        x, topk_weights, topk_ids = checked(x, topk_weights, topk_ids, self.plans[False], self._activation)
         classes, launches = self._launches(topk_ids.shape[1], x, expert_map)
         return launches[class_of(classes, len(x))](x, topk_weights, topk_ids, expert_map)
 
     def warm_up(self, top_k: int, dtype: torch.dtype, device: torch.device, expert_map: Tensor | None) -> None:
         """Compile, and keep, all that any number of tokens will launch: one token in each class."""
-        x = torch.zeros(1, self._plans[False].hidden, dtype=dtype, device=device)
+        x = torch.zeros(1, self.plans[False].hidden, dtype=dtype, device=device)
         weights = torch.zeros(1, top_k, device=device)
         ids = torch.arange(top_k, dtype=torch.int32, device=device)[None]
         for launches in self._launches(top_k, x, expert_map)[1]:
@@ -134,20 +134,20 @@ class GpuKernel:
         self, top_k: int, x: Tensor, expert_map: Tensor | None
     ) -> tuple[tuple[TokenClass, ...], list[LayerLaunches]]:
         """Classes of T and the launches of each."""
-        plan = self._plans[False]
+        plan = self.plans[False]
         own_map = plan.groups[0].expert_map if expert_map is None else expert_map
         experts = plan.experts if own_map is None else len(own_map)
         key = top_k, experts, x.dtype
         if key not in self._classes:
             if self._batch_invariant:
-                classes: tuple[TokenClass, ...] = (invariant_class(self._coders, x.dtype, shared_memory(x.device)),)
+                classes: tuple[TokenClass, ...] = (invariant_class(self.coders, x.dtype, shared_memory(x.device)),)
             else:
                 sizes = plan.hidden, plan.intermediate, device_name(x.device)
-                classes = token_classes(top_k, experts, *sizes, x.dtype, self._coders, shared_memory(x.device))
+                classes = token_classes(top_k, experts, *sizes, x.dtype, self.coders, shared_memory(x.device))
             share = plan.experts / experts
             self._classes[key] = (
                 classes,
-                [LayerLaunches(self._plans[one.config.restore], self._activation, one, share) for one in classes],
+                [LayerLaunches(self.plans[one.config.restore], self._activation, one, share) for one in classes],
             )
         return self._classes[key]
 
