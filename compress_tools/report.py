@@ -1,6 +1,6 @@
 """What a compression did: per-layer error and size, written beside the weights."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 RECIPE_NAME = "resmoe_recipe.json"
@@ -92,3 +92,11 @@ class CompressionReport:
             **({"left_out": self.left_out} if self.left_out else {}),
             **({"source": self.origin} if self.origin else {}),
         }
+
+
+# What the report file can hold, and each of its layers.
+REPORT_KEYS = frozenset(
+    {"expert_bytes_before", "expert_bytes_after", "expert_bytes_ratio", "other_bytes", "other_bytes_after"}
+    | {"total_bytes_ratio", "mean_relative_error", "layers", "shards", "decoded", "left_out", "source", "plan"}
+)
+LAYER_KEYS = frozenset(each.name for each in fields(LayerReport))

@@ -7,13 +7,13 @@ reader of that file passes over it; a slice in its manifest. By it ``--resume`` 
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from compress_tools.errors import CheckpointError
-from compress_tools.format.shard_file import first_cut_tensor, shard_digest
+from compress_tools.format.shard_file import file_checksum, first_cut_tensor, shard_digest
 from compress_tools.output.run_identity import MACHINE, differences
 from compress_tools.report import (
     CARD_NAME,
@@ -29,8 +29,11 @@ from compress_tools.source.reader import CONFIG_NAME, INDEX_NAME
 MANIFEST_NAME = "resmoe_slice.json"
 # Of the index.
 RECORD_KEY = "resmoe_run"
-# Of the record: SHA-256 of config.json, which no report can hold that lies beside it from before.
+# Of the record: SHA-256 of config.json.
 CONFIG_KEY = "config"
+# Of the record: SHA-256 of the other texts that are ours and the same in every run, by name, and of the index itself.
+TEXTS_KEY = "texts"
+DIGESTED = (REPORT_NAME, RECIPE_NAME, PLAN_NAME)
 # Names that a checkpoint of a version without a record is known by, beside its shards.
 _KNOWN_NAMES = {
     CONFIG_NAME,
@@ -112,11 +115,54 @@ def text_digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def config_digest(directory: Path) -> str | None:
-    """What the record of the output in ``directory`` says of config.json; None after versions that did not."""
+def digested_texts(directory: Path, config: str) -> dict[str, Any]:
+    """What an index's record says of the texts beside it, those in ``directory`` and config.json to be.
+
+    The place of the index's own digest is empty: ``with_own_digest`` fills it.
+    """
+    written = {name: file_checksum(directory / name) for name in DIGESTED if (directory / name).is_file()}
+    return {CONFIG_KEY: text_digest(config), TEXTS_KEY: {**written, INDEX_NAME: ""}}
+
+
+def with_own_digest(index: dict[str, Any], text: Callable[[Any], str]) -> str:
+    """The text of an index whose record holds the SHA-256 of that text with the digest's place left empty.
+
+    Args:
+        index: with the result of ``digested_texts`` in its record.
+        text: makes a JSON file's text.
+    """
+    index[RECORD_KEY][TEXTS_KEY][INDEX_NAME] = text_digest(text(index))
+    return text(index)
+
+
+def changed_texts(directory: Path) -> list[str]:
+    """Texts of the output in ``directory`` that are not as its index says; of versions before it says less, or nothing.
+
+    The index comes first: where it is another, what it says of others counts for nothing. What can't be read as JSON
+    is left to whoever reads it, and so is what is missing.
+    """
     record = _read_json(directory / INDEX_NAME).get(RECORD_KEY)
-    found = record.get(CONFIG_KEY) if isinstance(record, dict) else None
-    return found if isinstance(found, str) else None
+    if not isinstance(record, dict):
+        return []
+    texts = record.get(TEXTS_KEY, {})
+    if TEXTS_KEY in record and not (isinstance(texts, dict) and _holds_own_digest(directory, texts)):
+        return [INDEX_NAME]
+    written = {CONFIG_NAME: record.get(CONFIG_KEY), **texts}
+    names = [name for name in (CONFIG_NAME, *DIGESTED) if written.get(name) is not None]
+    return [name for name in names if _differs(directory / name, written[name])]
+
+
+def _holds_own_digest(directory: Path, texts: dict[str, Any]) -> bool:
+    digest = str(texts.get(INDEX_NAME))
+    emptied = (directory / INDEX_NAME).read_bytes().replace(digest.encode(), b"", 1)
+    return hashlib.sha256(emptied).hexdigest() == digest
+
+
+def _differs(file: Path, digest: object) -> bool:
+    try:
+        return file.is_file() and file_checksum(file) != digest
+    except OSError:
+        return False
 
 
 def is_whole(directory: Path) -> bool:

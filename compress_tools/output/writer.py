@@ -12,7 +12,7 @@ from torch import Tensor
 from compress_tools.errors import CheckpointError
 from compress_tools.format.shard_file import file_checksum
 from compress_tools.output.files import sync, write_text, writing
-from compress_tools.output.run_record import CONFIG_KEY, RECORD_KEY, RunRecord, make_record, text_digest
+from compress_tools.output.run_record import RECORD_KEY, RunRecord, digested_texts, make_record, with_own_digest
 from compress_tools.output.staging import Staging
 from compress_tools.source.reader import CONFIG_NAME, INDEX_NAME
 
@@ -157,14 +157,13 @@ class CheckpointWriter:
         """
         text = json_text(config)
         weight_map = {name: filename for filename, names in shards.items() for name in names}
-        self.write_json(
-            INDEX_NAME,
-            {
-                "metadata": {"total_size": total_bytes},
-                "weight_map": dict(sorted(weight_map.items())),
-                RECORD_KEY: {**self.run_record(INDEX_NAME, CONFIG_NAME).content(), CONFIG_KEY: text_digest(text)},
-            },
-        )
+        record = self.run_record(INDEX_NAME, CONFIG_NAME).content() | digested_texts(self.staging, text)
+        index = {
+            "metadata": {"total_size": total_bytes},
+            "weight_map": dict(sorted(weight_map.items())),
+            RECORD_KEY: record,
+        }
+        self.write_text(INDEX_NAME, with_own_digest(index, json_text))
         self.write_text(CONFIG_NAME, text)
         self.publish()
 

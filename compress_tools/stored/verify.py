@@ -13,26 +13,26 @@ from compress_tools.architectures.base import MoEArchitecture
 from compress_tools.architectures.experts import MoESizes
 from compress_tools.architectures.registry import find_architecture
 from compress_tools.center.alignment import align_experts
-from compress_tools.errors import ConfigError, FormatError, NumericalError
+from compress_tools.errors import ConfigError, FormatError, NumericalError, ResMoEError
 from compress_tools.format.dtypes import DTYPES, SAFETENSORS_NAMES
 from compress_tools.format.finite import plain_fault
 from compress_tools.format.parts.base import SCALE_DTYPE, TensorSpec
 from compress_tools.format.rest import ROW_CODES_DTYPE, row_names
 from compress_tools.format.schema import QUANT_METHOD
-from compress_tools.format.shard_file import SinglePass, StoredTensor, file_checksum, is_file_name
+from compress_tools.format.shard_file import SinglePass, StoredTensor, is_file_name
 from compress_tools.format.tensors import is_resmoe_name, layer_tensors
 from compress_tools.numerics.products import squared_distance, squared_norm
 from compress_tools.numerics.work import Work
-from compress_tools.output.run_record import config_digest
 from compress_tools.progress.listener import ProgressListener, Silent
-from compress_tools.report import REPORT_NAME
+from compress_tools.report import LAYER_KEYS, REPORT_KEYS, REPORT_NAME
 from compress_tools.source.completeness import check_whole
 from compress_tools.source.design_matrix import expert_to_rows, rows_to_design
 from compress_tools.source.files import CheckpointFiles
 from compress_tools.source.moe_source import MoESource, open_source
-from compress_tools.source.reader import CONFIG_NAME, INDEX_NAME, CheckpointReader
+from compress_tools.source.reader import CheckpointReader
 from compress_tools.source.source_reader import SourceReader
 from compress_tools.source.stored_bytes import as_tensor
+from compress_tools.stored.account import altered_file, check_index, check_keys
 from compress_tools.stored.census import Census, take_census
 from compress_tools.stored.checkpoint import ResMoECheckpoint
 from compress_tools.text_file import in_words, read_json_object
@@ -121,16 +121,28 @@ def verification(
         CheckpointError, FormatError, NumericalError: what is wrong, and where.
         ConfigError: ``against`` is a ResMoE checkpoint itself.
     """
-    checkpoint = ResMoECheckpoint(path)
-    if checkpoint.reader.remarks:
-        raise FormatError(f"{checkpoint.reader.path}: {'; '.join(checkpoint.reader.remarks)}; not as it was written")
-    source = None if against is None else _open_original(against, checkpoint)
-    _check_rest(checkpoint)
-    report = _read_report(checkpoint.reader.path)
-    census = None if source is None else take_census(checkpoint, source, report.left_out)
-    _check_config(checkpoint.reader.path)
+    try:
+        checkpoint = ResMoECheckpoint(path)
+        if checkpoint.reader.remarks:
+            raise FormatError(f"{path}: {'; '.join(checkpoint.reader.remarks)}; not as it was written")
+        source = None if against is None else _open_original(against, checkpoint)
+        _check_rest(checkpoint)
+        report = _read_report(checkpoint.reader.path)
+        census = None if source is None else take_census(checkpoint, source, report.left_out)
+    except ConfigError:
+        raise
+    except ResMoEError as err:
+        if (altered := altered_file(Path(path), str(err))) is None:
+            raise
+        # Whatever follows from it, the file that is not as it was written is what is wrong.
+        raise FormatError(f"{path}: {altered}; {str(err).removeprefix(f'{path}: ')}") from err
+    if (altered := altered_file(Path(path))) is not None:
+        raise FormatError(f"{path}: {altered}")
     run = _Verification(checkpoint, source, report, workers, progress or Silent())
-    return Verification(run.run(), census, run.rest())
+    layers = run.run()
+    # Last: what is wrong with a tensor makes the sum of all wrong.
+    check_index(checkpoint.reader)
+    return Verification(layers, census, run.rest())
 
 
 @dataclass(frozen=True)
@@ -337,15 +349,6 @@ def _check_sizes(checkpoint: ResMoECheckpoint, architecture: MoEArchitecture) ->
         raise FormatError(f"{checkpoint.reader.path}: config.json says {said}, its quantization_config {found}")
 
 
-def _check_config(path: Path) -> None:
-    """config.json is the one that was written, where the index says which that was."""
-    written = config_digest(path)
-    if written is not None and file_checksum(path / CONFIG_NAME) != written:
-        raise FormatError(
-            f"{path}: {CONFIG_NAME} is not the file that was written: its SHA-256 differs from the one in {INDEX_NAME}"
-        )
-
-
 def _open_original(path: str | Path | CheckpointFiles, checkpoint: ResMoECheckpoint) -> MoESource:
     if isinstance(path, CheckpointFiles):
         # The checkpoint may come from a directory with files that are not taken from the hub.
@@ -361,11 +364,14 @@ def _read_report(path: Path) -> _Report:
     if not file.exists():
         return _Report({}, {}, {})
     content = read_json_object(file)
+    check_keys(content, REPORT_KEYS, str(file))
     try:
         errors = {layer["layer"]: layer["relative_error"] for layer in content["layers"]}
         checksums, left_out = dict(content.get("shards", {})), dict(content.get("left_out", {}))
     except (ValueError, KeyError, TypeError) as err:
         raise FormatError(f"{file}: not a report of this version: {err!r}") from err
+    for layer in content["layers"]:
+        check_keys(layer, LAYER_KEYS, f"{file}: layers")
     for name, error in errors.items():
         if not _is_number(error) or error < 0:
             raise FormatError(f"{file}: relative error of layer {name} is {error!r}, expected a number of at least 0")
