@@ -18,11 +18,12 @@ from torch import Tensor
 
 from compress_tools.format.packing import mask_row_counts
 from compress_tools.format.trellis import STATE_BITS, STATES, state_levels
-from resmoe_vllm.kernels.gpu.trellis_codes import has_programs, octet_columns
+from resmoe_vllm.kernels.gpu.trellis_codes import LEVEL_UNIT, has_programs, octet_columns
 
 # What a ``*_bits`` of ``TileSpec`` says of values that are no codes.
 PLAIN = 16
 _PLAIN = tl.constexpr(PLAIN)
+_LEVELS = tl.constexpr(1 / LEVEL_UNIT)
 # Columns of a bitmap for which there is one pointer; ``kept_before`` has it, too.
 POINTER_COLUMNS = 64
 
@@ -227,6 +228,7 @@ def _rows_tile(
                 older = _load_octets(start, rows, row_ok, first_column, 2, BITS, num_columns, OCTETS)
                 b = (b.to(tl.int32) << 8) | older.to(tl.int32)
             if has_programs():
+                scale = scale * _LEVELS
                 if tl.bfloat16 == TO:
                     c0, c1, c2, c3, c4, c5, c6, c7 = octet_columns(w, b, scale, BITS, True)
                     tile = _by_octet(c0, c1, c2, c3, c4, c5, c6, c7, ROWS, COLUMNS)

@@ -2,12 +2,12 @@
 
 ``prmt.b32`` looks up four nibbles at once: three bits of each choose one of eight bytes, the fourth asks for that
 byte's sign instead, which is 0 where no byte is negative. So two of them, one with the fourth bits turned around, look
-up four entries of a table of 16, each 0 where the other has the entry. A level is the difference of two sums of
-entries, each from 0 to 127, which behind the byte 0x43 is 128 more in bfloat16: one packed subtraction gives levels.
+up four entries of a table of 16, each 0 where the other has the entry. Tables are raised so that a level and 128 is
+the sum of entries, a byte u. Below a byte of zeros it is the bfloat16 number u * 2**-133, subnormal or not: one packed
+multiply-add, which is exact, makes levels of two columns, one product values.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import combinations
 from typing import NamedTuple
 
 import triton
@@ -19,10 +19,13 @@ from triton.runtime.jit import constexpr_function
 from compress_tools.format.trellis import field_bits
 from compress_tools.format.trellis_tables import TABLES
 
-# bfloat16 has seven bits behind its first one.
-_MOST = 127
-# Inputs of the program, behind its eight outputs: codes of an octet, those before it, the scale twice.
+# what a byte is more than its level
+_RAISED = 128
+# Levels come in units of it.
+LEVEL_UNIT = 2.0**-6
+# Inputs of the program, behind its eight outputs: codes of an octet, those before it, the scale twice, six words.
 _WORDS, _BEFORE, _SCALES = "$8", "$9", "$10"
+_HELD, _HELD_WORDS = 11, 6
 _FIRST_CARD = 80
 
 
@@ -63,40 +66,24 @@ class _Quad(NamedTuple):
     pairs: dict[int, tuple[int, int]]
 
 
-def split_tables(bits: int) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-    """Tables by field: what is added and what is subtracted for a level; sums of entries lie within 0 and 127."""
-    tables = dict(enumerate(TABLES[bits]))
-    for count in range(1, len(tables)):
-        for added in combinations(tables, count):
-            plus = {field: list(tables[field]) for field in added}
-            minus = {field: [-entry for entry in table] for field, table in tables.items() if field not in added}
-            # the same offset on both sides, which is no part of the level then
-            offset = -min(sum(map(min, side.values())) for side in (plus, minus))
-            if offset + max(sum(map(max, side.values())) for side in (plus, minus)) <= _MOST:
-                return _raised(plus, offset), _raised(minus, offset)
-    raise ValueError(f"the tables of {bits} bits have no two sums of seven bits")
-
-
-def _raised(tables: dict[int, list[int]], offset: int) -> dict[int, list[int]]:
-    """Sums are more by ``offset``, and no entry is negative."""
-    rest = offset + sum(map(min, tables.values()))
-    raised = {}
-    for field, table in tables.items():
-        raised[field] = [entry - min(table) + rest for entry in table]
-        rest = 0
-    return raised
+def raised_tables(bits: int) -> list[list[int]]:
+    """Tables by field: no entry is negative or above 127, and sums are levels and 128."""
+    tables = [[entry - min(table) for entry in table] for table in TABLES[bits]]
+    rest = _RAISED + sum(min(table) for table in TABLES[bits])
+    tables[0] = [entry + rest for entry in tables[0]]
+    return tables
 
 
 def _word(table: Sequence[int]) -> int:
     return int.from_bytes(bytes(table), "little")
 
 
-def _look_up(program: _Program, table: Sequence[int], selector: str) -> list[str]:
-    """Four entries, or what gives them when it is added up."""
-    found = [program("prmt.b32", _word(table[:4]), _word(table[4:8]), selector)]
+def _look_up(program: _Program, table: Sequence[int], held: Sequence[str], selector: str) -> list[str]:
+    """Four entries, or what gives them when it is added up; ``held`` are the first words of each eight."""
+    found = [program("prmt.b32", held[0], _word(table[4:8]), selector)]
     if len(table) > 8:
         turned = program("xor.b32", selector, 0x8888)
-        found.append(program("prmt.b32", _word(table[8:12]), _word(table[12:]), turned))
+        found.append(program("prmt.b32", held[1], _word(table[12:]), turned))
     return found
 
 
@@ -172,50 +159,57 @@ def _natural(program: _Program, words: str, before: str, fields: int) -> list[_Q
 _QUADS: dict[int, Callable[[_Program], list[_Quad]]] = {1: _quads_1, 2: _quads_2, 3: _quads_3, 4: _quads_4}
 
 
+def octet_tables(bits: int) -> list[list[int]]:
+    """Tables by field, by the symbols as they lie in a row."""
+    tables = raised_tables(bits)
+    return [_reversed_symbols(table, bits) for table in tables] if field_bits(bits) == 4 else tables
+
+
+def held_program(bits: int) -> str:
+    """PTX that puts half of the tables' words into registers, as its six outputs; with 3 bits the last two are 0.
+
+    A byte permute takes one word as it stands; the other, where the assembler knew it, would be moved to a register
+    for each permute. So it is made of the thread's number: t * t + t is even.
+    """
+    words = [_word(table[first : first + 4]) for table in octet_tables(bits) for first in range(0, len(table), 8)]
+    lines = ["mov.u32 t, %tid.x;", "mad.lo.u32 t, t, t, t;", "and.b32 t, t, 1;"]
+    lines += [f"xor.b32 ${number}, t, {word:#x};" for number, word in enumerate([*words, 0, 0][:_HELD_WORDS])]
+    return "\n".join(["{", ".reg .b32 t;", *lines, "}"])
+
+
 def octet_program(bits: int, *, scaled: bool) -> str:
     """PTX that decodes an octet.
 
     Args:
         bits: of a symbol.
-        scaled: levels times the scale, rounded once; else levels.
+        scaled: levels times the scale, rounded once; else levels. Both in units of ``LEVEL_UNIT``.
     Returns:
         Its outputs are eight bfloat16; then come the inputs, 32 bits each: the codes, those before them, and with
-        ``scaled`` the scale twice, bfloat16.
+        ``scaled`` the scale twice, bfloat16; then what ``held_program`` gives.
     """
     program = _Program()
-    sides = split_tables(bits)
-    minus_one, minus_zero = program("mov.b32", 0xBF80BF80), program("mov.b32", 0x80008000)
+    tables = octet_tables(bits)
+    each = len(tables[0]) // 8
+    held = [[f"${_HELD + each * field + half}" for half in range(each)] for field in range(len(tables))]
+    # bfloat16 twice: 2**127, with which 2**-133 becomes the unit, and -128 units
+    power, lower, nothing = (program("mov.b32", twice) for twice in (0x7F007F00, 0xC000C000, 0x80008000))
     pairs: dict[int, str] = {}
     for quad in _QUADS[bits](program):
-        plus, minus = (
-            program.sum(
-                [
-                    part
-                    for field, table in side.items()
-                    for part in _look_up(
-                        program,
-                        table if field_bits(bits) == 3 else _reversed_symbols(table, bits),
-                        quad.selectors[field],
-                    )
-                ]
-            )
-            for side in sides
-        )
+        looked_up = [_look_up(program, *of_field) for of_field in zip(tables, held, quad.selectors, strict=True)]
+        total = program.sum([part for parts in looked_up for part in parts])
         for number, (first, second) in quad.pairs.items():
-            # 128 + plus, 128 + minus
-            select = 0x4040 | first | second << 8
-            terms = [program("prmt.b32", sums, 0x43434343, select) for sums in (plus, minus)]
-            # a subtraction and a product as cards before sm_90 have them
-            levels = program("fma.rn.bf16x2", terms[1], minus_one, terms[0])
-            pairs[number] = program("fma.rn.bf16x2", levels, _SCALES, minus_zero) if scaled else levels
+            pair = program("prmt.b32", total, 0, 0x4040 | first | second << 8)
+            levels = program("fma.rn.bf16x2", pair, power, lower)
+            # a product as cards before sm_90 have it
+            pairs[number] = program("fma.rn.bf16x2", levels, _SCALES, nothing) if scaled else levels
     return program.text([pairs[number] for number in range(4)])
 
 
-_CONSTRAINTS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r,r")
 _LEVELS_1, _VALUES_1 = (tl.constexpr(octet_program(1, scaled=scaled)) for scaled in (False, True))
 _LEVELS_2, _VALUES_2 = (tl.constexpr(octet_program(2, scaled=scaled)) for scaled in (False, True))
 _LEVELS_3, _VALUES_3 = (tl.constexpr(octet_program(3, scaled=scaled)) for scaled in (False, True))
 _LEVELS_4, _VALUES_4 = (tl.constexpr(octet_program(4, scaled=scaled)) for scaled in (False, True))
+_HELD_1, _HELD_2, _HELD_3, _HELD_4 = (tl.constexpr(held_program(bits)) for bits in (1, 2, 3, 4))
 
 
 @constexpr_function
@@ -229,14 +223,26 @@ def has_programs() -> bool:
 
 @triton.jit
 def octet_columns(words, before, scale, BITS: tl.constexpr, SCALED: tl.constexpr):
-    """The eight columns of each octet, bfloat16: levels, with SCALED times ``scale``, fp32 with a bfloat16 in it."""
+    """The eight columns of each octet, bfloat16: levels in units of ``LEVEL_UNIT``, with SCALED times the scale.
+
+    Args:
+        words: codes of each octet.
+        before: those before them.
+        scale: in fp32, but a bfloat16; over the unit.
+    """
     LEVELS: tl.constexpr = _LEVELS_1 if BITS == 1 else _LEVELS_2 if BITS == 2 else _LEVELS_3 if BITS == 3 else _LEVELS_4
     VALUES: tl.constexpr = _VALUES_1 if BITS == 1 else _VALUES_2 if BITS == 2 else _VALUES_3 if BITS == 3 else _VALUES_4
     PROGRAM: tl.constexpr = VALUES if SCALED else LEVELS
+    HELD: tl.constexpr = _HELD_1 if BITS == 1 else _HELD_2 if BITS == 2 else _HELD_3 if BITS == 3 else _HELD_4
     upper = scale.to(tl.uint32, bitcast=True)
     scales = (upper | (upper >> 16)).to(tl.int32, bitcast=True)
+    h0, h1, h2, h3, h4, h5 = tl.inline_asm_elementwise(
+        HELD, "=r,=r,=r,=r,=r,=r", [], (tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True,
+        pack=1
+    )  # fmt: skip
     return tl.inline_asm_elementwise(
-        PROGRAM, _CONSTRAINTS, [words.to(tl.int32), before.to(tl.int32), scales],
+        PROGRAM, "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r,r,r,r,r,r",
+        [words.to(tl.int32), before.to(tl.int32), scales, h0, h1, h2, h3, h4, h5],
         (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
         is_pure=True, pack=1
     )  # fmt: skip

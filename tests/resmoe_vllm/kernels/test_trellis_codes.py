@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compress_tools.format.trellis import STATE_BITS, STATES, state_levels
-from resmoe_vllm.kernels.gpu.trellis_codes import octet_program, split_tables
+from resmoe_vllm.kernels.gpu.trellis_codes import LEVEL_UNIT, held_program, octet_program, raised_tables
 
 _MASK = 0xFFFFFFFF
 
@@ -37,6 +37,7 @@ def _fma(left: Tensor, right: Tensor, added: Tensor) -> Tensor:
 
 _OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "mov.b32": lambda value: value,
+    "mov.u32": lambda value: value,
     "prmt.b32": _prmt,
     "shr.u32": lambda value, by: value >> by,
     "shf.r.wrap.b32": lambda low, high, by: (low >> by) | (high << 32 - by & _MASK),
@@ -49,27 +50,39 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _run(program: str, inputs: list[Tensor]) -> Tensor:
-    """The eight outputs, fp64 ``[N, 8]``."""
-    registers = {f"${8 + number}": tensor & _MASK for number, tensor in enumerate(inputs)}
-    outputs: dict[int, Tensor] = {}
+def _run(program: str, registers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is in the registers then."""
+    registers = {name: tensor & _MASK for name, tensor in registers.items()}
     lines = program.splitlines()
     assert lines[0] == "{"
     assert lines[-1] == "}"
     assert lines[1].startswith(".reg")
+    count = len(next(iter(registers.values())))
     for line in lines[2:-1]:
-        if stored := re.fullmatch(r"mov\.b32 \{\$(\d), \$(\d)\}, (\w+);", line):
-            for place, shift in ((1, 0), (2, 16)):
-                outputs[int(stored[place])] = _bfloat16(registers[stored[3]] >> shift)
+        if stored := re.fullmatch(r"mov\.b32 \{(\S+), (\S+)\}, (\w+);", line):
+            registers[stored[1]] = registers[stored[3]] & 0xFFFF
+            registers[stored[2]] = registers[stored[3]] >> 16
         else:
-            found = re.fullmatch(r"(\S+) (\w+), (.*);", line)
+            found = re.fullmatch(r"(\S+) (\S+), (.*);", line)
             assert found is not None, line
             operands = [
-                torch.tensor(int(own, 16)).expand(len(inputs[0])) if own.startswith("0x") else registers[own]
+                torch.tensor(int(own, 0)).expand(count) if own[0].isdigit() else registers[own]
                 for own in found[3].split(", ")
             ]
             registers[found[2]] = _OPERATIONS[found[1]](*operands)
-    return torch.stack([outputs[column] for column in range(8)], 1)
+    return registers
+
+
+def _columns(bits: int, inputs: list[Tensor], scales: Tensor | None = None) -> Tensor:
+    """The eight columns of each octet, fp64 ``[N, 8]``."""
+    count = len(inputs[0])
+    held = _run(held_program(bits), {"%tid.x": torch.arange(count)})
+    assert all(len(held[f"${number}"].unique()) == 1 for number in range(6))
+    halves = torch.zeros(count, dtype=torch.int64) if scales is None else scales.view(torch.int16).long() & 0xFFFF
+    given = [*inputs, halves | halves << 16, *(held[f"${number}"] for number in range(6))]
+    program = octet_program(bits, scaled=scales is not None)
+    found = _run(program, {f"${8 + number}": tensor for number, tensor in enumerate(given)})
+    return torch.stack([_bfloat16(found[f"${column}"]) for column in range(8)], 1)
 
 
 def _packed(symbols: Tensor, bits: int) -> Tensor:
@@ -100,15 +113,14 @@ def _octets(bits: int) -> tuple[list[Tensor], Tensor]:
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_program_gives_the_level_of_every_state_in_every_column(bits: int) -> None:
     inputs, levels = _octets(bits)
-    assert torch.equal(_run(octet_program(bits, scaled=False), inputs), levels)
+    assert torch.equal(_columns(bits, inputs), levels * LEVEL_UNIT)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_program_rounds_a_level_times_its_scale_once(bits: int) -> None:
     inputs, levels = _octets(bits)
     scales = torch.randn(len(levels), generator=torch.Generator().manual_seed(9)).bfloat16()
-    halves = scales.view(torch.int16).long() & 0xFFFF
-    found = _run(octet_program(bits, scaled=True), [*inputs, halves | halves << 16])
+    found = _columns(bits, inputs, scales / LEVEL_UNIT)
     assert torch.equal(found, (levels * scales.double()[:, None]).float().bfloat16().double())
 
 
@@ -119,13 +131,12 @@ def test_program_does_not_mind_the_sign_of_codes(bits: int) -> None:
     own = 8 * bits
     signed = [codes - (codes >> own - 1 << own) for codes in inputs]
     assert min(int(codes.min()) for codes in signed) < 0
-    assert torch.equal(_run(octet_program(bits, scaled=False), signed), levels)
+    assert torch.equal(_columns(bits, signed), levels * LEVEL_UNIT)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_sums_of_entries_have_seven_bits(bits: int) -> None:
-    sides = split_tables(bits)
-    for side in sides:
-        assert min(min(table) for table in side.values()) >= 0
-        assert sum(max(table) for table in side.values()) <= 127
-    assert sorted(field for side in sides for field in side) == list(range(STATE_BITS // (3 if bits == 3 else 4)))
+def test_entries_have_no_sign_and_their_sums_are_bytes(bits: int) -> None:
+    tables = raised_tables(bits)
+    assert min(min(table) for table in tables) >= 0
+    assert max(max(table) for table in tables) <= 127
+    assert sum(max(table) for table in tables) <= 255
