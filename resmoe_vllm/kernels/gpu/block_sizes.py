@@ -22,6 +22,7 @@ CONFIGS = Path(__file__).parent / "configs"
 FEW_TOKENS = 64
 # Rows of an expert up to which blocks have 32 rows, and 64.
 _FEW_ROWS, _SOME_ROWS = 24, 96
+_MOST_ROWS = 128
 _FEWEST_STAGES = 2
 # A block's most shared memory on an H100; cards of other kinds say their own.
 HOPPER_SHARED = 232448
@@ -31,6 +32,7 @@ _RESERVED = 1024
 _MANY_TOKENS = 8192
 # Up to here a launch has fewer programs than run at a time: narrow ones, with all their steps on the way at once.
 _LONE_TOKENS = 4
+_MOST_DECODED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Config:
         restore: add the center to a decoded tile and take one product, instead of the center's own product once per
             token. Only where a projection has more than low rank.
         programs: contractions are split until a launch has about this many programs.
+        token_m: rows of a block of tokens, which all have the center's weight: fewer blocks decode it less often; 0 for
+            ``block_m``.
     """
 
     block_m: int
@@ -65,6 +69,12 @@ class Config:
     last: Blocks
     restore: bool
     programs: int
+    token_m: int = 0
+
+    @property
+    def token_rows(self) -> int:
+        """``token_m``, or as many rows as blocks of pairs have."""
+        return self.token_m or self.block_m
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Config":
@@ -105,7 +115,7 @@ def default_config(
         shared: bytes of shared memory that a block may use on this card.
     """
     decoded = bool(coders - {"low_rank", "dense"})
-    config = _rule(tokens, tokens * top_k / experts, coders, dtype)
+    config = _rule(tokens, tokens * top_k / experts, coders, dtype, hopper=shared >= HOPPER_SHARED)
     config = _fit(config, shared, dtype.itemsize, decoded=decoded, pairs=tokens <= FEW_TOKENS)
     # On AMD both sums pass through shared memory at the end, beside what a bitmap counts.
     sums = 2 * config.block_m * config.hidden.n * torch.float32.itemsize
@@ -114,7 +124,7 @@ def default_config(
     return config
 
 
-def _rule(tokens: int, per_expert: float, coders: frozenset[str], dtype: torch.dtype) -> Config:
+def _rule(tokens: int, per_expert: float, coders: frozenset[str], dtype: torch.dtype, *, hopper: bool) -> Config:
     if dtype == torch.float32:
         return _wide_values(tokens)
     if tokens <= FEW_TOKENS:
@@ -131,21 +141,27 @@ def _rule(tokens: int, per_expert: float, coders: frozenset[str], dtype: torch.d
         else:
             # of a rank's one or two steps
             hidden, last = Blocks(n=32, k=128, warps=4, stages=3), Blocks(n=64, k=128, warps=4, stages=4)
-        return Config(16, few, hidden, shrink, last, False, 528)
-    block_m = 32 if per_expert <= _FEW_ROWS else 64 if per_expert <= _SOME_ROWS else 128
+        decoded = bool(coders - {"low_rank", "dense"})
+        token_m = min(_MOST_DECODED_ROWS, max(16, 1 << (tokens - 1).bit_length())) if decoded else 0
+        return Config(16, few, hidden, shrink, last, False, 528, token_m)
+    block_m = 32 if per_expert <= _FEW_ROWS else 64 if per_expert <= _SOME_ROWS else _MOST_ROWS
+    if block_m == _MOST_ROWS and coders == {"low_rank"} and hopper:
+        # What programs read of the L2 bounds them: as wide as the sums fit in registers, which on an A100 they don't.
+        wide, narrow = Blocks(n=256, k=64, warps=8, stages=3), Blocks(n=128, k=64, warps=8, stages=3)
+        return Config(block_m, wide, Blocks(n=64, k=64, warps=8, stages=2), narrow, wide, True, 264)
     # A decoded tile is in registers twice, as codes and as fp32: four warps spilled some of it.
     warps = 8 if block_m == 128 or coders - {"low_rank", "dense"} else 4
     wide = Blocks(n=128, k=64, warps=warps, stages=3)
     warps = 8 if block_m == 128 or any(coder.startswith("bitmap") for coder in coders) else 4
     hidden = Blocks(n=64, k=64, warps=warps, stages=3)
-    return Config(block_m, wide, hidden, hidden, wide, True, 264)
+    return Config(block_m, wide, hidden, hidden, wide, True, 264, max(64, block_m))
 
 
 def _fit(config: Config, shared: int, itemsize: int, *, decoded: bool, pairs: bool) -> Config:
     """Fewer stages, then shorter steps, where a launch's would not fit; with ``pairs`` two blocks, if it can be."""
 
-    def fitted(blocks: Blocks, sides: int = 1) -> Blocks:
-        size = partial(_shared_bytes, config.block_m, itemsize=itemsize, sides=sides, decoded=decoded)
+    def fitted(blocks: Blocks, rows: int, sides: int = 1) -> Blocks:
+        size = partial(_shared_bytes, rows, itemsize=itemsize, sides=sides, decoded=decoded)
         # A block alone on a multiprocessor can't hide what it waits for, which more stages would not make up for.
         while pairs and blocks.stages > _FEWEST_STAGES:
             fewer = replace(blocks, stages=blocks.stages - 1)
@@ -160,12 +176,13 @@ def _fit(config: Config, shared: int, itemsize: int, *, decoded: bool, pairs: bo
                 blocks = replace(blocks, k=blocks.k // 2)
         return blocks
 
+    rows = max(config.block_m, config.token_rows)
     return replace(
         config,
-        first=fitted(config.first),
-        hidden=fitted(config.hidden, sides=2),
-        shrink=fitted(config.shrink),
-        last=fitted(config.last),
+        first=fitted(config.first, rows),
+        hidden=fitted(config.hidden, config.block_m, sides=2),
+        shrink=fitted(config.shrink, config.block_m),
+        last=fitted(config.last, rows),
     )
 
 
@@ -185,7 +202,8 @@ def _wide_values(tokens: int) -> Config:
     blocks = Blocks(n=64, k=32, warps=4 if few else 8, stages=2)
     # two tiles side by side: as wide as the others' they spilled some registers
     hidden = replace(blocks, n=32)
-    return Config(16 if few else 32, blocks, hidden, blocks, blocks, not few, 528 if few else 264)
+    block_m = 16 if few else 32
+    return Config(block_m, blocks, hidden, blocks, blocks, not few, 528 if few else 264)
 
 
 def token_classes(
@@ -228,7 +246,7 @@ def token_classes(
 def invariant_class(coders: frozenset[str], dtype: torch.dtype, shared: int = HOPPER_SHARED) -> TokenClass:
     """One class for every T, with nothing split: a token's bits don't depend on its batch."""
     config = default_config(FEW_TOKENS, 1, 1, coders, dtype, shared)
-    return TokenClass(_MANY_TOKENS, replace(config, programs=1))
+    return TokenClass(_MANY_TOKENS, replace(config, programs=1, token_m=0))
 
 
 def class_of(classes: Sequence[TokenClass], tokens: int) -> int:

@@ -186,11 +186,13 @@ def _products_kernel(
     slab_1, slab_2, slab_3, a_0, out_0, p_0, s_0: tl.constexpr, t_0,
     ts_0: tl.constexpr, a_1, out_1, p_1, s_1: tl.constexpr, t_1, ts_1: tl.constexpr, a_2, out_2, p_2,
     s_2: tl.constexpr, t_2, ts_2: tl.constexpr, a_3, out_3, p_3, s_3: tl.constexpr, t_3, ts_3: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr
+    BLOCK_M: tl.constexpr, TOKEN_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
+    PDL: tl.constexpr
 ):  # fmt: skip
     """Up to four products side by side, each from its first program on; those that are not there are None.
 
-    A product's ``splits`` slabs are written from ``slab`` on.
+    A product's ``splits`` slabs are written from ``slab`` on. Rows come in blocks of ``BLOCK_M`` where each has its
+    expert's weight, else of ``TOKEN_M``.
     """
     follow(PDL)
     program = tl.program_id(0)
@@ -198,25 +200,25 @@ def _products_kernel(
     if program < first_1:
         _product(
             a_0, out_0, p_0, s_0, t_0, ts_0, splits_0, slab_0, r, program,
-            num_pairs, num_tokens, pair_blocks, BLOCK_M, BLOCK_N, BLOCK_K, DOT
+            num_pairs, num_tokens, pair_blocks, BLOCK_M if s_0.routed else TOKEN_M, BLOCK_N, BLOCK_K, DOT
         )  # fmt: skip
     if s_1 is not None:
         if (program >= first_1) & (program < first_2):
             _product(
-                a_1, out_1, p_1, s_1, t_1, ts_1, splits_1, slab_1, r,
-                program - first_1, num_pairs, num_tokens, pair_blocks, BLOCK_M, BLOCK_N, BLOCK_K, DOT
+                a_1, out_1, p_1, s_1, t_1, ts_1, splits_1, slab_1, r, program - first_1, num_pairs, num_tokens,
+                pair_blocks, BLOCK_M if s_1.routed else TOKEN_M, BLOCK_N, BLOCK_K, DOT
             )  # fmt: skip
     if s_2 is not None:
         if (program >= first_2) & (program < first_3):
             _product(
-                a_2, out_2, p_2, s_2, t_2, ts_2, splits_2, slab_2, r,
-                program - first_2, num_pairs, num_tokens, pair_blocks, BLOCK_M, BLOCK_N, BLOCK_K, DOT
+                a_2, out_2, p_2, s_2, t_2, ts_2, splits_2, slab_2, r, program - first_2, num_pairs, num_tokens,
+                pair_blocks, BLOCK_M if s_2.routed else TOKEN_M, BLOCK_N, BLOCK_K, DOT
             )  # fmt: skip
     if s_3 is not None:
         if program >= first_3:
             _product(
-                a_3, out_3, p_3, s_3, t_3, ts_3, splits_3, slab_3, r,
-                program - first_3, num_pairs, num_tokens, pair_blocks, BLOCK_M, BLOCK_N, BLOCK_K, DOT
+                a_3, out_3, p_3, s_3, t_3, ts_3, splits_3, slab_3, r, program - first_3, num_pairs, num_tokens,
+                pair_blocks, BLOCK_M if s_3.routed else TOKEN_M, BLOCK_N, BLOCK_K, DOT
             )  # fmt: skip
 
 
@@ -380,6 +382,7 @@ def _combine_kernel(
     ok = columns < N
     total = tl.zeros((BLOCK_N,), tl.float32)
     if PAIR_SLABS > 0:
+        # of one warp, whose lanes have all rows: a sum over warps would pass through shared memory
         choices = tl.arange(0, CHOICES)
         own = token * TOP_K + choices
         found = (local_experts(topk_ids, pair_map, own, choices < TOP_K) >= 0)[:, None] & ok[None, :]

@@ -46,8 +46,8 @@ from resmoe_vllm.kernels.gpu.kernels import (
 )
 from resmoe_vllm.kernels.gpu.plans import GroupPlan, LayerPlan, Plan, Weight
 
-# Of a program: many tokens have programs enough.
-COMBINE_COLUMNS, FEW_COMBINE_COLUMNS = 512, 128
+# Values of one slab in a program of ``combine``, one warp, and the fewest and most columns: few tokens have more slabs.
+FEW_COMBINED, MANY_COMBINED = (512, 32, 128), (2048, 64, 256)
 # that one launch takes
 MAX_PRODUCTS = 4
 # The reader of slabs adds them up unrolled: with eight, ptxas spilled thousands of bytes.
@@ -171,7 +171,7 @@ class LayerLaunches:
         self.few = token_class.tokens <= FEW_TOKENS
         self.lone = token_class.tokens == 1
         self.pdl = _has_dependent_launch()
-        self.top_k, self.choices, self.dtype = 0, 0, torch.float32
+        self.top_k, self.choices, self.dtype, self.combine_columns = 0, 0, torch.float32, 0
         self.kept: dict[object, Any] = {}
 
     def __call__(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None = None) -> Tensor:
@@ -199,6 +199,8 @@ class LayerLaunches:
         """Products of each launch, and into how many slabs they are split."""
         self.top_k, self.dtype = top_k, dtype
         self.choices = triton.next_power_of_2(top_k)
+        values, fewest, most = FEW_COMBINED if self.few else MANY_COMBINED
+        self.combine_columns = min(most, max(fewest, values // self.choices))
         self.kept.clear()
         self.slab_dtype = torch.float32 if self.few else dtype
         # The interpreter's bf16 products are wrong, so there all are taken in fp32.
@@ -214,7 +216,7 @@ class LayerLaunches:
         )
         # The center's down product is taken of pairs, if they fill no more than the block that their sum does.
         self.center_of_pairs = (
-            self.lone and len(self.plan.groups) == 1 and top_k <= self.config.block_m and self.centers[2] is not None
+            self.lone and len(self.plan.groups) == 1 and top_k <= self.config.token_rows and self.centers[2] is not None
         )
         for number, group in enumerate(self.plan.groups):
             centers = [
@@ -270,7 +272,7 @@ class LayerLaunches:
     def _blocks(self, job: _Job, group: GroupPlan) -> int:
         """Blocks of rows that a job of this class has, as far as tokens spread evenly over experts."""
         if not job.spec.routed:
-            return -(-self.tokens // self.config.block_m)
+            return -(-self.tokens // self.config.token_rows)
         pairs = self.tokens * self.top_k * self.share * group.experts / max(1, self.plan.experts)
         return max_blocks(max(1, round(pairs)), self.config.block_m, max(1, group.experts))
 
@@ -443,11 +445,12 @@ class _Call:
         """One launch, or none where there is no job."""
         if not products.jobs:
             return
-        launches, blocks, block_m = self.launches, products.blocks, self.launches.config.block_m
+        launches, blocks = self.launches, products.blocks
         routing = self.routings[number]
         m_blocks = routing.block_experts.numel()
         unrouted_rows = self.pairs if products.center_of_pairs else self.tokens
-        token_blocks = -(-unrouted_rows // block_m)
+        token_m = launches.config.token_rows
+        token_blocks = -(-unrouted_rows // token_m)
         arguments: list[object] = []
         ends: list[int] = []
         end = 0
@@ -468,7 +471,8 @@ class _Call:
             *products.slab_arguments,
             *arguments,
             *products.absent,
-            block_m,
+            launches.config.block_m,
+            token_m,
             blocks.n,
             blocks.k,
             launches.dot,
@@ -490,7 +494,7 @@ class _Call:
     ) -> None:
         """Sum into ``out`` ``[T, N]``: slabs ``[S, P, N]`` over a token's pairs, ``[S, T, N]``, weighted biases."""
         launches, size_n = self.launches, out.shape[1]
-        columns = FEW_COMBINE_COLUMNS if launches.few else COMBINE_COLUMNS
+        columns = launches.combine_columns
         launches.launch(
             (name, self.expert_map is None),
             _combine_kernel,
@@ -513,7 +517,7 @@ class _Call:
             launches.top_k,
             launches.choices,
             columns,
-            num_warps=4,
+            num_warps=1,
         )
 
     def _out(self, job: _Job) -> Tensor:
