@@ -38,7 +38,7 @@ class Routing(NamedTuple):
 
 @triton.jit
 def follow(PDL: tl.constexpr):
-    """Wait until the launch before has ended, then let programs of the next one come and wait.
+    """Wait until the launch before has ended.
 
     With programmatic dependent launch programs begin while the launch before still runs. Of what any launch writes
     nothing is read, and nothing is written, before this. Every program of every kernel must come by here: the launch
@@ -46,6 +46,16 @@ def follow(PDL: tl.constexpr):
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_follow(PDL: tl.constexpr):
+    """Let programs of the next launch come, once all of this one are here or have ended.
+
+    At the end of a program: those that come early take the place of those that still run, and heap up where there is
+    room, instead of spreading over all multiprocessors.
+    """
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
 
@@ -102,6 +112,7 @@ def _align_kernel(
     count = tl.sum(tl.where(bins == expert, counts, 0), 0)
     if expert == 0:
         tl.store(num_padded, tl.sum(padded, 0))
+    let_follow(PDL)
     for block in range(first // BLOCK, (first + length) // BLOCK):
         tl.store(block_experts + block, expert)
     tail = count + tl.arange(0, BLOCK)

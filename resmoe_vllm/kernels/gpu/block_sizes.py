@@ -32,6 +32,7 @@ _RESERVED = 1024
 _MANY_TOKENS = 8192
 # Up to here a launch has fewer programs than run at a time: narrow ones, with all their steps on the way at once.
 _LONE_TOKENS = 4
+_SEVERAL_TOKENS = 16
 _MOST_DECODED_ROWS = 64
 
 
@@ -128,6 +129,8 @@ def _rule(tokens: int, per_expert: float, coders: frozenset[str], dtype: torch.d
     if dtype == torch.float32:
         return _wide_values(tokens)
     if tokens <= FEW_TOKENS:
+        if coders == {"low_rank"}:
+            return _few_low_rank(tokens)
         few = Blocks(n=32, k=128, warps=4, stages=6)
         shrink = Blocks(n=16, k=256, warps=4, stages=5) if tokens <= _LONE_TOKENS else few
         if any(coder.startswith("bitmap") for coder in coders):
@@ -136,25 +139,39 @@ def _rule(tokens: int, per_expert: float, coders: frozenset[str], dtype: torch.d
             hidden, last = Blocks(n=32, k=32, warps=4, stages=3), Blocks(n=64, k=64, warps=4, stages=3)
         elif coders & {"quantized", "trellis"}:
             hidden, last = Blocks(n=32, k=64, warps=4, stages=3), Blocks(n=64, k=64, warps=4, stages=3)
-        elif "dense" in coders:
-            hidden, last = Blocks(n=32, k=128, warps=4, stages=3), replace(few, stages=4)
         else:
-            # of a rank's one or two steps
-            hidden, last = Blocks(n=32, k=128, warps=4, stages=3), Blocks(n=64, k=128, warps=4, stages=4)
+            hidden, last = Blocks(n=32, k=128, warps=4, stages=3), replace(few, stages=4)
         decoded = bool(coders - {"low_rank", "dense"})
         token_m = min(_MOST_DECODED_ROWS, max(16, 1 << (tokens - 1).bit_length())) if decoded else 0
         return Config(16, few, hidden, shrink, last, False, 528, token_m)
     block_m = 32 if per_expert <= _FEW_ROWS else 64 if per_expert <= _SOME_ROWS else _MOST_ROWS
     if block_m == _MOST_ROWS and coders == {"low_rank"} and hopper:
-        # What programs read of the L2 bounds them: as wide as the sums fit in registers, which on an A100 they don't.
-        wide, narrow = Blocks(n=256, k=64, warps=8, stages=3), Blocks(n=128, k=64, warps=8, stages=3)
-        return Config(block_m, wide, Blocks(n=64, k=64, warps=8, stages=2), narrow, wide, True, 264)
+        # Sums of gate and up fill the registers of an A100.
+        wide, narrow = Blocks(n=128, k=64, warps=8, stages=3), Blocks(n=64, k=64, warps=8, stages=3)
+        return Config(block_m, wide, Blocks(n=128, k=128, warps=8, stages=2), narrow, wide, True, 264)
     # A decoded tile is in registers twice, as codes and as fp32: four warps spilled some of it.
     warps = 8 if block_m == 128 or coders - {"low_rank", "dense"} else 4
     wide = Blocks(n=128, k=64, warps=warps, stages=3)
     warps = 8 if block_m == 128 or any(coder.startswith("bitmap") for coder in coders) else 4
     hidden = Blocks(n=64, k=64, warps=warps, stages=3)
+    if coders == {"low_rank"}:
+        return Config(block_m, wide, Blocks(n=64, k=128, warps=4, stages=2), hidden, wide, True, 264, max(64, block_m))
     return Config(block_m, wide, hidden, hidden, wide, True, 264, max(64, block_m))
+
+
+def _few_low_rank(tokens: int) -> Config:
+    """As measured on an H200 with OLMoE's shape (docs/notes/gpu-kernel.md)."""
+    hidden = Blocks(n=32, k=64, warps=4, stages=4)
+    if tokens <= _LONE_TOKENS:
+        first, last = Blocks(n=32, k=128, warps=4, stages=6), Blocks(n=64, k=128, warps=4, stages=4)
+        shrink = Blocks(n=16, k=256, warps=4, stages=5)
+    elif tokens <= _SEVERAL_TOKENS:
+        first, last = Blocks(n=64, k=64, warps=4, stages=6), Blocks(n=64, k=64, warps=4, stages=5)
+        shrink = Blocks(n=32, k=128, warps=4, stages=6)
+    else:
+        first, last = Blocks(n=64, k=128, warps=4, stages=4), Blocks(n=128, k=64, warps=4, stages=4)
+        shrink = Blocks(n=64, k=128, warps=4, stages=4)
+    return Config(16, first, hidden, shrink, last, False, 528)
 
 
 def _fit(config: Config, shared: int, itemsize: int, *, decoded: bool, pairs: bool) -> Config:

@@ -363,7 +363,7 @@ class _Call:
             static += (None, *NOTHING) if factors is None else (Rank(factors.width, factors.columns), *factors.u)
         gate, up = group.gate.factors, group.up.factors
         launches.launch(
-            ("hidden", number),
+            ("hidden", number, self.expert_map is None),
             _hidden_kernel,
             (m_blocks * _ceil_div(self.plan.intermediate, blocks.n), 1, 1),
             self.x,
@@ -460,7 +460,7 @@ class _Call:
             ends.append(end)
         ends += [end] * products.absent_ends
         launches.launch(
-            (name, number),
+            (name, number, self.expert_map is None),
             _products_kernel,
             (end, 1, 1),
             routing,

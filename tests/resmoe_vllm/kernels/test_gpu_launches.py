@@ -87,6 +87,26 @@ def test_groups_share_one_center(monkeypatch: pytest.MonkeyPatch) -> None:
     assert routed[0] is False, "the longest product is not first"
 
 
+@pytest.mark.parametrize("routing", ["T1-KE", "T7-K2-padded"])
+def test_what_is_kept_was_compiled_for_the_arguments_given(routing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a map of experts and without, from one layer: what is absent decides what is compiled."""
+    seen: dict[object, set[tuple[bool, ...]]] = {}
+
+    def absent(values: tuple) -> tuple[bool, ...]:
+        return sum((absent(value) if isinstance(value, tuple) else (value is None,) for value in values), ())
+
+    def launch(_self, key: object, _kernel: object, _grid: object, *arguments: object, **_options: int) -> None:
+        seen.setdefault(key, set()).add(absent(arguments))
+
+    monkeypatch.setattr(launches.LayerLaunches, "launch", launch)
+    weights, ids = make_routing(4, routing)
+    kernel = GpuKernel(groups_of(layer_kinds(SIZE_I, SIZE_H)["low_rank-joint"]), SILU)
+    for expert_map in (None, torch.arange(4, dtype=torch.int32)):
+        kernel(hidden_states(len(ids), SIZE_H, "float32"), weights, ids, expert_map)
+    assert seen
+    assert {len(kinds) for kinds in seen.values()} == {1}
+
+
 @pytest.mark.parametrize("kind", ["low_rank-joint", "quantized-3bit"])
 def test_one_choice_of_which_some_are_skipped(kind: str) -> None:
     """Nobody writes what belongs to pairs without an expert here, so nobody may read it: with a map and without."""
