@@ -37,29 +37,6 @@ class Routing(NamedTuple):
 
 
 @triton.jit
-def follow(PDL: tl.constexpr):
-    """Wait until the launch before has ended.
-
-    With programmatic dependent launch programs begin while the launch before still runs. Of what any launch writes
-    nothing is read, and nothing is written, before this. Every program of every kernel must come by here: the launch
-    before has ended only when its programs have waited for the one before it.
-    """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def let_follow(PDL: tl.constexpr):
-    """Let programs of the next launch come, once all of this one are here or have ended.
-
-    At the end of a program: those that come early take the place of those that still run, and heap up where there is
-    room, instead of spreading over all multiprocessors.
-    """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
 def local_experts(topk_ids, expert_map, pairs, ok):
     """Local expert of each pair, int32; -1 for padding and other ranks' experts."""
     ids = tl.load(topk_ids + pairs, mask=ok, other=-1).to(tl.int32)
@@ -94,10 +71,9 @@ def block_pairs(r, m_block, num_pairs, BLOCK_M: tl.constexpr):
 @triton.jit(do_not_specialize=["num_pairs"])
 def _align_kernel(
     topk_ids, expert_map, sorted_pairs, block_experts, num_padded, num_pairs, NUM_EXPERTS: tl.constexpr,
-    BINS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr
+    BINS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     """One program per expert: it counts all, so it knows where its own blocks begin, and places its pairs there."""
-    follow(PDL)
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)
     counts = tl.zeros((BINS,), tl.int32)
@@ -112,7 +88,6 @@ def _align_kernel(
     count = tl.sum(tl.where(bins == expert, counts, 0), 0)
     if expert == 0:
         tl.store(num_padded, tl.sum(padded, 0))
-    let_follow(PDL)
     for block in range(first // BLOCK, (first + length) // BLOCK):
         tl.store(block_experts + block, expert)
     tail = count + tl.arange(0, BLOCK)
@@ -166,4 +141,4 @@ def align(
 
 
 def _launch(kernel: Any, grid: tuple[int, int, int], *arguments: object, **options: int) -> None:
-    kernel[grid](*arguments, False, **options)
+    kernel[grid](*arguments, **options)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from resmoe_vllm.kernels.gpu.align import block_expert, block_pairs, follow, let_follow, local_experts
+from resmoe_vllm.kernels.gpu.align import block_expert, block_pairs, local_experts
 from resmoe_vllm.kernels.gpu.tiles import kept_before, load_tile
 
 # m-blocks that walk over the columns together, so that a weight tile is still in L2 for the next of them
@@ -124,7 +124,7 @@ def _swizzle(program, m_blocks, n_blocks):
 @triton.jit
 def _product(
     a, out, p, s: tl.constexpr, t, ts: tl.constexpr, splits, slab, r, program, num_pairs, num_tokens, pair_blocks,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr
 ):  # fmt: skip
     n_blocks = tl.cdiv(p.n, BLOCK_N)
     chunk = tl.cdiv(tl.cdiv(p.k, BLOCK_K), splits) * BLOCK_K
@@ -170,7 +170,6 @@ def _product(
                     t, ts, expert, k_offsets, n_block * BLOCK_N, before, p.rows, p.columns, BLOCK_K, BLOCK_N, DOT
                 )  # fmt: skip
                 acc = _add_dot(a_tile.to(DOT), w, acc, DOT)
-        let_follow(PDL)
         out_rows = out + ((slab + split).to(tl.int64) * num_rows + rows.to(tl.int64)) * p.n
         ok = row_ok[:, None] & (n_offsets < p.n)[None, :]
         tl.store(out_rows[:, None] + n_offsets[None, :], acc.to(out.dtype.element_ty), mask=ok)
@@ -187,39 +186,37 @@ def _products_kernel(
     slab_1, slab_2, slab_3, a_0, out_0, p_0, s_0: tl.constexpr, t_0,
     ts_0: tl.constexpr, a_1, out_1, p_1, s_1: tl.constexpr, t_1, ts_1: tl.constexpr, a_2, out_2, p_2,
     s_2: tl.constexpr, t_2, ts_2: tl.constexpr, a_3, out_3, p_3, s_3: tl.constexpr, t_3, ts_3: tl.constexpr,
-    BLOCK_M: tl.constexpr, TOKEN_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
-    PDL: tl.constexpr
+    BLOCK_M: tl.constexpr, TOKEN_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr
 ):  # fmt: skip
     """Up to four products side by side, each from its first program on; those that are not there are None.
 
     A product's ``splits`` slabs are written from ``slab`` on. Rows come in blocks of ``BLOCK_M`` where each has its
     expert's weight, else of ``TOKEN_M``.
     """
-    follow(PDL)
     program = tl.program_id(0)
     # One if for each and no return: so the products share one piece of shared memory.
     if program < first_1:
         _product(
             a_0, out_0, p_0, s_0, t_0, ts_0, splits_0, slab_0, r, program,
-            num_pairs, num_tokens, pair_blocks, BLOCK_M if s_0.routed else TOKEN_M, BLOCK_N, BLOCK_K, DOT, PDL
+            num_pairs, num_tokens, pair_blocks, BLOCK_M if s_0.routed else TOKEN_M, BLOCK_N, BLOCK_K, DOT
         )  # fmt: skip
     if s_1 is not None:
         if (program >= first_1) & (program < first_2):
             _product(
                 a_1, out_1, p_1, s_1, t_1, ts_1, splits_1, slab_1, r, program - first_1, num_pairs, num_tokens,
-                pair_blocks, BLOCK_M if s_1.routed else TOKEN_M, BLOCK_N, BLOCK_K, DOT, PDL
+                pair_blocks, BLOCK_M if s_1.routed else TOKEN_M, BLOCK_N, BLOCK_K, DOT
             )  # fmt: skip
     if s_2 is not None:
         if (program >= first_2) & (program < first_3):
             _product(
                 a_2, out_2, p_2, s_2, t_2, ts_2, splits_2, slab_2, r, program - first_2, num_pairs, num_tokens,
-                pair_blocks, BLOCK_M if s_2.routed else TOKEN_M, BLOCK_N, BLOCK_K, DOT, PDL
+                pair_blocks, BLOCK_M if s_2.routed else TOKEN_M, BLOCK_N, BLOCK_K, DOT
             )  # fmt: skip
     if s_3 is not None:
         if program >= first_3:
             _product(
                 a_3, out_3, p_3, s_3, t_3, ts_3, splits_3, slab_3, r, program - first_3, num_pairs, num_tokens,
-                pair_blocks, BLOCK_M if s_3.routed else TOKEN_M, BLOCK_N, BLOCK_K, DOT, PDL
+                pair_blocks, BLOCK_M if s_3.routed else TOKEN_M, BLOCK_N, BLOCK_K, DOT
             )  # fmt: skip
 
 
@@ -288,8 +285,7 @@ def _hidden_kernel(
     up_center, gate_shrunk, up_shrunk, gate_bias, up_bias, gs: tl.constexpr, gate_tile, gts: tl.constexpr, gate_rank,
     gate_u, gus: tl.constexpr, us: tl.constexpr, up_tile, uts: tl.constexpr, up_rank, up_u, uus: tl.constexpr,
     SHARED_U: tl.constexpr, TOP_K: tl.constexpr, SIZE_H: tl.constexpr, SIZE_I: tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
-    PDL: tl.constexpr
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr
 ):  # fmt: skip
     """``weight * activation`` of each pair, ``[P, I]``. One pass over H for tiles, one over the rank for U.
 
@@ -297,7 +293,6 @@ def _hidden_kernel(
     """
     N_BLOCKS: tl.constexpr = (SIZE_I + BLOCK_N - 1) // BLOCK_N
     m_block, n_block = _swizzle(tl.program_id(0), m_blocks, N_BLOCKS)
-    follow(PDL)
     local = block_expert(r, m_block, BLOCK_M)
     if local < 0:
         return
@@ -352,7 +347,6 @@ def _hidden_kernel(
                 up_acc, up_shrunk, up_u, uus, expert, rows, row_ok, i_offsets, up_rank, SIZE_I, BLOCK_N, BLOCK_K,
                 DOT
             )  # fmt: skip
-    let_follow(PDL)
     ok = row_ok[:, None] & (i_offsets < SIZE_I)[None, :]
     if gs.center_splits > 0:
         gate_acc += _slabs(gate_center, tokens, i_offsets, ok, num_tokens, SIZE_I, gs.center_splits, BLOCK_M, BLOCK_N)
@@ -372,13 +366,12 @@ def _hidden_kernel(
 def _combine_kernel(
     out, pairs, whole, bias, topk_weights, topk_ids, pair_map, bias_map, num_pairs, num_tokens, N: tl.constexpr,
     PAIR_SLABS: tl.constexpr, TOKEN_SLABS: tl.constexpr, BIAS_STRIDE: tl.constexpr, TOP_K: tl.constexpr,
-    CHOICES: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr
+    CHOICES: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """One token's columns: its pairs' slabs and weighted biases, of experts that are here, and its own slabs.
 
     Which experts are here the two maps say, each for its own term.
     """
-    follow(PDL)
     token = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     ok = columns < N
@@ -400,5 +393,4 @@ def _combine_kernel(
     for slab in tl.static_range(TOKEN_SLABS):
         row = (tl.full((), slab, tl.int64) * num_tokens + token) * N
         total += tl.load(whole + row + columns, mask=ok, other=0).to(tl.float32)
-    let_follow(PDL)
     tl.store(out + token.to(tl.int64) * N + columns, total.to(out.dtype.element_ty), mask=ok)

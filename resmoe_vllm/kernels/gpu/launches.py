@@ -18,7 +18,6 @@ depends on the layer and the class of T alone (``block_sizes.TokenClass``), so t
 kept, before the first request; nothing is read back, so a CUDA graph may hold them.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -54,9 +53,6 @@ MAX_PRODUCTS = 4
 MAX_SPLITS = 4
 # Pointers are compiled for as multiples of it.
 ALIGNMENT = 16
-# With 0 a launch's programs begin when the launch before has ended, as everywhere but on Hopper and later.
-PDL_VARIABLE = "RESMOE_GPU_PDL"
-_PDL_ARCH = 90
 
 NOTHING = (None, None)
 
@@ -170,7 +166,6 @@ class LayerLaunches:
         # What goes from launch to launch is small beside the weights while tokens are few.
         self.few = token_class.tokens <= FEW_TOKENS
         self.lone = token_class.tokens == 1
-        self.pdl = _has_dependent_launch()
         self.top_k, self.choices, self.dtype, self.combine_columns = 0, 0, torch.float32, 0
         self.kept: dict[object, Any] = {}
 
@@ -290,12 +285,10 @@ class LayerLaunches:
     def launch(self, key: object, kernel: Any, grid: tuple[int, int, int], *arguments: object, **options: int) -> None:
         """Launch, by Triton's own dispatch the first time, then as it was compiled."""
         compiled = self.kept.get(key)
-        if compiled is not None:
-            compiled[grid](*arguments, self.pdl)
-        elif self.pdl:
-            self.kept[key] = kernel[grid](*arguments, True, **options, launch_pdl=True)
+        if compiled is None:
+            self.kept[key] = kernel[grid](*arguments, **options)
         else:
-            self.kept[key] = kernel[grid](*arguments, False, **options)
+            compiled[grid](*arguments)
 
 
 class _Call:
@@ -533,14 +526,6 @@ class _Call:
     def _several(self, own: Tensor | None) -> Tensor | None:
         """The layer's own map of some of its experts, or the caller's."""
         return self.expert_map if own is None else own
-
-
-def _has_dependent_launch() -> bool:
-    """Whether programs may begin while the launch before still runs: on NVIDIA's Hopper and later."""
-    if triton.knobs.runtime.interpret or os.environ.get(PDL_VARIABLE) == "0":
-        return False
-    target = triton.runtime.driver.active.get_current_target()
-    return bool(target.backend == "cuda" and target.arch >= _PDL_ARCH)
 
 
 def _spec(activation: Activation) -> ActivationSpec:
