@@ -23,7 +23,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 FEW_TOKENS = 64
 # Loads of two bytes that are single values by nature: kept values of a bitmap, scales, and a row's pointer to its kept
 # values, of which a step has one for 64 columns.
-GATHERS = frozenset({"_load_lanes", "_octet_scales", "kept_before"})
+GATHERS = frozenset({"_load_lanes", "_octet_scales", "_step_scales", "kept_before"})
 TOLERANCE = 1.05
 HERE = Path(__file__).parent
 ALLOWED = HERE / "allowed.json"

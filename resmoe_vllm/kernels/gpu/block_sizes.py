@@ -137,8 +137,11 @@ def _rule(tokens: int, per_expert: float, coders: frozenset[str], dtype: torch.d
             # Steps of 32 columns leave a decoded tile where the matrix units take it, with no copy through shared
             # memory; a block of the last launch begins where a pointer is.
             hidden, last = Blocks(n=32, k=32, warps=4, stages=3), Blocks(n=64, k=64, warps=4, stages=3)
-        elif coders & {"quantized", "trellis"}:
+        elif "trellis" in coders:
             hidden, last = Blocks(n=32, k=64, warps=4, stages=3), Blocks(n=64, k=64, warps=4, stages=3)
+        elif "quantized" in coders:
+            # A lane's octets of a step of 128 columns are one load.
+            hidden, last = Blocks(n=32, k=128, warps=4, stages=3), Blocks(n=64, k=128, warps=4, stages=3)
         else:
             hidden, last = Blocks(n=32, k=128, warps=4, stages=3), replace(few, stages=4)
         decoded = bool(coders - {"low_rank", "dense"})

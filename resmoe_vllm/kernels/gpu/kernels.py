@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from resmoe_vllm.kernels.gpu.align import block_expert, block_pairs, local_experts
-from resmoe_vllm.kernels.gpu.tiles import kept_before, load_tile
+from resmoe_vllm.kernels.gpu.tiles import codes_in_lanes, kept_before, lane_columns, load_tile
 
 # m-blocks that walk over the columns together, so that a weight tile is still in L2 for the next of them
 _GROUP_M = tl.constexpr(8)
@@ -46,11 +46,13 @@ class ProductSpec(NamedTuple):
         routed: rows are pairs, each with its expert's weight; else all rows have the one weight.
         rows_per_a: output rows that share a row of A: K where A is tokens, else 1.
         transposed: W is stored ``[n, k]``.
+        even: W's rows and columns are whole blocks.
     """
 
     routed: bool
     rows_per_a: int
     transposed: bool
+    even: bool = False
 
 
 class ActivationSpec(NamedTuple):
@@ -151,13 +153,22 @@ def _product(
         n_offsets = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
         begin = split * chunk
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        LANES: tl.constexpr = s.transposed and codes_in_lanes(ts, BLOCK_K)
         for k in range(begin, tl.minimum(begin + chunk, p.k), BLOCK_K):
             k_offsets = k + tl.arange(0, BLOCK_K)
+            if LANES:
+                k_offsets = tl.max_contiguous(tl.multiple_of(k + lane_columns(BLOCK_K), 4), 4)
             # Splits begin at whole steps, so only A's own end needs a mask; its divisor keeps loads wide.
-            a_tile = tl.load(a_rows[:, None] + k_offsets[None, :], row_ok[:, None] & (k_offsets < p.k)[None, :], 0)
+            if s.even:
+                ok = row_ok[:, None]
+            else:
+                ok = row_ok[:, None] & (k_offsets < p.k)[None, :]
+            a_tile = tl.load(a_rows[:, None] + k_offsets[None, :], ok, 0)
             if s.transposed:
                 before = tl.zeros((BLOCK_N,), tl.int32)
-                w, _ = load_tile(t, ts, expert, n_offsets, k, before, p.rows, p.columns, BLOCK_N, BLOCK_K, DOT)
+                w, _ = load_tile(
+                    t, ts, expert, n_offsets, k, before, p.rows, p.columns, BLOCK_N, BLOCK_K, DOT, LANES, s.even
+                )
                 acc = _add_dot(a_tile.to(DOT), tl.trans(w), acc, DOT)
             else:
                 if ts.value_bits > 0:
@@ -167,7 +178,8 @@ def _product(
                 else:
                     before = tl.zeros((BLOCK_K,), tl.int32)
                 w, _ = load_tile(
-                    t, ts, expert, k_offsets, n_block * BLOCK_N, before, p.rows, p.columns, BLOCK_K, BLOCK_N, DOT
+                    t, ts, expert, k_offsets, n_block * BLOCK_N, before, p.rows, p.columns, BLOCK_K, BLOCK_N, DOT,
+                    False, s.even
                 )  # fmt: skip
                 acc = _add_dot(a_tile.to(DOT), w, acc, DOT)
         out_rows = out + ((slab + split).to(tl.int64) * num_rows + rows.to(tl.int64)) * p.n
@@ -242,7 +254,7 @@ def _expand(
         columns = r + tl.arange(0, BLOCK_R)
         ok = row_ok[:, None] & (columns < rank.width)[None, :]
         s = tl.load(shrunk_rows[:, None] + columns[None, :], mask=ok, other=0)
-        w, _ = load_tile(u, us, expert, i_offsets, r, before, SIZE_I, rank.columns, BLOCK_N, BLOCK_R, DOT)
+        w, _ = load_tile(u, us, expert, i_offsets, r, before, SIZE_I, rank.columns, BLOCK_N, BLOCK_R, DOT, False, False)
         acc = _add_dot(s.to(DOT), tl.trans(w), acc, DOT)
     return acc
 
@@ -308,18 +320,27 @@ def _hidden_kernel(
         gate_before = tl.zeros((BLOCK_N,), tl.int32)
         up_before = tl.zeros((BLOCK_N,), tl.int32)
         # Short steps are unrolled, so that their loads are on the way together.
+        LANES: tl.constexpr = codes_in_lanes(gts, BLOCK_K) and codes_in_lanes(uts, BLOCK_K)
+        EVEN: tl.constexpr = SIZE_I % BLOCK_N == 0 and SIZE_H % BLOCK_K == 0
         for h in tl.range(0, SIZE_H, BLOCK_K, loop_unroll_factor=4 if BLOCK_K == 32 else 1):
             h_offsets = h + tl.arange(0, BLOCK_K)
-            ok = row_ok[:, None] & (h_offsets < SIZE_H)[None, :]
+            if LANES:
+                h_offsets = tl.max_contiguous(tl.multiple_of(h + lane_columns(BLOCK_K), 4), 4)
+            if EVEN:
+                ok = row_ok[:, None]
+            else:
+                ok = row_ok[:, None] & (h_offsets < SIZE_H)[None, :]
             a = tl.load(x_rows[:, None] + h_offsets[None, :], mask=ok, other=0).to(DOT)
             if gts is not None:
                 w, gate_before = load_tile(
-                    gate_tile, gts, expert, i_offsets, h, gate_before, SIZE_I, SIZE_H, BLOCK_N, BLOCK_K, DOT
+                    gate_tile, gts, expert, i_offsets, h, gate_before, SIZE_I, SIZE_H, BLOCK_N, BLOCK_K, DOT,
+                    LANES, EVEN
                 )  # fmt: skip
                 gate_acc = _add_dot(a, tl.trans(w), gate_acc, DOT)
             if uts is not None:
                 w2, up_before = load_tile(
-                    up_tile, uts, expert, i_offsets, h, up_before, SIZE_I, SIZE_H, BLOCK_N, BLOCK_K, DOT
+                    up_tile, uts, expert, i_offsets, h, up_before, SIZE_I, SIZE_H, BLOCK_N, BLOCK_K, DOT,
+                    LANES, EVEN
                 )  # fmt: skip
                 up_acc = _add_dot(a, tl.trans(w2), up_acc, DOT)
     if SHARED_U:
@@ -332,7 +353,8 @@ def _hidden_kernel(
             sg = tl.load(gate_rows[:, None] + columns[None, :], mask=r_ok, other=0)
             su = tl.load(up_rows[:, None] + columns[None, :], mask=r_ok, other=0)
             u, _ = load_tile(
-                gate_u, gus, expert, i_offsets, r, before, SIZE_I, gate_rank.columns, BLOCK_N, BLOCK_K, DOT
+                gate_u, gus, expert, i_offsets, r, before, SIZE_I, gate_rank.columns, BLOCK_N, BLOCK_K, DOT, False,
+                False
             )  # fmt: skip
             gate_acc = _add_dot(sg.to(DOT), tl.trans(u), gate_acc, DOT)
             up_acc = _add_dot(su.to(DOT), tl.trans(u), up_acc, DOT)

@@ -132,6 +132,7 @@ class _Products:
     """
 
     def __init__(self, jobs: Sequence[_Job], blocks: Blocks) -> None:
+        jobs = [replace(job, spec=job.spec._replace(even=_is_even(job, blocks))) for job in jobs]
         self.jobs, self.blocks = jobs, blocks
         # what the kernel takes of a job, but for its tensors; and its programs for each block of rows
         self.constants = [(job.product, job.spec, *job.weight) for job in jobs]
@@ -538,6 +539,14 @@ def _spec(activation: Activation) -> ActivationSpec:
         activation.beta,
         activation.limit_after,
     )
+
+
+def _is_even(job: _Job, blocks: Blocks) -> bool:
+    """Whether a product's weight consists of whole blocks."""
+    product = job.product
+    rows, columns = (blocks.n, blocks.k) if job.spec.transposed else (blocks.k, blocks.n)
+    whole = product.rows == (product.n if job.spec.transposed else product.k)
+    return whole and product.rows % rows == 0 and product.columns % columns == 0 and product.k % blocks.k == 0
 
 
 def _ceil_div(count: int, size: int) -> int:

@@ -15,10 +15,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import constexpr_function
 
 from compress_tools.format.packing import mask_row_counts
 from compress_tools.format.trellis import STATE_BITS, STATES, state_levels
-from resmoe_vllm.kernels.gpu.trellis_codes import LEVEL_UNIT, has_programs, octet_columns
+from resmoe_vllm.kernels.gpu.plain_codes import plain_columns
+from resmoe_vllm.kernels.gpu.ptx import runs_ptx
+from resmoe_vllm.kernels.gpu.trellis_codes import LEVEL_UNIT, octet_columns
 
 # What a ``*_bits`` of ``TileSpec`` says of values that are no codes.
 PLAIN = 16
@@ -141,17 +144,68 @@ def _by_octet(c0, c1, c2, c3, c4, c5, c6, c7, ROWS: tl.constexpr, COLUMNS: tl.co
 
 
 @triton.jit
+def lane_columns(COLUMNS: tl.constexpr):
+    """Where the columns of a tile in lanes' order lie, int32 ``[COLUMNS]``.
+
+    Four lanes side by side have equally many neighbouring octets each. Of each lane's first octet come the first four
+    columns, lane by lane, then the last four, then those of its second octet.
+    """
+    columns = tl.arange(0, COLUMNS)
+    octet = columns // 32
+    places = ((columns >> 2) & 3) * (COLUMNS // 4) + octet * 8 + ((columns >> 4) & 1) * 4 + (columns & 3)
+    return tl.max_contiguous(tl.multiple_of(places, 4), 4)
+
+
+@triton.jit
+def _by_lane(c0, c1, c2, c3, c4, c5, c6, c7, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """As ``_by_octet``, in the order of ``lane_columns``: so four lanes hold it as the matrix units take it."""
+    first = tl.reshape(tl.join(tl.join(c0, c2), tl.join(c1, c3)), (ROWS, 4, COLUMNS // 32, 4))
+    last = tl.reshape(tl.join(tl.join(c4, c6), tl.join(c5, c7)), (ROWS, 4, COLUMNS // 32, 4))
+    return tl.reshape(tl.permute(tl.join(first, last), (0, 2, 4, 1, 3)), (ROWS, COLUMNS))
+
+
+@triton.jit
+def _opaque(tile):
+    """The same; the compiler, which chooses layouts by how a tile was made, does not look behind it."""
+    if runs_ptx() and tile.dtype == tl.bfloat16:
+        tile = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], tl.bfloat16, is_pure=False, pack=2)
+    return tile
+
+
+@triton.jit
+def _in_order(c0, c1, c2, c3, c4, c5, c6, c7, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr):
+    if LANES:
+        tile = _by_lane(c0, c1, c2, c3, c4, c5, c6, c7, ROWS, COLUMNS)
+    else:
+        tile = _opaque(_by_octet(c0, c1, c2, c3, c4, c5, c6, c7, ROWS, COLUMNS))
+    return tile
+
+
+@constexpr_function
+def codes_in_lanes(spec, columns):
+    """Whether a tile is codes alone, so that its columns may come in the order of ``lane_columns``."""
+    if spec is None:
+        return True
+    return columns % 32 == 0 and spec.value_bits == 0 and {spec.center_bits, spec.own_bits} <= {0, 1, 2, 3, 4, 8}
+
+
+@triton.jit
 def _load_octets(
     start, rows, row_ok, first_column, BACK: tl.constexpr, BITS: tl.constexpr, num_columns,
-    OCTETS: tl.constexpr
+    OCTETS: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr = 1
 ):  # fmt: skip
     """The codes of each octet in one integer, ``[ROWS, OCTETS]``; with 3 bits the upper plane from bit 16 on.
+
+    With WIDE a lane loads that many neighbours at once.
 
     With ``BACK`` those of that many octets before; before the first lies the last one. Zeros behind the row.
     """
     row = (num_columns + 7) // 8
     places = first_column // 8 + tl.arange(0, OCTETS)
-    ok = row_ok[:, None] & (places < row)[None, :]
+    if EVEN:
+        ok = tl.full((rows.shape[0], OCTETS), True, tl.int1)
+    else:
+        ok = row_ok[:, None] & (places < row)[None, :]
     for _ in tl.static_range(BACK):
         places = tl.where(places > 0, places, row) - 1
     if BITS == 3:
@@ -160,6 +214,10 @@ def _load_octets(
         words = _load_lanes(start, low, ok).to(tl.int32)
         words |= _load_lanes(start, low + 1, ok).to(tl.int32) << 8
         words |= _load_lanes(start, high, ok).to(tl.int32) << 16
+    elif WIDE > 1:
+        # as EVEN has it, rows and steps begin at whole loads
+        offsets = rows[:, None] * row + places[None, :]
+        words = tl.load(tl.multiple_of(tl.max_contiguous(start + offsets, [1, WIDE]), [1, WIDE]))
     else:
         words = _load_lanes(start, rows[:, None] * row + places[None, :], ok)
     return words
@@ -195,64 +253,106 @@ def _level(words, before, levels, scale, COLUMN: tl.constexpr, BITS: tl.constexp
 
 @triton.jit
 def _octet_scales(
-    scales, rows, row_ok, first_column, GROUP: tl.constexpr, num_columns, OCTETS: tl.constexpr
+    scales, rows, row_ok, first_column, GROUP: tl.constexpr, num_columns, OCTETS: tl.constexpr, EVEN: tl.constexpr
 ):  # fmt: skip
-    """The scale of each octet, fp32 ``[ROWS, OCTETS]``; of each row, ``[ROWS, 1]``, where GROUP is 0."""
+    """The scale of each octet, ``[ROWS, OCTETS]``; of each row, ``[ROWS, 1]``, where GROUP is 0."""
     if GROUP == 0:
         found = tl.load(scales + rows, mask=row_ok, other=0)[:, None]
     else:
         groups = (num_columns + GROUP - 1) // GROUP
         group = (first_column + tl.arange(0, OCTETS) * 8) // GROUP
-        ok = row_ok[:, None] & (group < groups)[None, :]
+        if EVEN:
+            ok = tl.full((rows.shape[0], OCTETS), True, tl.int1)
+        else:
+            ok = row_ok[:, None] & (group < groups)[None, :]
         found = _load_lanes(scales, rows[:, None] * groups + group[None, :], ok)
-    return found.to(tl.float32)
+    return found
+
+
+@triton.jit
+def _step_scales(
+    scales, rows, row_ok, first_column, GROUP: tl.constexpr, num_columns, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """As ``_octet_scales``, for steps of whole groups: each is loaded once, and lies where its octets do."""
+    GROUPS: tl.constexpr = COLUMNS // GROUP
+    ROWS: tl.constexpr = rows.shape[0]
+    groups = (num_columns + GROUP - 1) // GROUP
+    group = first_column // GROUP + tl.arange(0, GROUPS)
+    found = tl.load(
+        scales + rows[:, None] * groups + group[None, :], mask=row_ok[:, None] & (group < groups)[None, :], other=0
+    )
+    return tl.reshape(tl.broadcast_to(found[:, :, None], (ROWS, GROUPS, GROUP // 8)), (ROWS, COLUMNS // 8))
 
 
 @triton.jit
 def _rows_tile(
     start, scales, levels, rows, row_ok, first_column, BITS: tl.constexpr, GROUP: tl.constexpr,
-    num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TO: tl.constexpr
+    num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TO: tl.constexpr, LANES: tl.constexpr, EVEN: tl.constexpr
 ):  # fmt: skip
-    """``[ROWS, COLUMNS]``, plain values in their dtype, codes in fp32, or TO. Rows that are not there are 0."""
+    """``[ROWS, COLUMNS]``, plain values in their dtype, codes in fp32, or TO. Rows that are not there are 0.
+
+    With LANES columns are those of ``lane_columns``.
+    """
     if BITS == _PLAIN:
         columns = first_column + tl.arange(0, COLUMNS)
-        ok = row_ok[:, None] & (columns < num_columns)[None, :]
+        if EVEN:
+            ok = tl.full((ROWS, COLUMNS), True, tl.int1)
+        else:
+            ok = row_ok[:, None] & (columns < num_columns)[None, :]
         tile = tl.load(start + rows[:, None] * num_columns + columns[None, :], mask=ok, other=0)
     else:
         OCTETS: tl.constexpr = COLUMNS // 8
-        w = _load_octets(start, rows, row_ok, first_column, 0, BITS, num_columns, OCTETS)
-        scale = _octet_scales(scales, rows, row_ok, first_column, GROUP, num_columns, OCTETS)
+        WIDE: tl.constexpr = OCTETS // 4 if LANES and EVEN and (BITS == 4 or BITS == 8) and levels is None else 1
+        w = _load_octets(start, rows, row_ok, first_column, 0, BITS, num_columns, OCTETS, EVEN, WIDE)
+        if WIDE > 1 and GROUP > 0 and COLUMNS % GROUP == 0:
+            scale = _step_scales(scales, rows, row_ok, first_column, GROUP, num_columns, COLUMNS)
+        else:
+            scale = _octet_scales(scales, rows, row_ok, first_column, GROUP, num_columns, OCTETS, EVEN)
         if levels is not None:
-            b = _load_octets(start, rows, row_ok, first_column, 1, BITS, num_columns, OCTETS)
+            b = _load_octets(start, rows, row_ok, first_column, 1, BITS, num_columns, OCTETS, EVEN)
+            scale = scale.to(tl.float32)
             if BITS == 1:
-                older = _load_octets(start, rows, row_ok, first_column, 2, BITS, num_columns, OCTETS)
+                older = _load_octets(start, rows, row_ok, first_column, 2, BITS, num_columns, OCTETS, EVEN)
                 b = (b.to(tl.int32) << 8) | older.to(tl.int32)
-            if has_programs():
+            if runs_ptx():
                 scale = scale * _LEVELS
                 if tl.bfloat16 == TO:
                     c0, c1, c2, c3, c4, c5, c6, c7 = octet_columns(w, b, scale, BITS, True)
-                    tile = _by_octet(c0, c1, c2, c3, c4, c5, c6, c7, ROWS, COLUMNS)
+                    tile = _in_order(c0, c1, c2, c3, c4, c5, c6, c7, ROWS, COLUMNS, LANES)
                 else:
                     c0, c1, c2, c3, c4, c5, c6, c7 = octet_columns(w, b, scale, BITS, False)
-                    tile = _by_octet(
+                    tile = _in_order(
                         c0.to(tl.float32) * scale, c1.to(tl.float32) * scale, c2.to(tl.float32) * scale,
                         c3.to(tl.float32) * scale, c4.to(tl.float32) * scale, c5.to(tl.float32) * scale,
-                        c6.to(tl.float32) * scale, c7.to(tl.float32) * scale, ROWS, COLUMNS
+                        c6.to(tl.float32) * scale, c7.to(tl.float32) * scale, ROWS, COLUMNS, LANES
                     )  # fmt: skip
             else:
-                tile = _by_octet(
+                tile = _in_order(
                     _level(w, b, levels, scale, 0, BITS), _level(w, b, levels, scale, 1, BITS),
                     _level(w, b, levels, scale, 2, BITS), _level(w, b, levels, scale, 3, BITS),
                     _level(w, b, levels, scale, 4, BITS), _level(w, b, levels, scale, 5, BITS),
-                    _level(w, b, levels, scale, 6, BITS), _level(w, b, levels, scale, 7, BITS), ROWS, COLUMNS
+                    _level(w, b, levels, scale, 6, BITS), _level(w, b, levels, scale, 7, BITS), ROWS, COLUMNS, LANES
+                )  # fmt: skip
+        elif runs_ptx():
+            if tl.bfloat16 == TO:
+                c0, c1, c2, c3, c4, c5, c6, c7 = plain_columns(w, scale, BITS, True)
+                tile = _in_order(c0, c1, c2, c3, c4, c5, c6, c7, ROWS, COLUMNS, LANES)
+            else:
+                c0, c1, c2, c3, c4, c5, c6, c7 = plain_columns(w, scale, BITS, False)
+                scale = scale.to(tl.float32)
+                tile = _in_order(
+                    c0.to(tl.float32) * scale, c1.to(tl.float32) * scale, c2.to(tl.float32) * scale,
+                    c3.to(tl.float32) * scale, c4.to(tl.float32) * scale, c5.to(tl.float32) * scale,
+                    c6.to(tl.float32) * scale, c7.to(tl.float32) * scale, ROWS, COLUMNS, LANES
                 )  # fmt: skip
         else:
+            scale = scale.to(tl.float32)
             shift = scale * (-((1 << BITS) - 1) / 2)
-            tile = _by_octet(
+            tile = _in_order(
                 _decoded(w, scale, shift, 0, BITS), _decoded(w, scale, shift, 1, BITS),
                 _decoded(w, scale, shift, 2, BITS), _decoded(w, scale, shift, 3, BITS),
                 _decoded(w, scale, shift, 4, BITS), _decoded(w, scale, shift, 5, BITS),
-                _decoded(w, scale, shift, 6, BITS), _decoded(w, scale, shift, 7, BITS), ROWS, COLUMNS
+                _decoded(w, scale, shift, 6, BITS), _decoded(w, scale, shift, 7, BITS), ROWS, COLUMNS, LANES
             )  # fmt: skip
     return tile
 
@@ -316,7 +416,8 @@ def _bitmap_tile(
         shift = 0.0
     else:
         scales = t.value_scales + expert * t.value_scales_stride
-        scale = _octet_scales(scales, rows, row_ok, first_column, s.value_group, num_columns, COLUMNS // 8)
+        scale = _octet_scales(scales, rows, row_ok, first_column, s.value_group, num_columns, COLUMNS // 8, False)
+        scale = scale.to(tl.float32)
         shift = scale * (-((1 << s.value_bits) - 1) / 2)
     tile = _by_octet(
         _kept_column(values, numbers, place, scale, shift, 0, s.value_bits),
@@ -346,7 +447,7 @@ def kept_before(t, expert, rows, row_ok, first_column, num_columns, COLUMNS: tl.
 @triton.jit
 def load_tile(
     t, s: tl.constexpr, expert, rows, first_column, before, num_rows, num_columns,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr, LANES: tl.constexpr, EVEN: tl.constexpr
 ):  # fmt: skip
     """The sum of a weight's terms for one expert.
 
@@ -358,10 +459,15 @@ def load_tile(
         first_column: a multiple of COLUMNS, which is a power of two, at least 8.
         before: kept values of each row left of the tile, int32 ``[ROWS]``; only bitmaps use it.
         DOT: dtype of the result. Terms are added in fp32.
+        LANES: with columns in the order of ``lane_columns``, for ``codes_in_lanes`` alone.
+        EVEN: all rows and columns of the tile are there.
     Returns:
         ``[ROWS, COLUMNS]``, finite where no column is there; ``before`` of the next tile.
     """
-    row_ok = rows < num_rows
+    if EVEN:
+        row_ok = tl.full((ROWS,), True, tl.int1)
+    else:
+        row_ok = rows < num_rows
     after = before
     # what is added to others is not rounded before
     ALONE: tl.constexpr = (s.center_bits > 0) + (s.own_bits > 0) + (s.value_bits > 0) == 1
@@ -369,7 +475,7 @@ def load_tile(
     if s.center_bits > 0:
         tile = _rows_tile(
             t.center, t.center_scales, t.center_levels, rows, row_ok, first_column, s.center_bits, s.center_group,
-            num_columns, ROWS, COLUMNS, TO
+            num_columns, ROWS, COLUMNS, TO, LANES, EVEN
         )  # fmt: skip
     if s.own_bits > 0:
         scales = t.own_scales
@@ -377,7 +483,7 @@ def load_tile(
             scales += expert * t.own_scales_stride
         own = _rows_tile(
             t.own + expert * t.own_stride, scales, t.own_levels, rows, row_ok, first_column, s.own_bits, s.own_group,
-            num_columns, ROWS, COLUMNS, TO
+            num_columns, ROWS, COLUMNS, TO, LANES, EVEN
         )  # fmt: skip
         if s.center_bits > 0:
             tile = tile.to(tl.float32) + own.to(tl.float32)

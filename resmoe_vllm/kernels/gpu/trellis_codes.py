@@ -12,12 +12,10 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from triton import knobs
-from triton.language.target_info import current_target
-from triton.runtime.jit import constexpr_function
 
 from compress_tools.format.trellis import field_bits
 from compress_tools.format.trellis_tables import TABLES
+from resmoe_vllm.kernels.gpu.ptx import Program
 
 # what a byte is more than its level
 _RAISED = 128
@@ -26,32 +24,6 @@ LEVEL_UNIT = 2.0**-6
 # Inputs of the program, behind its eight outputs: codes of an octet, those before it, the scale twice, six words.
 _WORDS, _BEFORE, _SCALES = "$8", "$9", "$10"
 _HELD, _HELD_WORDS = 11, 6
-_FIRST_CARD = 80
-
-
-class _Program:
-    """Lines of PTX; every value has a register of its own."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def __call__(self, operation: str, *operands: str | int) -> str:
-        register = f"v{len(self.lines)}"
-        words = [own if isinstance(own, str) else hex(own) for own in operands]
-        self.lines.append(f"{operation} {register}, {', '.join(words)};")
-        return register
-
-    def sum(self, values: Sequence[str]) -> str:
-        """Of bytes, none of which overflows."""
-        total = values[0]
-        for value in values[1:]:
-            total = self("add.u32", total, value)
-        return total
-
-    def text(self, pairs: Sequence[str]) -> str:
-        """The whole program; ``pairs`` hold columns 0 and 1, ..., 6 and 7."""
-        stores = [f"mov.b32 {{${2 * number}, ${2 * number + 1}}}, {pair};" for number, pair in enumerate(pairs)]
-        return "\n".join(["{", f".reg .b32 v<{len(self.lines)}>;", *self.lines, *stores, "}"])
 
 
 class _Quad(NamedTuple):
@@ -78,7 +50,7 @@ def _word(table: Sequence[int]) -> int:
     return int.from_bytes(bytes(table), "little")
 
 
-def _look_up(program: _Program, table: Sequence[int], held: Sequence[str], selector: str) -> list[str]:
+def _look_up(program: Program, table: Sequence[int], held: Sequence[str], selector: str) -> list[str]:
     """Four entries, or what gives them when it is added up; ``held`` are the first words of each eight."""
     found = [program("prmt.b32", held[0], _word(table[4:8]), selector)]
     if len(table) > 8:
@@ -98,7 +70,7 @@ def _reversed_symbols(table: Sequence[int], bits: int) -> list[int]:
     ]
 
 
-def _quads_1(program: _Program) -> list[_Quad]:
+def _quads_1(program: Program) -> list[_Quad]:
     both = program("prmt.b32", _BEFORE, _WORDS, 0x5410)
     quads = []
     for first in (0, 2):
@@ -111,7 +83,7 @@ def _quads_1(program: _Program) -> list[_Quad]:
     return quads
 
 
-def _quads_2(program: _Program) -> list[_Quad]:
+def _quads_2(program: Program) -> list[_Quad]:
     both = program("prmt.b32", _BEFORE, _WORDS, 0x5410)
     # nibbles of even and of odd columns, from the oldest field of columns 0 and 1 on; the next one
     even, odd, next_even, next_odd = (program("shr.u32", both, shift) for shift in (6, 8, 10, 12))
@@ -123,7 +95,7 @@ def _quads_2(program: _Program) -> list[_Quad]:
     ]
 
 
-def _quads_3(program: _Program) -> list[_Quad]:
+def _quads_3(program: Program) -> list[_Quad]:
     # one nibble a symbol: its two low bits, and the high one, are moved apart by products
     low = program("prmt.b32", _WORDS, 0, 0x4140)
     high = program("shr.u32", _WORDS, 16)
@@ -135,7 +107,7 @@ def _quads_3(program: _Program) -> list[_Quad]:
     return _natural(program, symbols, _spread(program, low, high), 4)
 
 
-def _spread(program: _Program, low: str, high: str) -> str:
+def _spread(program: Program, low: str, high: str) -> str:
     for factor, moved in ((15, 0x00F000F0), (3, 0x0C0C0C0C)):
         low = program("mad.lo.u32", program("and.b32", low, moved), factor, low)
     for factor, mask in ((0x41, 0x03030303), (0x09, 0x11111111)):
@@ -143,11 +115,11 @@ def _spread(program: _Program, low: str, high: str) -> str:
     return program("mad.lo.u32", high, 4, low)
 
 
-def _quads_4(program: _Program) -> list[_Quad]:
+def _quads_4(program: Program) -> list[_Quad]:
     return _natural(program, _WORDS, _BEFORE, 3)
 
 
-def _natural(program: _Program, words: str, before: str, fields: int) -> list[_Quad]:
+def _natural(program: Program, words: str, before: str, fields: int) -> list[_Quad]:
     """A nibble a symbol, a symbol a field."""
     lower, upper = [words], [program("shr.u32", words, 16)]
     for age in range(1, fields):
@@ -156,7 +128,7 @@ def _natural(program: _Program, words: str, before: str, fields: int) -> list[_Q
     return [_Quad(lower, {0: (0, 1), 1: (2, 3)}), _Quad(upper, {2: (0, 1), 3: (2, 3)})]
 
 
-_QUADS: dict[int, Callable[[_Program], list[_Quad]]] = {1: _quads_1, 2: _quads_2, 3: _quads_3, 4: _quads_4}
+_QUADS: dict[int, Callable[[Program], list[_Quad]]] = {1: _quads_1, 2: _quads_2, 3: _quads_3, 4: _quads_4}
 
 
 def octet_tables(bits: int) -> list[list[int]]:
@@ -187,7 +159,7 @@ def octet_program(bits: int, *, scaled: bool) -> str:
         Its outputs are eight bfloat16; then come the inputs, 32 bits each: the codes, those before them, and with
         ``scaled`` the scale twice, bfloat16; then what ``held_program`` gives.
     """
-    program = _Program()
+    program = Program()
     tables = octet_tables(bits)
     each = len(tables[0]) // 8
     held = [[f"${_HELD + each * field + half}" for half in range(each)] for field in range(len(tables))]
@@ -210,15 +182,6 @@ _LEVELS_2, _VALUES_2 = (tl.constexpr(octet_program(2, scaled=scaled)) for scaled
 _LEVELS_3, _VALUES_3 = (tl.constexpr(octet_program(3, scaled=scaled)) for scaled in (False, True))
 _LEVELS_4, _VALUES_4 = (tl.constexpr(octet_program(4, scaled=scaled)) for scaled in (False, True))
 _HELD_1, _HELD_2, _HELD_3, _HELD_4 = (tl.constexpr(held_program(bits)) for bits in (1, 2, 3, 4))
-
-
-@constexpr_function
-def has_programs() -> bool:
-    """Whether kernels are compiled for a card that runs them; the interpreter has no assembler."""
-    target = current_target()
-    return (
-        not knobs.runtime.interpret and target is not None and target.backend == "cuda" and target.arch >= _FIRST_CARD
-    )
 
 
 @triton.jit

@@ -1,88 +1,24 @@
 """The PTX that decodes trellis codes, run line by line by a few rules, gives levels and rounds them as it should."""
 
-import re
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
 from compress_tools.format.trellis import STATE_BITS, STATES, state_levels
 from resmoe_vllm.kernels.gpu.trellis_codes import LEVEL_UNIT, held_program, octet_program, raised_tables
-
-_MASK = 0xFFFFFFFF
-
-
-def _bfloat16(halves: Tensor) -> Tensor:
-    """Of their bits, fp64."""
-    return ((halves & 0xFFFF) << 16).to(torch.int32).view(torch.float32).double()
-
-
-def _prmt(low: Tensor, high: Tensor, selectors: Tensor) -> Tensor:
-    found = torch.zeros_like(low)
-    for place in range(4):
-        selector = selectors >> 4 * place & 15
-        byte = (low | high << 32) >> 8 * (selector & 7) & 255
-        found |= torch.where(selector > 7, (byte >> 7) * 255, byte) << 8 * place
-    return found
-
-
-def _fma(left: Tensor, right: Tensor, added: Tensor) -> Tensor:
-    halves = []
-    for shift in (0, 16):
-        exact = _bfloat16(left >> shift) * _bfloat16(right >> shift) + _bfloat16(added >> shift)
-        halves.append(exact.float().bfloat16().view(torch.int16).long() & 0xFFFF)
-    return halves[0] | halves[1] << 16
-
-
-_OPERATIONS: dict[str, Callable[..., Tensor]] = {
-    "mov.b32": lambda value: value,
-    "mov.u32": lambda value: value,
-    "prmt.b32": _prmt,
-    "shr.u32": lambda value, by: value >> by,
-    "shf.r.wrap.b32": lambda low, high, by: (low >> by) | (high << 32 - by & _MASK),
-    "xor.b32": torch.bitwise_xor,
-    "and.b32": torch.bitwise_and,
-    "add.u32": lambda left, right: left + right & _MASK,
-    "mul.lo.u32": lambda left, right: left * right & _MASK,
-    "mad.lo.u32": lambda left, right, added: left * right + added & _MASK,
-    "fma.rn.bf16x2": _fma,
-}
-
-
-def _run(program: str, registers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What is in the registers then."""
-    registers = {name: tensor & _MASK for name, tensor in registers.items()}
-    lines = program.splitlines()
-    assert lines[0] == "{"
-    assert lines[-1] == "}"
-    assert lines[1].startswith(".reg")
-    count = len(next(iter(registers.values())))
-    for line in lines[2:-1]:
-        if stored := re.fullmatch(r"mov\.b32 \{(\S+), (\S+)\}, (\w+);", line):
-            registers[stored[1]] = registers[stored[3]] & 0xFFFF
-            registers[stored[2]] = registers[stored[3]] >> 16
-        else:
-            found = re.fullmatch(r"(\S+) (\S+), (.*);", line)
-            assert found is not None, line
-            operands = [
-                torch.tensor(int(own, 0)).expand(count) if own[0].isdigit() else registers[own]
-                for own in found[3].split(", ")
-            ]
-            registers[found[2]] = _OPERATIONS[found[1]](*operands)
-    return registers
+from tests.resmoe_vllm.kernels.ptx import bfloat16_of, run_ptx
 
 
 def _columns(bits: int, inputs: list[Tensor], scales: Tensor | None = None) -> Tensor:
     """The eight columns of each octet, fp64 ``[N, 8]``."""
     count = len(inputs[0])
-    held = _run(held_program(bits), {"%tid.x": torch.arange(count)})
+    held = run_ptx(held_program(bits), {"%tid.x": torch.arange(count)})
     assert all(len(held[f"${number}"].unique()) == 1 for number in range(6))
     halves = torch.zeros(count, dtype=torch.int64) if scales is None else scales.view(torch.int16).long() & 0xFFFF
     given = [*inputs, halves | halves << 16, *(held[f"${number}"] for number in range(6))]
     program = octet_program(bits, scaled=scales is not None)
-    found = _run(program, {f"${8 + number}": tensor for number, tensor in enumerate(given)})
-    return torch.stack([_bfloat16(found[f"${column}"]) for column in range(8)], 1)
+    found = run_ptx(program, {f"${8 + number}": tensor for number, tensor in enumerate(given)})
+    return torch.stack([bfloat16_of(found[f"${column}"]) for column in range(8)], 1)
 
 
 def _packed(symbols: Tensor, bits: int) -> Tensor:

@@ -43,6 +43,8 @@ TILED_KINDS = (
     "trellis-3bit-no_center",
     "trellis-1bit-center-trellis",
 )
+# whole blocks, so that nothing is masked, and lanes load several octets at once
+WHOLE = {"E2-I64-H256": (2, 64, 256)}
 REPO = Path(__file__).resolve().parents[3]
 
 SMALL = Blocks(n=32, k=32, warps=4, stages=2)
@@ -65,7 +67,7 @@ def loaded():
     def get(kind: str, size: str, dtype: str, **ranks: object) -> tuple:
         key = kind, size, dtype, str(ranks)
         if key not in made:
-            experts, size_i, size_h = SIZES[size]
+            experts, size_i, size_h = (SIZES | WHOLE)[size]
             layer = store_layer(layer_kinds(size_i, size_h)[kind], experts, size_i, size_h, dtype)
             module, loader = new_loader(layer, **ranks)
             load_all(module, loader, layer)
@@ -113,6 +115,16 @@ def test_every_size(loaded, kind: str, size: str) -> None:
     module, layout = loaded(kind, size, "bfloat16")
     weights, ids = make_routing(experts, "T1-KE")
     check(module, layout, weights, ids, hidden_states(1, size_h, "bfloat16"), "bfloat16")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("bitmap")])
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_whole_blocks(loaded, kind: str, tokens: int) -> None:
+    """Few and many tokens: codes are in lanes' order where they are alone."""
+    module, layout = loaded(kind, "E2-I64-H256", "float32")
+    generator = torch.Generator().manual_seed(1)
+    weights, ids = torch.rand(tokens, 2, generator=generator).topk(2)
+    check(module, layout, weights, ids.int(), hidden_states(tokens, 256, "float32"), "float32")
 
 
 @pytest.mark.parametrize("kind", TILED_KINDS)
