@@ -8,7 +8,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
-from compress_tools.errors import CheckpointError, NumericalError
+from compress_tools.errors import CheckpointError, FormatError, NumericalError
 from compress_tools.format.directory import INDEX_NAME, check_headers, check_layer_count, read_headers
 from compress_tools.format.finite import plain_fault
 from compress_tools.format.schema import QUANT_METHOD, ResMoEFormat, parse_format
@@ -16,6 +16,8 @@ from compress_tools.format.tensors import is_resmoe_name
 from compress_tools.text_file import read_json_object
 
 _SINGLE_NAME = "model.safetensors"
+# Far beyond any model.
+_MOST_EXPERTS = 2**20
 
 
 def folder_of(model: str, revision: str | None, cache: str | None = None) -> Path | None:
@@ -37,12 +39,15 @@ def is_whole(folder: Path) -> bool:
 
 
 def check_files(fmt: ResMoEFormat, folder: Path, where: str, hf_config: Any = None) -> None:
-    """Headers of all weight files are what the block says; nothing where there are no safetensors.
+    """Headers of all weight files are what the block says; without safetensors, that it can be counted to.
 
     Raises:
         CheckpointError, FormatError: they are not; names the tensor.
     """
     headers = read_headers(folder)
+    if not headers and fmt.num_experts > _MOST_EXPERTS:
+        # Its parameters would be counted, and made, before anybody sees that there are no weights.
+        raise FormatError(f"{where}: config.json counts {fmt.num_experts} experts, and there are no safetensors")
     if headers:
         check_headers(fmt, headers, where)
         if hf_config is not None:

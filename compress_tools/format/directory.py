@@ -117,8 +117,8 @@ def _checked_rest(fmt: ResMoEFormat, headers: Mapping[str, StoredTensor], where:
             yield own
         codes, scales = row_names(name)
         shape = headers[codes].shape
-        if len(shape) != 2:
-            raise FormatError(f"{where}: {codes!r} has shape {list(shape)}, expected two dimensions")
+        if len(shape) != 2 or 0 in shape:
+            raise FormatError(f"{where}: {codes!r} has shape {list(shape)}, expected two dimensions, none of them 0")
         for own, dtype, size in ((codes, ROW_CODES_DTYPE, shape), (scales, SCALE_DTYPE, (shape[0], 1))):
             found = (headers[own].dtype, headers[own].shape)
             if found != (SAFETENSORS_NAMES[dtype], size):

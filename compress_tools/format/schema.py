@@ -187,12 +187,12 @@ class ExpertNames(Frozen):
     def _placeholders(self) -> "ExpertNames":
         for placeholder in ("{layer}", "{expert}"):
             if self.expert.count(placeholder) != 1:
-                raise ValueError(f"names.expert must hold {placeholder} once, found {self.expert!r}")
+                raise ValueError(f"names.expert must hold {placeholder} once, found {self.expert!r:.100}")
         for layer, name in (self.drafts or {}).items():
             if name.count("{expert}") != 1 or re.search(r"\.\d+\.", name.partition("{expert}")[0]) is None:
                 raise ValueError(
                     f"names.drafts: {layer}: expected a name with the layer's number and once {{expert}}, "
-                    f"found {name!r}"
+                    f"found {name!r:.100}"
                 )
         return self
 
@@ -216,7 +216,7 @@ class CodedRest(Frozen):
     @model_validator(mode="after")
     def _weights_once(self) -> Self:
         if odd := next((name for name in self.tensors if not name.endswith(WEIGHT)), None):
-            raise ValueError(f"rest.tensors: expected names that end in {WEIGHT}, found {odd!r}")
+            raise ValueError(f"rest.tensors: expected names that end in {WEIGHT}, found {odd!r:.100}")
         if len(set(self.tensors)) != len(self.tensors):
             raise ValueError("rest.tensors names a tensor twice")
         return self

@@ -119,9 +119,11 @@ class ResMoEQuantizer(HfQuantizer):
                 f"{checkpoint.reader.path}: {len(fmt.rest.tensors) - self._decode.decoded} of {len(fmt.rest.tensors)} "
                 "matrices in 8-bit codes have no place in transformers' class of this model; `resmoe restore` it first"
             )
+        computed = {name for name, _ in model.named_buffers()} - set(model.state_dict())
         for name, parameter in (*model.named_parameters(), *model.named_buffers()):
             if fault := plain_fault(parameter):
-                raise NumericalError(f"{checkpoint.reader.path}: {name!r} {fault}")
+                what = f"config.json: {name!r}, computed from it," if name in computed else repr(name)
+                raise NumericalError(f"{checkpoint.reader.path}: {what} {fault}")
         # transformers leaves what it renames (Mixtral's router) in the stored dtype where a model is quantised.
         for parameter in model.parameters():
             if parameter.dtype == DTYPES[fmt.dtype] != self._asked_dtype:

@@ -89,7 +89,8 @@ def largest_inside(dense: Path) -> float:
 
     def look(_: torch.nn.Module, inputs: object, output: object) -> None:
         nonlocal found
-        for value in (*inputs, output) if isinstance(inputs, tuple) else (output,):
+        outputs = output if isinstance(output, tuple) else (output,)
+        for value in (*inputs, *outputs) if isinstance(inputs, tuple) else outputs:
             if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
                 found = max(found, float(value.abs().nan_to_num(math.inf, math.inf).max()))
 

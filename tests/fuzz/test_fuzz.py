@@ -88,6 +88,47 @@ def test_a_count_of_experts_is_not_counted_up_to(
         LOADERS[loader](write_files(files, tmp_path / "x"))
 
 
+@pytest.mark.parametrize("count", [2**53, 10**30])
+def test_experts_are_not_counted_where_there_are_no_weights(count: int, seeds: dict[str, Seed], tmp_path: Path) -> None:
+    """vLLM could make weights up."""
+    good = {name: content for name, content in seeds["version 1"].files.items() if name.endswith(".json")}
+    files = with_config(good, lambda config: config["quantization_config"].update(num_experts=count))
+    with pytest.raises(FormatError, match=rf"counts {count} experts, and there are no safetensors"):
+        loaders.by_plugin(write_files(files, tmp_path / "x"))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_matrix_in_codes_without_columns(loader: str, seeds: dict[str, Seed], tmp_path: Path) -> None:
+    def empty(shard: Shard) -> None:
+        name = "lm_head.resmoe_row_codes"
+        shard.header[name]["shape"][1], shard.octets[name] = 0, b""
+
+    folder = write_files(with_shards(seeds["coded rest"].files, empty), tmp_path / "x")
+    with pytest.raises(FormatError, match=r"row_codes' has shape \[24, 0\], expected two dimensions, none of them 0"):
+        LOADERS[loader](folder)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_long_name_is_cut_in_the_sentence(loader: str, seeds: dict[str, Seed], tmp_path: Path) -> None:
+    def lengthen(config: dict[str, Any]) -> None:
+        names = config["quantization_config"]["names"]
+        names["expert"] *= 50
+
+    folder = write_files(with_config(seeds["version 1"].files, lengthen), tmp_path / "x")
+    with pytest.raises(Exception, match=r"names\.expert must hold \{layer\} once") as caught:
+        LOADERS[loader](folder)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_config_of_which_no_numbers_can_be_made(seeds: dict[str, Seed], tmp_path: Path) -> None:
+    """No weight is wrong: the rotation's frequencies are computed."""
+    files = with_config(seeds["version 1"].files, lambda config: config["rope_parameters"].update(rope_theta=0))
+    with pytest.raises(
+        NumericalError, match=r"config\.json: 'model\.rotary_emb\.inv_freq', computed from it, holds NaN"
+    ):
+        loaders.by_transformers(write_files(files, tmp_path / "x"))
+
+
 def test_more_layers_than_tensors_are_not_built(seeds: dict[str, Seed], tmp_path: Path) -> None:
     files = with_config(seeds["version 1"].files, lambda config: config.update(num_hidden_layers=2**63))
     folder = write_files(files, tmp_path / "x")
