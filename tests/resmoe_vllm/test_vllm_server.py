@@ -33,7 +33,7 @@ CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfo
 MODEL = "tiny"
 COMMON = (
     "--served-model-name", MODEL, "--enforce-eager", "--block-size", "32", "--enable-prompt-tokens-details",
-    "--num-gpu-blocks-override", "128",
+    "--num-gpu-blocks-override", "128", "--dtype", "float32",
     "--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}',
 )  # fmt: skip
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
@@ -137,7 +137,7 @@ def chat(client: OpenAI, **options: Any) -> Any:
 def asked_for_logprobs(client: OpenAI) -> list[Any]:
     chosen = ask(client, max_tokens=12, logprobs=4, echo=True).choices[0].logprobs
     # the first token has none
-    return [chosen.tokens, chosen.token_logprobs[1:], [max(step.values()) for step in chosen.top_logprobs[1:]]]
+    return [chosen.tokens, chosen.token_logprobs[1:], [sorted(step.values()) for step in chosen.top_logprobs[1:]]]
 
 
 def asked_to_chat_with_logprobs(client: OpenAI) -> list[Any]:
