@@ -22,7 +22,7 @@ CONFIGS = Path(__file__).parent / "configs"
 FEW_TOKENS = 64
 # Rows of an expert up to which blocks have 32 rows, and 64.
 _FEW_ROWS, _SOME_ROWS = 24, 96
-_MOST_ROWS = 128
+_SOME_BLOCK, _MOST_ROWS = 64, 128
 _FEWEST_STAGES = 2
 # A block's most shared memory on an H100; cards of other kinds say their own.
 HOPPER_SHARED = 232448
@@ -147,19 +147,20 @@ def _rule(tokens: int, per_expert: float, coders: frozenset[str], dtype: torch.d
         decoded = bool(coders - {"low_rank", "dense"})
         token_m = min(_MOST_DECODED_ROWS, max(16, 1 << (tokens - 1).bit_length())) if decoded else 0
         return Config(16, few, hidden, shrink, last, False, 528, token_m)
-    block_m = 32 if per_expert <= _FEW_ROWS else 64 if per_expert <= _SOME_ROWS else _MOST_ROWS
-    if block_m == _MOST_ROWS and coders == {"low_rank"} and hopper:
-        # Sums of gate and up fill the registers of an A100.
-        wide, narrow = Blocks(n=128, k=64, warps=8, stages=3), Blocks(n=64, k=64, warps=8, stages=3)
-        return Config(block_m, wide, Blocks(n=128, k=128, warps=8, stages=2), narrow, wide, True, 264)
+    block_m = 32 if per_expert <= _FEW_ROWS else _SOME_BLOCK if per_expert <= _SOME_ROWS else _MOST_ROWS
     # A decoded tile is in registers twice, as codes and as fp32: four warps spilled some of it.
     warps = 8 if block_m == 128 or coders - {"low_rank", "dense"} else 4
     wide = Blocks(n=128, k=64, warps=warps, stages=3)
     warps = 8 if block_m == 128 or any(coder.startswith("bitmap") for coder in coders) else 4
     hidden = Blocks(n=64, k=64, warps=warps, stages=3)
-    if coders == {"low_rank"}:
-        return Config(block_m, wide, Blocks(n=64, k=128, warps=4, stages=2), hidden, wide, True, 264, max(64, block_m))
-    return Config(block_m, wide, hidden, hidden, wide, True, 264, max(64, block_m))
+    expand = hidden
+    if coders == {"low_rank"} and hopper:
+        # Of a rank's few steps. Of two sums of 128 columns some was spilled, with 8 warps and with 16.
+        if block_m == _MOST_ROWS:
+            expand = Blocks(n=64, k=128, warps=8, stages=2)
+        elif block_m == _SOME_BLOCK:
+            expand = Blocks(n=64, k=128, warps=4, stages=2)
+    return Config(block_m, wide, expand, hidden, wide, True, 264, max(64, block_m))
 
 
 def _few_low_rank(tokens: int) -> Config:
