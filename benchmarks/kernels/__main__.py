@@ -64,7 +64,9 @@ def check(device: str, dtype: torch.dtype, methods: Sequence[str] | None = None)
             if expert_map is not None:
                 expert_map[:5] = -1
             given = torch.where(ids < 0, -1, 9 - ids).int() if mapped else ids
-            found = run_plan(x, weights, given, layer.plan(restore=config.restore), SILU, expert_map, config).float()
+            found = run_plan(
+                x, weights, given, layer.plan(center_in_tile=config.center_in_tile), SILU, expert_map, config
+            ).float()
             expected = layer_ref(x, weights, ids, layer.truth)
             error = ((found - expected).abs().max() / expected.abs().max()).item()
             what = f"{method}, T={tokens}, blocks for {sizes_for}{', expert map' if mapped else ''}"
@@ -104,7 +106,7 @@ def layer_calls(
         sizes = shape.experts, shape.hidden, shape.intermediate
         device = torch.cuda.get_device_name()
         config = pick_config(len(inputs[0][0]), shape.top_k, *sizes, device, torch.bfloat16, frozenset({method}))
-    plans = [layer.plan(restore=config.restore) for layer in layers]
+    plans = [layer.plan(center_in_tile=config.center_in_tile) for layer in layers]
     return [
         partial(run_plan, *own, plan, SILU, None, config)
         for own, plan in zip(inputs, itertools.cycle(plans), strict=False)

@@ -40,12 +40,12 @@ class Layer:
     expert_bytes: int = 0
     truth: dict[str, Tensor] = field(default_factory=dict)
 
-    def plan(self, *, restore: bool) -> LayerPlan:
-        """As ``gpu.layer.plan_layer`` makes it: with ``restore``, decoded tiles hold the center."""
+    def plan(self, *, center_in_tile: bool) -> LayerPlan:
+        """As ``gpu.layer.plan_layer`` makes it: decoded tiles hold the center or not."""
         plans = []
         for name in PROJECTIONS:
             center, tile = self.centers.get(name), self.tiles.get(name)
-            if restore and center is not None and tile is not None:
+            if center_in_tile and center is not None and tile is not None:
                 tile = tile[0]._replace(center=center[0].center), tile[1]._replace(center_bits=PLAIN)
                 center = None
             plans.append(Plan(center, tile, self.factors.get(name)))

@@ -98,7 +98,7 @@ def run_config(layer: Tuned, tokens: int, config: Config, given: tuple[Tensor, T
 
     if layer.config != (tokens, config):
         layer.config = tokens, config
-        layer.launches = LayerLaunches(layer.kernel.plans[config.restore], SILU, TokenClass(tokens, config))
+        layer.launches = LayerLaunches(layer.kernel.plans[config.center_in_tile], SILU, TokenClass(tokens, config))
     layer.launches(*given)
 
 

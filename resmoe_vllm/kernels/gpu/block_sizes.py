@@ -9,6 +9,7 @@ import json
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
 from functools import cache, partial
 from itertools import pairwise
 from operator import attrgetter
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 
+from resmoe_vllm.kernels.gpu.scratch import number_setting, scratch_limit
+
 CONFIGS = Path(__file__).parent / "configs"
 # Up to here a layer is bound by the bytes of its weights: 16-row blocks, split contractions, fp32 between launches.
 FEW_TOKENS = 64
@@ -24,6 +27,9 @@ FEW_TOKENS = 64
 _FEW_ROWS, _SOME_ROWS = 24, 96
 _SOME_BLOCK, _MOST_ROWS = 64, 128
 _FEWEST_STAGES = 2
+# Rows of an expert from which decoded weights are restored first, once for all of them; not yet measured.
+_RESTORED_ROWS = 64
+ROWS_VARIABLE = "RESMOE_GPU_RESTORE_ROWS"
 # A block's most shared memory on an H100; cards of other kinds say their own.
 HOPPER_SHARED = 232448
 # CUDA keeps this much of a multiprocessor's shared memory for itself, for every block.
@@ -36,6 +42,19 @@ _SEVERAL_TOKENS = 16
 _MOST_DECODED_ROWS = 64
 
 
+class Strategy(StrEnum):
+    """What becomes of tiles that are decoded, and of the center; all give the same result.
+
+    ``CENTER_FIRST``: the center's product once per token, the decoded tile's for each pair. ``CENTER_IN_TILE``: the
+    center is added to the decoded tile, one product for each pair. ``RESTORED``: that sum is written to memory once for
+    all pairs of an expert, and products read plain weights. Low rank stays as it is in all three.
+    """
+
+    CENTER_FIRST = "center first"
+    CENTER_IN_TILE = "center in tile"
+    RESTORED = "restored"
+
+
 @dataclass(frozen=True)
 class Blocks:
     """One launch: columns of a program, length of a step of the contraction, warps, pipeline stages."""
@@ -44,6 +63,10 @@ class Blocks:
     k: int
     warps: int
     stages: int
+
+
+# A warp has a row's 256 columns, eight for each lane: its counts of a bitmap don't leave it.
+_RESTORE = Blocks(n=16, k=256, warps=4, stages=1)
 
 
 @dataclass(frozen=True)
@@ -56,11 +79,11 @@ class Config:
         hidden: gate and up of each pair.
         shrink: ``a U``.
         last: the down projections.
-        restore: add the center to a decoded tile and take one product, instead of the center's own product once per
-            token. Only where a projection has more than low rank.
+        strategy: only where a projection has more than low rank.
         programs: contractions are split until a launch has about this many programs.
         token_m: rows of a block of tokens, which all have the center's weight: fewer blocks decode it less often; 0 for
             ``block_m``.
+        restore: rows (``n``) and columns (``k``) of a weight that a program restores in one step; it takes whole rows.
     """
 
     block_m: int
@@ -68,20 +91,26 @@ class Config:
     hidden: Blocks
     shrink: Blocks
     last: Blocks
-    restore: bool
+    strategy: Strategy
     programs: int
     token_m: int = 0
+    restore: Blocks = _RESTORE
 
     @property
     def token_rows(self) -> int:
         """``token_m``, or as many rows as blocks of pairs have."""
         return self.token_m or self.block_m
 
+    @property
+    def center_in_tile(self) -> bool:
+        """Whether a decoded tile, restored or not, holds the center."""
+        return self.strategy != Strategy.CENTER_FIRST
+
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Config":
         """Inverse of ``dataclasses.asdict``."""
-        blocks = {name: Blocks(**fields[name]) for name in ("first", "hidden", "shrink", "last")}
-        return cls(**{**fields, **blocks})
+        blocks = {name: Blocks(**fields[name]) for name in ("first", "hidden", "shrink", "last", "restore")}
+        return cls(**{**fields, **blocks, "strategy": Strategy(fields["strategy"])})
 
 
 @dataclass(frozen=True)
@@ -105,7 +134,7 @@ def default_config(
     dtype: torch.dtype = torch.bfloat16,
     shared: int = HOPPER_SHARED,
 ) -> Config:
-    """The rule where nothing was tuned; not yet measured.
+    """The rule where nothing was tuned.
 
     Args:
         tokens: T, of all ranks that share the experts.
@@ -115,14 +144,32 @@ def default_config(
         dtype: the model's.
         shared: bytes of shared memory that a block may use on this card.
     """
+    per_expert = tokens * top_k / experts
+    restored = _is_restored(tokens, per_expert, coders, dtype)
+    if restored:
+        # products read plain weights
+        coders = coders & {"low_rank"} | {"dense"}
     decoded = bool(coders - {"low_rank", "dense"})
-    config = _rule(tokens, tokens * top_k / experts, coders, dtype, hopper=shared >= HOPPER_SHARED)
+    config = _rule(tokens, per_expert, coders, dtype, hopper=shared >= HOPPER_SHARED)
+    if restored:
+        config = replace(config, strategy=Strategy.RESTORED)
     config = _fit(config, shared, dtype.itemsize, decoded=decoded, pairs=tokens <= FEW_TOKENS)
     # On AMD both sums pass through shared memory at the end, beside what a bitmap counts.
     sums = 2 * config.block_m * config.hidden.n * torch.float32.itemsize
     if sums >= shared and any(coder.startswith("bitmap") for coder in coders):
         config = replace(config, hidden=replace(config.hidden, n=config.hidden.n // 2))
     return config
+
+
+def _is_restored(tokens: int, per_expert: float, coders: frozenset[str], dtype: torch.dtype) -> bool:
+    if tokens <= FEW_TOKENS or dtype == torch.float32 or not coders - {"low_rank", "dense"}:
+        return False
+    return scratch_limit() > 0 and per_expert > restored_rows()
+
+
+def restored_rows() -> int:
+    """Rows of an expert above which decoded weights are restored; ``RESMOE_GPU_RESTORE_ROWS`` has another number."""
+    return number_setting(ROWS_VARIABLE, _RESTORED_ROWS)
 
 
 def _rule(tokens: int, per_expert: float, coders: frozenset[str], dtype: torch.dtype, *, hopper: bool) -> Config:
@@ -146,7 +193,7 @@ def _rule(tokens: int, per_expert: float, coders: frozenset[str], dtype: torch.d
             hidden, last = Blocks(n=32, k=128, warps=4, stages=3), replace(few, stages=4)
         decoded = bool(coders - {"low_rank", "dense"})
         token_m = min(_MOST_DECODED_ROWS, max(16, 1 << (tokens - 1).bit_length())) if decoded else 0
-        return Config(16, few, hidden, shrink, last, False, 528, token_m)
+        return Config(16, few, hidden, shrink, last, Strategy.CENTER_FIRST, 528, token_m)
     block_m = 32 if per_expert <= _FEW_ROWS else _SOME_BLOCK if per_expert <= _SOME_ROWS else _MOST_ROWS
     # A decoded tile is in registers twice, as codes and as fp32: four warps spilled some of it.
     warps = 8 if block_m == 128 or coders - {"low_rank", "dense"} else 4
@@ -160,7 +207,7 @@ def _rule(tokens: int, per_expert: float, coders: frozenset[str], dtype: torch.d
             expand = Blocks(n=64, k=128, warps=8, stages=2)
         elif block_m == _SOME_BLOCK:
             expand = Blocks(n=64, k=128, warps=4, stages=2)
-    return Config(block_m, wide, expand, hidden, wide, True, 264, max(64, block_m))
+    return Config(block_m, wide, expand, hidden, wide, Strategy.CENTER_IN_TILE, 264, max(64, block_m))
 
 
 def _few_low_rank(tokens: int) -> Config:
@@ -175,7 +222,7 @@ def _few_low_rank(tokens: int) -> Config:
     else:
         first, last = Blocks(n=64, k=128, warps=4, stages=4), Blocks(n=128, k=64, warps=4, stages=4)
         shrink = Blocks(n=64, k=128, warps=4, stages=4)
-    return Config(16, first, hidden, shrink, last, False, 528)
+    return Config(16, first, hidden, shrink, last, Strategy.CENTER_FIRST, 528)
 
 
 def _fit(config: Config, shared: int, itemsize: int, *, decoded: bool, pairs: bool) -> Config:
@@ -224,7 +271,8 @@ def _wide_values(tokens: int) -> Config:
     # two tiles side by side: as wide as the others' they spilled some registers
     hidden = replace(blocks, n=32)
     block_m = 16 if few else 32
-    return Config(block_m, blocks, hidden, blocks, blocks, not few, 528 if few else 264)
+    strategy = Strategy.CENTER_FIRST if few else Strategy.CENTER_IN_TILE
+    return Config(block_m, blocks, hidden, blocks, blocks, strategy, 528 if few else 264)
 
 
 def token_classes(
@@ -259,8 +307,13 @@ def token_classes(
         lone = [] if ends[0] == 1 else [TokenClass(1, tuned[counts[0]])]
         return (*lone, *classes)
     ends = [1, 4, 16, FEW_TOKENS]
-    ends += [end for rows in (_FEW_ROWS, _SOME_ROWS) if (end := rows * experts // top_k) > FEW_TOKENS]
-    ends.append(max(_MANY_TOKENS, 2 * ends[-1]))
+    last = max(_MANY_TOKENS, 2 * _SOME_ROWS * experts // top_k)
+    rows = {_FEW_ROWS, _SOME_ROWS}
+    if _is_restored(last, last * top_k / experts, coders, dtype):
+        # Classes begin where weights are restored; a few rows farther on it is not worth one of its own.
+        rows = {own for own in rows if not restored_rows() <= own <= 2 * restored_rows()} | {restored_rows()}
+    ends += [end for own in sorted(rows) if FEW_TOKENS < (end := own * experts // top_k) < last]
+    ends.append(last)
     return tuple(TokenClass(end, default_config(end, top_k, experts, coders, dtype, shared)) for end in ends)
 
 

@@ -1,4 +1,4 @@
-"""The three Triton kernels of a layer: grouped products, gate/up with activation, and the sum over choices.
+"""The Triton kernels of a layer: grouped products, gate/up with activation, the sum over choices, restored weights.
 
 A routed pair is a token and one of its K choices, number ``token * K + choice``; pairs come sorted by expert in
 blocks of ``BLOCK_M`` (align.py). Products are in the model's dtype with fp32 sums; what one launch hands to
@@ -47,12 +47,14 @@ class ProductSpec(NamedTuple):
         rows_per_a: output rows that share a row of A: K where A is tokens, else 1.
         transposed: W is stored ``[n, k]``.
         even: W's rows and columns are whole blocks.
+        restored: W is restored, of some experts at a time; the first of them is W's first.
     """
 
     routed: bool
     rows_per_a: int
     transposed: bool
     even: bool = False
+    restored: bool = False
 
 
 class ActivationSpec(NamedTuple):
@@ -124,9 +126,15 @@ def _swizzle(program, m_blocks, n_blocks):
 
 
 @triton.jit
+def _among(local, first_expert, end_expert):
+    """The expert, or -1 if it is none of those that are restored now."""
+    return tl.where((local >= first_expert) & (local < end_expert), local, -1)
+
+
+@triton.jit
 def _product(
     a, out, p, s: tl.constexpr, t, ts: tl.constexpr, splits, slab, r, program, num_pairs, num_tokens, pair_blocks,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr
+    first_expert, end_expert, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr
 ):  # fmt: skip
     n_blocks = tl.cdiv(p.n, BLOCK_N)
     chunk = tl.cdiv(tl.cdiv(p.k, BLOCK_K), splits) * BLOCK_K
@@ -142,8 +150,12 @@ def _product(
     local = tl.full((), 0, tl.int32)
     if s.routed:
         local = block_expert(r, m_block, BLOCK_M)
+        if s.restored:
+            local = _among(local, first_expert, end_expert)
     if local >= 0:
         expert = local.to(tl.int64)
+        if s.restored:
+            expert -= first_expert
         if s.routed:
             rows = block_pairs(r, m_block, num_pairs, BLOCK_M)
         else:
@@ -189,13 +201,13 @@ def _product(
 
 @triton.jit(
     do_not_specialize=[
-        "num_pairs", "num_tokens", "pair_blocks", "first_1", "first_2", "first_3", "splits_0", "splits_1", "splits_2",
-        "splits_3", "slab_0", "slab_1", "slab_2", "slab_3"
+        "num_pairs", "num_tokens", "pair_blocks", "first_expert", "end_expert", "first_1", "first_2", "first_3",
+        "splits_0", "splits_1", "splits_2", "splits_3", "slab_0", "slab_1", "slab_2", "slab_3"
     ]
 )  # fmt: skip
 def _products_kernel(
-    r, num_pairs, num_tokens, pair_blocks, first_1, first_2, first_3, splits_0, splits_1, splits_2, splits_3, slab_0,
-    slab_1, slab_2, slab_3, a_0, out_0, p_0, s_0: tl.constexpr, t_0,
+    r, num_pairs, num_tokens, pair_blocks, first_expert, end_expert, first_1, first_2, first_3, splits_0, splits_1,
+    splits_2, splits_3, slab_0, slab_1, slab_2, slab_3, a_0, out_0, p_0, s_0: tl.constexpr, t_0,
     ts_0: tl.constexpr, a_1, out_1, p_1, s_1: tl.constexpr, t_1, ts_1: tl.constexpr, a_2, out_2, p_2,
     s_2: tl.constexpr, t_2, ts_2: tl.constexpr, a_3, out_3, p_3, s_3: tl.constexpr, t_3, ts_3: tl.constexpr,
     BLOCK_M: tl.constexpr, TOKEN_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr
@@ -203,32 +215,33 @@ def _products_kernel(
     """Up to four products side by side, each from its first program on; those that are not there are None.
 
     A product's ``splits`` slabs are written from ``slab`` on. Rows come in blocks of ``BLOCK_M`` where each has its
-    expert's weight, else of ``TOKEN_M``.
+    expert's weight, else of ``TOKEN_M``. Restored weights are those of the experts from ``first_expert`` to
+    ``end_expert``.
     """
     program = tl.program_id(0)
     # One if for each and no return: so the products share one piece of shared memory.
     if program < first_1:
         _product(
-            a_0, out_0, p_0, s_0, t_0, ts_0, splits_0, slab_0, r, program,
-            num_pairs, num_tokens, pair_blocks, BLOCK_M if s_0.routed else TOKEN_M, BLOCK_N, BLOCK_K, DOT
+            a_0, out_0, p_0, s_0, t_0, ts_0, splits_0, slab_0, r, program, num_pairs, num_tokens, pair_blocks,
+            first_expert, end_expert, BLOCK_M if s_0.routed else TOKEN_M, BLOCK_N, BLOCK_K, DOT
         )  # fmt: skip
     if s_1 is not None:
         if (program >= first_1) & (program < first_2):
             _product(
                 a_1, out_1, p_1, s_1, t_1, ts_1, splits_1, slab_1, r, program - first_1, num_pairs, num_tokens,
-                pair_blocks, BLOCK_M if s_1.routed else TOKEN_M, BLOCK_N, BLOCK_K, DOT
+                pair_blocks, first_expert, end_expert, BLOCK_M if s_1.routed else TOKEN_M, BLOCK_N, BLOCK_K, DOT
             )  # fmt: skip
     if s_2 is not None:
         if (program >= first_2) & (program < first_3):
             _product(
                 a_2, out_2, p_2, s_2, t_2, ts_2, splits_2, slab_2, r, program - first_2, num_pairs, num_tokens,
-                pair_blocks, BLOCK_M if s_2.routed else TOKEN_M, BLOCK_N, BLOCK_K, DOT
+                pair_blocks, first_expert, end_expert, BLOCK_M if s_2.routed else TOKEN_M, BLOCK_N, BLOCK_K, DOT
             )  # fmt: skip
     if s_3 is not None:
         if program >= first_3:
             _product(
                 a_3, out_3, p_3, s_3, t_3, ts_3, splits_3, slab_3, r, program - first_3, num_pairs, num_tokens,
-                pair_blocks, BLOCK_M if s_3.routed else TOKEN_M, BLOCK_N, BLOCK_K, DOT
+                pair_blocks, first_expert, end_expert, BLOCK_M if s_3.routed else TOKEN_M, BLOCK_N, BLOCK_K, DOT
             )  # fmt: skip
 
 
@@ -284,28 +297,33 @@ class SideSpec(NamedTuple):
         center_splits: slabs of the center's product.
         low_rank: ``x V^T`` times U.
         bias_stride: from one expert's bias to the next.
+        restored: the tile is, of some experts at a time; the first of them is the tile's first.
     """
 
     center_splits: int
     low_rank: bool
     bias_stride: int
+    restored: bool = False
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_tokens", "m_blocks"])
+@triton.jit(do_not_specialize=["num_pairs", "num_tokens", "m_blocks", "first_expert", "end_expert"])
 def _hidden_kernel(
-    x, out, topk_weights, r, num_pairs, num_tokens, m_blocks, gate_center,
-    up_center, gate_shrunk, up_shrunk, gate_bias, up_bias, gs: tl.constexpr, gate_tile, gts: tl.constexpr, gate_rank,
-    gate_u, gus: tl.constexpr, us: tl.constexpr, up_tile, uts: tl.constexpr, up_rank, up_u, uus: tl.constexpr,
+    x, out, topk_weights, r, num_pairs, num_tokens, m_blocks, first_expert, end_expert, gate_center, up_center,
+    gate_shrunk, up_shrunk, gate_bias, up_bias, gs: tl.constexpr, gate_tile, gts: tl.constexpr, gate_rank, gate_u,
+    gus: tl.constexpr, us: tl.constexpr, up_tile, uts: tl.constexpr, up_rank, up_u, uus: tl.constexpr,
     SHARED_U: tl.constexpr, TOP_K: tl.constexpr, SIZE_H: tl.constexpr, SIZE_I: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr
 ):  # fmt: skip
     """``weight * activation`` of each pair, ``[P, I]``. One pass over H for tiles, one over the rank for U.
 
     Of gate and up there may be the center's product ``[splits, T, I]``, ``x V^T`` ``[P, width]``, a bias ``[E, I]``.
+    Where a tile is restored, pairs of the experts from ``first_expert`` to ``end_expert`` alone.
     """
     N_BLOCKS: tl.constexpr = (SIZE_I + BLOCK_N - 1) // BLOCK_N
     m_block, n_block = _swizzle(tl.program_id(0), m_blocks, N_BLOCKS)
     local = block_expert(r, m_block, BLOCK_M)
+    if gs.restored or us.restored:
+        local = _among(local, first_expert, end_expert)
     if local < 0:
         return
     expert = local.to(tl.int64)
@@ -315,6 +333,12 @@ def _hidden_kernel(
     i_offsets = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     gate_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    gate_expert = expert
+    up_expert = expert
+    if gs.restored:
+        gate_expert -= first_expert
+    if us.restored:
+        up_expert -= first_expert
     if gts is not None or uts is not None:
         x_rows = x + tokens.to(tl.int64) * SIZE_H
         gate_before = tl.zeros((BLOCK_N,), tl.int32)
@@ -333,13 +357,13 @@ def _hidden_kernel(
             a = tl.load(x_rows[:, None] + h_offsets[None, :], mask=ok, other=0).to(DOT)
             if gts is not None:
                 w, gate_before = load_tile(
-                    gate_tile, gts, expert, i_offsets, h, gate_before, SIZE_I, SIZE_H, BLOCK_N, BLOCK_K, DOT,
+                    gate_tile, gts, gate_expert, i_offsets, h, gate_before, SIZE_I, SIZE_H, BLOCK_N, BLOCK_K, DOT,
                     LANES, EVEN
                 )  # fmt: skip
                 gate_acc = _add_dot(a, tl.trans(w), gate_acc, DOT)
             if uts is not None:
                 w2, up_before = load_tile(
-                    up_tile, uts, expert, i_offsets, h, up_before, SIZE_I, SIZE_H, BLOCK_N, BLOCK_K, DOT,
+                    up_tile, uts, up_expert, i_offsets, h, up_before, SIZE_I, SIZE_H, BLOCK_N, BLOCK_K, DOT,
                     LANES, EVEN
                 )  # fmt: skip
                 up_acc = _add_dot(a, tl.trans(w2), up_acc, DOT)
@@ -382,6 +406,42 @@ def _hidden_kernel(
     hidden = activate(gate_acc, up_acc, ACTIVATION) * weight[:, None]
     target = out + rows.to(tl.int64)[:, None] * SIZE_I + i_offsets[None, :]
     tl.store(target, hidden.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=["first_expert"])
+def _restore_kernel(
+    r, first_expert, out, t, s: tl.constexpr, SIZE_I: tl.constexpr, SIZE_H: tl.constexpr, BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, DOT: tl.constexpr
+):  # fmt: skip
+    """A weight ``[experts, I, H]`` of experts from ``first_expert`` on, whole, as the matrix units take it.
+
+    A program has rows of one expert and goes from the left on, as bitmaps are counted. Experts that no pair has are
+    left out.
+    """
+    place = tl.program_id(1)
+    expert = first_expert + place
+    blocks = tl.load(r.num_padded) // BLOCK_M
+    found = tl.full((), 0, tl.int32)
+    for begin in range(0, blocks, STEP):
+        numbers = begin + tl.arange(0, STEP)
+        found += tl.sum((tl.load(r.block_experts + numbers, mask=numbers < blocks, other=-1) == expert).to(tl.int32), 0)
+    if found == 0:
+        return
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    before = tl.zeros((ROWS,), tl.int32)
+    EVEN: tl.constexpr = SIZE_I % ROWS == 0 and SIZE_H % COLUMNS == 0
+    target = out + place.to(tl.int64) * SIZE_I * SIZE_H + rows[:, None] * SIZE_H
+    # Unrolled, so that loads of several steps are on the way together.
+    for h in tl.range(0, SIZE_H, COLUMNS, loop_unroll_factor=2):
+        columns = h + tl.arange(0, COLUMNS)
+        tile, before = load_tile(
+            t, s, expert.to(tl.int64), rows, h, before, SIZE_I, SIZE_H, ROWS, COLUMNS, DOT, False, EVEN
+        )  # fmt: skip
+        if EVEN:
+            tl.store(target + columns[None, :], tile.to(out.dtype.element_ty))
+        else:
+            ok = (rows < SIZE_I)[:, None] & (columns < SIZE_H)[None, :]
+            tl.store(target + columns[None, :], tile.to(out.dtype.element_ty), mask=ok)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_tokens"])

@@ -1,4 +1,4 @@
-"""The fused layer on a GPU: five to eight Triton launches, every coder, weights read as they are stored.
+"""The fused layer on a GPU: a handful of Triton launches, every coder, weights read as they are stored.
 
 1. align: pairs sorted by expert.
 2. first: ``x C^T`` of the center's gate and up, once per token, beside ``x V^T`` of the low-rank residuals; only where
@@ -12,8 +12,10 @@
 A layer with several groups of experts takes 1, 3, 4 and its part of 2 and 6 for each; the center, 5 and 7 once.
 A lone token takes neither 1, as each of its pairs is a block, nor 5: the center's down product is taken of its pairs.
 
-Two strategies for tiles that are decoded, same result (``Config.restore``): few tokens take the center's product
-once per token; many add the center to the decoded tile and take one product. All that kernels are compiled for
+Three strategies for tiles that are decoded, same result (``block_sizes.Strategy``): few tokens take the center's
+product once per token; more add the center to the decoded tile and take one product. Many restore weights to a scratch
+(scratch.py) before 3, and before 6, and take products of plain weights; where the scratch doesn't hold all experts,
+some at a time, with launches of their own. All that kernels are compiled for
 depends on the layer and the class of T alone (``block_sizes.TokenClass``), so they are compiled, and their launches
 kept, before the first request; nothing is read back, so a CUDA graph may hold them.
 """
@@ -31,7 +33,7 @@ from torch import Tensor
 from compress_tools.errors import KernelUnsupportedError
 from resmoe_vllm.kernels.activation import FUNCTIONS, Activation
 from resmoe_vllm.kernels.gpu.align import Routing, align, max_blocks
-from resmoe_vllm.kernels.gpu.block_sizes import FEW_TOKENS, Blocks, Config, TokenClass
+from resmoe_vllm.kernels.gpu.block_sizes import FEW_TOKENS, Blocks, Config, Strategy, TokenClass
 from resmoe_vllm.kernels.gpu.kernels import (
     TRITON_DTYPES,
     ActivationSpec,
@@ -42,8 +44,11 @@ from resmoe_vllm.kernels.gpu.kernels import (
     _combine_kernel,
     _hidden_kernel,
     _products_kernel,
+    _restore_kernel,
 )
 from resmoe_vllm.kernels.gpu.plans import GroupPlan, LayerPlan, Plan, Weight
+from resmoe_vllm.kernels.gpu.scratch import chunk_experts, matrices, scratch, scratch_bytes
+from resmoe_vllm.kernels.gpu.tiles import PLAIN, Tile, TileSpec
 
 # Values of one slab in a program of ``combine``, one warp, and the fewest and most columns: few tokens have more slabs.
 FEW_COMBINED, MANY_COMBINED = (512, 32, 128), (2048, 64, 256)
@@ -53,8 +58,13 @@ MAX_PRODUCTS = 4
 MAX_SPLITS = 4
 # Pointers are compiled for as multiples of it.
 ALIGNMENT = 16
+# blocks of pairs that an expert is looked for in at once
+RESTORE_STEP = 1024
 
 NOTHING = (None, None)
+# experts, the first and behind the last; None for all
+_Chunk = tuple[int, int] | None
+_ALL: tuple[_Chunk, ...] = (None,)
 
 
 def run_plan(
@@ -151,6 +161,21 @@ class _Products:
         return sum(job.splits for job in self.jobs if job.pairs)
 
 
+@dataclass(frozen=True)
+class _Restored:
+    """Weights of a group that are restored together.
+
+    Attributes:
+        weights: what they are restored from, None for one that isn't.
+        plain: the same restored, in the scratch, ``[experts, I, H]``.
+        chunks: experts at a time.
+    """
+
+    weights: tuple[Weight | None, ...]
+    plain: tuple[Weight | None, ...]
+    chunks: tuple[_Chunk, ...]
+
+
 class LayerLaunches:
     """A layer's launches for one class of token counts: all that does not change from call to call is made here.
 
@@ -166,7 +191,7 @@ class LayerLaunches:
         self.config, self.tokens, self.share = token_class.config, token_class.tokens, share
         # What goes from launch to launch is small beside the weights while tokens are few.
         self.few = token_class.tokens <= FEW_TOKENS
-        self.lone = token_class.tokens == 1
+        self.lone = token_class.tokens == 1 and self.config.strategy != Strategy.RESTORED
         self.top_k, self.choices, self.dtype, self.combine_columns = 0, 0, torch.float32, 0
         self.kept: dict[object, Any] = {}
 
@@ -188,16 +213,19 @@ class LayerLaunches:
     def call(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None) -> "_Call":
         """One call, its pairs sorted."""
         if (topk_ids.shape[1], x.dtype) != (self.top_k, self.dtype):
-            self._prepare(topk_ids.shape[1], x.dtype)
+            self._prepare(topk_ids.shape[1], x.dtype, x.device)
         return _Call(self, x, topk_weights, topk_ids, expert_map)
 
-    def _prepare(self, top_k: int, dtype: torch.dtype) -> None:
-        """Products of each launch, and into how many slabs they are split."""
+    def _prepare(self, top_k: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Products of each launch, and into how many slabs they are split; where restored weights stand."""
         self.top_k, self.dtype = top_k, dtype
         self.choices = triton.next_power_of_2(top_k)
         values, fewest, most = FEW_COMBINED if self.few else MANY_COMBINED
         self.combine_columns = min(most, max(fewest, values // self.choices))
         self.kept.clear()
+        groups = self.plan.groups
+        self.restored_sides = [self._restored((group.gate, group.up), group.experts, device) for group in groups]
+        self.restored_down = [self._restored((group.down,), group.experts, device) for group in groups]
         self.slab_dtype = torch.float32 if self.few else dtype
         # The interpreter's bf16 products are wrong, so there all are taken in fp32.
         self.dot = tl.float32 if triton.knobs.runtime.interpret else TRITON_DTYPES[dtype]
@@ -230,7 +258,9 @@ class LayerLaunches:
             pairs, shrinks = [], []
             if group.down.tile is not None:
                 product = Product(size_i, size_h, size_i, size_i, size_h)
-                pairs.append(_Job(group.down.tile, ProductSpec(True, 1, False), product))
+                plain = self.restored_down[number].plain[0]
+                spec = ProductSpec(True, 1, False, restored=plain is not None)
+                pairs.append(_Job(plain or group.down.tile, spec, product))
             if (f := group.down.factors) is not None:
                 product = Product(size_i, f.width, size_i, size_i, f.columns)
                 shrinks.append(_Job(f.u, ProductSpec(True, 1, False), product))
@@ -243,6 +273,30 @@ class LayerLaunches:
             centers = [] if center is None else [_Job(center, spec, product, center_of_pairs=of_pairs)]
             self.last.append(self._split(centers, pairs, self.config.last, group, split_pairs=True))
         self._even_out()
+        # what is launched again for restored weights of more experts
+        self.more = [
+            _Products([job for job in products.jobs if job.spec.restored], products.blocks) for products in self.last
+        ]
+
+    def _restored(self, plans: tuple[Plan, ...], experts: int, device: torch.device) -> _Restored:
+        """Which weights of a group are restored, and where to."""
+        wanted = self.config.strategy == Strategy.RESTORED
+        weights = tuple(plan.tile if wanted and plan.is_decoded else None for plan in plans)
+        count = sum(weight is not None for weight in weights)
+        if not count:
+            return _Restored(weights, weights, _ALL)
+        size_i, size_h, itemsize = self.plan.intermediate, self.plan.hidden, self.dtype.itemsize
+        # as much as gate and up of any group could take
+        memory = scratch(device, scratch_bytes(2, self.plan.experts, size_i * size_h, itemsize))
+        some = chunk_experts(count, experts, size_i * size_h, itemsize)
+        found = iter(matrices(memory, count, some, (size_i, size_h), self.dtype))
+        plain = []
+        for weight in weights:
+            own = None if weight is None else next(found)
+            tile = None if own is None else (Tile(own=own, own_stride=own.stride(0)), TileSpec(own_bits=PLAIN))
+            plain.append(tile)
+        chunks = tuple((first, min(first + some, experts)) for first in range(0, experts, some))
+        return _Restored(weights, tuple(plain), chunks)
 
     def _split(
         self, centers: list[_Job], pairs: list[_Job], blocks: Blocks, group: GroupPlan, *, split_pairs: bool
@@ -339,21 +393,62 @@ class _Call:
             if number == 0:
                 centers = [None if center is None else next(made) for center in self.launches.centers[:2]]
             shrunk = [None if side.factors is None else next(made) for side in (group.gate, group.up)]
-            self._hidden(number, hidden, centers, shrunk)
+            restored = self.launches.restored_sides[number]
+            for chunk in restored.chunks:
+                self._restore("sides", number, restored, chunk)
+                self._hidden(number, hidden, centers, shrunk, restored.plain, chunk)
         return hidden
 
-    def _hidden(self, number: int, hidden: Tensor, centers: list[Tensor | None], shrunk: list[Tensor | None]) -> None:
+    def _restore(self, name: str, number: int, restored: _Restored, chunk: _Chunk) -> None:
+        """Weights of some experts, or of none, into the scratch."""
+        if chunk is None:
+            return
+        launches, plan, routing = self.launches, self.plan, self.routings[number]
+        blocks = launches.config.restore
+        first, end = chunk
+        for place, (weight, plain) in enumerate(zip(restored.weights, restored.plain, strict=True)):
+            if weight is None or plain is None:
+                continue
+            launches.launch(
+                ("restore", name, place, number),
+                _restore_kernel,
+                (_ceil_div(plan.intermediate, blocks.n), end - first, 1),
+                routing,
+                first,
+                plain[0].own,
+                *weight,
+                plan.intermediate,
+                plan.hidden,
+                launches.config.block_m,
+                blocks.n,
+                blocks.k,
+                RESTORE_STEP,
+                launches.dot,
+                num_warps=blocks.warps,
+                num_stages=blocks.stages,
+            )
+
+    def _hidden(
+        self,
+        number: int,
+        hidden: Tensor,
+        centers: list[Tensor | None],
+        shrunk: list[Tensor | None],
+        restored: Sequence[Weight | None],
+        chunk: _Chunk,
+    ) -> None:
         launches, group, routing = self.launches, self.plan.groups[number], self.routings[number]
         blocks, sides = launches.config.hidden, (group.gate, group.up)
         # One group may hold the center in its tiles, the next not.
         centers = [slabs if side.center is not None else None for side, slabs in zip(sides, centers, strict=True)]
         m_blocks = routing.block_experts.numel()
         static: list[object] = []
-        for side, slabs in zip(sides, centers, strict=True):
+        for side, slabs, plain in zip(sides, centers, restored, strict=True):
             factors, bias = side.factors, side.bias
             splits = 0 if slabs is None else len(slabs)
-            static += [SideSpec(splits, factors is not None, 0 if bias is None else bias.stride(0))]
-            static += side.tile or NOTHING
+            stride = 0 if bias is None else bias.stride(0)
+            static += [SideSpec(splits, factors is not None, stride, restored=plain is not None)]
+            static += plain or side.tile or NOTHING
             static += (None, *NOTHING) if factors is None else (Rank(factors.width, factors.columns), *factors.u)
         gate, up = group.gate.factors, group.up.factors
         launches.launch(
@@ -367,6 +462,7 @@ class _Call:
             self.pairs,
             self.tokens,
             m_blocks,
+            *(chunk or NOTHING),
             *centers,
             *shrunk,
             group.gate.bias,
@@ -402,6 +498,7 @@ class _Call:
         if launches.pair_slabs:
             pair_slabs = self.empty(launches.pair_slabs, self.pairs, size_h, dtype=launches.slab_dtype)
         for number, products in enumerate(launches.last):
+            restored = launches.restored_down[number]
             sources: list[Tensor | None] = []
             outs: list[Tensor | None] = []
             for job in products.jobs:
@@ -413,7 +510,12 @@ class _Call:
                     factors = plan.groups[number].down.factors
                     sources.append(shrunk[number] if factors is not None and job.weight is factors.v else hidden)
                     outs.append(pair_slabs)
-            self.products("last", number, products, sources, outs)
+            for place, chunk in enumerate(restored.chunks):
+                self._restore("down", number, restored, chunk)
+                if place == 0:
+                    self.products("last", number, products, sources, outs, chunk)
+                else:
+                    self.products("more", number, launches.more[number], [hidden], [pair_slabs], chunk)
         out = torch.empty_like(self.x)
         token_count = 0 if token_slabs is None else len(token_slabs)
         self.combine(
@@ -435,8 +537,9 @@ class _Call:
         products: _Products,
         sources: Sequence[Tensor | None],
         outs: Sequence[Tensor | None],
+        chunk: _Chunk = None,
     ) -> None:
-        """One launch, or none where there is no job."""
+        """One launch, or none where there is no job; restored weights are those of some experts."""
         if not products.jobs:
             return
         launches, blocks = self.launches, products.blocks
@@ -461,6 +564,7 @@ class _Call:
             self.pairs,
             unrouted_rows,
             m_blocks,
+            *(chunk or NOTHING),
             *ends[:-1],
             *products.slab_arguments,
             *arguments,

@@ -25,8 +25,8 @@ from resmoe_vllm.weights.bound import (
 from resmoe_vllm.weights.layer_loader import BoundGroup
 
 
-def plan_layer(groups: Sequence[BoundGroup], *, restore: bool) -> LayerPlan:
-    """Weights to pointers; with ``restore``, decoded tiles hold the center.
+def plan_layer(groups: Sequence[BoundGroup], *, center_in_tile: bool) -> LayerPlan:
+    """Weights to pointers; decoded tiles hold the center or not.
 
     Raises:
         KernelUnsupportedError: one expert's matrix is too large for 32-bit offsets.
@@ -39,9 +39,9 @@ def plan_layer(groups: Sequence[BoundGroup], *, restore: bool) -> LayerPlan:
         )
     plans = tuple(
         GroupPlan(
-            _plan(group.weights, "gate_proj", restore),
-            _plan(group.weights, "up_proj", restore),
-            _plan(group.weights, "down_proj", restore),
+            _plan(group.weights, "gate_proj", center_in_tile),
+            _plan(group.weights, "up_proj", center_in_tile),
+            _plan(group.weights, "down_proj", center_in_tile),
             group.weights.num_experts,
             group.expert_map,
         )
@@ -78,7 +78,7 @@ def _down_bias(groups: Sequence[BoundGroup]) -> Tensor | None:
     return total
 
 
-def _plan(weights: ResMoEWeights, projection: Projection, restore: bool) -> Plan:
+def _plan(weights: ResMoEWeights, projection: Projection, center_in_tile: bool) -> Plan:
     center = weights.center.get(projection)
     parts = [part for part in weights.residual if not isinstance(part, LowRankWeights)]
     factors = None
@@ -88,7 +88,7 @@ def _plan(weights: ResMoEWeights, projection: Projection, restore: bool) -> Plan
             factors = Factors(rows_tile(u), rows_tile(part.v[projection]), part.rank, columns, number)
     tile = sum_tile(None, parts, projection)
     bias = None if projection == "down_proj" else weights.biases.get(projection)
-    if tile is not None and restore:
+    if tile is not None and center_in_tile:
         return Plan(None, sum_tile(center, parts, projection), factors, bias)
     return Plan(sum_tile(center, [], projection), tile, factors, bias)
 
@@ -113,7 +113,7 @@ class GpuKernel:
     def __init__(self, groups: Sequence[BoundGroup], activation: Activation, *, batch_invariant: bool = False) -> None:
         self._activation, self._batch_invariant = activation, batch_invariant
         self.coders = frozenset[str]().union(*(group.weights.coders for group in groups))
-        self.plans = {restore: plan_layer(groups, restore=restore) for restore in (False, True)}
+        self.plans = {inside: plan_layer(groups, center_in_tile=inside) for inside in (False, True)}
         self._classes: dict[tuple[int, int, torch.dtype], tuple[tuple[TokenClass, ...], list[LayerLaunches]]] = {}
 
     def __call__(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None = None) -> Tensor:
@@ -147,7 +147,7 @@ class GpuKernel:
             share = plan.experts / experts
             self._classes[key] = (
                 classes,
-                [LayerLaunches(self.plans[one.config.restore], self._activation, one, share) for one in classes],
+                [LayerLaunches(self.plans[one.config.center_in_tile], self._activation, one, share) for one in classes],
             )
         return self._classes[key]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from resmoe_vllm.kernels.gpu.tiles import Tile, TileSpec
+from resmoe_vllm.kernels.gpu.tiles import PLAIN, Tile, TileSpec
 from resmoe_vllm.weights.alignment import RANK_MULTIPLE
 
 Weight = tuple[Tile, TileSpec]
@@ -50,6 +50,11 @@ class Plan:
     tile: Weight | None
     factors: Factors | None
     bias: Tensor | None = None
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether the tile is more than plain values."""
+        return self.tile is not None and self.tile[1] != TileSpec(own_bits=PLAIN)
 
     @property
     def per_pair(self) -> int:

@@ -75,7 +75,7 @@ def compile_plan(
         expert_map = torch.arange(SHAPE.experts, dtype=torch.int32)
         config = default_config(tokens, SHAPE.top_k, SHAPE.experts, frozenset({method}))
         weights = torch.ones(tokens, SHAPE.top_k)
-        run_plan(x, weights, ids, plan_of(config.restore), activation, expert_map, config)
+        run_plan(x, weights, ids, plan_of(config.center_in_tile), activation, expert_map, config)
     finally:
         JITFunction.run = plain
     return built
@@ -120,14 +120,14 @@ def main() -> None:
     for method in methods:
         layer = make_layer(SHAPE, method, "cpu", torch.bfloat16, seed=0)
         for tokens in (4, 1024):
-            for kernel in compile_plan(lambda restore, own=layer: own.plan(restore=restore), method, tokens):
+            for kernel in compile_plan(lambda inside, own=layer: own.plan(center_in_tile=inside), method, tokens):
                 _report(f"{method} T={tokens} {kernel['name']}", kernel)
     layer = make_layer(SHAPE, methods[0], "cpu", torch.bfloat16, seed=0)
     for name in ("swigluoai", "swiglustep", "relu2_no_mul"):
         activation = ACTIVATIONS[name]
 
-        def plan_of(restore: bool, own: Any = layer, activation: Activation = activation) -> LayerPlan:
-            return with_biases(own.plan(restore=restore), activation)
+        def plan_of(inside: bool, own: Any = layer, activation: Activation = activation) -> LayerPlan:
+            return with_biases(own.plan(center_in_tile=inside), activation)
 
         for kernel in compile_plan(plan_of, methods[0], 4, activation):
             _report(f"{methods[0]} {name} T=4 {kernel['name']}", kernel)

@@ -13,7 +13,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from resmoe_vllm.kernels.activation import SILU
 from resmoe_vllm.kernels.gpu import launches
-from resmoe_vllm.kernels.gpu.block_sizes import Config, default_config, token_classes
+from resmoe_vllm.kernels.gpu.block_sizes import ROWS_VARIABLE, Config, default_config, token_classes
 from resmoe_vllm.kernels.gpu.layer import GpuKernel
 from resmoe_vllm.kernels.reference import fused_moe_ref
 from tests.resmoe_vllm.kernels.bounds import Precision, assert_within, layer_bound
@@ -29,7 +29,7 @@ CODERS = (LOW_RANK, *(frozenset({coder}) for coder in ("bitmap", "quantized", "t
 MOST_FRAMES = 100
 LAUNCHES = ("first", "hidden", "shrink", "last")
 # Counts that kernels are not compiled anew for.
-UNSPECIALIZED = ("num_", "pair_blocks", "m_blocks", "first_", "splits_", "slab_")
+UNSPECIALIZED = ("num_", "pair_blocks", "m_blocks", "first_", "end_", "splits_", "slab_")
 
 
 @pytest.fixture(autouse=True)
@@ -272,8 +272,9 @@ def test_blocks_fit_the_card(shared: int, dtype: torch.dtype) -> None:
                 assert step_bytes(config, name, dtype.itemsize) * getattr(config, name).stages <= shared
 
 
-def test_both_sums_of_a_bitmaps_block_fit_beside_what_it_counts() -> None:
+def test_both_sums_of_a_bitmaps_block_fit_beside_what_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """On AMD they pass through shared memory at the end: 66,560 bytes of 65,536 with columns as many as elsewhere."""
+    monkeypatch.setenv(ROWS_VARIABLE, "100000")
     for shared, columns in ((65536, 32), (101376, 64), (232448, 64)):
         config = default_config(4096, 8, 64, frozenset({"bitmap"}), torch.bfloat16, shared)
         assert (config.block_m, config.hidden.n) == (128, columns)

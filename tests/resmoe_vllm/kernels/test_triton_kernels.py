@@ -20,7 +20,7 @@ from resmoe_vllm import ops
 from resmoe_vllm.kernels.activation import SILU, Activation
 from resmoe_vllm.kernels.gpu import align, block_sizes, launches
 from resmoe_vllm.kernels.gpu import layer as gpu_layer
-from resmoe_vllm.kernels.gpu.block_sizes import Blocks, Config, TokenClass
+from resmoe_vllm.kernels.gpu.block_sizes import Blocks, Config, Strategy, TokenClass
 from resmoe_vllm.kernels.gpu.plans import GroupPlan, LayerPlan, Plan
 from resmoe_vllm.kernels.gpu.tiles import Tile, TileSpec
 from resmoe_vllm.kernels.reference import align_ref, combine_ref, fused_moe_ref, hidden_ref, products_ref
@@ -49,7 +49,9 @@ REPO = Path(__file__).resolve().parents[3]
 
 SMALL = Blocks(n=32, k=32, warps=4, stages=2)
 # several blocks of pairs for one expert, several steps and splits, and the center inside of decoded tiles
-RESTORING = Config(16, SMALL, SMALL, SMALL, replace(SMALL, n=64), restore=True, programs=24)
+RESTORING = Config(
+    16, SMALL, SMALL, SMALL, replace(SMALL, n=64), Strategy.CENTER_IN_TILE, programs=24, restore=replace(SMALL, n=16)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +133,7 @@ def test_whole_blocks(loaded, kind: str, tokens: int) -> None:
 def test_center_inside_of_decoded_tiles(loaded, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_layer, "token_classes", lambda *shape: (TokenClass(13, RESTORING),))
     module, layout = loaded(kind, "E4-I33-H67", "float32")
-    plan = gpu_layer.plan_layer([BoundGroup(layout.bind(parameters_of(module, layout)), None)], restore=True)
+    plan = gpu_layer.plan_layer([BoundGroup(layout.bind(parameters_of(module, layout)), None)], center_in_tile=True)
     (group,) = plan.groups
     assert all(side.tile is None or side.center is None for side in (group.gate, group.up, group.down))
     weights, ids = make_routing(4, "T13-K2")
@@ -254,7 +256,7 @@ def test_hidden(loaded, kind: str) -> None:
     weights, ids = make_routing(4, "T7-K2-padded")
     x = hidden_states(7, 67, "float32")
     bound = layout.bind(parameters_of(module, layout))
-    plan = gpu_layer.plan_layer([BoundGroup(bound, None)], restore=False)
+    plan = gpu_layer.plan_layer([BoundGroup(bound, None)], center_in_tile=False)
     layer = launches.LayerLaunches(plan, SILU, TokenClass(7, RESTORING))
     cpu = layout.bind([t.cpu() for t in parameters_of(module, layout)])
     found = layer.call(x.to(DEVICE), weights.to(DEVICE), ids.to(DEVICE), None).hidden().cpu()
@@ -305,7 +307,7 @@ def test_refusals(loaded) -> None:
         kernel(x, weights, ids[:6])
     with pytest.raises(KernelUnsupportedError, match="tensor parallelism"):
         gpu_layer.plan_layer(
-            [BoundGroup(replace(bound, intermediate_size=2**20, hidden_size=2**10), None)], restore=False
+            [BoundGroup(replace(bound, intermediate_size=2**20, hidden_size=2**10), None)], center_in_tile=False
         )
 
 
@@ -321,7 +323,7 @@ def test_tuned_sizes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert block_sizes.pick_config(4096, 8, *shape) == tuned[64]
     other = (*shape[:-1], frozenset({"bitmap"}))
     assert block_sizes.pick_config(1, 8, *other) == block_sizes.default_config(1, 8, 64, frozenset({"bitmap"}))
-    assert block_sizes.pick_config(4096, 8, *other).restore
+    assert block_sizes.pick_config(4096, 8, *other).strategy == Strategy.RESTORED
 
 
 def test_kernels_compile_for_hopper() -> None:
