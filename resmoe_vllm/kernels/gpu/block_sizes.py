@@ -310,8 +310,10 @@ def token_classes(
     last = max(_MANY_TOKENS, 2 * _SOME_ROWS * experts // top_k)
     rows = {_FEW_ROWS, _SOME_ROWS}
     if _is_restored(last, last * top_k / experts, coders, dtype):
-        # Classes begin where weights are restored; a few rows farther on it is not worth one of its own.
-        rows = {own for own in rows if not restored_rows() <= own <= 2 * restored_rows()} | {restored_rows()}
+        # Classes begin where weights are restored; a few rows farther on, or tokens before, are not worth one.
+        rows = {own for own in rows if not restored_rows() <= own <= 2 * restored_rows()}
+        if restored_rows() * experts // top_k > 2 * FEW_TOKENS:
+            rows.add(restored_rows())
     ends += [end for own in sorted(rows) if FEW_TOKENS < (end := own * experts // top_k) < last]
     ends.append(last)
     return tuple(TokenClass(end, default_config(end, top_k, experts, coders, dtype, shared)) for end in ends)
