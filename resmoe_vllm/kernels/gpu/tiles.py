@@ -310,23 +310,28 @@ def _rows_tile(
             scale = _octet_scales(scales, rows, row_ok, first_column, GROUP, num_columns, OCTETS, EVEN)
         if levels is not None:
             b = _load_octets(start, rows, row_ok, first_column, 1, BITS, num_columns, OCTETS, EVEN)
-            scale = scale.to(tl.float32)
             if BITS == 1:
                 older = _load_octets(start, rows, row_ok, first_column, 2, BITS, num_columns, OCTETS, EVEN)
                 b = (b.to(tl.int32) << 8) | older.to(tl.int32)
             if runs_ptx():
-                scale = scale * _LEVELS
+                some = tl.full((), 0, tl.int32)
+                if LANES:
+                    # of any number, but of 32 bits, as fewer change how the matrix units take a tile
+                    numbers = levels.to(tl.pointer_type(tl.int32), bitcast=True)
+                    some = tl.load(numbers + tl.zeros((ROWS, 1), tl.int32))
                 if tl.bfloat16 == TO:
-                    c0, c1, c2, c3, c4, c5, c6, c7 = octet_columns(w, b, scale, BITS, True)
+                    c0, c1, c2, c3, c4, c5, c6, c7 = octet_columns(w, b, scale, some, BITS, True)
                     tile = _in_order(c0, c1, c2, c3, c4, c5, c6, c7, ROWS, COLUMNS, LANES)
                 else:
-                    c0, c1, c2, c3, c4, c5, c6, c7 = octet_columns(w, b, scale, BITS, False)
+                    c0, c1, c2, c3, c4, c5, c6, c7 = octet_columns(w, b, scale, some, BITS, False)
+                    scale = scale.to(tl.float32) * _LEVELS
                     tile = _in_order(
                         c0.to(tl.float32) * scale, c1.to(tl.float32) * scale, c2.to(tl.float32) * scale,
                         c3.to(tl.float32) * scale, c4.to(tl.float32) * scale, c5.to(tl.float32) * scale,
                         c6.to(tl.float32) * scale, c7.to(tl.float32) * scale, ROWS, COLUMNS, LANES
                     )  # fmt: skip
             else:
+                scale = scale.to(tl.float32)
                 tile = _in_order(
                     _level(w, b, levels, scale, 0, BITS), _level(w, b, levels, scale, 1, BITS),
                     _level(w, b, levels, scale, 2, BITS), _level(w, b, levels, scale, 3, BITS),

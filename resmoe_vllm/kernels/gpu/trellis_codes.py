@@ -184,25 +184,36 @@ _LEVELS_4, _VALUES_4 = (tl.constexpr(octet_program(4, scaled=scaled)) for scaled
 _HELD_1, _HELD_2, _HELD_3, _HELD_4 = (tl.constexpr(held_program(bits)) for bits in (1, 2, 3, 4))
 
 
+# A scale, the low half of its input, twice and over ``LEVEL_UNIT``.
+_TWICE = tl.constexpr(
+    "{ .reg .b32 t, by, nothing; mov.b32 by, 0x42804280; mov.b32 nothing, 0x80008000; "
+    "prmt.b32 t, $1, 0, 0x1010; fma.rn.bf16x2 $0, t, by, nothing; }"
+)
+
+
 @triton.jit
-def octet_columns(words, before, scale, BITS: tl.constexpr, SCALED: tl.constexpr):
-    """The eight columns of each octet, bfloat16: levels in units of ``LEVEL_UNIT``, with SCALED times the scale.
+def octet_columns(words, before, scale, rows, BITS: tl.constexpr, SCALED: tl.constexpr):
+    """The eight columns of each octet, bfloat16: levels in units of ``LEVEL_UNIT``, or with SCALED values.
 
     Args:
         words: codes of each octet.
         before: those before them.
-        scale: in fp32, but a bfloat16; over the unit.
+        scale: bfloat16, for SCALED.
+        rows: int32, what tables' words are held for: of one number all lanes hold the same, of ``[ROWS, 1]`` loaded
+            values each row has its own, which Triton follows back to a load where it looks for a tile's layout.
     """
     LEVELS: tl.constexpr = _LEVELS_1 if BITS == 1 else _LEVELS_2 if BITS == 2 else _LEVELS_3 if BITS == 3 else _LEVELS_4
     VALUES: tl.constexpr = _VALUES_1 if BITS == 1 else _VALUES_2 if BITS == 2 else _VALUES_3 if BITS == 3 else _VALUES_4
     PROGRAM: tl.constexpr = VALUES if SCALED else LEVELS
     HELD: tl.constexpr = _HELD_1 if BITS == 1 else _HELD_2 if BITS == 2 else _HELD_3 if BITS == 3 else _HELD_4
-    upper = scale.to(tl.uint32, bitcast=True)
-    scales = (upper | (upper >> 16)).to(tl.int32, bitcast=True)
     h0, h1, h2, h3, h4, h5 = tl.inline_asm_elementwise(
-        HELD, "=r,=r,=r,=r,=r,=r", [], (tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True,
-        pack=1
+        HELD, "=r,=r,=r,=r,=r,=r,r", [rows],
+        (tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
     )  # fmt: skip
+    scales = words.to(tl.int32)
+    if SCALED:
+        one = scale.to(tl.int16, bitcast=True).to(tl.int32)
+        scales = tl.inline_asm_elementwise(_TWICE, "=r,r", [one], tl.int32, is_pure=True, pack=1)
     return tl.inline_asm_elementwise(
         PROGRAM, "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r,r,r,r,r,r",
         [words.to(tl.int32), before.to(tl.int32), scales, h0, h1, h2, h3, h4, h5],
