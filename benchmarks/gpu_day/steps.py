@@ -13,9 +13,10 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,11 +25,16 @@ from benchmarks.gpu_day.plan import STEPS
 from benchmarks.harness.environment import REPO, collect_environment
 from benchmarks.harness.rows import Row
 
+if TYPE_CHECKING:
+    from benchmarks.serving.server import VllmServer
+
 # largest error, as a share of the largest output; the kernels' sums are fp32, their products the model's dtype
 LARGEST_ERROR = 2e-2
 # of log-probabilities, as a share of how much they differ among themselves: another expert's weights make it 1
 LARGEST_DEVIATION = 0.25
 LAYERS = 4
+# of the card's, for each of two servers
+SERVER_MEMORY = 0.4
 
 
 class Records:
@@ -198,13 +204,11 @@ def kernels(records: Records) -> int:
     if records.rehearse:
         from benchmarks.kernels.__main__ import check as check_kernels
 
-        wrong = check_kernels("cpu", torch.float32, methods=("dense",))
+        wrong = check_kernels("cpu", torch.float32, kinds=("dense",))
         records.add(Row("benchmarks.kernels, dense, in the interpreter", "WRONG" if wrong else "right"))
         return WRONG if wrong else 0
     file = records.folder / "kernels-table.json"
     command = [sys.executable, "-m", "benchmarks.kernels", "--minutes", "4", "--json", str(file)]
-    for method in ("low_rank", "quantized", "bitmap"):
-        command += ["--method", method]
     done = subprocess.run(command, cwd=REPO, check=False)
     if file.exists():
         for found in json.loads(file.read_text())["rows"]:
@@ -215,19 +219,62 @@ def kernels(records: Records) -> int:
 
 
 def serve(records: Records, shape_name: str) -> int:
-    """A random model and its restored twin behind `vllm serve`: log-probabilities first, then throughput."""
-    from benchmarks.serve import compare
+    """A random model and its restored twin, each behind `vllm serve`: log-probabilities first, then throughput."""
+    from rich.console import Console
+
+    from benchmarks.serve import compare, measure
+    from benchmarks.serve import parse as serve_options
 
     layers = 1 if records.rehearse else LAYERS
     where = f"{shape_name}, {layers} layers"
     paths = serve_models(records, shape_name, layers)
-    twin, rows = ask_server(records, "twin", paths["twin"], None, where)
-    found, own = ask_server(records, "low-rank", paths["low-rank"], twin, where)
-    if found is None:
-        return WRONG
-    for row in compare([*rows, *own], ["twin", "low-rank"], targets=False):
+    names = ("twin", "low-rank")
+    loads = serve_options(["--num-prompts", "64", "--input-len", "256", "--output-len", "64", "--rates", "inf"])
+    if records.rehearse:
+        loads = serve_options(["--num-prompts", "2", "--input-len", "8", "--output-len", "8"])
+        loads.rates = []
+    rows: list[Row] = []
+    with ExitStack() as stack:
+        servers = start_servers(records, {name: paths[name] for name in names}, stack)
+        found = {name: prompt_logprobs(server.base_url, server.model) for name, server in servers.items()}
+        deviation = relative_deviation(found["low-rank"], found["twin"])
+        label = f"{where}: deviation of log-probabilities from the restored twin"
+        records.add(Row.at_most(label, deviation, "of their spread", LARGEST_DEVIATION, tokens=len(found["twin"])))
+        if deviation > LARGEST_DEVIATION:
+            return WRONG
+        for name, server in servers.items():
+            rows += measure(name, server, loads, Console(stderr=True))
+    for row in [*rows, *compare(rows, list(names), targets=False)]:
         records.add(replace(row, name=f"{where}, {row.name}"))
     return 0
+
+
+def start_servers(records: Records, paths: dict[str, Path], stack: ExitStack) -> dict[str, "VllmServer"]:
+    """All of them at once, as each takes minutes; they share the card, and are asked one after the other."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from rich.console import Console
+
+    from benchmarks.serving.server import VllmServer
+
+    options = ["--max-model-len", "512", "--gpu-memory-utilization", str(SERVER_MEMORY)]
+    if records.rehearse:
+        options.append("--enforce-eager")
+    servers = {
+        # the log stays, so that a server that does not start says why
+        name: VllmServer(
+            path,
+            options,
+            log_path=records.folder / f"{records.step}-{name}.log",
+            timeout_s=200,
+            console=Console(stderr=True, quiet=True),
+        )
+        for name, path in paths.items()
+    }
+    with ThreadPoolExecutor(len(servers)) as pool:
+        for started in [pool.submit(stack.enter_context, server) for server in servers.values()]:
+            started.result()
+    return servers
 
 
 def serve_models(records: Records, shape_name: str, layers: int) -> dict[str, Path]:
@@ -266,41 +313,6 @@ def enlarge_experts(checkpoint: Path, hidden: int) -> None:
             elif suffix == "resmoe_center":
                 tensor.mul_(hidden**-0.5 / tensor.float().std())
         save_file(tensors, file, metadata={"format": "pt"})
-
-
-def ask_server(
-    records: Records, name: str, path: Path, twin: list[float] | None, where: str
-) -> tuple[list[float] | None, list[Row]]:
-    """(log-probabilities, None where they are too far from the twin's; rows of throughput) of one server."""
-    from rich.console import Console
-
-    from benchmarks.serve import measure
-    from benchmarks.serve import parse as serve_options
-    from benchmarks.serving.server import VllmServer
-
-    console = Console(stderr=True)
-    words = ["--num-prompts", "64", "--input-len", "256", "--output-len", "64", "--rates", "inf"]
-    loads = serve_options(words)
-    if records.rehearse:
-        loads = serve_options(["--num-prompts", "2", "--input-len", "8", "--output-len", "8"])
-        loads.rates = []
-    # the log stays, so that a server that does not start says why
-    log = records.folder / f"{records.step}-{name}.log"
-    options = ["--max-model-len", "512", *(["--enforce-eager"] if records.rehearse else [])]
-    rows: list[Row] = []
-    with VllmServer(path, options, log_path=log, timeout_s=200, console=console) as server:
-        found = prompt_logprobs(server.base_url, server.model)
-        if twin is not None:
-            deviation = relative_deviation(found, twin)
-            label = f"{where}: deviation of log-probabilities from the restored twin"
-            records.add(Row.at_most(label, deviation, "of their spread", LARGEST_DEVIATION, tokens=len(found)))
-            if deviation > LARGEST_DEVIATION:
-                return None, rows
-        if twin is not None or not records.rehearse:
-            rows = measure(name, server, loads, console)
-            for row in rows:
-                records.add(replace(row, name=f"{where}, {row.name}"))
-    return found, rows
 
 
 def prompt_logprobs(base_url: str, model: str) -> list[float]:
