@@ -199,8 +199,14 @@ def sum_tile(
             if spec.own_bits:
                 raise KernelUnsupportedError(f"resmoe's GPU kernels read one part of codes, {projection} has two")
             own, own_spec = rows_tile(part.rows[projection])
+            if projection == "down_proj" and own.own_scales is not None and own_spec.own_group:
+                # A product over rows reads one group of many rows, each of which would be a line of memory.
+                scales = own.own_scales.mT.contiguous()
+                own, own_spec = own._replace(own_scales=scales), own_spec._replace(own_by_group=True)
             tile = tile._replace(**{name: getattr(own, name) for name in Tile._fields if name.startswith("own")})
-            spec = spec._replace(own_bits=own_spec.own_bits, own_group=own_spec.own_group)
+            spec = spec._replace(
+                **{name: getattr(own_spec, name) for name in TileSpec._fields if name.startswith("own")}
+            )
         else:
             tile, spec = _add_bitmap(tile, spec, part, projection)
     return None if spec == TileSpec() else (tile, spec)

@@ -113,17 +113,18 @@ _LEVELS_8, _VALUES_8 = (tl.constexpr(octet_program(8, scaled=scaled)) for scaled
 @triton.jit
 def plain_columns(words, scale, BITS: tl.constexpr, SCALED: tl.constexpr):
     """The eight columns of each octet, bfloat16: levels, with SCALED times ``scale``, bfloat16."""
+    LEVELS: tl.constexpr = (
+        _LEVELS_1 if BITS == 1 else _LEVELS_2 if BITS == 2 else _LEVELS_3 if BITS == 3
+        else _LEVELS_4 if BITS == 4 else _LEVELS_8
+    )  # fmt: skip
+    VALUES: tl.constexpr = (
+        _VALUES_1 if BITS == 1 else _VALUES_2 if BITS == 2 else _VALUES_3 if BITS == 3
+        else _VALUES_4 if BITS == 4 else _VALUES_8
+    )  # fmt: skip
+    PROGRAM: tl.constexpr = VALUES if SCALED else LEVELS
     if BITS == 8:
-        PROGRAM: tl.constexpr = _VALUES_8 if SCALED else _LEVELS_8
         upper = (words >> 32).to(tl.int32)
     else:
-        LEVELS: tl.constexpr = (
-            _LEVELS_1 if BITS == 1 else _LEVELS_2 if BITS == 2 else _LEVELS_3 if BITS == 3 else _LEVELS_4
-        )
-        VALUES: tl.constexpr = (
-            _VALUES_1 if BITS == 1 else _VALUES_2 if BITS == 2 else _VALUES_3 if BITS == 3 else _VALUES_4
-        )
-        PROGRAM: tl.constexpr = VALUES if SCALED else LEVELS
         upper = words.to(tl.int32)
     return tl.inline_asm_elementwise(
         PROGRAM, _CONSTRAINTS, [words.to(tl.int32), upper, scale.to(tl.int16, bitcast=True).to(tl.int32)],

@@ -77,6 +77,7 @@ class TileSpec(NamedTuple):
         center_bits: of a code, ``PLAIN`` for plain values, 0 where there is no center; groups are columns that
             share a scale, 0 for the whole row.
         own_bits: likewise.
+        own_by_group: scales lie ``[E, groups, rows]``, as a product over rows reads them.
         value_bits: likewise, of the bitmap's values.
         by_row: a bitmap's rows hold ``row_stride`` values each; else ``row_ptr`` says where one begins.
     """
@@ -85,6 +86,7 @@ class TileSpec(NamedTuple):
     center_group: int = 0
     own_bits: int = 0
     own_group: int = 0
+    own_by_group: bool = False
     value_bits: int = 0
     value_group: int = 0
     by_row: bool = False
@@ -253,7 +255,8 @@ def _level(words, before, levels, scale, COLUMN: tl.constexpr, BITS: tl.constexp
 
 @triton.jit
 def _octet_scales(
-    scales, rows, row_ok, first_column, GROUP: tl.constexpr, num_columns, OCTETS: tl.constexpr, EVEN: tl.constexpr
+    scales, rows, row_ok, first_column, GROUP: tl.constexpr, num_columns, OCTETS: tl.constexpr, EVEN: tl.constexpr,
+    num_rows, BY_GROUP: tl.constexpr
 ):  # fmt: skip
     """The scale of each octet, ``[ROWS, OCTETS]``; of each row, ``[ROWS, 1]``, where GROUP is 0."""
     if GROUP == 0:
@@ -265,7 +268,11 @@ def _octet_scales(
             ok = tl.full((rows.shape[0], OCTETS), True, tl.int1)
         else:
             ok = row_ok[:, None] & (group < groups)[None, :]
-        found = _load_lanes(scales, rows[:, None] * groups + group[None, :], ok)
+        if BY_GROUP:
+            places = group[None, :] * num_rows + rows[:, None]
+        else:
+            places = rows[:, None] * groups + group[None, :]
+        found = _load_lanes(scales, places, ok)
     return found
 
 
@@ -287,7 +294,8 @@ def _step_scales(
 @triton.jit
 def _rows_tile(
     start, scales, levels, rows, row_ok, first_column, BITS: tl.constexpr, GROUP: tl.constexpr,
-    num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TO: tl.constexpr, LANES: tl.constexpr, EVEN: tl.constexpr
+    num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TO: tl.constexpr, LANES: tl.constexpr, EVEN: tl.constexpr,
+    num_rows, BY_GROUP: tl.constexpr
 ):  # fmt: skip
     """``[ROWS, COLUMNS]``, plain values in their dtype, codes in fp32, or TO. Rows that are not there are 0.
 
@@ -307,7 +315,9 @@ def _rows_tile(
         if WIDE > 1 and GROUP > 0 and COLUMNS % GROUP == 0:
             scale = _step_scales(scales, rows, row_ok, first_column, GROUP, num_columns, COLUMNS)
         else:
-            scale = _octet_scales(scales, rows, row_ok, first_column, GROUP, num_columns, OCTETS, EVEN)
+            scale = _octet_scales(
+                scales, rows, row_ok, first_column, GROUP, num_columns, OCTETS, EVEN, num_rows, BY_GROUP
+            )
         if levels is not None:
             b = _load_octets(start, rows, row_ok, first_column, 1, BITS, num_columns, OCTETS, EVEN)
             if BITS == 1:
@@ -421,7 +431,9 @@ def _bitmap_tile(
         shift = 0.0
     else:
         scales = t.value_scales + expert * t.value_scales_stride
-        scale = _octet_scales(scales, rows, row_ok, first_column, s.value_group, num_columns, COLUMNS // 8, False)
+        scale = _octet_scales(
+            scales, rows, row_ok, first_column, s.value_group, num_columns, COLUMNS // 8, False, 0, False
+        )
         scale = scale.to(tl.float32)
         shift = scale * (-((1 << s.value_bits) - 1) / 2)
     tile = _by_octet(
@@ -480,7 +492,7 @@ def load_tile(
     if s.center_bits > 0:
         tile = _rows_tile(
             t.center, t.center_scales, t.center_levels, rows, row_ok, first_column, s.center_bits, s.center_group,
-            num_columns, ROWS, COLUMNS, TO, LANES, EVEN
+            num_columns, ROWS, COLUMNS, TO, LANES, EVEN, num_rows, False
         )  # fmt: skip
     if s.own_bits > 0:
         scales = t.own_scales
@@ -488,7 +500,7 @@ def load_tile(
             scales += expert * t.own_scales_stride
         own = _rows_tile(
             t.own + expert * t.own_stride, scales, t.own_levels, rows, row_ok, first_column, s.own_bits, s.own_group,
-            num_columns, ROWS, COLUMNS, TO, LANES, EVEN
+            num_columns, ROWS, COLUMNS, TO, LANES, EVEN, num_rows, s.own_by_group
         )  # fmt: skip
         if s.center_bits > 0:
             tile = tile.to(tl.float32) + own.to(tl.float32)
