@@ -42,8 +42,8 @@ TARGETS_MANY = {"low-rank": 1.3, "prune": 0.85}
 TARGET_MARLIN = 0.9
 MARLIN_TOKENS = (1, 16, 64)
 TARGET_BANDWIDTH = 0.65
-# of the check before a way of coding is timed
-CHECKED_TOKENS = 13
+# of the check before a way of coding is timed: few and many
+CHECKED_TOKENS = (13, 1024)
 CALLS, RUNS = 8, 15
 
 
@@ -174,11 +174,13 @@ def error_of(shape: MoEShape, made: TimedLayers) -> float:
     from resmoe_vllm.kernels.activation import SILU
     from resmoe_vllm.kernels.reference import fused_moe_ref
 
-    (given, *_), _ = make_inputs(shape, CHECKED_TOKENS)
-    expected = fused_moe_ref(*given, made.weights, SILU, None).float()
-    found = made.layers[0](*given).float()
-    error = ((found - expected).abs().max() / expected.abs().max()).item()
-    return error if math.isfinite(error) else math.inf
+    errors = []
+    for tokens in CHECKED_TOKENS:
+        (given, *_), _ = make_inputs(shape, tokens)
+        expected = fused_moe_ref(*given, made.weights, SILU, None).float()
+        found = made.layers[0](*given).float()
+        errors.append(((found - expected).abs().max() / expected.abs().max()).item())
+    return max(errors) if all(map(math.isfinite, errors)) else math.inf
 
 
 def make_inputs(shape: MoEShape, tokens: int) -> tuple[list, Callable[[], None]]:
@@ -364,7 +366,7 @@ def main() -> int:
         parser.error(f"no method is named {', '.join(unknown)}; choose from {', '.join(methods())}")
     from benchmarks.kernels.timing import copy_gb_s
 
-    compile_kernels([(shape, method) for shape in shapes for method in names], [*tokens, CHECKED_TOKENS])
+    compile_kernels([(shape, method) for shape in shapes for method in names], sorted({*tokens, *CHECKED_TOKENS}))
     bandwidth = copy_gb_s()
     rows, unmeasured, wrong = [], [], []
     for name in shapes:
