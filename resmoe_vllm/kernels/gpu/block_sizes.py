@@ -36,9 +36,8 @@ HOPPER_SHARED = 232448
 _RESERVED = 1024
 # What the class without an end is split for.
 _MANY_TOKENS = 8192
-# Up to here a launch has fewer programs than run at a time: narrow ones, with all their steps on the way at once.
-_LONE_TOKENS = 4
-_SEVERAL_TOKENS = 16
+# Here a launch has fewer programs than run at a time: narrow ones, with all their steps on the way at once.
+_LONE_TOKENS = 1
 _MOST_DECODED_ROWS = 64
 
 
@@ -216,11 +215,8 @@ def _few_low_rank(tokens: int) -> Config:
     if tokens <= _LONE_TOKENS:
         first, last = Blocks(n=32, k=128, warps=4, stages=6), Blocks(n=64, k=128, warps=4, stages=4)
         shrink = Blocks(n=16, k=256, warps=4, stages=5)
-    elif tokens <= _SEVERAL_TOKENS:
-        first, last = Blocks(n=64, k=64, warps=4, stages=6), Blocks(n=64, k=64, warps=4, stages=5)
-        shrink = Blocks(n=32, k=128, warps=4, stages=6)
     else:
-        first, last = Blocks(n=64, k=128, warps=4, stages=4), Blocks(n=128, k=64, warps=4, stages=4)
+        first, last = Blocks(n=64, k=128, warps=4, stages=4), Blocks(n=64, k=64, warps=4, stages=5)
         shrink = Blocks(n=64, k=128, warps=4, stages=4)
     return Config(16, first, hidden, shrink, last, Strategy.CENTER_FIRST, 528)
 
