@@ -33,8 +33,8 @@ LARGEST_ERROR = 2e-2
 # of log-probabilities, as a share of how much they differ among themselves: another expert's weights make it 1
 LARGEST_DEVIATION = 0.25
 LAYERS = 4
-# of the card's, for each of two servers
-SERVER_MEMORY = 0.4
+# Of each of two servers; given, so that no server measures what is free while the other one starts.
+KV_CACHE_BYTES = 2 << 30
 
 
 class Records:
@@ -257,9 +257,8 @@ def start_servers(records: Records, paths: dict[str, Path], stack: ExitStack) ->
 
     from benchmarks.serving.server import VllmServer
 
-    options = ["--max-model-len", "512", "--gpu-memory-utilization", str(SERVER_MEMORY)]
-    if records.rehearse:
-        options.append("--enforce-eager")
+    options = ["--max-model-len", "512"]
+    options += ["--enforce-eager"] if records.rehearse else ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
     servers = {
         # the log stays, so that a server that does not start says why
         name: VllmServer(
