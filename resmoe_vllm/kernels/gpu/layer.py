@@ -202,7 +202,8 @@ def sum_tile(
             if projection == "down_proj" and own.own_scales is not None and own_spec.own_group:
                 # A product over rows reads one group of many rows, each of which would be a line of memory.
                 scales = own.own_scales.mT.contiguous()
-                own, own_spec = own._replace(own_scales=scales), own_spec._replace(own_by_group=True)
+                own = own._replace(own_scales=scales, own_scales_stride=scales.stride(0))
+                own_spec = own_spec._replace(own_by_group=True)
             tile = tile._replace(**{name: getattr(own, name) for name in Tile._fields if name.startswith("own")})
             spec = spec._replace(
                 **{name: getattr(own_spec, name) for name in TileSpec._fields if name.startswith("own")}
