@@ -1,10 +1,11 @@
 """A compressed layer for the Triton kernels: parameters to pointers, sizes by token count (launches.py runs it)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from compress_tools.errors import KernelUnsupportedError
 from compress_tools.format.schema import Projection
@@ -23,6 +24,9 @@ from resmoe_vllm.weights.bound import (
     RowBitmapWeights,
 )
 from resmoe_vllm.weights.layer_loader import BoundGroup
+
+# by parameter, as long as it lives
+_MADE: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def plan_layer(groups: Sequence[BoundGroup], *, center_in_tile: bool) -> LayerPlan:
@@ -183,6 +187,20 @@ def rows_tile(own: Matrix) -> Weight:
     )
 
 
+def _made_once(source: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+    """What is made of a parameter, once for all plans of its layer."""
+    found: Tensor | None = _MADE.get(source)
+    if found is None:
+        found = make(source)
+        _MADE[source] = found
+    return found
+
+
+def _by_group(scales: Tensor) -> Tensor:
+    """``[E, rows, groups]`` to ``[E, groups, rows]``, contiguous."""
+    return scales.mT.contiguous()
+
+
 def sum_tile(
     center: Matrix | None, parts: list[QuantizedWeights | BitmapWeights | RowBitmapWeights], projection: Projection
 ) -> Weight | None:
@@ -201,7 +219,7 @@ def sum_tile(
             own, own_spec = rows_tile(part.rows[projection])
             if projection == "down_proj" and own.own_scales is not None and own_spec.own_group:
                 # A product over rows reads one group of many rows, each of which would be a line of memory.
-                scales = own.own_scales.mT.contiguous()
+                scales = _made_once(own.own_scales, _by_group)
                 own = own._replace(own_scales=scales, own_scales_stride=scales.stride(0))
                 own_spec = own_spec._replace(own_by_group=True)
             tile = tile._replace(**{name: getattr(own, name) for name in Tile._fields if name.startswith("own")})
@@ -215,7 +233,7 @@ def sum_tile(
 
 def _add_bitmap(tile: Tile, spec: TileSpec, part: BitmapWeights | RowBitmapWeights, projection: Projection) -> Weight:
     mask = part.mask[projection]
-    pointers = None if projection != "down_proj" else column_pointers(mask)
+    pointers = None if projection != "down_proj" else _made_once(mask, column_pointers)
     row_ptr = starts = None
     row_stride = 0
     if isinstance(part, RowBitmapWeights):
