@@ -33,8 +33,8 @@ class Step:
 
 STEPS = (
     Step("environment", 60, "card, driver, versions; a kernel of Triton runs at all", vital=True),
-    Step("sanitizer", 150, "no access out of bounds: compute-sanitizer on small layers, K = 1 and 8"),
     Step("correctness", 240, "every coder against the reference, bf16 and fp16", vital=True),
+    Step("sanitizer", 150, "no access out of bounds: compute-sanitizer on small layers, K = 1 and 8"),
     Step("profile", 150, "each kernel of an OLMoE layer at T = 1 and 64"),
     Step("kernels", 300, "one layer of each shape against vLLM's dense and 4-bit layers"),
     Step("serve-olmoe", 300, "`vllm serve` of a synthetic OLMoE against its restored twin, and throughput"),

@@ -108,7 +108,7 @@ def cases(*, rehearse: bool, small: bool) -> Iterator[tuple[str, str, int, int]]
             yield (method, "float16", 13, 2)
 
 
-def check(records: Records, *, small: bool) -> int:
+def check(records: Records, *, small: bool, only: str | None = None) -> int:
     """Layers of odd sizes against the reference, with skipped pairs, and with other ranks' experts."""
     from benchmarks.gpu_day.layers import CHECKED, random_layer
     from resmoe_vllm.kernels.activation import SILU
@@ -117,6 +117,8 @@ def check(records: Records, *, small: bool) -> int:
 
     done = records.done()
     for method, dtype, tokens, top_k in cases(rehearse=records.rehearse, small=small):
+        if only not in (None, method):
+            continue
         weights = None
         for mapped in (False, True):
             name = f"{method}, {dtype}, T={tokens}, K={top_k}{', expert map' if mapped else ''}: error"
@@ -145,6 +147,24 @@ def check(records: Records, *, small: bool) -> int:
                 print(f"{name}: WRONG", flush=True)
                 return WRONG
     return 0
+
+
+def correctness(records: Records) -> int:
+    """``check`` of every way of coding, each in a process of its own: most of the time kernels are compiled."""
+    from benchmarks.compiled.layers import MATRIX_METHODS
+
+    if records.rehearse:
+        return check(records, small=False)
+    command = [sys.executable, "-m", "benchmarks.gpu_day.steps", "correctness", "--folder", str(records.folder)]
+    running = {
+        method: subprocess.Popen([*command, "--method", method], cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        for method in MATRIX_METHODS
+    }
+    codes = {method: process.wait() for method, process in running.items()}
+    for method, code in codes.items():
+        if code:
+            print(f"{method}: exit code {code}", flush=True)
+    return WRONG if WRONG in codes.values() else max(codes.values())
 
 
 def sanitizer(records: Records) -> int:
@@ -338,7 +358,7 @@ RUN: dict[str, Callable[[Records], int]] = {
     "environment": environment,
     "sanitizer": sanitizer,
     "small-check": lambda records: check(records, small=True),
-    "correctness": lambda records: check(records, small=False),
+    "correctness": correctness,
     "profile": profile,
     "kernels": kernels,
     "serve-olmoe": lambda records: serve(records, "OLMoE-1B-7B"),
@@ -352,8 +372,12 @@ def main(argv: list[str] | None = None) -> Any:
     parser.add_argument("step", choices=[*(step.name for step in STEPS), "small-check"])
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--method", help="of the check of correctness: this one, in this process")
     options = parser.parse_args(argv)
-    return RUN[options.step](Records(options.folder, options.step, rehearse=options.rehearse))
+    records = Records(options.folder, options.step, rehearse=options.rehearse)
+    if options.method is not None:
+        return check(records, small=False, only=options.method)
+    return RUN[options.step](records)
 
 
 if __name__ == "__main__":
