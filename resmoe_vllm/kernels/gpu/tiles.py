@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import current_target
 from triton.runtime.jit import constexpr_function
 
 from compress_tools.format.packing import mask_row_counts
@@ -185,9 +186,12 @@ def _in_order(c0, c1, c2, c3, c4, c5, c6, c7, ROWS: tl.constexpr, COLUMNS: tl.co
 
 @constexpr_function
 def codes_in_lanes(spec, columns):
-    """Whether a tile is codes alone, so that its columns may come in the order of ``lane_columns``."""
+    """Whether a tile is codes alone, so that its columns may come in the order of ``lane_columns``: not on AMD."""
     if spec is None:
         return True
+    target = current_target()
+    if target is not None and target.backend == "hip":
+        return False
     return columns % 32 == 0 and spec.value_bits == 0 and {spec.center_bits, spec.own_bits} <= {0, 1, 2, 3, 4, 8}
 
 
