@@ -33,6 +33,8 @@ StoredTensors = dict[Key, Tensor]
 # What a tensor holds: numbers in the model's dtype, packed codes, a trellis's packed symbols, scales, or a mask.
 Role = Literal["values", "codes", "symbols", "scales", "mask"]
 SCALE_DTYPE = "bfloat16"
+# Ten million times it is still a number of 32 bits.
+LARGEST = 2.0**96
 
 
 class Frozen(BaseModel):
@@ -90,15 +92,23 @@ class TensorSpec:
         return prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def overflow(self, tensor: Tensor, dtype: torch.dtype) -> str | None:
-        """Numbers that are none: NaN, Inf, or a scale whose largest weight is beyond ``dtype``; None without."""
+        """Numbers that are none, or too large for ``dtype`` or to be multiplied with; None without.
+
+        Of two factors one may be as large as its dtype has numbers, and what they restore to small; but a token's
+        product with the one is no number then.
+        """
         if not tensor.is_floating_point():
             return None
         if not all_finite(tensor):
             return "holds NaN or Inf"
-        if self.role == "scales" and tensor.numel():
-            largest = float(tensor.abs().max()) * self.level
-            if largest > torch.finfo(dtype).max:
-                return f"holds a scale of which codes make {largest:.3g}, beyond {dtype_name(dtype)}"
+        if self.role not in ("values", "scales") or not tensor.numel():
+            return None
+        largest = max(abs(float(end)) for end in tensor.aminmax()) * self.level
+        what = "a scale of which codes make" if self.role == "scales" else "a value of"
+        if largest > torch.finfo(dtype).max:
+            return f"holds {what} {largest:.3g}, beyond {dtype_name(dtype)}"
+        if largest > LARGEST:
+            return f"holds {what} {largest:.3g}, expected at most {LARGEST:.3g}: sums of its products overflow"
         return None
 
     def fault(self, tensor: Tensor) -> str | None:

@@ -1,4 +1,4 @@
-"""NaN and Inf in weights: found wherever they stand, in every dtype that has them."""
+"""NaN and Inf in weights, and what makes some: found wherever they stand, in every dtype that has them."""
 
 import random
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from compress_tools.format.finite import ALLOW_VARIABLE, all_finite, plain_fault
+from compress_tools.format.parts.base import LARGEST, Role, TensorSpec
 
 NAN, INF = float("nan"), float("inf")
 WITH_BOTH = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2]
@@ -56,3 +57,24 @@ def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, refused in (("0", True), ("", True), ("1", False)):
         monkeypatch.setenv(ALLOW_VARIABLE, value)
         assert (plain_fault(bad) is not None) is refused
+
+
+@pytest.mark.parametrize("role", ["values", "scales"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_numbers_that_are_too_large_to_be_multiplied_with(role: Role, dtype: torch.dtype) -> None:
+    """A factor of 1e38 may restore to small weights, while a token's product with it is Inf."""
+    spec = TensorSpec(0, "up_proj", "resmoe_v", (2, 3), "bfloat16", role, level=2.0 if role == "scales" else 1.0)
+    numbers = torch.tensor([[0.0, -1.0, 0.5], [2.0, 0.25, 1.0]]).to(dtype)
+    if role == "scales":
+        numbers = numbers.abs() / 2
+    assert spec.overflow(LARGEST / 2 * numbers, dtype) is None
+    assert str(spec.overflow(LARGEST * numbers, dtype)) == (
+        f"holds {'a value of' if role == 'values' else 'a scale of which codes make'} 1.58e+29, expected at most "
+        "7.92e+28: sums of its products overflow"
+    )
+    assert spec.overflow(torch.zeros(0, 3, dtype=dtype), dtype) is None
+
+
+def test_a_masks_bytes_have_no_size() -> None:
+    spec = TensorSpec(0, "up_proj", "resmoe_mask", (1, 8), "uint8", "mask")
+    assert spec.overflow(torch.full((1, 8), 255, dtype=torch.uint8), torch.bfloat16) is None
