@@ -214,7 +214,8 @@ def retype(shard: Shard, name: str, pick: random.Random) -> str | None:
 def reshape(shard: Shard, name: str, pick: random.Random) -> str | None:
     """Another shape, of as many numbers or of others."""
     old = shard.header[name].get("shape")
-    if not isinstance(old, list) or not old:
+    # another change may have made sizes of it that are none
+    if not isinstance(old, list) or not old or not all(type(size) is int for size in old):
         return None
     width = BYTES_OF.get(shard.header[name].get("dtype"), 1)
     kind = pick.choice(("turn", "flat", "deep", "less", "more", "none", "zero", "scalar"))
