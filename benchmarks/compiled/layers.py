@@ -6,6 +6,7 @@ import torch
 
 from benchmarks.harness.shapes import SHAPES, MoEShape
 from benchmarks.models.synthetic_layer import synthetic_format
+from compress_tools.format.schema import ResMoEFormat
 from resmoe_vllm.kernels.activation import SILU
 from resmoe_vllm.ops import BoundLayer
 from resmoe_vllm.weights.layer_loader import BoundGroup
@@ -50,9 +51,13 @@ def matrix_groups(shape: MoEShape, method: str, dtype: str, experts: int | None 
         dtype: bfloat16 or float16.
         experts: on this rank; all if None.
     """
-    fmt = synthetic_format(shape, dtype, **MATRIX_METHODS[method])
+    return unwritten_groups(synthetic_format(shape, dtype, **MATRIX_METHODS[method]), experts)
+
+
+def unwritten_groups(fmt: ResMoEFormat, experts: int | None = None) -> list[BoundGroup]:
+    """Weights of a format's first layer, whose memory is never written; ``experts`` on this rank, all if None."""
     layout = make_layout(fmt, fmt.layers[0], tp_size=1, padded=True)
-    rows = shape.experts if experts is None else experts
+    rows = fmt.num_experts if experts is None else experts
     tensors = [
         torch.empty(1 if shared else rows, columns, dtype=getattr(torch, kind))
         for columns, kind, shared in layout.params.values()

@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -128,45 +127,35 @@ class TimedLayers:
     expert_bytes: float
 
 
-def make_layers(shape: MoEShape, method: str, *, once: bool = False) -> TimedLayers:
-    """As many as a graph needs, or one."""
-    from benchmarks.models.synthetic_layer import synthetic_format
+def make_layers(shape: MoEShape, method: str) -> TimedLayers:
+    """As many as a graph needs."""
+    from benchmarks.models.synthetic_layer import gpu_layer, synthetic_format
     from resmoe_vllm.kernels.activation import SILU
     from resmoe_vllm.ops import BoundLayer
-    from resmoe_vllm.weights.layer_loader import LayerLoader
 
     fmt = synthetic_format(shape, "bfloat16", **methods()[method])
     made: list = []
     weights, shared, each, count = None, 0, 0.0, 1
     while len(made) < count:
-        loader = LayerLoader(fmt, 0, lambda expert: expert)
-        module = torch.nn.Module()
-        with torch.device("cuda"):
-            loader.create_params(module, torch.bfloat16)
-        loader.load_dummies()
+        groups, module = gpu_layer(fmt)
         sizes = [(len(param) == shape.experts, param.nbytes) for param in module.parameters()]
         shared = sum(size for own, size in sizes if not own)
         each = sum(size for own, size in sizes if own) / shape.experts
-        (group,) = loader.bind(module)
-        weights = weights or group.weights
-        made.append(BoundLayer([group], SILU, "cuda"))
-        count = 1 if once else copies(shared + shape.top_k * each)
+        weights = weights or groups[0].weights
+        made.append(BoundLayer(groups, SILU, "cuda"))
+        count = copies(shared + shape.top_k * each)
     return TimedLayers(made, weights, shared, each)
 
 
 def compile_kernels(cells: Sequence[tuple[str, str]], tokens: Sequence[int]) -> None:
-    """Into Triton's cache, in one process a core, none of which needs the GPU."""
+    """Into Triton's cache, in one process a core."""
+    from benchmarks.kernels.warm import side_by_side
+
     waiting = [(shape, method, str(count)) for shape, method in cells for count in tokens]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     parts = min(len(waiting), os.cpu_count() or 1)
     major, minor = torch.cuda.get_device_capability()
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernels.warm", f"sm_{10 * major + minor}"]
-    running = [
-        subprocess.Popen([*command, *(":".join(cell) for cell in waiting[part::parts])], env=environment)
-        for part in range(parts)
-    ]
-    for process in running:
-        process.wait()
+    side_by_side([*command, *(":".join(cell) for cell in waiting[part::parts])] for part in range(parts))
 
 
 def error_of(shape: MoEShape, made: TimedLayers) -> float:

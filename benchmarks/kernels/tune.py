@@ -7,7 +7,6 @@ CUDA graph. All candidates are compiled before, in as many processes as there ar
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.shapes import MoEShape
+from benchmarks.kernels.warm import side_by_side
 from resmoe_vllm.kernels.gpu.block_sizes import (
     CONFIGS,
     FEW_TOKENS,
@@ -142,32 +142,24 @@ def compile_all(options: argparse.Namespace, shape: str, method: str) -> None:
     parts = os.cpu_count() or 1
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernels.tune", "--shape", shape, "--method", method]
     command += ["--tokens", *map(str, options.tokens), "--card", options.card]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    running = [subprocess.Popen([*command, "--part", str(part), str(parts)], env=environment) for part in range(parts)]
-    for process in running:
-        process.wait()
+    side_by_side([*command, "--part", str(part), str(parts)] for part in range(parts))
 
 
 def make_layers(shape: MoEShape, method: str) -> list[Tuned]:
     """Layers with random weights on the GPU, as the plugin loads them; so many that the L2 keeps little of them."""
     from benchmarks.compiled.layers import MATRIX_METHODS
-    from benchmarks.models.synthetic_layer import synthetic_format
+    from benchmarks.models.synthetic_layer import gpu_layer, synthetic_format
     from resmoe_vllm.kernels.activation import SILU
     from resmoe_vllm.kernels.gpu.layer import GpuKernel
-    from resmoe_vllm.weights.layer_loader import LayerLoader
 
     fmt = synthetic_format(shape, "bfloat16", **MATRIX_METHODS[method])
     layers: list[Tuned] = []
     count = 2
     while len(layers) < min(CALLS, count):
-        loader = LayerLoader(fmt, 0, lambda expert: expert)
-        module = torch.nn.Module()
-        with torch.device("cuda"):
-            loader.create_params(module, torch.bfloat16)
-        loader.load_dummies()
+        groups, module = gpu_layer(fmt)
         read = sum(parameter.nbytes for parameter in module.parameters()) * shape.top_k / shape.experts
         count = int(_FRESH_BYTES / read) + 1
-        layers.append(Tuned(GpuKernel(loader.bind(module), SILU)))
+        layers.append(Tuned(GpuKernel(groups, SILU)))
     return layers
 
 

@@ -12,6 +12,7 @@ from compress_tools.format.packing import mask_row_counts, pack_mask
 from compress_tools.format.parts.bitmap import MASK, VALUES
 from compress_tools.format.schema import BitmapResidual, ExpertNames, ResMoEFormat, version_for
 from compress_tools.residuals.recipes import uniform_spec
+from resmoe_vllm.weights.layer_loader import BoundGroup, LayerLoader
 from resmoe_vllm.weights.layout import ROW_PTR, LayerLayout, make_layout
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -61,6 +62,16 @@ def synthetic_layer(fmt: ResMoEFormat, index: int, seed: int = 0) -> tuple[Layer
         if isinstance(part, BitmapResidual):
             _fill_masks(layout, tensors, part.projections, part.values_per_expert, generator)
     return layout, list(tensors.values())
+
+
+def gpu_layer(fmt: ResMoEFormat) -> tuple[list[BoundGroup], torch.nn.Module]:
+    """A format's first layer on the GPU, as the plugin loads it, of random content; the module owns the memory."""
+    loader = LayerLoader(fmt, 0, lambda expert: expert)
+    module = torch.nn.Module()
+    with torch.device("cuda"):
+        loader.create_params(module, DTYPES[fmt.dtype])
+    loader.load_dummies()
+    return loader.bind(module), module
 
 
 def _fill_masks(

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from torch import Tensor
 
 from compress_tools.format.dtypes import DTYPES, dtype_name
-from compress_tools.format.finite import all_finite
+from compress_tools.format.finite import largest_magnitude
 from compress_tools.format.packing import mask_row_counts, pack_codes, unpack_codes, unpack_mask
 from compress_tools.format.quantization import dequantize, half_range
 from compress_tools.format.row_sizes import code_row_bytes, num_groups
@@ -97,13 +97,10 @@ class TensorSpec:
         Of two factors one may be as large as its dtype has numbers, and what they restore to small; but a token's
         product with the one is no number then.
         """
-        if not tensor.is_floating_point():
-            return None
-        if not all_finite(tensor):
+        largest = largest_magnitude(tensor)
+        if not isfinite(largest):
             return "holds NaN or Inf"
-        if self.role not in ("values", "scales") or not tensor.numel():
-            return None
-        largest = max(abs(float(end)) for end in tensor.aminmax()) * self.level
+        largest *= self.level
         what = "a scale of which codes make" if self.role == "scales" else "a value of"
         if largest > torch.finfo(dtype).max:
             return f"holds {what} {largest:.3g}, beyond {dtype_name(dtype)}"

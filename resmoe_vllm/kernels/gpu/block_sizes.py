@@ -27,7 +27,8 @@ FEW_TOKENS = 64
 _FEW_ROWS, _SOME_ROWS = 24, 96
 _SOME_BLOCK, _MOST_ROWS = 64, 128
 _FEWEST_STAGES = 2
-# Rows of an expert from which decoded weights are restored first, once for all of them; not yet measured.
+# Rows of an expert from which decoded weights are restored first, once for all of them; what it
+# gives is measured, not from how many rows on it pays (docs/notes/gpu-kernel.md).
 _RESTORED_ROWS = 64
 ROWS_VARIABLE = "RESMOE_GPU_RESTORE_ROWS"
 # A block's most shared memory on an H100; cards of other kinds say their own.

@@ -184,6 +184,28 @@ def _in_order(c0, c1, c2, c3, c4, c5, c6, c7, ROWS: tl.constexpr, COLUMNS: tl.co
     return tile
 
 
+@triton.jit
+def _scaled_in_order(
+    c0, c1, c2, c3, c4, c5, c6, c7, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """Levels times their scales, fp32."""
+    return _in_order(
+        c0.to(tl.float32) * scale, c1.to(tl.float32) * scale, c2.to(tl.float32) * scale, c3.to(tl.float32) * scale,
+        c4.to(tl.float32) * scale, c5.to(tl.float32) * scale, c6.to(tl.float32) * scale, c7.to(tl.float32) * scale,
+        ROWS, COLUMNS, LANES
+    )  # fmt: skip
+
+
+@triton.jit
+def _there(row_ok, column_ok, EVEN: tl.constexpr):
+    """Which elements of a tile are there; all of them with EVEN, which the compiler then need not ask."""
+    if EVEN:
+        ok = tl.full((row_ok.shape[0], column_ok.shape[0]), True, tl.int1)
+    else:
+        ok = row_ok[:, None] & column_ok[None, :]
+    return ok
+
+
 @constexpr_function
 def codes_in_lanes(spec, columns):
     """Whether a tile is codes alone, so that its columns may come in the order of ``lane_columns``: not on AMD."""
@@ -208,10 +230,7 @@ def _load_octets(
     """
     row = (num_columns + 7) // 8
     places = first_column // 8 + tl.arange(0, OCTETS)
-    if EVEN:
-        ok = tl.full((rows.shape[0], OCTETS), True, tl.int1)
-    else:
-        ok = row_ok[:, None] & (places < row)[None, :]
+    ok = _there(row_ok, places < row, EVEN)
     for _ in tl.static_range(BACK):
         places = tl.where(places > 0, places, row) - 1
     if BITS == 3:
@@ -268,10 +287,7 @@ def _octet_scales(
     else:
         groups = (num_columns + GROUP - 1) // GROUP
         group = (first_column + tl.arange(0, OCTETS) * 8) // GROUP
-        if EVEN:
-            ok = tl.full((rows.shape[0], OCTETS), True, tl.int1)
-        else:
-            ok = row_ok[:, None] & (group < groups)[None, :]
+        ok = _there(row_ok, group < groups, EVEN)
         if BY_GROUP:
             places = group[None, :] * num_rows + rows[:, None]
         else:
@@ -307,10 +323,7 @@ def _rows_tile(
     """
     if BITS == _PLAIN:
         columns = first_column + tl.arange(0, COLUMNS)
-        if EVEN:
-            ok = tl.full((ROWS, COLUMNS), True, tl.int1)
-        else:
-            ok = row_ok[:, None] & (columns < num_columns)[None, :]
+        ok = _there(row_ok, columns < num_columns, EVEN)
         tile = tl.load(start + rows[:, None] * num_columns + columns[None, :], mask=ok, other=0)
     else:
         OCTETS: tl.constexpr = COLUMNS // 8
@@ -339,11 +352,7 @@ def _rows_tile(
                 else:
                     c0, c1, c2, c3, c4, c5, c6, c7 = octet_columns(w, b, scale, some, BITS, False)
                     scale = scale.to(tl.float32) * _LEVELS
-                    tile = _in_order(
-                        c0.to(tl.float32) * scale, c1.to(tl.float32) * scale, c2.to(tl.float32) * scale,
-                        c3.to(tl.float32) * scale, c4.to(tl.float32) * scale, c5.to(tl.float32) * scale,
-                        c6.to(tl.float32) * scale, c7.to(tl.float32) * scale, ROWS, COLUMNS, LANES
-                    )  # fmt: skip
+                    tile = _scaled_in_order(c0, c1, c2, c3, c4, c5, c6, c7, scale, ROWS, COLUMNS, LANES)
             else:
                 scale = scale.to(tl.float32)
                 tile = _in_order(
@@ -359,11 +368,7 @@ def _rows_tile(
             else:
                 c0, c1, c2, c3, c4, c5, c6, c7 = plain_columns(w, scale, BITS, False)
                 scale = scale.to(tl.float32)
-                tile = _in_order(
-                    c0.to(tl.float32) * scale, c1.to(tl.float32) * scale, c2.to(tl.float32) * scale,
-                    c3.to(tl.float32) * scale, c4.to(tl.float32) * scale, c5.to(tl.float32) * scale,
-                    c6.to(tl.float32) * scale, c7.to(tl.float32) * scale, ROWS, COLUMNS, LANES
-                )  # fmt: skip
+                tile = _scaled_in_order(c0, c1, c2, c3, c4, c5, c6, c7, scale, ROWS, COLUMNS, LANES)
         else:
             scale = scale.to(tl.float32)
             shift = scale * (-((1 << BITS) - 1) / 2)

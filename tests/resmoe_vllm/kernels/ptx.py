@@ -1,7 +1,7 @@
 """Runs programs of PTX line by line, by a few rules."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -78,3 +78,9 @@ def run_ptx(program: str, registers: dict[str, Tensor]) -> dict[str, Tensor]:
             ]
             registers[found[2]] = _OPERATIONS[found[1]](*operands)
     return registers
+
+
+def run_octets(program: str, inputs: Sequence[Tensor]) -> Tensor:
+    """The eight columns that a program makes of its inputs, bfloat16 in fp64 ``[N, 8]``."""
+    found = run_ptx(program, {f"${8 + number}": tensor for number, tensor in enumerate(inputs)})
+    return torch.stack([bfloat16_of(found[f"${column}"]) for column in range(8)], 1)

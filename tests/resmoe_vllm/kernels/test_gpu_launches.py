@@ -15,8 +15,7 @@ from resmoe_vllm.kernels.activation import SILU
 from resmoe_vllm.kernels.gpu import launches
 from resmoe_vllm.kernels.gpu.block_sizes import ROWS_VARIABLE, Config, default_config, token_classes
 from resmoe_vllm.kernels.gpu.layer import GpuKernel
-from resmoe_vllm.kernels.reference import fused_moe_ref
-from tests.resmoe_vllm.kernels.bounds import Precision, assert_within, layer_bound
+from tests.resmoe_vllm.kernels.gpu_check import check
 from tests.resmoe_vllm.kernels.test_vllm_kernels import hidden_states, make_routing
 from tests.resmoe_vllm.layers import grouped_layer, layer_kinds, load_all, new_loader, store_layer
 from tests.resmoe_vllm.twins import DOWN, GATE, UP, layer_spec, quantized
@@ -45,17 +44,6 @@ def groups_of(spec, dtype: str = "float32", size_i: int = SIZE_I, size_h: int = 
     module, loader = new_loader(layer, padded=True, **ranks)
     load_all(module, loader, layer)
     return loader.bind(module)
-
-
-def check(groups: tuple, x: Tensor, weights: Tensor, ids: Tensor, expert_map: Tensor | None = None) -> None:
-    """One layer against the sum of its groups' references."""
-    expected: Tensor | float = 0.0
-    limit: Tensor | float = 0.0
-    for group in groups:
-        own = expert_map if group.expert_map is None else group.expert_map
-        expected += fused_moe_ref(x, weights, ids, group.weights, SILU, own).float()
-        limit += layer_bound(x, weights, ids, group.weights, SILU, Precision(x.dtype, x.dtype), own)
-    assert_within(GpuKernel(groups, SILU)(x, weights, ids, expert_map), expected, limit)
 
 
 @pytest.mark.parametrize("routing", ["T7-K2-padded", "T1-KE", "T101-K2"])

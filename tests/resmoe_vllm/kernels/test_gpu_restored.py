@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from compress_tools.errors import KernelUnsupportedError
 from resmoe_vllm.kernels.activation import SILU
@@ -16,8 +15,7 @@ from resmoe_vllm.kernels.gpu import block_sizes, launches, scratch
 from resmoe_vllm.kernels.gpu import layer as gpu_layer
 from resmoe_vllm.kernels.gpu.block_sizes import Blocks, Config, Strategy, TokenClass, default_config, token_classes
 from resmoe_vllm.kernels.gpu.layer import GpuKernel
-from resmoe_vllm.kernels.reference import fused_moe_ref
-from tests.resmoe_vllm.kernels.bounds import Precision, assert_within, layer_bound
+from tests.resmoe_vllm.kernels.gpu_check import check
 from tests.resmoe_vllm.kernels.test_gpu_launches import SIZE_H, SIZE_I, groups_of
 from tests.resmoe_vllm.kernels.test_vllm_kernels import KINDS, hidden_states, make_routing
 from tests.resmoe_vllm.layers import grouped_layer, layer_kinds
@@ -61,17 +59,6 @@ def restores(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, int]]:
 
     monkeypatch.setattr(launches.LayerLaunches, "launch", launch)
     return seen
-
-
-def check(groups: tuple, x: Tensor, weights: Tensor, ids: Tensor, expert_map: Tensor | None = None) -> None:
-    """One layer against the sum of its groups' references."""
-    expected: Tensor | float = 0.0
-    limit: Tensor | float = 0.0
-    for group in groups:
-        own = expert_map if group.expert_map is None else group.expert_map
-        expected += fused_moe_ref(x, weights, ids, group.weights, SILU, own).float()
-        limit += layer_bound(x, weights, ids, group.weights, SILU, Precision(x.dtype, x.dtype), own)
-    assert_within(GpuKernel(groups, SILU)(x, weights, ids, expert_map), expected, limit)
 
 
 @pytest.mark.parametrize("kind", KINDS)

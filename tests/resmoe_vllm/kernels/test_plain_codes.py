@@ -5,15 +5,9 @@ import torch
 from torch import Tensor
 
 from resmoe_vllm.kernels.gpu.plain_codes import octet_program
-from tests.resmoe_vllm.kernels.ptx import bfloat16_of, run_ptx
+from tests.resmoe_vllm.kernels.ptx import run_octets
 
 BITS = [1, 2, 3, 4, 8]
-
-
-def _columns(program: str, inputs: list[Tensor]) -> Tensor:
-    """The eight columns of each octet, fp64 ``[N, 8]``."""
-    found = run_ptx(program, {f"${8 + number}": tensor for number, tensor in enumerate(inputs)})
-    return torch.stack([bfloat16_of(found[f"${column}"]) for column in range(8)], 1)
 
 
 def _octets(bits: int) -> tuple[list[Tensor], Tensor]:
@@ -36,7 +30,7 @@ def _octets(bits: int) -> tuple[list[Tensor], Tensor]:
 @pytest.mark.parametrize("bits", BITS)
 def test_program_gives_the_level_of_every_code_in_every_column(bits: int) -> None:
     inputs, levels = _octets(bits)
-    assert torch.equal(_columns(octet_program(bits, scaled=False), inputs), levels)
+    assert torch.equal(run_octets(octet_program(bits, scaled=False), inputs), levels)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -44,7 +38,7 @@ def test_program_rounds_a_level_times_its_scale_once(bits: int) -> None:
     inputs, levels = _octets(bits)
     scales = torch.randn(len(levels), generator=torch.Generator().manual_seed(9)).bfloat16()
     halves = scales.view(torch.int16).long()
-    found = _columns(octet_program(bits, scaled=True), [*inputs, halves])
+    found = run_octets(octet_program(bits, scaled=True), [*inputs, halves])
     assert torch.equal(found, (levels * scales.double()[:, None]).float().bfloat16().double())
 
 
@@ -55,4 +49,4 @@ def test_program_does_not_mind_the_sign_of_codes(bits: int) -> None:
     own = 8 * bits
     signed = [words - (words >> own - 1 << own) for words in inputs]
     assert min(int(words.min()) for words in signed) < 0
-    assert torch.equal(_columns(octet_program(bits, scaled=False), signed), levels)
+    assert torch.equal(run_octets(octet_program(bits, scaled=False), signed), levels)

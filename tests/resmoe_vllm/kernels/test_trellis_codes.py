@@ -6,7 +6,7 @@ from torch import Tensor
 
 from compress_tools.format.trellis import STATE_BITS, STATES, state_levels
 from resmoe_vllm.kernels.gpu.trellis_codes import LEVEL_UNIT, held_program, octet_program, raised_tables
-from tests.resmoe_vllm.kernels.ptx import bfloat16_of, run_ptx
+from tests.resmoe_vllm.kernels.ptx import run_octets, run_ptx
 
 
 def _columns(bits: int, inputs: list[Tensor], scales: Tensor | None = None) -> Tensor:
@@ -17,8 +17,7 @@ def _columns(bits: int, inputs: list[Tensor], scales: Tensor | None = None) -> T
     halves = torch.zeros(count, dtype=torch.int64) if scales is None else scales.view(torch.int16).long() & 0xFFFF
     given = [*inputs, halves | halves << 16, *(held[f"${number}"] for number in range(6))]
     program = octet_program(bits, scaled=scales is not None)
-    found = run_ptx(program, {f"${8 + number}": tensor for number, tensor in enumerate(given)})
-    return torch.stack([bfloat16_of(found[f"${column}"]) for column in range(8)], 1)
+    return run_octets(program, given)
 
 
 def _packed(symbols: Tensor, bits: int) -> Tensor:
