@@ -7,10 +7,12 @@ verified, restored, and run beside its restored twin in vLLM, or in transformers
 import gc
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 import torch
@@ -90,11 +92,28 @@ def check_family(
     )
 
 
+def engine_in_this_process(path: Path, **options: Any) -> Any:
+    """``LLM(path)``, after which transformers can still make models of the same class.
+
+    vLLM's Transformers backend decorates the class itself for torch.compile, for as long as the process lives, and
+    without vLLM's config no model of it can be made then. An eager engine compiles nothing: it is left out there.
+    """
+    from vllm import LLM
+    from vllm.model_executor.models.transformers import base
+
+    def left_as_it_is(**_: Any) -> Callable[[type], type]:
+        return lambda cls: cls
+
+    decorate = left_as_it_is if options.get("enforce_eager") else base.support_torch_compile
+    with mock.patch.object(base, "support_torch_compile", decorate):
+        return LLM(str(path), **options)
+
+
 def vllm_logprobs(path: Path, **options: Any) -> torch.Tensor:
     """Log-probabilities that vLLM gives to every token of fixed prompts, ``[tokens]``, fp32; in this process."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
     defaults = {
         "dtype": "float32",
@@ -104,7 +123,7 @@ def vllm_logprobs(path: Path, **options: Any) -> torch.Tensor:
         "trust_remote_code": True,
         "enable_prefix_caching": False,
     }
-    engine = LLM(str(path), **{**defaults, **options})
+    engine = engine_in_this_process(path, **{**defaults, **options})
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
     outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False)
     values = [

@@ -1,6 +1,8 @@
 """Real tiny checkpoints, written by transformers, seeded; built once for each test session."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,6 +25,15 @@ _set_num_threads = torch.set_num_threads
 def threads_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine in this process replaces the function by one that does nothing, for good."""
     monkeypatch.setattr(torch, "set_num_threads", _set_num_threads)
+
+
+@pytest.fixture(autouse=True)
+def transformers_keeps_its_classes() -> Iterator[None]:
+    """No engine in this process leaves a class of transformers decorated: other tests could make no model of it."""
+    yield
+    wrapper = sys.modules.get("vllm.compilation.wrapper")
+    found = wrapper.TorchCompileWithNoGuardsWrapper.__subclasses__() if wrapper else []
+    assert [cls for cls in found if not cls.__module__.startswith("vllm.")] == []
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.families import engine_in_this_process
+
 PROMPTS = [list(range(5 + index, 15 + 3 * index)) for index in range(6)]
 MAX_TOKENS = 16
 
@@ -55,10 +57,8 @@ def inspect_layers(model: torch.nn.Module) -> tuple[dict[int, str], dict[int, in
 
 def start(folder: Path, **options: object):
     """``LLM(folder)`` with the tests' options: eager, no tokenizer, one process."""
-    from vllm import LLM
-
     defaults = {"skip_tokenizer_init": True, "max_model_len": 128, "enforce_eager": True, "seed": 0}
-    return LLM(str(folder), **(defaults | options))
+    return engine_in_this_process(folder, **(defaults | options))
 
 
 def serve(folder: Path, **options: object) -> Served:

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -36,39 +35,22 @@ print(json.dumps({name: "ParallelLMHead(" in t and "tie_weights(" not in t for n
 """
 
 
-# Prints the class that a tiny model of each family names. An engine that ran one in vLLM's Transformers backend leaves
-# transformers' class changed in its process, so that no other model can be made of it there.
-NAMED = """
-import json, pathlib, torch
-from benchmarks.models.tiny_models import save_tiny_model
-
-found = {}
-for family in FAMILIES:
-    source = save_tiny_model(family, pathlib.Path(FOLDER) / family, torch.float32)
-    (found[family],) = json.loads((source / "config.json").read_text())["architectures"]
-print(json.dumps(found))
-"""
-
-
-def run_script(script: str) -> Any:
-    """What a script prints last, in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The class that a tiny model of each family names."""
-    families = [known.model_type for known in ARCHITECTURES]
-    script = NAMED.replace("FAMILIES", repr(families)).replace("FOLDER", repr(str(tmp_path_factory.mktemp("tied"))))
-    found: dict[str, str] = run_script(script)
+    found = {}
+    for known in ARCHITECTURES:
+        source = save_tiny_model(known.model_type, tmp_path_factory.mktemp("tied") / "source", torch.float32)
+        (found[known.model_type],) = json.loads((source / "config.json").read_text())["architectures"]
     return found
 
 
 @pytest.fixture(scope="module")
 def never_ties(classes: dict[str, str]) -> dict[str, bool]:
     """By class of vLLM."""
-    found: dict[str, bool] = run_script(NEVER_TIES.replace("NAMES", repr(sorted(set(classes.values())))))
+    script = NEVER_TIES.replace("NAMES", repr(sorted(set(classes.values()))))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    found: dict[str, bool] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
