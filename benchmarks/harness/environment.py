@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,6 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
+
+# Whole, or behind the = of an option or of a name.
+_ABSOLUTE_PATH = re.compile(r"(?<![^=])/\S.*")
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def collect_environment() -> Environment:
     gpu, driver = _gpu()
     return Environment(
         commit=_commit(),
-        command=_command(),
+        command=command_line(),
         cpu=_cpu_name(),
         cpu_vectors=vector_instructions(_cpuinfo().get("flags", "").split()),
         cpu_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -84,12 +88,16 @@ def _commit() -> str | None:
     return commit
 
 
-def _command() -> str:
-    """The command line as it would be typed in the repository: `python -m benchmarks.serve --rates 1`."""
+def command_line() -> str:
+    """The command line as it would be typed in the repository: `python -m benchmarks.serve --rates 1`.
+
+    Of absolute paths it keeps the names alone: where files lay on one machine says nothing elsewhere.
+    """
+    arguments = [_ABSOLUTE_PATH.sub(lambda path: Path(path[0]).name, argument) for argument in sys.argv[1:]]
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is None:
-        return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return shlex.join(["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]])
+        return shlex.join([Path(sys.argv[0]).name, *arguments])
+    return shlex.join(["python", "-m", spec.name.removesuffix(".__main__"), *arguments])
 
 
 def vector_instructions(flags: Collection[str]) -> str | None:
