@@ -58,6 +58,7 @@ __all__ = [
     "is_dummy_load",
     "layer_is_replaced",
     "llama4_decoder",
+    "load_format",
     "lora_managers",
     "lora_target_modules",
     "platform_device",
@@ -110,10 +111,15 @@ def is_batch_invariant() -> bool:
     return bool(envs.VLLM_BATCH_INVARIANT)
 
 
+def load_format() -> str:
+    """What ``--load-format`` says; ``auto`` where no model is being built."""
+    config = get_current_vllm_config_or_none()
+    return "auto" if config is None else str(config.load_config.load_format)
+
+
 def is_dummy_load() -> bool:
     """Whether vLLM loads random weights (``--load-format dummy``) and so calls no weight loader."""
-    config = get_current_vllm_config_or_none()
-    return config is not None and config.load_config.load_format == "dummy"
+    return load_format() == "dummy"
 
 
 def current_quant_config() -> QuantizationConfig | None:

@@ -13,12 +13,16 @@ from resmoe_vllm.compat import (
     FusedMoEMethodBase,
     RoutedExperts,
     is_dummy_load,
+    load_format,
     platform_device,
 )
 from resmoe_vllm.gpt_oss import add_places, remove_places, streams_experts
 from resmoe_vllm.kernels.activation import make_activation
 from resmoe_vllm.start_log import LoadedLayer, StartLog, held_bytes
 from resmoe_vllm.weights.layer_loader import LayerLoader
+
+# Of --load-format: they fill the parameters of a model that was saved after loading, and call no weight loader.
+SAVED_PARAMETERS = frozenset({"sharded_state", "runai_streamer_sharded", "tensorizer"})
 
 
 class ResMoEFusedMoEMethod(FusedMoEMethodBase):
@@ -63,10 +67,17 @@ class ResMoEFusedMoEMethod(FusedMoEMethodBase):
             params_dtype: the model's dtype; weights are held in it.
             extra_weight_attrs: vLLM's weight loader and others, not used.
         Raises:
-            ConfigError: router weights on the input of more than one expert.
+            ConfigError: router weights on the input of more than one expert, or shared experts among the routed ones.
             KernelUnsupportedError: no kernel for coders, dtype and device, or for the activation.
         """
         where = f"layer {self.index}"
+        # not every version that is served has it
+        manager = getattr(layer, "expert_map_manager", None)
+        if getattr(manager, "num_fused_shared_experts", 0):
+            raise ConfigError(
+                f"{where}: resmoe doesn't support shared experts that are served as routed ones; start vLLM with "
+                f"VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS=0"
+            )
         if layer.apply_router_weight_on_input:
             if layer.top_k != 1:
                 raise ConfigError(
@@ -164,6 +175,11 @@ def refuse_unsupported(moe: FusedMoEConfig, fmt: ResMoEFormat, index: int) -> No
     """
     where = f"layer {index}"
     parallel = moe.moe_parallel_config
+    if (loads := load_format()) in SAVED_PARAMETERS:
+        raise ConfigError(
+            f"{where}: resmoe doesn't support --load-format {loads}, which doesn't read tensors as they lie in a "
+            f"checkpoint; start vLLM without --load-format"
+        )
     if moe.is_lora_enabled:
         raise ConfigError(f"{where}: resmoe doesn't support LoRA on MoE layers; start vLLM without --enable-lora")
     if parallel.enable_eplb:

@@ -26,7 +26,7 @@ PORT = "localhost:8000"
 # Options of other programs, vLLM's above all, that pages speak of.
 FOREIGN_OPTIONS = {
     "--all2all-backend", "--api-key", "--enable-eplb", "--enable-lora", "--enforce-eager", "--tensor-parallel-size",
-    "--trust-remote-code",
+    "--load-format", "--trust-remote-code",
     "--lora-modules", "--lora-target-modules", "--speculative-config",
     "--port", "--host", "--local-dir", "--extra-index-url", "--profile", "--rm",
 }  # fmt: skip

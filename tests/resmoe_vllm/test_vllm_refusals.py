@@ -91,9 +91,24 @@ def test_unsupported_options_are_refused(moe: Moe, message: str) -> None:
         create(moe)
 
 
+@pytest.mark.parametrize("name", ["sharded_state", "runai_streamer_sharded", "tensorizer"])
+def test_formats_that_call_no_loader_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Else it is said that tensors are missing, though none is."""
+    engine = SimpleNamespace(load_config=SimpleNamespace(load_format=name))
+    monkeypatch.setattr("resmoe_vllm.compat.get_current_vllm_config_or_none", lambda: engine)
+    with pytest.raises(ConfigError, match=f"^layer 0: resmoe doesn't support --load-format {name}, .*start vLLM with"):
+        create(Moe())
+
+
 def test_router_weights_on_the_input_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"^layer 0: resmoe .*router weights on the input .* to 2 experts"):
         create(Moe(), apply_router_weight_on_input=True, top_k=2)
+
+
+def test_shared_experts_among_the_routed_ones_are_refused() -> None:
+    """Their ids are behind those that the checkpoint has."""
+    with pytest.raises(ConfigError, match=r"^layer 0: resmoe .*shared experts .*AITER_FUSION_SHARED_EXPERTS=0$"):
+        create(Moe(), expert_map_manager=SimpleNamespace(num_fused_shared_experts=1))
 
 
 def test_a_clamped_activation_is_the_layers() -> None:

@@ -9,7 +9,7 @@ from statistics import mean
 import pytest
 from safetensors.torch import load_file, save_file
 
-from compress_tools.errors import CheckpointError, FormatError
+from compress_tools.errors import CheckpointError, ConfigError, FormatError
 from compress_tools.format.schema import parse_format
 from compress_tools.format.tensors import group_map_bytes, layer_bytes, row_pointer_bytes
 from tests.resmoe_vllm.serving import logprob_gaps, serve, serve_in_subprocess, start
@@ -130,6 +130,11 @@ def test_dummy_weights_are_served(small: tuple[Path, Path]) -> None:
     run = serve(small[0], dtype="float32", load_format="dummy")
     fmt = parse_format(json.loads((small[0] / "config.json").read_text())["quantization_config"])
     assert run.resident_bytes == {i: layer_bytes(fmt, i) + row_pointer_bytes(fmt, i) for i in SMALL}
+
+
+def test_a_saved_engines_parameters_are_refused(small: tuple[Path, Path]) -> None:
+    with pytest.raises(ConfigError, match="layer 0: resmoe doesn't support --load-format sharded_state"):
+        serve(small[0], dtype="float32", load_format="sharded_state")
 
 
 def damaged(folder: Path, target: Path, change) -> Path:
