@@ -8,6 +8,7 @@ norm and, unless it is tied, an output layer.
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from compress_tools.architectures.base import MoEArchitecture, config_parts
@@ -37,6 +38,49 @@ class _Kind(NamedTuple):
     modules: frozenset[str]
 
 
+@dataclass(frozen=True)
+class Decoder:
+    """What a checkpoint says of its layers.
+
+    Attributes:
+        names: of all tensors.
+        config: config.json.
+        count: decoder layers.
+        root: what the decoder's names begin with.
+        stems: what experts' names begin with behind the root, with ``{layer}``.
+        moe_layers: layers with experts.
+    """
+
+    names: Collection[str]
+    config: Mapping[str, Any]
+    count: int
+    root: str
+    stems: Collection[str]
+    moe_layers: Collection[int]
+
+    @property
+    def holders(self) -> set[str]:
+        """Modules that hold the experts."""
+        return {stem.split(".")[1] for stem in _behind_layer(self.stems)}
+
+    @property
+    def by_layer(self) -> dict[int, set[str]]:
+        """What stands behind the number in the names of each layer, experts left out."""
+        experts = _behind_layer(self.stems)
+        found: dict[int, set[str]] = {layer: set() for layer in range(self.count)}
+        pattern = re.compile(re.escape(f"{self.root}layers.") + r"(\d+)(\..*)")
+        for name in self.names:
+            match = pattern.fullmatch(name)
+            if match is not None and int(match[1]) < self.count and not match[2].startswith(experts):
+                found[int(match[1])].add(match[2])
+        return found
+
+    @property
+    def labels(self) -> list[tuple[str, ...]]:
+        """See ``layer_labels``."""
+        return layer_labels(self.config, self.count)
+
+
 def check_whole(
     reader: CheckpointReader,
     architecture: MoEArchitecture,
@@ -61,10 +105,11 @@ def check_whole(
     count = architecture.num_layers(reader.config)
     if architecture.layer_texts(reader.config) or count is None:
         return
-    absent = absent_from_layers(names, reader.config, count, root, stems, moe_layers)
+    decoder = Decoder(names, reader.config, count, root, stems, moe_layers)
+    absent = absent_from_layers(decoder)
     if architecture.known:
-        absent += absent_from_lone_layers(names, reader.config, count, root, stems, moe_layers, architecture)
-        absent += absent_experts(names, reader.config, count, root, stems, moe_layers)
+        absent += absent_from_lone_layers(decoder, architecture)
+        absent += absent_experts(decoder)
     absent += absent_around(names, reader.config, root, tied=architecture.tied)
     if absent:
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
@@ -73,14 +118,7 @@ def check_whole(
         )
 
 
-def absent_from_layers(
-    names: Collection[str],
-    config: Mapping[str, Any],
-    count: int,
-    root: str,
-    stems: Collection[str],
-    moe_layers: Collection[int],
-) -> list[str]:
+def absent_from_layers(decoder: Decoder) -> list[str]:
     """Whole layers that are missing, and tensors that other layers of the same kind have.
 
     Layers are of one kind where config.json's lists by layer say the same of them (attention, linear attention,
@@ -88,59 +126,43 @@ def absent_from_layers(
     module that holds the experts is looked at by itself. A layer that has but a part of
     another kind's modules has lost the others. A layer that is the only one of its kind is compared with none.
 
-    Args:
-        names: of all tensors.
-        config: config.json.
-        count: decoder layers.
-        root: what the decoder's names begin with.
-        stems: what experts' names begin with behind the root, with ``{layer}``.
-        moe_layers: layers with experts.
     Returns:
         names, or ``layer N``.
     """
-    experts = _behind_layer(stems)
-    found = _by_layer(names, count, root, experts)
-    missing = [f"layer {layer}" for layer, own in found.items() if not own and layer not in moe_layers]
-    labels = layer_labels(config, count)
-    holders = {stem.split(".")[1] for stem in experts}
+    found, labels, holders = decoder.by_layer, decoder.labels, decoder.holders
+    missing = [f"layer {layer}" for layer, own in found.items() if not own and layer not in decoder.moe_layers]
     for holds in (False, True):
         kinds: dict[_Kind, dict[int, set[str]]] = defaultdict(dict)
         for layer, own in found.items():
             part = {rest for rest in own if (rest.split(".")[1] in holders) is holds}
             modules = frozenset(rest.split(".")[1 + holds] for rest in part)
             if own:
-                kinds[_Kind(labels[layer], layer in moe_layers, modules)][layer] = part
-        missing += _lacking(kinds, f"{root}layers.")
+                kinds[_Kind(labels[layer], layer in decoder.moe_layers, modules)][layer] = part
+        missing += _lacking(kinds, f"{decoder.root}layers.")
     return missing
 
 
-def absent_from_lone_layers(
-    names: Collection[str],
-    config: Mapping[str, Any],
-    count: int,
-    root: str,
-    stems: Collection[str],
-    moe_layers: Collection[int],
-    architecture: MoEArchitecture,
-) -> list[str]:
+def absent_from_lone_layers(decoder: Decoder, architecture: MoEArchitecture) -> list[str]:
     """Tensors that a layer which is the only one of its kind lacks: ``absent_from_layers`` compares it with none.
 
     Kinds differ in their modules, hardly in what a module of one name consists of: where another layer's module has all
     that the lone layer's has, and more, that is missing (a bias, where the weight is there). Of two layers that both
     have experts, or both none, the whole is looked at likewise. What kinds of attention differ in is let pass. Norms
     and other tensors of the layer itself that all other layers have are missing, and so is the last of matrices that
-    come together. Arguments are those of ``absent_from_layers``, and the family.
+    come together.
 
     Returns:
         names.
     """
-    labels = layer_labels(config, count)
-    found = {layer: own for layer, own in _by_layer(names, count, root, _behind_layer(stems)).items() if own}
-    kinds = {layer: (labels[layer], layer in moe_layers) for layer in found}
+    labels = decoder.labels
+    found = {layer: own for layer, own in decoder.by_layer.items() if own}
+    kinds = {layer: (labels[layer], layer in decoder.moe_layers) for layer in found}
     number = Counter(kinds.values())
     modules = {layer: _modules(own) for layer, own in found.items()}
     gated = "gate_proj" in dict(architecture.projections)
-    optional = _BY_KIND | ({_VALUES} if any(part.get(_KEYS_ARE_VALUES) for part in config_parts(config)) else set())
+    optional = _BY_KIND | (
+        {_VALUES} if any(part.get(_KEYS_ARE_VALUES) for part in config_parts(decoder.config)) else set()
+    )
     missing = set()
     for layer in (layer for layer, kind in kinds.items() if number[kind] == 1):
         others = [other for other in found if other != layer]
@@ -158,35 +180,26 @@ def absent_from_lone_layers(
                         if alike or not optional & _parts(rest, module, architecture.renames)
                     }
             lacking |= {rest for rest in _last_of_set(module, own, gated=gated) if not optional & _parts(rest, module)}
-        missing |= {f"{root}layers.{layer}{rest}" for rest in lacking}
+        missing |= {f"{decoder.root}layers.{layer}{rest}" for rest in lacking}
     return sorted(missing)
 
 
-def absent_experts(
-    names: Collection[str],
-    config: Mapping[str, Any],
-    count: int,
-    root: str,
-    stems: Collection[str],
-    moe_layers: Collection[int],
-) -> list[str]:
+def absent_experts(decoder: Decoder) -> list[str]:
     """Layers that have a router and no experts, or nothing at all where other layers have experts.
 
-    A dense layer has an MLP in that place, or one of another name. Arguments are those of ``absent_from_layers``.
+    A dense layer has an MLP in that place, or one of another name.
 
     Returns:
         ``experts of layer N``.
     """
-    experts = _behind_layer(stems)
-    holders = {stem.split(".")[1] for stem in experts}
-    labels = layer_labels(config, count)
+    holders, labels, moe_layers = decoder.holders, decoder.labels, decoder.moe_layers
     # By layer: its modules, and those beside the experts.
     modules = {
         layer: (
             frozenset(rest.split(".")[1] for rest in own),
             frozenset(rest.split(".")[2] for rest in own if rest.split(".")[1] in holders),
         )
-        for layer, own in _by_layer(names, count, root, experts).items()
+        for layer, own in decoder.by_layer.items()
         if own
     }
     with_experts = {(labels[layer], *modules[layer]) for layer in moe_layers if layer in modules}
@@ -231,17 +244,6 @@ def odd_tensors(reader: CheckpointReader, root: str, stems: Collection[str]) -> 
 
 def _behind_layer(stems: Collection[str]) -> tuple[str, ...]:
     return tuple(stem.partition("{layer}")[2] for stem in stems)
-
-
-def _by_layer(names: Collection[str], count: int, root: str, experts: tuple[str, ...]) -> dict[int, set[str]]:
-    """What stands behind the number in the names of each layer, experts left out."""
-    found: dict[int, set[str]] = {layer: set() for layer in range(count)}
-    pattern = re.compile(re.escape(f"{root}layers.") + r"(\d+)(\..*)")
-    for name in names:
-        match = pattern.fullmatch(name)
-        if match is not None and int(match[1]) < count and not match[2].startswith(experts):
-            found[int(match[1])].add(match[2])
-    return found
 
 
 def _of_any_layer(rest: str, *, unlike: bool) -> bool:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from compress_tools.architectures.registry import find_architecture
 from compress_tools.source.completeness import (
+    Decoder,
     absent_around,
     absent_experts,
     absent_from_layers,
@@ -64,7 +65,7 @@ def names_of(layers: list[tuple[str, ...]], moe_layers: list[int]) -> list[str]:
 
 
 def absent(layers: list[tuple[str, ...]], moe: list[int], config: dict[str, object], names: list[str]) -> list[str]:
-    return absent_from_layers(names, config, len(layers), "model.", STEMS, moe)
+    return absent_from_layers(Decoder(names, config, len(layers), "model.", STEMS, moe))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -131,7 +132,7 @@ def test_nothing_lacks_in_layers_of_their_own_kind(model: str):
         said = {key: value[first:last] for key, value in (config | lists).items() if isinstance(value, list | str)}
         said["text_config"] = {"attention_k_eq_v": "values" in model}
         names = names_of(own, kept)
-        assert absent_from_lone_layers(names, said, len(own), "model.", STEMS, kept, FAMILY) == []
+        assert absent_from_lone_layers(Decoder(names, said, len(own), "model.", STEMS, kept), FAMILY) == []
 
 
 @pytest.mark.parametrize("model", LONE)
@@ -145,7 +146,7 @@ def test_any_tensor_that_a_layer_of_its_own_kind_lacks_is_found(model: str):
                 continue
             dropped = f"model.layers.{index}.{rest}"
             left = [name for name in names_of(layers, moe) if name != dropped]
-            lone = absent_from_lone_layers(left, config, len(layers), "model.", STEMS, moe, FAMILY)
+            lone = absent_from_lone_layers(Decoder(left, config, len(layers), "model.", STEMS, moe), FAMILY)
             assert dropped in {*lone, *absent(layers, moe, config, left)}, dropped
             tried += 1
     assert tried > 10
@@ -156,12 +157,12 @@ def test_any_tensor_that_a_layer_of_its_own_kind_lacks_is_found(model: str):
 def test_experts_that_are_dropped_are_found(model: str, router: bool):
     layers, moe, config = MODELS[model]
     names = names_of(layers, moe)
-    assert absent_experts(names, config, len(layers), "model.", STEMS, moe) == []
+    assert absent_experts(Decoder(names, config, len(layers), "model.", STEMS, moe)) == []
     for layer in moe:
         gone = f"model.layers.{layer}.mlp{'.experts' if router else ''}."
         left = [name for name in names if not name.startswith(gone)]
         others = [own for own in moe if own != layer]
-        found = absent_experts(left, config, len(layers), "model.", STEMS, others)
+        found = absent_experts(Decoder(left, config, len(layers), "model.", STEMS, others))
         # A layer of a kind of its own is compared with none.
         assert found == [f"experts of layer {layer}"]
 
