@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_day.plan import MINUTES, STEPS, Step
+from benchmarks.harness.arguments import made_folder, minutes
 from benchmarks.harness.environment import REPO, collect_environment
 
 # exit codes of a step
@@ -93,12 +94,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny: does the script itself work?")
     parser.add_argument("--folder", type=Path, help="rows, logs and state; default: build/gpu-day, build/gpu-rehearsal")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="of this visit")
+    parser.add_argument("--minutes", type=minutes, default=MINUTES, help="of this visit")
     parser.add_argument("--only", nargs="+", choices=[step.name for step in STEPS], metavar="STEP")
     parser.add_argument("--again", action="store_true", help="forget what earlier visits did")
     options = parser.parse_args(argv)
-    folder = (options.folder or REPO / "build" / ("gpu-rehearsal" if options.rehearse else "gpu-day")).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    usual = REPO / "build" / ("gpu-rehearsal" if options.rehearse else "gpu-day")
+    folder = made_folder(parser, options.folder or usual)
     if not options.rehearse and collect_environment().gpu is None:
         print("benchmarks.gpu_day: no GPU here; --rehearse tries the script itself", file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
 """`python -m benchmarks.gpu_day.steps STEP --folder DIR`: one step of the day, in a process of its own.
 
-Rows go to STEP.jsonl one by one. Exit codes: 0 done, 9 a result is wrong, 4 what it needs is not on this machine;
-Python's own 1 is a failure of the step.
+Rows go to STEP.jsonl one by one. Exit codes: 0 done, 9 a result is wrong, 4 what it needs is not on this machine,
+2 an argument is wrong or there is no GPU; Python's own 1 is a failure of the step.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.gpu_day.__main__ import ABSENT, WRONG
 from benchmarks.gpu_day.plan import STEPS
+from benchmarks.harness.arguments import made_folder
 from benchmarks.harness.environment import REPO, collect_environment
 from benchmarks.harness.rows import Row
 
@@ -374,7 +375,18 @@ def main(argv: list[str] | None = None) -> Any:
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--method", help="of the check of correctness: this one, in this process")
     options = parser.parse_args(argv)
-    records = Records(options.folder, options.step, rehearse=options.rehearse)
+    if options.rehearse:
+        # read by Triton when it is imported, which no step has done yet
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif collect_environment().gpu is None:
+        print("benchmarks.gpu_day.steps: no GPU here; --rehearse tries the script itself", file=sys.stderr)
+        return 2
+    records = Records(made_folder(parser, options.folder), options.step, rehearse=options.rehearse)
+    if options.method is not None:
+        from benchmarks.compiled.layers import MATRIX_METHODS
+
+        if options.method not in MATRIX_METHODS:
+            parser.error(f"--method {options.method}: expected one of {', '.join(MATRIX_METHODS)}")
     if options.method is not None:
         return check(records, small=False, only=options.method)
     return RUN[options.step](records)

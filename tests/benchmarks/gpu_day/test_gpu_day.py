@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_day import __main__ as day
+from benchmarks.gpu_day import steps as step_command
 from benchmarks.gpu_day.plan import MINUTES, STEPS, Step
 from benchmarks.gpu_day.steps import RUN, Records, relative_deviation
 from benchmarks.harness.environment import REPO
@@ -103,6 +104,24 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(day, "collect_environment", lambda: type("Here", (), {"gpu": None}))
     assert day.main(["--folder", str(tmp_path)]) == 2
     assert "--rehearse" in capsys.readouterr().err
+
+
+def test_wrong_arguments_are_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(step_command, "collect_environment", lambda: type("Here", (), {"gpu": None}))
+    assert step_command.main(["profile", "--folder", str(tmp_path)]) == 2
+    assert "no GPU here; --rehearse" in capsys.readouterr().err
+    for given, sentence in (
+        (
+            ("correctness", "--folder", str(tmp_path), "--rehearse", "--method", "none"),
+            "--method none: expected one of",
+        ),
+        (("profile", "--folder", str(Path(__file__)), "--rehearse"), "test_gpu_day.py: File exists"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            step_command.main(list(given))
+        assert ended.value.code == 2
+        assert sentence in capsys.readouterr().err
 
 
 def test_rows_of_a_rehearsal_say_so(tmp_path: Path) -> None:
