@@ -20,10 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.harness.arguments import count, made_folder, minutes
+
 if TYPE_CHECKING:
     from benchmarks.compiled.matrix import Allowed, Cell
 
-CHECKS = ("compiles", "listed", "shared", "blocks", "spills", "copies", "loads", "instructions")
+CHECKS = ("compiles", "listed", "shared", "blocks", "spills", "copies", "loads", "gathers", "instructions")
 # For which all is compiled; of other cards what is usual.
 WHOLE_CARD = "sm_90"
 # fp32 takes no matrix units; the one with least shared memory, too.
@@ -33,7 +35,7 @@ USUAL_SHAPE = "OLMoE-1B-7B"
 OTHER_SHAPES = ("Mixtral-8x7B", "DeepSeekMoE-16B", "Llama-4-Scout", "Qwen3-Next-80B-A3B", "DeepSeek-V3")
 # Of few tokens and of many, those whose kernels need most; and what other cards are compiled for.
 ENDS = (1, 4096)
-FEW_CLASSES = (1, 64, 4096)
+FEW_CLASSES = (1, 64, 128, 512, 4096)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -49,22 +51,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     for name, choices in (("card", CARDS), ("shape", MATRIX_SHAPES), ("method", MATRIX_METHODS), ("dtype", DTYPES)):
         parser.add_argument(f"--{name}", nargs="+", choices=list(choices), metavar="NAME", help=", ".join(choices))
-    parser.add_argument("--tokens", nargs="+", type=int, metavar="T", help=", ".join(map(str, TOKENS)))
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long; go on another time")
+    parser.add_argument("--tokens", nargs="+", type=count, metavar="T", help=", ".join(map(str, TOKENS)))
+    parser.add_argument(
+        "--minutes", type=minutes, default=float("inf"), help="stop after this long; go on another time"
+    )
     parser.add_argument("--folder", type=Path, default=Path("build/compiled"), help="keeps what was found")
     parser.add_argument("--accept", action="store_true", help="write what is found to allowed.json")
     parser.add_argument("--list", action="store_true", help="every finding, not the worst of each kind alone")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.folder = made_folder(parser, options.folder)
+    return options
 
 
 def chosen(options: argparse.Namespace) -> "Iterator[Cell]":
     """The cells: all of what is named; else those that differ in what is compiled."""
+    from benchmarks.compiled.cards import CARDS
     from benchmarks.compiled.layers import MATRIX_METHODS, MATRIX_SHAPES
     from benchmarks.compiled.matrix import DTYPES, TOKENS, Cell
 
     named = bool(options.shape or options.method or options.dtype or options.tokens)
     for card, shape, method, dtype, tokens in itertools.product(
-        options.card or listed_cards(),
+        options.card or CARDS,
         options.shape or MATRIX_SHAPES,
         options.method or MATRIX_METHODS,
         options.dtype or (DTYPES if options.shape is None else DTYPES[:1]),
@@ -73,15 +80,6 @@ def chosen(options: argparse.Namespace) -> "Iterator[Cell]":
         cell = Cell(card, shape, method, dtype, tokens)
         if named or differs(cell):
             yield cell
-
-
-def listed_cards() -> list[str]:
-    """Those that allowed.json has something of; others are compiled where they are named."""
-    from benchmarks.compiled.cards import CARDS
-    from benchmarks.compiled.matrix import Allowed
-
-    known = {key.split()[0] for key in Allowed.read().budget}
-    return [name for name in CARDS if name in known]
 
 
 def differs(cell: "Cell") -> bool:
@@ -113,8 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         print("benchmarks.compiled: unset TRITON_INTERPRET, which replaces the compiler", file=sys.stderr)
         return 2
     options = parse(argv)
-    os.environ.setdefault("TRITON_CACHE_DIR", str(options.folder.resolve() / "triton"))
-    from benchmarks.compiled.cards import CARDS
+    os.environ.setdefault("TRITON_CACHE_DIR", str(options.folder / "triton"))
     from benchmarks.compiled.matrix import Allowed, compile_cells
 
     cells = list(chosen(options))
@@ -127,9 +124,6 @@ def main(argv: list[str] | None = None) -> int:
     if options.accept:
         allowed.accept(rows)
     worse = report(rows, allowed, everything=options.list)
-    unknown = [] if options.card else sorted(CARDS.keys() - set(listed_cards()))
-    if unknown:
-        print(f"not looked at, as allowed.json has nothing of them: {', '.join(unknown)}; name them by --card")
     print(f"{len(rows)} of {len(cells)} cells; {worse} findings that allowed.json does not have")
     return 1 if worse else 0
 
@@ -147,7 +141,7 @@ def report(rows: list[dict[str, Any]], allowed: "Allowed", *, everything: bool) 
         print(
             f"\n{name} ({card.sold_as}), {card.block_bytes} bytes of shared memory a block, triton {own[0]['triton']}"
         )
-        print(f"{'method':20} {'T':4} {'kernel':12} {'shared':>7} {'blocks':>6} {'regs':>5} {'spilled':>7} "
+        print(f"{'method':20} {'T':4} {'kernel':13} {'shared':>7} {'blocks':>6} {'regs':>5} {'spilled':>7} "
               f"{'no copy':>7} {'2-byte':>6} {'instr/col':>9}")  # fmt: skip
         for line in table(own):
             print(line)
@@ -183,7 +177,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
         fit = min(card.blocks(kernel["shared"], kernel["registers"], kernel["warps"]) for kernel in own)
         plain = max(sum(n for by, n in loop.two_bytes.items() if by not in GATHERS) for loop in loops)
         yield (
-            f"{method:20} {few:4} {name:12} {max(k['shared'] for k in own):7} {fit:6} "
+            f"{method:20} {few:4} {name:13} {max(k['shared'] for k in own):7} {fit:6} "
             f"{max(k['registers'] for k in own):5} {max(k['spilled'] for k in own):7} "
             f"{sum(not loop.copies for loop in loops) if not card.amd else '-':>7} {plain:6} "
             f"{f'{max(columns):.1f}' if columns else '-':>9}"

@@ -25,18 +25,27 @@ _MMA = {
 # on the matrix units too: their size does not stand there, or says little, as warps repeat each other's products
 _SIZELESS = re.compile(r"^UTC\w*MMA|^v_mfma_")
 _ASYNC = re.compile(r"^(LDGSTS|UTMALDG|UBLKCP)|^(buffer|global)_load\w*\b.*\blds\b")
+_LOAD = re.compile(r"LDG\b|LDG\.|(global|buffer|flat)_load")
 _TWO_BYTES = re.compile(r"^LDG\S*\.[US]16\b|^(global|buffer|flat)_load_(u|s)?(short|16)")
+_SINGLE = re.compile(r"^LDG\S*\.[US](8|16)\b|^(global|buffer|flat)_load_(u|s)?(byte|short|8|16)")
+_SPILLED = re.compile(r"^(LDL|STL|scratch_(load|store))\b")
+# Says that values lie side by side which don't, for the layout's sake; so each must be a load of its own.
+_GATHER = "_kept_column"
+# Loads whatever it is told to: what is loaded, its caller says.
+_ANY_LOAD = "_load_lanes"
+
+Source = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One, with where it jumps to and the line of source that it is of."""
+    """One, with where it jumps to and the lines of source that it is of: the innermost, then who called it."""
 
     text: str
     target: str | None = None
     conditional: bool = False
     ends: bool = False
-    source: tuple[str, int] = ("", 0)
+    source: Source = ()
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,8 @@ class Loop:
         copies: loads that go to shared memory by themselves while the program goes on.
         loads: loads to registers.
         two_bytes: loads of two bytes, by the function that has them.
+        spilled: loads and stores of spilled registers.
+        wide_gathers: loads of a bitmap's kept values that are wider than one of them.
     """
 
     instructions: int
@@ -60,6 +71,8 @@ class Loop:
     copies: int
     loads: int
     two_bytes: dict[str, int] = field(default_factory=dict)
+    spilled: int = 0
+    wide_gathers: int = 0
 
     def per_column(self, block_m: int) -> float | None:
         """Instructions of a lane for each weight that it decodes, products included; None where none can be told."""
@@ -80,17 +93,20 @@ def read_cubin(cubin: bytes) -> Code:
     used = re.search(r"REG:(\d+) STACK:(\d+)", _tool(cubin, "cuobjdump", "--dump-resource-usage"))
     if used is None:
         raise RuntimeError("cuobjdump says nothing of registers")
-    return Code(int(used[1]), int(used[2]), sass_loops(_tool(cubin, "nvdisasm", "-c", "-g")))
+    return Code(int(used[1]), int(used[2]), sass_loops(_tool(cubin, "nvdisasm", "-c", "-gi")))
 
 
 def sass_loops(text: str) -> list[Loop]:
-    """Main loops of what ``nvdisasm -c -g`` prints."""
+    """Main loops of what ``nvdisasm -c -gi`` prints."""
     labels: dict[str, int] = {}
     code: list[Instruction] = []
-    source = ("", 0)
+    source: Source = ()
+    inlined = False
     for line in text.splitlines():
-        if at := re.search(r'//## File "([^"]+)", line (\d+)', line):
-            source = at[1], int(at[2])
+        if at := re.search(r'//## File "([^"]+)", line (\d+)( inlined at)?', line):
+            source = (*(source if inlined else ()), (at[1], int(at[2])))
+            # the next such line is where this one was called
+            inlined = bool(at[3])
         elif label := re.match(r"(\.L\w+):", line):
             labels[label[1]] = len(code)
         elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?(.*?)\s*;", line):
@@ -115,13 +131,15 @@ def amdgcn_loops(assembly: str) -> list[Loop]:
     labels: dict[str, int] = {}
     code: list[Instruction] = []
     files: dict[str, str] = {}
-    source = ("", 0)
+    paths: dict[str, str] = {}
+    source: Source = ()
     for line in assembly.splitlines():
-        words = line.split(";")[0].strip()
+        words, _, comment = (part.strip() for part in line.partition(";"))
         if name := re.match(r'\.file\s+(\d+)\s+(?:"([^"]*)"\s+)?"([^"]+)"', words):
-            files[name[1]] = str(Path(name[2] or "") / name[3])
+            files[name[1]] = paths[Path(name[3]).name] = str(Path(name[2] or "") / name[3])
         elif at := re.match(r"\.loc\s+(\d+)\s+(\d+)", words):
-            source = files.get(at[1], ""), int(at[2])
+            callers = re.findall(r"@\[ ([^:\s]+):(\d+)", comment)
+            source = ((files.get(at[1], ""), int(at[2])), *((paths.get(own, ""), int(row)) for own, row in callers))
         elif label := re.match(r"(\.L\w+):", words):
             labels[label[1]] = len(code)
         elif re.match(r"[a-z]\w+\b", words) and not words.endswith(":"):
@@ -165,17 +183,20 @@ def _describe(body: list[Instruction]) -> Loop:
     two_bytes: dict[str, int] = {}
     for instruction in body:
         if _TWO_BYTES.match(instruction.text):
-            name = function_at(*instruction.source)
+            name = _loaded_for(instruction.source)
             two_bytes[name] = two_bytes.get(name, 0) + 1
     copies = sum(bool(_ASYNC.search(text)) for text in texts)
+    loads = [own for own in body if _LOAD.match(own.text)]
     return Loop(
         len(body),
         sum(text.startswith(("BAR.", "s_barrier")) for text in texts),
         sum(map(_is_product, texts)),
         sum(map(_macs, texts)),
         copies,
-        sum(bool(re.match(r"LDG\b|LDG\.|(global|buffer|flat)_load", text)) for text in texts),
+        len(loads),
         two_bytes,
+        sum(bool(_SPILLED.match(text)) for text in texts),
+        sum(_loaded_for(own.source) == _GATHER and not _SINGLE.match(own.text) for own in loads),
     )
 
 
@@ -246,9 +267,16 @@ def _reaching(start: int, head: int, comes_from: list[list[int]]) -> Iterable[in
     return seen
 
 
+def _loaded_for(source: Source) -> str:
+    """The function that a load is of: the innermost, or who called it where that one loads anything."""
+    names = (function_at(file, line) for file, line in source)
+    return next((name for name in names if name != _ANY_LOAD), "unknown")
+
+
 def function_at(file: str, line: int) -> str:
     """The function of a source file that holds a line; ``unknown`` where the code does not say."""
-    known = [(begin, end, name) for begin, end, name in _functions(file) if begin <= line <= end]
+    # Loads are assembly of two lines, which LLVM counts: the second one's is one behind a function's last.
+    known = [(begin, end, name) for begin, end, name in _functions(file) if begin <= line <= end + 1]
     return max(known)[2] if known else "unknown"
 
 

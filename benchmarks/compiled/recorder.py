@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -13,6 +13,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.compiled.cards import CARDS, Card
 from resmoe_vllm.kernels.gpu import layer
+from resmoe_vllm.kernels.gpu.launches import LayerLaunches
 
 
 class _Driver:
@@ -42,6 +43,7 @@ class Launch:
         warps: of a block.
         compiled: what came out, if it was to be compiled.
         error: what the compiler said, if it failed.
+        role: what the layer launches it for.
     """
 
     kernel: str
@@ -50,6 +52,7 @@ class Launch:
     warps: int
     compiled: CompiledKernel | None = None
     error: str = ""
+    role: str = ""
 
 
 # by hash: a layer may keep what was compiled for it and launch that directly
@@ -62,6 +65,8 @@ def recorded(card: Card, *, compile_kernels: bool) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     plain: Callable[..., Any] = JITFunction.run
     item: Callable[..., Any] = CompiledKernel.__getitem__
+    of_layer: Callable[..., None] = LayerLaunches.launch
+    role = ""
 
     def note(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> CompiledKernel | None:  # noqa: ARG001
         given = dict(zip(self.arg_names, args, strict=False)) | options
@@ -73,7 +78,8 @@ def recorded(card: Card, *, compile_kernels: bool) -> Iterator[list[Launch]]:
                 # whatever a compiler raises is a finding
                 error = f"{type(err).__name__}: {str(err).strip()[:300]}"
         variant = "" if compile_kernels else _variant(self, args, options)
-        launch = Launch(self.fn.__name__, variant, given.get("BLOCK_M"), options.get("num_warps", 4), kernel, error)
+        warps = options.get("num_warps", 4)
+        launch = Launch(self.fn.__name__, variant, given.get("BLOCK_M"), warps, kernel, error, role)
         launches.append(launch)
         if kernel is not None:
             _COMPILED[kernel.hash] = launch
@@ -81,15 +87,23 @@ def recorded(card: Card, *, compile_kernels: bool) -> Iterator[list[Launch]]:
 
     def launch_again(kernel: CompiledKernel, grid: Any) -> Callable[..., None]:  # noqa: ARG001 -- its signature
         def call(*args: Any, **options: Any) -> None:  # noqa: ARG001 -- its signature
-            launches.append(_COMPILED[kernel.hash])
+            launches.append(replace(_COMPILED[kernel.hash], role=role))
 
         return call
+
+    def named(self: LayerLaunches, key: tuple[object, ...], *arguments: Any, **options: Any) -> None:
+        nonlocal role
+        role = "-".join(part for part in key if isinstance(part, str))
+        of_layer(self, key, *arguments, **options)
 
     driver.set_active(_Driver(card))
     JITFunction.run, CompiledKernel.__getitem__ = note, launch_again
     try:
         # blocks are fitted to what a card has, but the layer's tensors are on none
-        with patch.object(layer, "shared_memory", lambda _: card.block_bytes):
+        with (
+            patch.object(layer, "shared_memory", lambda _: card.block_bytes),
+            patch.object(LayerLaunches, "launch", named),
+        ):
             yield launches
     finally:
         JITFunction.run, CompiledKernel.__getitem__ = plain, item

@@ -33,6 +33,8 @@ _RESTORED_ROWS = 64
 ROWS_VARIABLE = "RESMOE_GPU_RESTORE_ROWS"
 # A block's most shared memory on an H100; cards of other kinds say their own.
 HOPPER_SHARED = 232448
+# Of NVIDIA's cards from Ampere on the least; AMD's have less.
+_LEAST_SHARED = 101376
 # CUDA keeps this much of a multiprocessor's shared memory for itself, for every block.
 _RESERVED = 1024
 # What the class without an end is split for.
@@ -150,7 +152,7 @@ def default_config(
         # products read plain weights
         coders = coders & {"low_rank"} | {"dense"}
     decoded = bool(coders - {"low_rank", "dense"})
-    config = _rule(tokens, per_expert, coders, dtype, hopper=shared >= HOPPER_SHARED)
+    config = _rule(tokens, per_expert, coders, dtype, shared)
     if restored:
         config = replace(config, strategy=Strategy.RESTORED)
     config = _fit(config, shared, dtype.itemsize, decoded=decoded, pairs=tokens <= FEW_TOKENS)
@@ -172,15 +174,18 @@ def restored_rows() -> int:
     return number_setting(ROWS_VARIABLE, _RESTORED_ROWS)
 
 
-def _rule(tokens: int, per_expert: float, coders: frozenset[str], dtype: torch.dtype, *, hopper: bool) -> Config:
+def _rule(tokens: int, per_expert: float, coders: frozenset[str], dtype: torch.dtype, shared: int) -> Config:
+    # Registers run out sooner there than on Hopper and on AMD (docs/notes/gpu-kernel.md).
+    spills = _LEAST_SHARED <= shared < HOPPER_SHARED
+    bitmap = any(coder.startswith("bitmap") for coder in coders)
     if dtype == torch.float32:
-        return _wide_values(tokens)
+        return _wide_values(tokens, short=spills and bitmap)
     if tokens <= FEW_TOKENS:
         if coders == {"low_rank"}:
             return _few_low_rank(tokens)
         few = Blocks(n=32, k=128, warps=4, stages=6)
         shrink = Blocks(n=16, k=256, warps=4, stages=5) if tokens <= _LONE_TOKENS else few
-        if any(coder.startswith("bitmap") for coder in coders):
+        if bitmap:
             # Steps of 32 columns leave a decoded tile where the matrix units take it, with no copy through shared
             # memory; a block of the last launch begins where a pointer is.
             hidden, last = Blocks(n=32, k=32, warps=4, stages=3), Blocks(n=64, k=64, warps=4, stages=3)
@@ -198,10 +203,12 @@ def _rule(tokens: int, per_expert: float, coders: frozenset[str], dtype: torch.d
     # A decoded tile is in registers twice, as codes and as fp32: four warps spilled some of it.
     warps = 8 if block_m == 128 or coders - {"low_rank", "dense"} else 4
     wide = Blocks(n=128, k=64, warps=warps, stages=3)
-    warps = 8 if block_m == 128 or any(coder.startswith("bitmap") for coder in coders) else 4
+    # Of trellis codes beside a center four warps spill 32 to 64 bytes there; eight none, and issue as much.
+    trellis = spills and block_m == _SOME_BLOCK and "trellis" in coders
+    warps = 8 if block_m == 128 or bitmap or trellis else 4
     hidden = Blocks(n=64, k=64, warps=warps, stages=3)
     expand = hidden
-    if coders == {"low_rank"} and hopper:
+    if coders == {"low_rank"} and shared >= HOPPER_SHARED:
         # Of a rank's few steps. Of two sums of 128 columns some was spilled, with 8 warps and with 16.
         if block_m == _MOST_ROWS:
             expand = Blocks(n=64, k=128, warps=8, stages=2)
@@ -261,12 +268,15 @@ def _shared_bytes(block_m: int, blocks: Blocks, *, itemsize: int, sides: int, de
     return max(plain, blocks.stages * (rows + sides * tile * (itemsize + 1)) + sides * tile * itemsize)
 
 
-def _wide_values(tokens: int) -> Config:
-    """For fp32, which the matrix units don't take: small blocks, as every product is a lane's own."""
+def _wide_values(tokens: int, *, short: bool) -> Config:
+    """For fp32, which the matrix units don't take: small blocks, as every product is a lane's own.
+
+    With ``short`` steps of ``hidden`` are half as long.
+    """
     few = tokens <= FEW_TOKENS
     blocks = Blocks(n=64, k=32, warps=4 if few else 8, stages=2)
     # two tiles side by side: as wide as the others' they spilled some registers
-    hidden = replace(blocks, n=32)
+    hidden = replace(blocks, n=32, k=16 if short else 32)
     block_m = 16 if few else 32
     strategy = Strategy.CENTER_FIRST if few else Strategy.CENTER_IN_TILE
     return Config(block_m, blocks, hidden, blocks, blocks, strategy, 528 if few else 264)

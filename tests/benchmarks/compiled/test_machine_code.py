@@ -22,6 +22,7 @@ SASS = f"""
         /*0050*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
         /*0060*/                   HMMA.16816.F32.BF16 R8, R12, R14, R8 ;
         /*0070*/                   HMMA.16816.F32.BF16 R8, R12, R14, R8 ;
+        /*0078*/                   STL.64 [R1+0x8], R8 ;
         /*0080*/               @P2 BRA `(.L_x_1) ;
 .L_x_4:
         /*0090*/                   LDG.E.U16.CONSTANT R20, desc[UR8][R4.64] ;
@@ -49,9 +50,10 @@ AMD = f"""
 def test_main_loops_of_sass() -> None:
     around, last = sorted(sass_loops(SASS), key=lambda loop: -loop.instructions)
     # rare code that comes back into the loop is a part of it
-    assert (around.instructions, around.barriers, around.products, around.copies) == (10, 1, 2, 1)
+    assert (around.instructions, around.barriers, around.products, around.copies) == (11, 1, 2, 1)
+    assert (around.spilled, last.spilled) == (1, 0)
     assert around.macs == 2 * 16 * 8 * 16
-    assert around.per_column(16) == 10 * 32 * 16 / around.macs
+    assert around.per_column(16) == 11 * 32 * 16 / around.macs
     assert (last.instructions, last.products, last.copies, last.loads) == (4, 1, 0, 2)
     # four warps do it together
     assert last.macs == 64 * 128 * 16 // 4
@@ -64,6 +66,51 @@ def test_main_loops_of_amd() -> None:
     assert loop.per_column(16) is None
 
 
+def test_a_load_is_of_who_called_the_function_that_loads_anything() -> None:
+    lines = HERE.read_text().splitlines()
+    inner, outer = (1 + lines.index(f"def {name}() -> None:") for name in ("_load_lanes", "_scales_of_a_row"))
+    chain = f"""
+	//## File "{HERE}", line {{line}} inlined at "{HERE}", line {outer + 1}
+	//## File "{HERE}", line {outer + 1}
+        /*0000*/                   LDG.E.U16 R20, desc[UR8][R4.64] ;
+        /*0010*/                   HMMA.16816.F32.BF16 R8, R12, R14, R8 ;
+        /*0020*/               @P0 BRA `(.L_x_1) ;
+"""
+    # a load's own line is one behind its function's last: it is the second of two lines of assembly
+    for line in (inner, inner + 2):
+        (loop,) = sass_loops(".L_x_1:" + chain.format(line=line))
+        assert loop.two_bytes == {"_scales_of_a_row": 1}
+    amd = AMD.replace(".loc	1 1 0", f".loc	1 {inner} 4  ; {HERE.name}:{inner}:4 @[ {HERE.name}:{outer}:9 ]")
+    (loop,) = amdgcn_loops(amd)
+    assert loop.two_bytes == {"_scales_of_a_row": 1}
+
+
+@pytest.mark.parametrize(("load", "wide"), [("LDG.E.U16", 0), ("LDG.E.U8", 0), ("LDG.E", 1), ("LDG.E.64", 1)])
+def test_kept_values_that_are_loaded_together(load: str, wide: int) -> None:
+    line = 1 + HERE.read_text().splitlines().index("def _kept_column() -> None:")
+    code = f"""
+.L_x_1:
+	//## File "{HERE}", line {line}
+        /*0000*/                   {load} R20, desc[UR8][R4.64] ;
+        /*0010*/                   HMMA.16816.F32.BF16 R8, R12, R14, R8 ;
+        /*0020*/               @P0 BRA `(.L_x_1) ;
+"""
+    (loop,) = sass_loops(code)
+    assert (loop.loads, loop.wide_gathers) == (1, wide)
+
+
+def _kept_column() -> None:
+    """As the kernels' function of this name."""
+
+
+def _load_lanes() -> None:
+    """As the kernels' function of this name."""
+
+
+def _scales_of_a_row() -> None:
+    """Stands where a kernel calls it."""
+
+
 def test_a_kernel_without_products_has_no_main_loop() -> None:
     assert sass_loops(".L_x_1:\n        /*0000*/      LDS R6, [R7] ;\n        /*0010*/  @P0 BRA `(.L_x_1) ;\n") == []
 
@@ -71,7 +118,7 @@ def test_a_kernel_without_products_has_no_main_loop() -> None:
 def test_function_of_a_line() -> None:
     line = 1 + HERE.read_text().splitlines().index("def test_function_of_a_line() -> None:")
     assert function_at(str(HERE), line + 1) == "test_function_of_a_line"
-    assert function_at(str(HERE), 1) == "unknown"
+    assert function_at(str(HERE), 3) == "unknown"
     assert function_at("/no/such/file.py", 1) == "unknown"
 
 

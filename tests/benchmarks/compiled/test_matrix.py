@@ -12,11 +12,21 @@ from typing import Any
 
 import pytest
 
-from benchmarks.compiled.matrix import ALLOWED, Allowed, cell_of, excesses, labels, read_rows, sources_hash
+from benchmarks.compiled.cards import CARDS
+from benchmarks.compiled.matrix import ALLOWED, UNSAID, Allowed, by_label, cell_of, excesses, read_rows, sources_hash
 from benchmarks.compiled.recorder import Launch
 from benchmarks.harness.environment import REPO
 
-LOOP = {"instructions": 64, "barriers": 2, "products": 8, "macs": 16384, "copies": 4, "loads": 0, "two_bytes": {}}
+LOOP = {
+    "instructions": 64,
+    "barriers": 2,
+    "products": 8,
+    "macs": 16384,
+    "copies": 4,
+    "loads": 0,
+    "two_bytes": {},
+    "wide_gathers": 0,
+}
 KERNEL = {"shared": 36864, "registers": 96, "spilled": 0, "loops": [LOOP], "block_m": 16, "warps": 4}
 KEY = "sm_89 low-rank hidden few"
 
@@ -47,7 +57,9 @@ def row_of(tokens: int = 1, card: str = "sm_89", **changes: Any) -> dict[str, An
         ({"copies": 0}, "copies"),
         ({"copies": 0, "card": "gfx942", "shared": 16384}, None),
         ({"two_bytes": {"_rows_tile": 3}}, "loads"),
-        ({"two_bytes": {"_load_lanes": 3}}, None),
+        ({"two_bytes": {"_rows_tile": 2}}, None),
+        ({"two_bytes": {"_kept_column": 3}}, None),
+        ({"wide_gathers": 3}, "gathers"),
         ({"instructions": 72}, "instructions"),
         ({"instructions": 67}, None),
         ({"instructions": 67, "dtype": "float16"}, None),
@@ -80,14 +92,23 @@ def test_worse_than_what_is_known() -> None:
 def test_accepting_replaces_what_these_rows_say_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.compiled.matrix.ALLOWED", tmp_path / "allowed.json")
     other = "sm_90 low-rank hidden few"
-    allowed = Allowed({other: 3.0, KEY: 9.0}, {"spills": {other: 8, KEY: 99}, "copies": {KEY: 1}})
-    allowed.accept([row_of(spilled=16), row_of(tokens=4, spilled=24)])
-    assert allowed == Allowed.read() == Allowed({KEY: 2.0, other: 3.0}, {"spills": {KEY: 24, other: 8}})
+    known = {"spills": {other: 8.0, KEY: 99.0}, "copies": {KEY: 1.0}}
+    allowed = Allowed({other: 3.0, KEY: 9.0}, known, {"spills": {other: "small", KEY: "seldom"}})
+    allowed.accept([row_of(spilled=16), row_of(tokens=4, spilled=24), row_of(tokens=4, spilled=24, copies=0)])
+    assert allowed.budget == {KEY: 2.0, other: 3.0}
+    assert allowed.known == {"copies": {KEY: 1}, "spills": {KEY: 24, other: 8}}
+    assert allowed.why == {"copies": {KEY: UNSAID}, "spills": {KEY: "seldom", other: "small"}}
+    assert Allowed.read() == allowed
+    assert allowed.text().splitlines()[2] == '  "sm_89 low-rank few": {"hidden": 2.0},'
 
 
-def test_launches_of_one_kernel_are_numbered() -> None:
-    launches = [Launch(name, "", None, 4) for name in ("_align_kernel", "_products_kernel", "_products_kernel")]
-    assert labels(launches) == ["align", "products.1", "products.2"]
+def test_each_kernel_of_a_call_has_one_label() -> None:
+    """By what it is launched for, however often; numbered where that takes several kernels."""
+    roles = [("first", "a"), ("restore-sides", "b"), ("restore-sides", "c"), ("restore-sides", "b"), ("more", "a")]
+    launches = [Launch("_kernel", "", None, 4, error=error, role=role) for role, error in roles]
+    found = by_label(launches)
+    assert list(found) == ["first", "restore-sides.1", "restore-sides.2", "more"]
+    assert [launch.error for launch in found.values()] == ["a", "b", "c", "a"]
 
 
 def test_rows_of_other_kernels_do_not_count(tmp_path: Path) -> None:
@@ -101,7 +122,20 @@ def test_what_is_allowed_is_sorted_and_whole() -> None:
     allowed = Allowed.read()
     assert list(allowed.budget) == sorted(allowed.budget)
     assert {len(key.split()) for key in allowed.budget} == {4}
-    assert json.dumps({"budget": allowed.budget, "known": allowed.known}, indent=1) + "\n" == ALLOWED.read_text()
+    assert allowed.text() == ALLOWED.read_text()
+
+
+def test_every_known_finding_says_why() -> None:
+    allowed = Allowed.read()
+    known = {(check, key) for check, own in allowed.known.items() for key in own}
+    assert {(check, key) for check, own in allowed.why.items() for key in own} == known
+    assert {key for _, key in known} <= allowed.budget.keys()
+    assert UNSAID not in {why for own in allowed.why.values() for why in own.values()}
+
+
+def test_every_card_is_looked_at() -> None:
+    cards = {key.split()[0] for key in Allowed.read().budget}
+    assert cards == set(CARDS)
 
 
 def compiled(*arguments: str) -> subprocess.CompletedProcess[str]:

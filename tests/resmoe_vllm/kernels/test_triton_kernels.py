@@ -326,6 +326,19 @@ def test_tuned_sizes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert block_sizes.pick_config(4096, 8, *other).strategy == Strategy.RESTORED
 
 
+def test_blocks_that_spill_elsewhere_are_others_there() -> None:
+    """H100, L40S, MI300X: what the compile matrix shows of them."""
+    cards = (232448, 101376, 65536)
+    trellis = [block_sizes.default_config(512, 8, 64, frozenset({"trellis"}), shared=shared) for shared in cards]
+    assert [config.block_m for config in trellis] == [64, 64, 64]
+    assert [config.hidden.warps for config in trellis] == [4, 8, 4]
+    for tokens in (1, 4096):
+        of = [
+            block_sizes.default_config(tokens, 8, 64, frozenset({"bitmap"}), torch.float32, shared) for shared in cards
+        ]
+        assert [config.hidden.k for config in of] == [32, 16, 32]
+
+
 def test_kernels_compile_for_hopper() -> None:
     """Down to machine code, by the compiler and not the interpreter; needs no GPU."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
