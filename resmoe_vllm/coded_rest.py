@@ -27,6 +27,7 @@ from resmoe_vllm.compat import (
 )
 from resmoe_vllm.kernels.cpu.rows8 import kernel_name
 from resmoe_vllm.plain_layers import PlainEmbeddingMethod, PlainLinearMethod
+from resmoe_vllm.weights import huge_pages
 
 # No code that may be stored: what still holds it was not loaded.
 UNLOADED = -LEVELS - 1
@@ -80,7 +81,7 @@ class Pending(nn.Parameter):
     def materialize(self) -> None:
         """Get memory."""
         if not self.loaded:
-            self.data = torch.full(self.shape, self.fill, dtype=self.dtype, device=self.device)
+            self.data = huge_pages.empty(tuple(self.shape), self.dtype, self.device).fill_(self.fill)
             self.loaded = True
 
     def _load(self, _param: nn.Parameter, stored: Tensor, *args: Any, **kwargs: Any) -> Any:

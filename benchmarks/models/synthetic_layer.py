@@ -12,6 +12,7 @@ from compress_tools.format.packing import mask_row_counts, pack_mask
 from compress_tools.format.parts.bitmap import MASK, VALUES
 from compress_tools.format.schema import BitmapResidual, ExpertNames, ResMoEFormat, version_for
 from compress_tools.residuals.recipes import uniform_spec
+from resmoe_vllm.weights import huge_pages
 from resmoe_vllm.weights.layer_loader import BoundGroup, LayerLoader
 from resmoe_vllm.weights.layout import ROW_PTR, LayerLayout, make_layout
 
@@ -57,7 +58,10 @@ def synthetic_layer(fmt: ResMoEFormat, index: int, seed: int = 0) -> tuple[Layer
         else:
             line = torch.randint(256, (columns,), generator=generator).to(kind)
         # One expert's random values, shifted for each: the values don't matter, their memory does.
-        tensors[name] = torch.stack([line.roll(row) for row in range(rows)])
+        stacked = huge_pages.empty((rows, columns), kind, torch.device("cpu"))
+        for row, own in enumerate(stacked):
+            own.copy_(line.roll(row))
+        tensors[name] = stacked
     for part in fmt.layers[index].residual:
         if isinstance(part, BitmapResidual):
             _fill_masks(layout, tensors, part.projections, part.values_per_expert, generator)

@@ -17,6 +17,7 @@ from torch import Tensor
 from compress_tools.errors import ConfigError, FormatError
 from compress_tools.format.schema import ResMoEFormat
 from compress_tools.format.tensors import CENTER_EXPERT, follows_model_dtype, tensor_name
+from resmoe_vllm.weights import huge_pages
 from resmoe_vllm.weights.bound import ResMoEWeights
 from resmoe_vllm.weights.dummy import dummy_tensors
 from resmoe_vllm.weights.group_loader import GroupLoader
@@ -99,7 +100,8 @@ class LayerLoader:
                     group.params[name] = self.groups[0].params[name]
                     continue
                 kind = dtype if follows_model_dtype(name.split("_", 1)[1]) else getattr(torch, stored_dtype)
-                tensor = torch.empty(1 if shared else len(group.rows), columns, dtype=kind)
+                shape = 1 if shared else len(group.rows), columns
+                tensor = huge_pages.empty(shape, kind, torch.get_default_device())
                 param = torch.nn.Parameter(tensor, requires_grad=False)
                 # Where vLLM looks for it.
                 vars(param)["weight_loader"] = self._loader(name)

@@ -63,7 +63,7 @@ struct RowProducts {
   void multiply(Span own) {
     CodeScratch scratch;
     Inputs inputs;
-    std::vector<float> sums(kTokens * kStripRows);
+    std::vector<float> sums(std::min(kTokens, tokens) * kStripRows);
     for (int64_t r = own.begin; r < own.end; r += kStripRows) {
       const int64_t count = std::min(kStripRows, own.end - r);
       CodeRows<SignedBytes> strip = matrix;
@@ -74,7 +74,7 @@ struct RowProducts {
         inputs.clear();
         for (int64_t s = 0; s < block; ++s)
           for (int64_t limb = 0; limb <= finer[t + s]; ++limb) inputs.push(images.at(2 * (t + s) + limb), s);
-        std::fill(sums.begin(), sums.end(), 0.0f);
+        std::fill_n(sums.data(), block * kStripRows, 0.0f);
         dot_codes(strip, count, inputs, sums.data(), kStripRows, scratch);
         for (int64_t s = 0; s < block; ++s)
           for (int64_t k = 0; k < count; ++k) {
