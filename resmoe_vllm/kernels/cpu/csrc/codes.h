@@ -408,8 +408,8 @@ inline void make_strip(const CodeRows<D>& rows, int64_t count, int64_t chunk, ui
 }
 
 // y[..] += factors . `count` rows of a chunk, `columns` of them, multiplied while they are decoded. factors(v): of
-// vector v; One: they are the same for all.
-template <class D, bool One, class FactorsOf>
+// vector v.
+template <class D, class FactorsOf>
 inline void axpy_direct(const CodeRows<D>& rows, int64_t count, int64_t chunk, FactorsOf factors, float* y,
                         int64_t columns) {
   constexpr int V = 4 * D::kPlaces;
@@ -417,7 +417,7 @@ inline void axpy_direct(const CodeRows<D>& rows, int64_t count, int64_t chunk, F
   Acc acc[V];
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) {
-    own[v] = factors(One ? 0 : v);
+    own[v] = factors(v);
     acc[v] = start(int_set(own[v]->start));
   }
   for (int64_t quad = 0; 4 * quad < count; ++quad) {
@@ -425,10 +425,9 @@ inline void axpy_direct(const CodeRows<D>& rows, int64_t count, int64_t chunk, F
     interleave_rows(rows, count, chunk, quad, levels);
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      const Factors* with = own[One ? 0 : v];
       int32_t first, second;
-      memcpy(&first, with->first + 4 * quad, 4);
-      memcpy(&second, with->second + 4 * quad, 4);
+      memcpy(&first, own[v]->first + 4 * quad, 4);
+      memcpy(&second, own[v]->second + 4 * quad, 4);
       dot(acc[v], prepare(levels[v]), int_set(first), int_set(second));
     }
   }
@@ -437,6 +436,70 @@ inline void axpy_direct(const CodeRows<D>& rows, int64_t count, int64_t chunk, F
     Floats f = to_floats(value(acc[v]));
     if (D::kTwiceBias % 2) f = add(f, float_set(own[v]->half));
     if (v * kWide < columns) add_scaled(y + v * kWide, float_set(own[v]->scale), f, columns - v * kWide);
+  }
+}
+
+// Bytes of four rows, interleaved as they lie: 32-bit word d of lane l of vector q is byte 16 * l + 4 * q + d of each.
+inline void interleave_bytes(const Bytes (&rows)[4], Bytes (&to)[4]) {
+  const Bytes low01 = low_8(rows[0], rows[1]), high01 = high_8(rows[0], rows[1]);
+  const Bytes low23 = low_8(rows[2], rows[3]), high23 = high_8(rows[2], rows[3]);
+  to[0] = low_16(low01, low23);
+  to[1] = high_16(low01, low23);
+  to[2] = low_16(high01, high23);
+  to[3] = high_16(high01, high23);
+}
+
+// The same with one group of factors, where codes are interleaved before they are decoded: sums are put in order once
+// for all rows. Inside: the chunk is neither a row's first nor its last.
+template <class D, bool Inside>
+__attribute__((noinline)) void axpy_packed(const CodeRows<D>& rows, int64_t count, int64_t chunk, const Factors* with,
+                                           float* y, int64_t columns) {
+  constexpr int kPlaces = D::kPlaces, V = 4 * kPlaces;
+  constexpr bool kNeedsBefore = D::kTwiceBias == 256;
+  const int64_t step = rows.stride / rows.chunks(), at = chunk * kBytes;
+  const auto load = [&](int64_t row, auto by) __attribute__((always_inline)) {
+    const uint8_t* from = rows.codes + row * rows.stride;
+    return Inside ? load_bytes(from + at - by) : load_window<by>(from, rows.stride, at);
+  };
+  Acc acc[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) acc[v] = start(int_set(with->start));
+  for (int64_t quad = 0; 4 * quad < count; ++quad) {
+    Bytes own[4], packed[4], before[4] = {};
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      const int64_t row = std::min(count - 1, 4 * quad + r);
+      // the rows behind these, which lie in one piece, a piece for each
+      fetch(rows.codes + count * rows.stride + (chunk * count + row) * step);
+      own[r] = load(row, std::integral_constant<int, 0>());
+      if (kNeedsBefore) before[r] = load(row, std::integral_constant<int, 1>());
+    }
+    interleave_bytes(own, packed);
+    if (kNeedsBefore) {
+      before[0] = low_16(low_8(before[0], before[1]), low_8(before[2], before[3]));
+#pragma GCC unroll 4
+      for (int q = 1; q < 4; ++q) before[q] = last_word_before(packed[q - 1], packed[q]);
+    }
+    int32_t first, second;
+    memcpy(&first, with->first + 4 * quad, 4);
+    memcpy(&second, with->second + 4 * quad, 4);
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+      Bytes levels[kPlaces];
+      D::of_bytes(rows.tables, packed[q], before[q], levels);
+#pragma GCC unroll 2
+      for (int j = 0; j < kPlaces; ++j) dot(acc[kPlaces * q + j], prepare(levels[j]), int_set(first), int_set(second));
+    }
+  }
+  Ints sums[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) sums[v] = value(acc[v]);
+  in_column_order(sums);
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) {
+    Floats f = to_floats(sums[v]);
+    if (D::kTwiceBias % 2) f = add(f, float_set(with->half));
+    if (v * kWide < columns) add_scaled(y + v * kWide, float_set(with->scale), f, columns - v * kWide);
   }
 }
 // Where the sums of a chunk stay in registers.
@@ -451,6 +514,7 @@ void axpy_codes(const float* a, int64_t lda, const CodeRows<D>& rows, int64_t co
   constexpr int kMostOutputs = kTileInputs;
   const bool one_scale = rows.groups == 1;
   const int64_t per = one_scale ? 1 : std::max<int64_t>(1, kChunk / rows.group);
+  load_scales(rows, 0, count, kRows, scratch.scales);
   uint8_t* strip = scratch.strip.take(kRows * kChunk);
   Factors* factors = (Factors*)scratch.factors.take(per * 2 * outputs * sizeof(Factors));  // [per, 2 * outputs]
   float* into[2 * kInputs];
@@ -460,8 +524,7 @@ void axpy_codes(const float* a, int64_t lda, const CodeRows<D>& rows, int64_t co
     if (first_group != made) {
       made = first_group;
       for (int64_t p = 0; p < per && first_group + p < rows.groups; ++p) {
-        float scales[kRows] = {};
-        for (int64_t r = 0; r < count; ++r) scales[r] = rows.scale(r, first_group + p);
+        const float* scales = scratch.scales.data() + (first_group + p) * (rows.group / rows.span()) * kRows;
         products = 0;
         for (int64_t s = 0; s < outputs; ++s) {
           float numbers[kRows];
@@ -479,10 +542,12 @@ void axpy_codes(const float* a, int64_t lda, const CodeRows<D>& rows, int64_t co
           const int64_t p = one_scale ? 0 : std::min(per - 1, (begin + v * kWide) / rows.group - first_group);
           return factors + p * 2 * outputs;
         };
-        if (per == 1)
-          axpy_direct<D, true>(rows, count, chunk, of, into[0] + begin, rows.n - begin);
+        if (per > 1)
+          axpy_direct(rows, count, chunk, of, into[0] + begin, rows.n - begin);
+        else if (chunk > 0 && (chunk + 1) * kBytes <= rows.stride)
+          axpy_packed<D, true>(rows, count, chunk, of(0), into[0] + begin, rows.n - begin);
         else
-          axpy_direct<D, false>(rows, count, chunk, of, into[0] + begin, rows.n - begin);
+          axpy_packed<D, false>(rows, count, chunk, of(0), into[0] + begin, rows.n - begin);
         continue;
       }
     make_strip(rows, count, chunk, strip);

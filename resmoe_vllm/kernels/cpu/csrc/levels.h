@@ -3,7 +3,8 @@
 // weight = scale * (level - kTwiceBias / 2). A chunk is what one vector of bytes holds, kPlaces columns in each byte:
 // decode() gives a vector for each place in a byte, so column kPlaces * k + j of the chunk is byte k of vector j. If
 // Turned, bytes are placed by turn() first, and in_columns() makes vectors of consecutive columns of them, their 32-bit
-// words in turn<1>'s order. Beyond a row lie zero bytes.
+// words in turn<1>'s order. Beyond a row lie zero bytes. Where a byte and the one before it say all, of_bytes() takes
+// them in any order.
 //
 // A trellis's level is a sum of table entries, one for each field of the last 12 bits of symbols. With 4 bits a field
 // is a symbol; with 3 likewise, of 8 entries; with 2 it is a pair of symbols; with 1 four of them. Before a row's first
@@ -42,9 +43,10 @@ struct Plain<8> {
   using Tables = NoTables;
   static constexpr int kBits = 8, kPlaces = 1, kTwiceBias = 255;
   template <bool Turned>
-  static inline void decode(const Tables&, const uint8_t* row, int64_t octets, int64_t chunk, Bytes (&out)[1]) {
-    out[0] = window<Turned, 1>(row, 8 * octets, chunk * kBytes);
+  static inline void decode(const Tables& t, const uint8_t* row, int64_t octets, int64_t chunk, Bytes (&out)[1]) {
+    of_bytes(t, window<Turned, 1>(row, 8 * octets, chunk * kBytes), Bytes(), out);
   }
+  static inline void of_bytes(const Tables&, Bytes own, Bytes, Bytes (&out)[1]) { out[0] = own; }
 };
 
 // Signed bytes, as matrices beside the experts have them (SPEC.md, 6): any number of columns, not octets, a row.
@@ -62,8 +64,10 @@ struct Plain<4> {
   using Tables = NoTables;
   static constexpr int kBits = 4, kPlaces = 2, kTwiceBias = 15;
   template <bool Turned>
-  static inline void decode(const Tables&, const uint8_t* row, int64_t octets, int64_t chunk, Bytes (&out)[2]) {
-    const Bytes own = window<Turned, 2>(row, 4 * octets, chunk * kBytes);
+  static inline void decode(const Tables& t, const uint8_t* row, int64_t octets, int64_t chunk, Bytes (&out)[2]) {
+    of_bytes(t, window<Turned, 2>(row, 4 * octets, chunk * kBytes), Bytes(), out);
+  }
+  static inline void of_bytes(const Tables&, Bytes own, Bytes, Bytes (&out)[2]) {
     out[0] = low_nibbles(own);
     out[1] = high_nibbles(own);
   }
@@ -142,7 +146,9 @@ struct Trellis<4> {
   template <bool Turned>
   static inline void decode(const Tables& t, const uint8_t* row, int64_t octets, int64_t chunk, Bytes (&out)[2]) {
     const Bytes own = window<Turned, 2>(row, 4 * octets, chunk * kBytes);
-    const Bytes before = window<Turned, 2, 1>(row, 4 * octets, chunk * kBytes);
+    of_bytes(t, own, window<Turned, 2, 1>(row, 4 * octets, chunk * kBytes), out);
+  }
+  static inline void of_bytes(const Tables& t, Bytes own, Bytes before, Bytes (&out)[2]) {
     const Bytes low = low_nibbles(own), high = high_nibbles(own);
     const Bytes high_before = high_nibbles(before);
     out[0] = t.level(low, high_before, low_nibbles(before));

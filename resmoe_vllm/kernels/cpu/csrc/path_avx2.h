@@ -36,6 +36,8 @@ inline Bytes low_16(Bytes a, Bytes b) { return _mm256_unpacklo_epi16(a, b); }
 inline Bytes high_16(Bytes a, Bytes b) { return _mm256_unpackhi_epi16(a, b); }
 inline Bytes low_32(Bytes a, Bytes b) { return _mm256_unpacklo_epi32(a, b); }
 inline Bytes high_32(Bytes a, Bytes b) { return _mm256_unpackhi_epi32(a, b); }
+// In each 128-bit lane the last word of `before`, then all but the last one of v.
+inline Bytes last_word_before(Bytes before, Bytes v) { return _mm256_alignr_epi8(v, before, 12); }
 // 16 bytes of each 128-bit lane to `to`, `apart` bytes from one lane to the next.
 inline void store_lanes_apart(uint8_t* to, Bytes v, int64_t apart) {
   _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(v));

@@ -40,6 +40,8 @@ inline Bytes low_16(Bytes a, Bytes b) { return _mm512_unpacklo_epi16(a, b); }
 inline Bytes high_16(Bytes a, Bytes b) { return _mm512_unpackhi_epi16(a, b); }
 inline Bytes low_32(Bytes a, Bytes b) { return _mm512_unpacklo_epi32(a, b); }
 inline Bytes high_32(Bytes a, Bytes b) { return _mm512_unpackhi_epi32(a, b); }
+// In each 128-bit lane the last word of `before`, then all but the last one of v.
+inline Bytes last_word_before(Bytes before, Bytes v) { return _mm512_alignr_epi8(v, before, 12); }
 // 16 bytes of each 128-bit lane to `to`, `apart` bytes from one lane to the next.
 inline void store_lanes_apart(uint8_t* to, Bytes v, int64_t apart) {
   _mm_storeu_si128((__m128i*)to, _mm512_castsi512_si128(v));
@@ -145,6 +147,36 @@ inline void transpose_words(const uint8_t* from, uint8_t* to, int64_t apart) {
     store_bytes(to + (4 + w) * apart, _mm512_shuffle_i32x4(high01, high23, _MM_SHUFFLE(2, 0, 2, 0)));
     store_bytes(to + (8 + w) * apart, _mm512_shuffle_i32x4(low01, low23, _MM_SHUFFLE(3, 1, 3, 1)));
     store_bytes(to + (12 + w) * apart, _mm512_shuffle_i32x4(high01, high23, _MM_SHUFFLE(3, 1, 3, 1)));
+  }
+}
+
+// Lane l of vector q to lane q of vector l.
+inline void swap_lanes(Ints& a, Ints& b, Ints& c, Ints& d) {
+  const Ints even_ab = _mm512_shuffle_i32x4(a, b, _MM_SHUFFLE(2, 0, 2, 0));
+  const Ints odd_ab = _mm512_shuffle_i32x4(a, b, _MM_SHUFFLE(3, 1, 3, 1));
+  const Ints even_cd = _mm512_shuffle_i32x4(c, d, _MM_SHUFFLE(2, 0, 2, 0));
+  const Ints odd_cd = _mm512_shuffle_i32x4(c, d, _MM_SHUFFLE(3, 1, 3, 1));
+  a = _mm512_shuffle_i32x4(even_ab, even_cd, _MM_SHUFFLE(2, 0, 2, 0));
+  b = _mm512_shuffle_i32x4(odd_ab, odd_cd, _MM_SHUFFLE(2, 0, 2, 0));
+  c = _mm512_shuffle_i32x4(even_ab, even_cd, _MM_SHUFFLE(3, 1, 3, 1));
+  d = _mm512_shuffle_i32x4(odd_ab, odd_cd, _MM_SHUFFLE(3, 1, 3, 1));
+}
+// Sums of one byte in four, as interleave_bytes() has them, in the order of their columns; of Places columns a byte:
+// vector Places * q + j has column j of the bytes.
+inline void in_column_order(Ints (&v)[4]) { swap_lanes(v[0], v[1], v[2], v[3]); }
+inline void in_column_order(Ints (&v)[8]) {
+  Ints fours[8];  // of four columns in each lane, [2 * q + half]
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+    fours[2 * q] = _mm512_unpacklo_epi32(v[2 * q], v[2 * q + 1]);
+    fours[2 * q + 1] = _mm512_unpackhi_epi32(v[2 * q], v[2 * q + 1]);
+  }
+  swap_lanes(fours[0], fours[1], fours[2], fours[3]);
+  swap_lanes(fours[4], fours[5], fours[6], fours[7]);
+#pragma GCC unroll 4
+  for (int l = 0; l < 4; ++l) {
+    v[2 * l] = fours[l];
+    v[2 * l + 1] = fours[4 + l];
   }
 }
 

@@ -115,6 +115,10 @@ inline Bytes high_32(Bytes a, Bytes b) {
   return {as_bytes(vzip2q_u32(as_longs(a.low), as_longs(b.low))),
           as_bytes(vzip2q_u32(as_longs(a.high), as_longs(b.high)))};
 }
+// In each 128-bit lane the last word of `before`, then all but the last one of v.
+inline Bytes last_word_before(Bytes before, Bytes v) {
+  return {vextq_u8(before.low, v.low, 12), vextq_u8(before.high, v.high, 12)};
+}
 // 16 bytes of each 128-bit lane to `to`, `apart` bytes from one lane to the next.
 inline void store_lanes_apart(uint8_t* to, Bytes v, int64_t apart) {
   vst1q_u8(to, v.low);
