@@ -7,7 +7,7 @@ two bytes at a time, instructions for each decoded weight within the committed b
 in allowed.json; anything worse makes the exit code 1. Nothing here is a time.
 
 What was compiled is kept and not compiled again, so the command goes on where it was stopped. Without options those
-cells are compiled that differ in what is compiled (``differs``), ten minutes on a busy core; all of them, by naming
+cells are compiled that differ in what is compiled (``differs``), twenty minutes on a busy core; all of them, by naming
 cards, shapes, methods and dtypes, take a night.
 """
 
