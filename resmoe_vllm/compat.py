@@ -53,6 +53,7 @@ __all__ = [
     "current_quant_config",
     "direct_register_custom_op",
     "embeddings_are_tied",
+    "explain_loading",
     "extract_layer_index",
     "is_batch_invariant",
     "is_dummy_load",
@@ -189,6 +190,30 @@ def watch_weights(watch: Callable[[Any, Any, Iterable[tuple[str, Tensor]]], Iter
 
         get_all_weights.resmoe_watches = reads  # type: ignore[attr-defined]  # marks it; functions take attributes
         setattr(loader, "get_all_weights", get_all_weights)  # noqa: B010  mypy takes no assignment to a method
+
+
+def explain_loading(explain: Callable[[Any, Any, Exception], Exception | None]) -> None:
+    """Let errors of loading weights, which are mostly bare assertions of shapes, say what they are about.
+
+    Args:
+        explain: is given the loader, vLLM's config of the model, and an error; the one to raise from it, or None.
+    """
+    for loader in (DefaultModelLoader, RunaiModelStreamerLoader):
+        loads = loader.load_weights
+        if hasattr(loads, "resmoe_explains"):
+            continue
+
+        # Bound now: the loop goes on.
+        def load_weights(self: Any, model: torch.nn.Module, model_config: Any, *, _loads: Any = loads) -> None:
+            try:
+                _loads(self, model, model_config)
+            except Exception as err:
+                if (told := explain(self, model_config, err)) is None:
+                    raise
+                raise told from err
+
+        load_weights.resmoe_explains = loads  # type: ignore[attr-defined]  # marks it; functions take attributes
+        setattr(loader, "load_weights", load_weights)  # noqa: B010  mypy takes no assignment to a method
 
 
 def lora_target_modules() -> list[str] | None:

@@ -4,20 +4,21 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
-from compress_tools.errors import CheckpointError, FormatError, NumericalError
+from compress_tools.errors import CheckpointError, FormatError, NumericalError, ResMoEError
 from compress_tools.format.directory import INDEX_NAME, check_headers, check_layer_count, read_headers
 from compress_tools.format.finite import plain_fault
 from compress_tools.format.schema import QUANT_METHOD, ResMoEFormat, parse_format
 from compress_tools.format.tensors import is_resmoe_name
-from compress_tools.text_file import read_json_object
+from compress_tools.text_file import in_words, read_json_object
 
 _SINGLE_NAME = "model.safetensors"
 # Far beyond any model.
-_MOST_EXPERTS = 2**20
+_LARGEST = 2**20
 
 
 def folder_of(model: str, revision: str | None, cache: str | None = None) -> Path | None:
@@ -45,9 +46,11 @@ def check_files(fmt: ResMoEFormat, folder: Path, where: str, hf_config: Any = No
         CheckpointError, FormatError: they are not; names the tensor.
     """
     headers = read_headers(folder)
-    if not headers and fmt.num_experts > _MOST_EXPERTS:
+    largest = max(fmt.hidden_size, fmt.intermediate_size)
+    if not headers and max(fmt.num_experts, largest) > _LARGEST:
         # Its parameters would be counted, and made, before anybody sees that there are no weights.
-        raise FormatError(f"{where}: config.json counts {fmt.num_experts} experts, and there are no safetensors")
+        what = f"{fmt.num_experts} experts" if fmt.num_experts > _LARGEST else f"weights of {largest} columns"
+        raise FormatError(f"{where}: config.json counts {what}, and there are no safetensors")
     if headers:
         check_headers(fmt, headers, where)
         if hf_config is not None:
@@ -85,4 +88,44 @@ def watched(loader: Any, model_config: Any, weights: Iterable[tuple[str, Tensor]
         # Those of this project are checked where they are put in place, as the block says what they are.
         if not is_resmoe_name(name) and (fault := plain_fault(tensor)):
             raise NumericalError(f"{model}: {name!r} {fault}")
+        loader.resmoe_passing = f"{name!r} ({tensor.dtype} {list(tensor.shape)})".replace("torch.", "")
         yield name, tensor
+    loader.resmoe_passing = None
+
+
+def misfit(loader: Any, model_config: Any, err: Exception) -> CheckpointError | None:
+    """What an error of vLLM's own means that a tensor meets on the way to its parameter.
+
+    Args:
+        loader: vLLM's loader, whose tensors pass ``watched``.
+        model_config: vLLM's, of the model that is loaded.
+        err: the error.
+    Returns:
+        None where it says enough by itself, or no tensor is on the way.
+    """
+    passing = getattr(loader, "resmoe_passing", None)
+    if model_config.quantization != QUANT_METHOD or passing is None or not _of_shapes_or_names(err):
+        return None
+    parameter = _parameter_of(err)
+    expected = "" if parameter is None else f", whose parameter is {list(parameter.shape)} here"
+    words = f": {in_words(err):.200}" if str(err).strip() else ""
+    return CheckpointError(
+        f"{model_config.model}: {passing} does not fit the model that vLLM makes of config.json{expected}; `resmoe "
+        f"verify` says more ({type(err).__name__}{words})"
+    )
+
+
+def _of_shapes_or_names(err: Exception) -> bool:
+    if isinstance(err, ResMoEError | torch.OutOfMemoryError):
+        return False
+    return isinstance(err, AssertionError | ValueError | LookupError | TypeError | AttributeError | RuntimeError)
+
+
+def _parameter_of(err: Exception) -> Tensor | None:
+    """What vLLM's loaders of parameters all call ``param``, in the innermost of them."""
+    found, step = None, err.__traceback__
+    while step is not None:
+        own = step.tb_frame.f_locals.get("param")
+        found = own if isinstance(own, Tensor) else found
+        step = step.tb_next
+    return found

@@ -1,5 +1,6 @@
 """A checkpoint directory's headers against its format block, before any tensor is read or any memory is taken."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from compress_tools.errors import CheckpointError, FormatError
 from compress_tools.format.dtypes import SAFETENSORS_NAMES
 from compress_tools.format.parts.base import SCALE_DTYPE
+from compress_tools.format.plain_tensors import dtype_fault
 from compress_tools.format.rest import ROW_CODES_DTYPE, row_names
 from compress_tools.format.schema import ResMoEFormat
 from compress_tools.format.shard_file import StoredTensor, is_file_name, read_header
@@ -16,6 +18,10 @@ from compress_tools.format.tensors import is_resmoe_name, layer_tensors
 from compress_tools.text_file import in_words, read_json_object
 
 INDEX_NAME = "model.safetensors.index.json"
+# What config.json calls numbers of layers, of which a model builds as many; far beyond any; parts lie within parts.
+_COUNT = re.compile(r"(?:layers?|blocks?|depths?|stages)$")
+_MOST_LAYERS = 4096
+_DEEPEST = 8
 
 
 def read_headers(path: Path) -> dict[str, StoredTensor]:
@@ -59,12 +65,14 @@ def read_headers(path: Path) -> dict[str, StoredTensor]:
 def check_headers(fmt: ResMoEFormat, headers: Mapping[str, StoredTensor], where: str) -> None:
     """Every tensor that the block names is there, of its shape and dtype, and no other of ResMoE's.
 
+    Others hold floating-point numbers where weights do.
+
     Args:
         fmt: the checkpoint's format block.
         headers: its tensors by name.
         where: names the checkpoint in errors.
     Raises:
-        FormatError: names the first that is missing, different or too many.
+        FormatError: names the first that is missing, different or too many, or a weight that holds no such numbers.
     """
     # Every expert has a tensor; a damaged count must not be counted up to.
     if fmt.num_experts > len(headers):
@@ -87,6 +95,8 @@ def check_headers(fmt: ResMoEFormat, headers: Mapping[str, StoredTensor], where:
     extra = sorted(name for name in headers if is_resmoe_name(name) and name not in expected)
     if extra:
         raise FormatError(f"{where}: {len(extra)} tensors that the config does not name, first {extra[0]!r}")
+    if fault := dtype_fault(headers):
+        raise FormatError(f"{where}: {fault}")
 
 
 def check_layer_count(config: Any, headers: Mapping[str, StoredTensor], where: str) -> None:
@@ -104,6 +114,34 @@ def check_layer_count(config: Any, headers: Mapping[str, StoredTensor], where: s
         raise CheckpointError(
             f"{where}: config.json counts {count} layers, in all there are {len(headers)} tensors; download it again"
         )
+    check_counts(vars(config), len(headers), where)
+
+
+def check_counts(config: Mapping[str, Any], tensors: int, where: str) -> None:
+    """No part of a model, a tower or a draft either, has more layers than there are tensors, and than any model has.
+
+    Args:
+        config: config.json, or a config's attributes.
+        tensors: how many there are.
+        where: names the checkpoint in errors.
+    Raises:
+        CheckpointError: names the key.
+    """
+    for key, number in _counts(config):
+        if number > max(tensors, _MOST_LAYERS):
+            raise CheckpointError(
+                f"{where}: config.json counts {number} as {key}, in all there are {tensors} tensors; download it again"
+            )
+
+
+def _counts(values: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, int]]:
+    """Numbers of layers of all parts of a model."""
+    for key, value in values.items():
+        if isinstance(value, int) and _COUNT.search(str(key)):
+            yield str(key), value
+        inner = value if isinstance(value, dict) else vars(value) if hasattr(value, "model_type") else None
+        if inner is not None and depth < _DEEPEST:
+            yield from _counts(inner, depth + 1)
 
 
 def _checked_rest(fmt: ResMoEFormat, headers: Mapping[str, StoredTensor], where: str) -> Iterator[str]:

@@ -4,6 +4,7 @@
 mode: dense experts, no trace of ResMoE. Other weights are loaded by transformers as ever.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,8 @@ class ResMoEQuantizer(HfQuantizer):
                 }
             else:
                 model.set_submodule(name, _placeholder(dense))
+        # transformers compares no shapes where a model is quantised, and takes what is in the file for its own.
+        self._expected = _outlines(model)
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
             r"\.resmoe_\w+$",
@@ -119,6 +122,12 @@ class ResMoEQuantizer(HfQuantizer):
                 f"{checkpoint.reader.path}: {len(fmt.rest.tensors) - self._decode.decoded} of {len(fmt.rest.tensors)} "
                 "matrices in 8-bit codes have no place in transformers' class of this model; `resmoe restore` it first"
             )
+        for name, found in _outlines(model).items():
+            if found != self._expected.get(name, found):
+                raise FormatError(
+                    f"{checkpoint.reader.path}: {name!r} holds {found}, expected {self._expected[name]} as "
+                    f"{type(model).__name__} has by config.json"
+                )
         computed = {name for name, _ in model.named_buffers()} - set(model.state_dict())
         for name, parameter in (*model.named_parameters(), *model.named_buffers()):
             if fault := plain_fault(parameter):
@@ -167,6 +176,24 @@ class ResMoEQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Inference only."""
         return False
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """What a model's tensor must be like, whatever its precision."""
+
+    shape: tuple[int, ...]
+    floating: bool
+
+    def __str__(self) -> str:
+        return f"{list(self.shape)} of {'floating-point' if self.floating else 'whole'} numbers"
+
+
+def _outlines(model: PreTrainedModel) -> dict[str, _Outline]:
+    """Of all parameters and persistent buffers."""
+    return {
+        name: _Outline(tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in model.state_dict().items()
+    }
 
 
 def _placeholder(dense: nn.Module) -> nn.Module:

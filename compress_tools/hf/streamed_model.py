@@ -12,14 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging as transformers_logging
 
 from compress_tools.errors import CheckpointError, UnsupportedArchitectureError
 from compress_tools.hf.dense_experts import experts_module
+from compress_tools.model_class import META, quietly
 from compress_tools.source.moe_source import MoESource
 from compress_tools.text_file import in_words
-
-META = torch.device("meta")
 
 
 class _LastLayerDoneError(Exception):
@@ -197,7 +195,7 @@ class StreamedModel:
             dtype_plan=model._get_dtype_plan(self._dtype),
             weight_mapping=get_model_conversion_mapping(model),
         )
-        with _quietly():
+        with quietly():
             found, _ = convert_and_load_state_dict_in_model(model, {name: reader.get(name) for name in names}, config)
         tied = set(model.all_tied_weights_keys)
         lacking = [name for name in sorted(expected - tied) if _get(model, name).device == META]
@@ -253,15 +251,3 @@ def _drop(model: nn.Module, name: str) -> None:
         module._parameters[own] = nn.Parameter(_get(model, name).to(META), requires_grad=False)
     else:
         module._buffers[own] = _get(model, name).to(META)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without transformers' own progress bar for each layer."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

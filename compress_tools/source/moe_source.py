@@ -13,9 +13,12 @@ from compress_tools.architectures.layouts import ExpertLayout, Stacked
 from compress_tools.architectures.registry import expert_like, find_architecture
 from compress_tools.errors import CheckpointError, FormatError, NumericalError, UnsupportedArchitectureError
 from compress_tools.format.finite import all_finite
+from compress_tools.format.plain_tensors import dtype_fault
 from compress_tools.format.schema import ExpertNames, Projection
+from compress_tools.format.shard_file import StoredTensor
 from compress_tools.format.tensors import is_resmoe_name
 from compress_tools.source.completeness import OUTPUT_NAME, check_whole, has_output, is_embedding, is_tied, odd_tensors
+from compress_tools.source.model_fit import PlainPart, PlainTensor, check_fit
 from compress_tools.source.reader import CheckpointReader
 from compress_tools.source.source_reader import SourceReader
 
@@ -222,12 +225,16 @@ def _usual_name(name: str, architecture: MoEArchitecture, layout: ExpertLayout) 
     return name
 
 
-def open_source(reader: CheckpointReader) -> MoESource:
+def open_source(reader: CheckpointReader, *, to_copy: bool = True) -> MoESource:
     """Find the family and the layout of a checkpoint; check that all experts are there. Reads no weight.
 
+    Args:
+        reader: the checkpoint.
+        to_copy: what is beside the experts must be what loaders take, too.
     Raises:
         UnsupportedArchitectureError: unknown family whose experts lie in no known way, or no experts.
-        CheckpointError: an expert is missing or misshapen, or something else that every model has.
+        CheckpointError: an expert is missing or misshapen, or something else that every model has; or a weight holds
+            no floating-point numbers.
     """
     architecture = find_architecture(reader.config, reader.names)
     names = set(reader.names)
@@ -246,7 +253,33 @@ def open_source(reader: CheckpointReader) -> MoESource:
     source = _with_drafts(source)
     for layer in source.layers:
         source.check(layer)
+    if to_copy:
+        _check_plain(source)
     return source
+
+
+def _check_plain(source: MoESource) -> None:
+    """What is copied is what a loader of the output, and ``verify``, will ask for."""
+    reader = source.reader
+    headers = {name: StoredTensor(reader.dtype(name), reader.shape(name), 0, 0) for name in reader.names}
+    if fault := dtype_fault(headers):
+        raise CheckpointError(f"{reader.path}: {fault}")
+    tensors = {
+        output: PlainTensor(reader.dtype(name), reader.shape(name), f"{reader.shard_of(name)}: {name!r}")
+        for output, name in source.copied(source.layers).items()
+    }
+    root = source.names.expert.removesuffix(source.architecture.expert)
+    check_fit(
+        PlainPart(
+            reader.path,
+            reader.config,
+            source.architecture,
+            source.sizes.hidden_size,
+            root,
+            frozenset(source.layers),
+            tensors,
+        )
+    )
 
 
 def _with_drafts(source: MoESource) -> MoESource:

@@ -28,6 +28,7 @@ from compress_tools.report import LAYER_KEYS, REPORT_KEYS, REPORT_NAME
 from compress_tools.source.completeness import check_whole
 from compress_tools.source.design_matrix import expert_to_rows, rows_to_design
 from compress_tools.source.files import CheckpointFiles
+from compress_tools.source.model_fit import PlainPart, PlainTensor, check_fit
 from compress_tools.source.moe_source import MoESource, open_source
 from compress_tools.source.reader import CheckpointReader
 from compress_tools.source.source_reader import SourceReader
@@ -126,9 +127,10 @@ def verification(
         if checkpoint.reader.remarks:
             raise FormatError(f"{path}: {'; '.join(checkpoint.reader.remarks)}; not as it was written")
         source = None if against is None else _open_original(against, checkpoint)
-        _check_rest(checkpoint)
+        plain = _check_rest(checkpoint)
         report = _read_report(checkpoint.reader.path)
         census = None if source is None else take_census(checkpoint, source, report.left_out)
+        check_fit(plain)
     except ConfigError:
         raise
     except ResMoEError as err:
@@ -326,8 +328,8 @@ def _ratio(error: float, energy: float) -> float:
     return error / energy if energy else inf if error else 0.0
 
 
-def _check_rest(checkpoint: ResMoECheckpoint) -> None:
-    """Everything that is not experts is there."""
+def _check_rest(checkpoint: ResMoECheckpoint) -> PlainPart:
+    """Everything that is not experts, which is all there."""
     reader, expert = checkpoint.reader, checkpoint.fmt.names.expert
     architecture = find_architecture(reader.config)
     _check_sizes(checkpoint, architecture)
@@ -339,6 +341,14 @@ def _check_rest(checkpoint: ResMoECheckpoint) -> None:
     coded = {own for name in checkpoint.fmt.rest_tensors for own in row_names(name)}
     names = [*(name for name in reader.names if name not in coded), *checkpoint.fmt.rest_tensors]
     check_whole(reader, architecture, root, stems, moe_layers, names)
+    tensors = {}
+    for name in checkpoint.plain_names:
+        in_codes = name in checkpoint.fmt.rest_tensors
+        stored = row_names(name)[0] if in_codes else name
+        dtype = SAFETENSORS_NAMES[checkpoint.fmt.dtype] if in_codes else reader.dtype(name)
+        tensors[name] = PlainTensor(dtype, reader.shape(stored), f"{reader.shard_of(stored)}: {stored!r}")
+    hidden = checkpoint.fmt.hidden_size
+    return PlainPart(reader.path, reader.config, architecture, hidden, root, frozenset(moe_layers), tensors)
 
 
 def _check_sizes(checkpoint: ResMoECheckpoint, architecture: MoEArchitecture) -> None:
@@ -356,7 +366,7 @@ def _open_original(path: str | Path | CheckpointFiles, checkpoint: ResMoECheckpo
     reader = CheckpointReader(path)
     if (reader.config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:
         raise ConfigError(f"--against {path}: is a ResMoE checkpoint; give the original that it was made from")
-    return open_source(SourceReader(path))
+    return open_source(SourceReader(path), to_copy=False)
 
 
 def _read_report(path: Path) -> _Report:

@@ -82,6 +82,14 @@ def _logits(folder: Path, **options: Any) -> Logits:
     return Logits(logits, frozenset(map(str, [*info["missing_keys"], *info["mismatched_keys"]])))
 
 
+def exact_logits(dense: Path) -> Tensor:
+    """A dense checkpoint's logits, computed in fp64."""
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float64, experts_implementation="eager")
+    with torch.no_grad():
+        logits: Tensor = model(TOKENS).logits
+    return logits
+
+
 def largest_inside(dense: Path) -> float:
     """The largest magnitude that a module of a dense model takes or gives, computed in fp64; Inf where one is none."""
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float64, experts_implementation="eager")
@@ -129,7 +137,7 @@ def _hand_over(folder: Path, fmt: Any, index: int, module: torch.nn.Module) -> N
         for projection, disk in fmt.names.projections.items()
     }
     model = SimpleNamespace(quantization=QUANT_METHOD, model=str(folder), revision=None)
-    for name, tensor in watched(None, model, _tensors_in(folder)):
+    for name, tensor in watched(SimpleNamespace(), model, _tensors_in(folder)):
         stem, _, suffix = name.rpartition(".")
         if stem not in stems:
             continue

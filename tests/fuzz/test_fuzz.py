@@ -97,6 +97,14 @@ def test_experts_are_not_counted_where_there_are_no_weights(count: int, seeds: d
         loaders.by_plugin(write_files(files, tmp_path / "x"))
 
 
+@pytest.mark.parametrize("key", ["hidden_size", "intermediate_size"])
+def test_sizes_are_not_made_where_there_are_no_weights(key: str, seeds: dict[str, Seed], tmp_path: Path) -> None:
+    good = {name: content for name, content in seeds["version 1"].files.items() if name.endswith(".json")}
+    files = with_config(good, lambda config: config["quantization_config"].update({key: 10**30}))
+    with pytest.raises(FormatError, match=rf"counts weights of {10**30} columns, and there are no safetensors"):
+        loaders.by_plugin(write_files(files, tmp_path / "x"))
+
+
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_matrix_in_codes_without_columns(loader: str, seeds: dict[str, Seed], tmp_path: Path) -> None:
     def empty(shard: Shard) -> None:

@@ -27,6 +27,8 @@ DRAFT_LAYER = "model.layers.2."
 INCOMPLETE = "incomplete: there is no"
 # What transformers says where numbers that its class makes of config.json, such as a rotation's frequencies, are none.
 COMPUTED = "computed from it"
+# What vLLM says of a name that its class of the family has no place for, which nobody else knows.
+NO_PLACE = "There is no module or parameter named"
 # Of logits, relative to the largest: what sums of two orders can differ by.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 # Of a layer's answers, relative to the sum of all magnitudes that go into one. Good checkpoints reach 2e-9, 2e-4 and
@@ -85,7 +87,8 @@ class Trial:
                 self.outcomes[loader] = "fault"
                 self.faults.append(f"{loader}: {type(err).__name__}: {str(err)[:300]}; {_where(err)}")
         taken = peak_bytes() - before
-        if taken > (VLLM_MEMORY_LIMIT if loader == "vllm" else MEMORY_LIMIT):
+        # What transformers takes for a dense model is not this project's to bound.
+        if loader != "twin" and taken > (VLLM_MEMORY_LIMIT if loader == "vllm" else MEMORY_LIMIT):
             self.faults.append(f"{loader}: took {taken >> 20} MiB")
         return answer
 
@@ -178,7 +181,8 @@ def _judge(trial: Trial, folder: Path, dense: Path, *, whole: bool) -> None:
             _judge_vllm(trial, served.model)
     for loader in ("transformers", "plugin", "vllm"):
         # Whoever checks a checkpoint beforehand must hear of what will be refused, but for what a model class computes.
-        known = COMPUTED not in trial.sentences.get(loader, "")
+        sentence = trial.sentences.get(loader, "")
+        known = COMPUTED not in sentence and not (loader == "vllm" and NO_PLACE in sentence)
         if known and trial.outcomes.get(loader) == "refused" and trial.outcomes["verify"] != "refused":
             trial.faults.append(f"verify: takes what {loader} refuses: {trial.sentences[loader]}")
 
@@ -198,8 +202,7 @@ def _compare(trial: Trial, found: loaders.Logits, expected: loaders.Logits | Non
         _judge_without_twin(trial)
         return
     if expected.made_up or found.made_up:
-        # config.json may ask for biases that no checkpoint of the family has: it is any model's, and so are the words.
-        if trial.outcomes["verify"] != "refused" and "edit_config" not in trial.mutant.kinds:
+        if trial.outcomes["verify"] != "refused":
             trial.faults.append(f"verify: takes what has no {min(expected.made_up | found.made_up)}")
         return
     if not expected.values.isfinite().all():
@@ -214,8 +217,15 @@ def _compare(trial: Trial, found: loaders.Logits, expected: loaders.Logits | Non
         return
     scale = max(1.0, float(expected.values.abs().max()))
     worst = float((found.values.float() - expected.values.float()).abs().max()) / scale
-    if not worst <= TOLERANCE[found.values.dtype]:
+    if not worst <= TOLERANCE[found.values.dtype] and not _as_near_as_the_twin(found.values, expected.values, dense):
         trial.faults.append(f"transformers: logits differ from the restored checkpoint's by {worst:.3g}")
+
+
+def _as_near_as_the_twin(found: torch.Tensor, expected: torch.Tensor, dense: Path) -> bool:
+    """Where the twin's own rounding is more than the tolerance: no farther from what fp64 makes than twice the twin."""
+    exact = loaders.exact_logits(dense)
+    own, theirs = (found.double() - exact).abs().max(), (expected.double() - exact).abs().max()
+    return bool(own <= 2 * theirs)
 
 
 def _judge_without_twin(trial: Trial) -> None:
