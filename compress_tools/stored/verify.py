@@ -130,7 +130,8 @@ def verification(
         plain = _check_rest(checkpoint)
         report = _read_report(checkpoint.reader.path)
         census = None if source is None else take_census(checkpoint, source, report.left_out)
-        check_fit(plain)
+        if source is None:
+            check_fit(plain)
     except ConfigError:
         raise
     except ResMoEError as err:
@@ -142,6 +143,9 @@ def verification(
         raise FormatError(f"{path}: {altered}")
     run = _Verification(checkpoint, source, report, workers, progress or Silent())
     layers = run.run()
+    if source is not None:
+        # Where it differs from its source, that is what is wrong.
+        check_fit(plain)
     # Last: what is wrong with a tensor makes the sum of all wrong.
     check_index(checkpoint.reader)
     return Verification(layers, census, run.rest())
