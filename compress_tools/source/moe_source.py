@@ -182,6 +182,7 @@ class MoESource:
             )
         found += self.reader.remarks
         found += odd_tensors(self.reader, self.located.root, [self.layout.stem])
+        found += _misfit(self)
         if self.drafts:
             indices = ", ".join(map(str, self.drafts))
             found.append(
@@ -230,7 +231,7 @@ def open_source(reader: CheckpointReader, *, to_copy: bool = True) -> MoESource:
 
     Args:
         reader: the checkpoint.
-        to_copy: what is beside the experts must be what loaders take, too.
+        to_copy: what is beside the experts must be of a dtype that loaders take, too.
     Raises:
         UnsupportedArchitectureError: unknown family whose experts lie in no known way, or no experts.
         CheckpointError: an expert is missing or misshapen, or something else that every model has; or a weight holds
@@ -254,32 +255,31 @@ def open_source(reader: CheckpointReader, *, to_copy: bool = True) -> MoESource:
     for layer in source.layers:
         source.check(layer)
     if to_copy:
-        _check_plain(source)
+        _check_dtypes(reader)
     return source
 
 
-def _check_plain(source: MoESource) -> None:
-    """What is copied is what a loader of the output, and ``verify``, will ask for."""
-    reader = source.reader
+def _check_dtypes(reader: CheckpointReader) -> None:
+    """Weights are floating-point numbers once they are decoded; others would be refused in what is written."""
     headers = {name: StoredTensor(reader.dtype(name), reader.shape(name), 0, 0) for name in reader.names}
     if fault := dtype_fault(headers):
         raise CheckpointError(f"{reader.path}: {fault}")
+
+
+def _misfit(source: MoESource) -> list[str]:
+    """What ``verify`` will say of the output, whose loaders ask for what config.json says; a sentence, or none."""
+    reader = source.reader
     tensors = {
         output: PlainTensor(reader.dtype(name), reader.shape(name), f"{reader.shard_of(name)}: {name!r}")
         for output, name in source.copied(source.layers).items()
     }
     root = source.names.expert.removesuffix(source.architecture.expert)
-    check_fit(
-        PlainPart(
-            reader.path,
-            reader.config,
-            source.architecture,
-            source.sizes.hidden_size,
-            root,
-            frozenset(source.layers),
-            tensors,
-        )
-    )
+    hidden, layers = source.sizes.hidden_size, frozenset(source.layers)
+    try:
+        check_fit(PlainPart(reader.path, reader.config, source.architecture, hidden, root, layers, tensors))
+    except CheckpointError as err:
+        return [f"what is copied will be refused by `verify`: {err}"]
+    return []
 
 
 def _with_drafts(source: MoESource) -> MoESource:
