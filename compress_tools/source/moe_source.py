@@ -18,7 +18,7 @@ from compress_tools.format.schema import ExpertNames, Projection
 from compress_tools.format.shard_file import StoredTensor
 from compress_tools.format.tensors import is_resmoe_name
 from compress_tools.source.completeness import OUTPUT_NAME, check_whole, has_output, is_embedding, is_tied, odd_tensors
-from compress_tools.source.model_fit import PlainPart, PlainTensor, check_fit
+from compress_tools.source.model_fit import OtherSizeError, PlainPart, PlainTensor, check_fit
 from compress_tools.source.reader import CheckpointReader
 from compress_tools.source.source_reader import SourceReader
 
@@ -256,6 +256,7 @@ def open_source(reader: CheckpointReader, *, to_copy: bool = True) -> MoESource:
         source.check(layer)
     if to_copy:
         _check_dtypes(reader)
+        _misfit(source)
     return source
 
 
@@ -267,7 +268,11 @@ def _check_dtypes(reader: CheckpointReader) -> None:
 
 
 def _misfit(source: MoESource) -> list[str]:
-    """What ``verify`` will say of the output, whose loaders ask for what config.json says; a sentence, or none."""
+    """What ``verify`` will say of the output, whose loaders ask for what config.json says; a sentence, or none.
+
+    Raises:
+        CheckpointError: a shape that no config could mean, or a tensor is missing.
+    """
     reader = source.reader
     tensors = {
         output: PlainTensor(reader.dtype(name), reader.shape(name), f"{reader.shard_of(name)}: {name!r}")
@@ -277,7 +282,7 @@ def _misfit(source: MoESource) -> list[str]:
     hidden, layers = source.sizes.hidden_size, frozenset(source.layers)
     try:
         check_fit(PlainPart(reader.path, reader.config, source.architecture, hidden, root, layers, tensors))
-    except CheckpointError as err:
+    except OtherSizeError as err:
         return [f"what is copied will be refused by `verify`: {err}"]
     return []
 
