@@ -361,6 +361,15 @@ def _check_sizes(checkpoint: ResMoECheckpoint, architecture: MoEArchitecture) ->
     found = MoESizes(fmt.num_experts, fmt.hidden_size, fmt.intermediate_size)
     if architecture.known and (said := architecture.sizes(checkpoint.reader.config)) != found:
         raise FormatError(f"{checkpoint.reader.path}: config.json says {said}, its quantization_config {found}")
+    count = architecture.num_layers(checkpoint.reader.config)
+    drafts = fmt.names.drafts or {}
+    for layer in fmt.layers if count is not None else ():
+        if (layer in drafts) is not (layer >= count):
+            said, found = ("a draft", "one of the decoder's") if layer >= count else ("one of the decoder's", "a draft")
+            raise FormatError(
+                f"{checkpoint.reader.path}: by config.json, which has {count} layers, layer {layer} is {said}, its "
+                f"quantization_config calls it {found}"
+            )
 
 
 def _open_original(path: str | Path | CheckpointFiles, checkpoint: ResMoECheckpoint) -> MoESource:

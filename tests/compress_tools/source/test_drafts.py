@@ -20,6 +20,7 @@ from compress_tools.source.moe_source import open_source
 from compress_tools.source.reader import CheckpointReader
 from compress_tools.stored.restore import restore
 from compress_tools.stored.verify import verify
+from tests.compress_tools.stored.edits import forget_digests
 
 # family, experts of the draft stacked, MoE layers, the draft's place in the checkpoint
 KINDS = {
@@ -69,6 +70,21 @@ def test_a_draft_goes_the_whole_way(kind: str, tmp_path: Path) -> None:
         assert {name: own.shape for name, own in after.items()} == {name: own.shape for name, own in before.items()}
     open_source(CheckpointReader(tmp_path / "dense"))
     assert all(torch.equal(own, before[name]) for name, own in after.items() if "mlp.experts." not in name)
+
+
+@pytest.mark.parametrize(("count", "named"), [(3, False), (4, True)], ids=["draft not named", "decoder grown over it"])
+def test_a_block_that_says_other_layers_are_drafts_than_the_config_is_refused(
+    count: int, named: bool, tmp_path: Path
+) -> None:
+    compress(tiny(tmp_path / "source", "glm4_moe"), tmp_path / "small", make_config(method="prune"))
+    forget_digests(tmp_path / "small")
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    config["num_hidden_layers"] = count
+    if not named:
+        del config["quantization_config"]["names"]["drafts"]
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=f"by config.json, which has {count} layers, layer 3 is "):
+        verify(tmp_path / "small")
 
 
 def test_exact_codes_restore_a_draft_exactly(tmp_path: Path) -> None:
