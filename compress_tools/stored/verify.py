@@ -361,14 +361,15 @@ def _check_sizes(checkpoint: ResMoECheckpoint, architecture: MoEArchitecture) ->
     found = MoESizes(fmt.num_experts, fmt.hidden_size, fmt.intermediate_size)
     if architecture.known and (said := architecture.sizes(checkpoint.reader.config)) != found:
         raise FormatError(f"{checkpoint.reader.path}: config.json says {said}, its quantization_config {found}")
-    count = architecture.num_layers(checkpoint.reader.config)
-    drafts = fmt.names.drafts or {}
-    for layer in fmt.layers if count is not None else ():
-        if (layer in drafts) is not (layer >= count):
-            said, found = ("a draft", "one of the decoder's") if layer >= count else ("one of the decoder's", "a draft")
+    if (count := architecture.num_layers(checkpoint.reader.config)) is None:
+        return
+    decoder, draft = "one of the decoder's", "a draft"
+    for layer in fmt.layers:
+        said, is_called = (draft if layer >= count else decoder), (decoder if layer in fmt.decoder_layers else draft)
+        if said != is_called:
             raise FormatError(
                 f"{checkpoint.reader.path}: by config.json, which has {count} layers, layer {layer} is {said}, its "
-                f"quantization_config calls it {found}"
+                f"quantization_config calls it {is_called}"
             )
 
 
