@@ -365,10 +365,11 @@ def _check_sizes(checkpoint: ResMoECheckpoint, architecture: MoEArchitecture) ->
         return
     decoder, draft = "one of the decoder's", "a draft"
     for layer in fmt.layers:
-        said, is_called = (draft if layer >= count else decoder), (decoder if layer in fmt.decoder_layers else draft)
-        if said != is_called:
+        expected = draft if layer >= count else decoder
+        is_called = decoder if layer in fmt.decoder_layers else draft
+        if expected != is_called:
             raise FormatError(
-                f"{checkpoint.reader.path}: by config.json, which has {count} layers, layer {layer} is {said}, its "
+                f"{checkpoint.reader.path}: by config.json, which has {count} layers, layer {layer} is {expected}, its "
                 f"quantization_config calls it {is_called}"
             )
 
