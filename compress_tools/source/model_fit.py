@@ -31,10 +31,6 @@ ALLOW_VARIABLE = "RESMOE_ALLOW_MISFIT"
 _WAY_OUT = f"download it again, or set {ALLOW_VARIABLE}=1 if the model was published so"
 
 
-class OtherSizeError(CheckpointError):
-    """A tensor has as many dimensions as it should, and other sizes: config.json may be what is wrong."""
-
-
 class PlainTensor(NamedTuple):
     """A tensor that is copied as it is.
 
@@ -118,7 +114,7 @@ def check_fit(part: PlainPart) -> None:
 def _check_filled(part: PlainPart, filled: Filled, title: str) -> None:
     for name, (found, expected) in sorted(filled.wrong.items()):
         place = part.tensors[name].place if name in part.tensors else f"{name!r}, as transformers calls it,"
-        _misshapen(part, place, (found, expected), f"{list(expected)} as {title} has it by config.json")
+        _misshapen(part, place, found, f"{list(expected)} as {title} has it by config.json")
     for name, why in sorted(filled.errors.items()):
         raise CheckpointError(
             f"{part.path}: what fills {name!r} of {title} does not fit config.json: {' '.join(why.split())[:300]}; "
@@ -164,18 +160,11 @@ def _check_sizes(part: PlainPart) -> None:
         elif name.startswith(part.root) and re.fullmatch(FINAL_NORM, name.removeprefix(part.root)):
             expected = (part.hidden_size,)
         if shape != expected or 0 in shape:
-            _misshapen(part, place, (shape, expected), "" if shape != expected else "no size of 0")
+            _misshapen(part, place, shape, str(list(expected)) if shape != expected else "no size of 0")
 
 
-def _misshapen(
-    part: PlainPart, place: str, shapes: tuple[tuple[int, ...], tuple[int, ...]], expected: str = ""
-) -> NoReturn:
-    """Shapes as it is and should be."""
-    found, should = shapes
-    other = len(found) == len(should) and prod(found) not in (0, prod(should))
-    raise (OtherSizeError if other else CheckpointError)(
-        f"{part.path}: {place} has shape {list(found)}, expected {expected or list(should)}; {_WAY_OUT}"
-    )
+def _misshapen(part: PlainPart, place: str, shape: tuple[int, ...], expected: str) -> NoReturn:
+    raise CheckpointError(f"{part.path}: {place} has shape {list(shape)}, expected {expected}; {_WAY_OUT}")
 
 
 def _compare_layers(part: PlainPart) -> None:
@@ -202,4 +191,4 @@ def _compare_layers(part: PlainPart) -> None:
             if alone or len(shape) != len(usual) or prod(shape) == prod(usual):
                 like = next(other for other in own if own[other] == usual)
                 expected = f"{list(usual)} as '{part.root}layers.{like}.{rest}' of another layer has"
-                _misshapen(part, part.tensors[f"{part.root}layers.{layer}.{rest}"].place, (shape, usual), expected)
+                _misshapen(part, part.tensors[f"{part.root}layers.{layer}.{rest}"].place, shape, expected)

@@ -18,7 +18,7 @@ from compress_tools.format.schema import ExpertNames, Projection
 from compress_tools.format.shard_file import StoredTensor
 from compress_tools.format.tensors import is_resmoe_name
 from compress_tools.source.completeness import OUTPUT_NAME, check_whole, has_output, is_embedding, is_tied, odd_tensors
-from compress_tools.source.model_fit import OtherSizeError, PlainPart, PlainTensor, check_fit
+from compress_tools.source.model_fit import PlainPart, PlainTensor, check_fit
 from compress_tools.source.reader import CheckpointReader
 from compress_tools.source.source_reader import SourceReader
 
@@ -182,7 +182,6 @@ class MoESource:
             )
         found += self.reader.remarks
         found += odd_tensors(self.reader, self.located.root, [self.layout.stem])
-        found += _misfit(self)
         if self.drafts:
             indices = ", ".join(map(str, self.drafts))
             found.append(
@@ -256,7 +255,7 @@ def open_source(reader: CheckpointReader, *, to_copy: bool = True) -> MoESource:
         source.check(layer)
     if to_copy:
         _check_dtypes(reader)
-        _misfit(source)
+        _check_fit(source)
     return source
 
 
@@ -267,11 +266,11 @@ def _check_dtypes(reader: CheckpointReader) -> None:
         raise CheckpointError(f"{reader.path}: {fault}")
 
 
-def _misfit(source: MoESource) -> list[str]:
-    """What ``verify`` will say of the output, whose loaders ask for what config.json says; a sentence, or none.
+def _check_fit(source: MoESource) -> None:
+    """What is copied is what ``verify`` and the loaders of the output will ask for.
 
     Raises:
-        CheckpointError: a shape that no config could mean, or a tensor is missing.
+        CheckpointError: a tensor of another shape than config.json's model has, or a missing one.
     """
     reader = source.reader
     tensors = {
@@ -280,11 +279,7 @@ def _misfit(source: MoESource) -> list[str]:
     }
     root = source.names.expert.removesuffix(source.architecture.expert)
     hidden, layers = source.sizes.hidden_size, frozenset(source.layers)
-    try:
-        check_fit(PlainPart(reader.path, reader.config, source.architecture, hidden, root, layers, tensors))
-    except OtherSizeError as err:
-        return [f"what is copied will be refused by `verify`: {err}"]
-    return []
+    check_fit(PlainPart(reader.path, reader.config, source.architecture, hidden, root, layers, tensors))
 
 
 def _with_drafts(source: MoESource) -> MoESource:
