@@ -37,7 +37,7 @@ def read_headers(path: Path) -> dict[str, StoredTensor]:
     index, named = path / INDEX_NAME, set[str]()
     if index.exists():
         weight_map = read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict):
+        if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: no weight_map; expected one from tensor names to weight files")
         for name, shard in weight_map.items():
             if not is_file_name(shard):

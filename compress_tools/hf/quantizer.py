@@ -89,7 +89,10 @@ class ResMoEQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         """Take the dense experts out, so that no memory is spent on them."""
         if not checkpoint_files:
-            raise CheckpointError("a ResMoE model is loaded from its directory; found no checkpoint files")
+            raise CheckpointError(
+                f"{model.name_or_path or type(model).__name__}: found no weight files; a ResMoE model is loaded from "
+                f"its directory, whose index names them"
+            )
         self._checkpoint = ResMoECheckpoint(Path(checkpoint_files[0]).parent)
         self._dense: dict[str, nn.Module] = {}
         # transformers' classes have no multi-token prediction.

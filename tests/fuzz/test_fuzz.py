@@ -375,6 +375,15 @@ def test_an_index_that_names_more_than_there_is(seeds: dict[str, Seed], tmp_path
             act(folder)
 
 
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": None}], ids=str)
+def test_an_index_that_names_nothing(index: Any, seeds: dict[str, Seed], tmp_path: Path) -> None:
+    """vLLM and transformers find no weights by it, and say so in words of their own."""
+    folder = write_files({**seeds["shards"].files, INDEX_NAME: json.dumps(index).encode()}, tmp_path / "x")
+    for act in LOADERS.values():
+        with pytest.raises(CheckpointError, match=rf"x/{re.escape(INDEX_NAME)}: no weight_map; expected one from tens"):
+            act(folder)
+
+
 def test_sizes_that_the_config_says_twice(seeds: dict[str, Seed], tmp_path: Path) -> None:
     """A loader builds the model by the rest of config.json, and experts by the block."""
     files = with_config(seeds["version 1"].files, lambda config: config.update(num_experts=5))
