@@ -24,6 +24,21 @@ _MOST_LAYERS = 4096
 _DEEPEST = 8
 
 
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Weight files by the names of their tensors, as an index has them.
+
+    Raises:
+        CheckpointError: it names none, or a file that is not beside it.
+    """
+    weight_map: dict[str, str] | None = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: no weight_map; expected one from tensor names to weight files")
+    for name, shard in weight_map.items():
+        if not is_file_name(shard):
+            raise CheckpointError(f"{index}: {name!r}: expected a weight file beside it, found {shard!r:.60}")
+    return weight_map
+
+
 def read_headers(path: Path) -> dict[str, StoredTensor]:
     """All tensors of the weight files that a server loads: those that the index names, or else all beside it.
 
@@ -36,12 +51,7 @@ def read_headers(path: Path) -> dict[str, StoredTensor]:
     """
     index, named = path / INDEX_NAME, set[str]()
     if index.exists():
-        weight_map = read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index}: no weight_map; expected one from tensor names to weight files")
-        for name, shard in weight_map.items():
-            if not is_file_name(shard):
-                raise CheckpointError(f"{index}: {name!r}: expected a weight file beside it, found {shard!r:.60}")
+        weight_map = read_weight_map(index)
         files, named = [path / shard for shard in sorted(set(weight_map.values()))], set(weight_map)
     else:
         files = sorted(path.glob("*.safetensors"))

@@ -9,6 +9,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from compress_tools.architectures.base import MoEArchitecture, config_parts
@@ -58,12 +59,12 @@ class Decoder:
     stems: Collection[str]
     moe_layers: Collection[int]
 
-    @property
+    @cached_property
     def holders(self) -> set[str]:
         """Modules that hold the experts."""
         return {stem.split(".")[1] for stem in _behind_layer(self.stems)}
 
-    @property
+    @cached_property
     def by_layer(self) -> dict[int, set[str]]:
         """What stands behind the number in the names of each layer, experts left out."""
         experts = _behind_layer(self.stems)
@@ -75,7 +76,7 @@ class Decoder:
                 found[int(match[1])].add(match[2])
         return found
 
-    @property
+    @cached_property
     def labels(self) -> list[tuple[str, ...]]:
         """See ``layer_labels``."""
         return layer_labels(self.config, self.count)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from compress_tools.errors import CheckpointError
 from compress_tools.format.directory import INDEX_NAME as INDEX_NAME
-from compress_tools.format.shard_file import StoredTensor, first_cut_tensor, is_file_name
+from compress_tools.format.directory import read_weight_map
+from compress_tools.format.shard_file import StoredTensor, first_cut_tensor
 from compress_tools.source.files import CheckpointFiles
 from compress_tools.source.stored_bytes import as_tensor
 from compress_tools.text_file import in_words, is_lfs_pointer, lfs_advice, read_json_object
@@ -204,14 +205,8 @@ class CheckpointReader:
         beside = self.store.beside_config()
         single, numbered = SINGLE_NAME in beside, [name for name in beside if _NUMBERED.fullmatch(name)]
         if index.exists():
-            weight_map = read_json_object(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(f"{index}: no weight_map; expected one from tensor names to weight files")
-            for name, shard in weight_map.items():
-                if not is_file_name(shard):
-                    raise CheckpointError(f"{index}: {name!r}: expected a weight file beside it, found {shard!r:.60}")
-            self._weight_map = weight_map
-            shards = sorted(set(weight_map.values()))
+            self._weight_map = read_weight_map(index)
+            shards = sorted(set(self._weight_map.values()))
             if single and shards != [SINGLE_NAME]:
                 raise self._two_models(f"the files that {INDEX_NAME} names")
             self._check_series(shards, numbered)
