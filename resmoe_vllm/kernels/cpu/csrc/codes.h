@@ -439,16 +439,6 @@ inline void axpy_direct(const CodeRows<D>& rows, int64_t count, int64_t chunk, F
   }
 }
 
-// Bytes of four rows, interleaved as they lie: 32-bit word d of lane l of vector q is byte 16 * l + 4 * q + d of each.
-inline void interleave_bytes(const Bytes (&rows)[4], Bytes (&to)[4]) {
-  const Bytes low01 = low_8(rows[0], rows[1]), high01 = high_8(rows[0], rows[1]);
-  const Bytes low23 = low_8(rows[2], rows[3]), high23 = high_8(rows[2], rows[3]);
-  to[0] = low_16(low01, low23);
-  to[1] = high_16(low01, low23);
-  to[2] = low_16(high01, high23);
-  to[3] = high_16(high01, high23);
-}
-
 // The same with one group of factors, where codes are interleaved before they are decoded: sums are put in order once
 // for all rows. Inside: the chunk is neither a row's first nor its last.
 template <class D, bool Inside>
@@ -465,16 +455,17 @@ __attribute__((noinline)) void axpy_packed(const CodeRows<D>& rows, int64_t coun
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) acc[v] = start(int_set(with->start));
   for (int64_t quad = 0; 4 * quad < count; ++quad) {
-    Bytes own[4], packed[4], before[4] = {};
+    Bytes packed[4], before[4] = {};
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
       const int64_t row = std::min(count - 1, 4 * quad + r);
       // the rows behind these, which lie in one piece, a piece for each
       fetch(rows.codes + count * rows.stride + (chunk * count + row) * step);
-      own[r] = load(row, std::integral_constant<int, 0>());
+      packed[r] = load(row, std::integral_constant<int, 0>());
       if (kNeedsBefore) before[r] = load(row, std::integral_constant<int, 1>());
     }
-    interleave_bytes(own, packed);
+    // of four rows in place of four places: 32-bit word d of lane l of vector q is byte 16 * l + 4 * q + d of each
+    in_columns(packed);
     if (kNeedsBefore) {
       before[0] = low_16(low_8(before[0], before[1]), low_8(before[2], before[3]));
 #pragma GCC unroll 4

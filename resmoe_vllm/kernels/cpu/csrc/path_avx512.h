@@ -161,7 +161,7 @@ inline void swap_lanes(Ints& a, Ints& b, Ints& c, Ints& d) {
   c = _mm512_shuffle_i32x4(even_ab, even_cd, _MM_SHUFFLE(3, 1, 3, 1));
   d = _mm512_shuffle_i32x4(odd_ab, odd_cd, _MM_SHUFFLE(3, 1, 3, 1));
 }
-// Sums of one byte in four, as interleave_bytes() has them, in the order of their columns; of Places columns a byte:
+// Sums of one byte in four, as in_columns() has four rows, in the order of their columns; of Places columns a byte:
 // vector Places * q + j has column j of the bytes.
 inline void in_column_order(Ints (&v)[4]) { swap_lanes(v[0], v[1], v[2], v[3]); }
 inline void in_column_order(Ints (&v)[8]) {
