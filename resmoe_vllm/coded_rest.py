@@ -12,10 +12,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from compress_tools.errors import CheckpointError, NumericalError
-from compress_tools.format.dtypes import DTYPES, dtype_name
+from compress_tools.errors import CheckpointError, FormatError
+from compress_tools.format.dtypes import DTYPES
 from compress_tools.format.parts.base import SCALE_DTYPE
-from compress_tools.format.rest import LEVELS, ROW_CODES, ROW_SCALES, decode_rows
+from compress_tools.format.rest import LEVELS, ROW_CODES, ROW_SCALES, decode_rows, rows_fault
 from resmoe_vllm.compat import (
     LinearMethodBase,
     ParallelLMHead,
@@ -140,7 +140,7 @@ class Rows:
         return self.codes.loaded
 
     def check(self, prefix: str) -> None:
-        """Raises CheckpointError unless a whole weight was loaded, in one form; NumericalError if it overflows."""
+        """Raises CheckpointError unless a whole weight was loaded, in one form; FormatError if it is none."""
         if self.is_coded and self.weight.loaded:
             raise CheckpointError(
                 f"{prefix}: a part of it is in 8-bit codes in the checkpoint and a part is not; compress again, or "
@@ -150,11 +150,9 @@ class Rows:
             raise CheckpointError(f"{prefix}: its weight is not in the checkpoint, or in part")
         if self.is_coded and (bool((self.codes.data == UNLOADED).any()) or bool(self.scales.data.isnan().any())):
             raise CheckpointError(f"{prefix}: not all of its codes are in the checkpoint")
-        largest = float(self.scales.data.abs().max()) * LEVELS if self.is_coded and self.scales.numel() else 0.0
-        if not largest <= torch.finfo(self.dtype).max:
-            raise NumericalError(
-                f"{prefix}: a scale of its codes makes weights of {largest:.3g}, beyond {dtype_name(self.dtype)}; the "
-                "checkpoint is damaged, download or compress it again"
+        if self.is_coded and (fault := rows_fault(self.codes.data, self.scales.data, self.dtype)):
+            raise FormatError(
+                f"{prefix}: its weight in codes {fault}; the checkpoint is damaged, download or compress it again"
             )
 
     def restored(self) -> nn.Parameter:

@@ -40,7 +40,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def check_files(fmt: ResMoEFormat, folder: Path, where: str, hf_config: Any = None) -> None:
-    """Headers of all weight files are what the block says; without safetensors, that it can be counted to.
+    """Headers of all weight files are what the block says; without safetensors, what is said can be counted to.
 
     Raises:
         CheckpointError, FormatError: they are not; names the tensor.
@@ -53,8 +53,8 @@ def check_files(fmt: ResMoEFormat, folder: Path, where: str, hf_config: Any = No
         raise FormatError(f"{where}: config.json counts {what}, and there are no safetensors")
     if headers:
         check_headers(fmt, headers, where)
-        if hf_config is not None:
-            check_layer_count(hf_config, headers, where)
+    if hf_config is not None:
+        check_layer_count(hf_config, headers, where)
 
 
 def watched(loader: Any, model_config: Any, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

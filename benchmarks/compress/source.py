@@ -15,6 +15,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 # Noise of a near copy relative to the weight: residuals then hold 0.35^2 / (1 + 0.35^2) = 11 % of the energy.
 NOISE = 0.35
 
+HEAD_DIM = 8  # of the one attention head
+
 PROJECTIONS = {"w1": False, "w3": False, "w2": True}  # Mixtral's names; True: [H, I]
 
 
@@ -45,12 +47,18 @@ def write_source(path: Path, shape: MoEShape, kind: Kind, seed: int = 0) -> None
         shard = f"expert-{expert}.safetensors"
         save_file(tensors, path / shard, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, shard))
-    # What stands around the layers, as small as it may be: no stage measures it.
-    around = {
-        "model.embed_tokens.weight": torch.zeros(1, shape.hidden).bfloat16(),
-        "model.norm.weight": torch.ones(shape.hidden).bfloat16(),
-        "lm_head.weight": torch.zeros(1, shape.hidden).bfloat16(),
+    # What stands around the experts, as small as it may be: no stage measures it.
+    sizes = {
+        "model.embed_tokens": (1, shape.hidden),
+        **{f"model.layers.0.self_attn.{name}_proj": (HEAD_DIM, shape.hidden) for name in "qkv"},
+        "model.layers.0.self_attn.o_proj": (shape.hidden, HEAD_DIM),
+        "model.layers.0.input_layernorm": (shape.hidden,),
+        "model.layers.0.post_attention_layernorm": (shape.hidden,),
+        "model.layers.0.block_sparse_moe.gate": (shape.experts, shape.hidden),
+        "model.norm": (shape.hidden,),
+        "lm_head": (1, shape.hidden),
     }
+    around = {f"{name}.weight": torch.zeros(size, dtype=torch.bfloat16) for name, size in sizes.items()}
     save_file(around, path / "around.safetensors", metadata={"format": "pt"})
     weight_map.update(dict.fromkeys(around, "around.safetensors"))
     config = {
@@ -61,6 +69,10 @@ def write_source(path: Path, shape: MoEShape, kind: Kind, seed: int = 0) -> None
         "num_local_experts": shape.experts,
         "num_experts_per_tok": shape.top_k,
         "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": HEAD_DIM,
+        "vocab_size": 1,
         "torch_dtype": "bfloat16",
     }
     (path / "config.json").write_text(json.dumps(config))

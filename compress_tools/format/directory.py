@@ -114,13 +114,13 @@ def check_layer_count(config: Any, headers: Mapping[str, StoredTensor], where: s
 
     Args:
         config: transformers' config of the model.
-        headers: the checkpoint's tensors by name.
+        headers: the checkpoint's tensors by name; none where another file than those that are looked at holds them.
         where: names the checkpoint in errors.
     Raises:
         CheckpointError: it says that there are more.
     """
     count = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if isinstance(count, int) and count > len(headers):
+    if headers and isinstance(count, int) and count > len(headers):
         raise CheckpointError(
             f"{where}: config.json counts {count} layers, in all there are {len(headers)} tensors; download it again"
         )

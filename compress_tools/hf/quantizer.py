@@ -65,8 +65,8 @@ class ResMoEQuantizer(HfQuantizer):
             CheckpointError: config.json counts more layers than there can be; the model is not built yet.
         """
         path = Path(config.name_or_path)
-        if path.is_dir() and (headers := read_headers(path)):
-            check_layer_count(config, headers, str(path))
+        if path.is_dir():
+            check_layer_count(config, read_headers(path), str(path))
         if hasattr(config, GUARD_KEY):
             delattr(config, GUARD_KEY)
         return super().update_tp_plan(config)

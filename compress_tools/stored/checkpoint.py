@@ -128,14 +128,14 @@ class ResMoECheckpoint:
         """Read a whole layer: finite everywhere, masks with as many bits as values, clean padding.
 
         Raises:
-            NumericalError: NaN, Inf, or scales whose weights are; names the tensor.
+            NumericalError: NaN, Inf, scales whose weights are, or that are negative; names the tensor.
             FormatError: a mask disagrees with the config.
         """
         for name, spec in layer_tensors(self.fmt, layer).items():
             tensor = self._tensor(name)
-            if overflow := spec.overflow(tensor, self.dtype):
-                raise NumericalError(f"{self.reader.path}: {name!r} {overflow}")
-            if fault := spec.fault(tensor):
+            if fault := spec.number_fault(tensor, self.dtype):
+                raise NumericalError(f"{self.reader.path}: {name!r} {fault}")
+            if fault := spec.padding_fault(tensor):
                 raise FormatError(f"{self.reader.path}: {name!r}: {fault}")
         for expert in range(self.fmt.num_experts):
             stored = self.stored(layer, expert)

@@ -126,10 +126,10 @@ class GroupLoader:
 
     def _check_numbers(self, stored_name: str, spec: TensorSpec, held: Tensor) -> None:
         """Of what is held, in the model's dtype: a product with NaN would reach every token."""
-        if overflow := spec.overflow(held, DTYPES[self.fmt.dtype]):
+        if fault := spec.number_fault(held, DTYPES[self.fmt.dtype]):
             raise NumericalError(
-                f"{stored_name}: {overflow} (as {dtype_name(held.dtype)}), expected finite numbers; the checkpoint is "
-                "damaged, download or compress it again"
+                f"{stored_name}: {fault} (as {dtype_name(held.dtype)}); the checkpoint is damaged, download or "
+                "compress it again"
             )
 
     def _check_mask(self, stored_name: str, projection: Projection, row: int, mask: Tensor) -> None:

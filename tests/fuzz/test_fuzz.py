@@ -146,6 +146,18 @@ def test_more_layers_than_tensors_are_not_built(seeds: dict[str, Seed], tmp_path
         verify(folder)
 
 
+@pytest.mark.parametrize("act", [loaders.by_transformers, loaders.by_vllm], ids=["transformers", "vllm"])
+def test_layers_are_not_built_where_there_are_no_weights(
+    act: Callable[[Path], Any], seeds: dict[str, Seed], tmp_path: Path
+) -> None:
+    """Pickles stand in their place, which are read after the model is built, if at all."""
+    good = {name: content for name, content in seeds["version 1"].files.items() if name.endswith(".json")}
+    files = with_config(good, lambda config: config.update(num_hidden_layers=2**64))
+    folder = write_files({**files, "pytorch_model.bin": b"no weights"}, tmp_path / "x")
+    with pytest.raises(CheckpointError, match=f"counts {2**64} as num_hidden_layers, in all there are 0 tensors"):
+        act(folder)
+
+
 # A pattern of bytes at the beginning of a tensor, and what is said of it.
 NUMBERS = {
     "NaN in a center": ("low_rank-joint", "0.mlp.experts.0.up_proj.resmoe_center", b"\x00\x7e", "holds NaN or Inf"),
@@ -162,6 +174,12 @@ NUMBERS = {
         "0.mlp.experts.1.down_proj.resmoe_scales",
         b"\x00\x45",
         r"holds a scale of which codes make 2\.61e\+05, beyond float16",
+    ),
+    "a negative scale of a trellis": (
+        "trellis",
+        "0.mlp.experts.1.down_proj.resmoe_trellis_scales",
+        b"\x00\xbf",
+        r"holds a negative scale -0\.5, expected none below zero",
     ),
 }
 

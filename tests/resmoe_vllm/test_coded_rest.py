@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from compress_tools.errors import CheckpointError
+from compress_tools.errors import CheckpointError, FormatError
 from compress_tools.format.rest import ROW_CODES, ROW_SCALES, decode_rows, encode_rows
 from resmoe_vllm import coded_rest
 from resmoe_vllm.coded_rest import CodedEmbeddingMethod, CodedLinearMethod
@@ -134,6 +134,24 @@ def test_what_is_not_whole_is_refused(said: list[str]) -> None:
     ):
         with pytest.raises(CheckpointError, match=message):
             process(layer)
+
+
+@pytest.mark.parametrize(
+    ("scale", "sentence"),
+    [
+        (-0.5, "holds a scale that is negative, NaN or infinite"),
+        (float("inf"), "holds a scale that is negative, NaN or infinite"),
+        (2.0**127, r"holds a scale of 1\.7e\+38, whose weights are beyond float32"),
+        (0.0, "holds codes in a row whose scale is 0"),
+    ],
+)
+def test_what_the_format_forbids_is_not_served(scale: float, sentence: str, said: list[str]) -> None:
+    layer, (codes, scales) = linear(said), encode_rows(weights())
+    scales[3] = scale
+    load(layer, ROW_CODES, codes)
+    load(layer, ROW_SCALES, scales)
+    with pytest.raises(FormatError, match=rf"^model\.layers\.0\.q_proj: its weight in codes {sentence};"):
+        process(layer)
 
 
 def test_a_drafts_embedding_need_not_be_stored(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

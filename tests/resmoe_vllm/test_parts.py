@@ -1,6 +1,7 @@
 """The plugin knows every part of the format, and by no other name than the part's own."""
 
 import pytest
+import torch
 
 from compress_tools.format.parts.base import Part
 from compress_tools.format.schema import (
@@ -64,4 +65,5 @@ def test_dummy_tensors_are_what_an_expert_could_have(part: Part) -> None:
     assert all(rows.isfinite().all() for rows in part.decode(made, SIZES.hidden_size).values())
     for spec in specs:
         if spec.role in ("scales", "mask"):
-            assert spec.fault(made[spec.projection, spec.suffix]) is None
+            assert spec.number_fault(made[spec.projection, spec.suffix], torch.float32) is None
+            assert spec.padding_fault(made[spec.projection, spec.suffix]) is None

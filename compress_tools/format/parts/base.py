@@ -91,15 +91,17 @@ class TensorSpec:
         """Stored bytes."""
         return prod(self.shape) * DTYPES[self.dtype].itemsize
 
-    def overflow(self, tensor: Tensor, dtype: torch.dtype) -> str | None:
-        """Numbers that are none, or too large for ``dtype`` or to be multiplied with; None without.
+    def number_fault(self, tensor: Tensor, dtype: torch.dtype) -> str | None:
+        """Numbers that are none, or too large for ``dtype`` or to be multiplied with, or scales below zero; or None.
 
-        Of two factors one may be as large as its dtype has numbers, and what they restore to small; but a token's
-        product with the one is no number then.
+        Whoever computes with a tensor asks this. Of two factors one may be as large as its dtype has numbers, and what
+        they restore to small; but a token's product with the one is no number then.
         """
         largest = largest_magnitude(tensor)
         if not isfinite(largest):
-            return "holds NaN or Inf"
+            return "holds NaN or Inf, expected finite numbers"
+        if self.role == "scales" and (tensor < 0).any():
+            return f"holds a negative scale {tensor.min():.3g}, expected none below zero"
         largest *= self.level
         what = "a scale of which codes make" if self.role == "scales" else "a value of"
         if largest > torch.finfo(dtype).max:
@@ -108,10 +110,8 @@ class TensorSpec:
             return f"holds {what} {largest:.3g}, expected at most {LARGEST:.3g}: sums of its products overflow"
         return None
 
-    def fault(self, tensor: Tensor) -> str | None:
-        """What the format forbids in a tensor of the right shape and dtype; None where there is nothing."""
-        if self.role == "scales" and (tensor < 0).any():
-            return "holds a negative scale"
+    def padding_fault(self, tensor: Tensor) -> str | None:
+        """Bits that the format forbids in what fills up a row of codes or of a mask; None where there is nothing."""
         if self.codes is None or self.role == "symbols":  # what fills up a row of symbols belongs to it
             return None
         bits, columns = self.codes
@@ -210,7 +210,7 @@ class Part(Frozen, ABC):
         return None
 
     def stored_fault(self, stored: Stored) -> str | None:
-        """How its tensors contradict each other or its keys; each by itself is ``TensorSpec.fault``'s to check."""
+        """How its tensors contradict each other or its keys; each by itself is ``TensorSpec``'s to check."""
         del stored
         return None
 

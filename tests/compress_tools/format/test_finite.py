@@ -67,14 +67,14 @@ def test_numbers_that_are_too_large_to_be_multiplied_with(role: Role, dtype: tor
     numbers = torch.tensor([[0.0, -1.0, 0.5], [2.0, 0.25, 1.0]]).to(dtype)
     if role == "scales":
         numbers = numbers.abs() / 2
-    assert spec.overflow(LARGEST / 2 * numbers, dtype) is None
-    assert str(spec.overflow(LARGEST * numbers, dtype)) == (
+    assert spec.number_fault(LARGEST / 2 * numbers, dtype) is None
+    assert str(spec.number_fault(LARGEST * numbers, dtype)) == (
         f"holds {'a value of' if role == 'values' else 'a scale of which codes make'} 1.58e+29, expected at most "
         "7.92e+28: sums of its products overflow"
     )
-    assert spec.overflow(torch.zeros(0, 3, dtype=dtype), dtype) is None
+    assert spec.number_fault(torch.zeros(0, 3, dtype=dtype), dtype) is None
 
 
 def test_a_masks_bytes_have_no_size() -> None:
     spec = TensorSpec(0, "up_proj", "resmoe_mask", (1, 8), "uint8", "mask")
-    assert spec.overflow(torch.full((1, 8), 255, dtype=torch.uint8), torch.bfloat16) is None
+    assert spec.number_fault(torch.full((1, 8), 255, dtype=torch.uint8), torch.bfloat16) is None

@@ -108,7 +108,9 @@ def check_laws(part: Part, stored: StoredTensors) -> None:
             counted += prod(spec.shape[:-1]) * spec.codes[1]
     assert part.params(SIZES) == counted
 
-    assert all(spec.fault(stored[key]) is None for key, spec in specs.items())
+    for key, spec in specs.items():
+        assert spec.number_fault(stored[key], torch.float32) is None
+        assert spec.padding_fault(stored[key]) is None
     assert part.stored_fault(stored) is None
     assert part.size_fault(SIZES) is None
 
@@ -235,23 +237,23 @@ def test_padding_and_negative_scales_are_found(part: Part) -> None:
         broken = stored[key].clone()
         if spec.role == "scales":
             broken[-1, -1] = -1e-30
-            assert "negative scale" in spec.fault(broken)
+            assert "negative scale -9.98e-31, expected none below zero" in spec.number_fault(broken, torch.float32)
         elif spec.role == "mask":
             last = spec.codes[1] - 1
             broken[-1, last // 8] ^= 1 << last % 8
-            assert spec.fault(broken) is None
+            assert spec.padding_fault(broken) is None
             broken[-1, (last + 1) // 8] |= 1 << (last + 1) % 8
-            assert f"padding bits after column {last}" in spec.fault(broken)
+            assert f"padding bits after column {last}" in spec.padding_fault(broken)
         elif spec.role == "symbols":
-            assert spec.fault(broken ^ 255) is None  # what fills a row up belongs to it
+            assert spec.padding_fault(broken ^ 255) is None  # what fills a row up belongs to it
         elif spec.role == "codes":
             flat = broken.flatten()
             flat[-1] ^= 1 << 7
             padded = spec.codes[1] % 8 != 0
-            assert (spec.fault(flat.view_as(broken)) is not None) == padded
+            assert (spec.padding_fault(flat.view_as(broken)) is not None) == padded
         else:
             broken.fill_(-3)
-            assert spec.fault(broken) is None
+            assert spec.padding_fault(broken) is None
             continue
         checked += 1
     assert checked == sum(spec.role != "values" for spec in specs_of(part).values())
@@ -288,7 +290,7 @@ def test_example_masks_fit_and_are_spread(part: Part) -> None:
     assert set(masks) == {(projection, "resmoe_mask") for projection in part.projections}
     stored = stored_by(part) | masks
     assert part.stored_fault(stored) is None
-    assert all(specs_of(part)[key].fault(mask) is None for key, mask in masks.items())
+    assert all(specs_of(part)[key].padding_fault(mask) is None for key, mask in masks.items())
     rows = {p: rows != 0 for p, rows in part.decode(stored, SIZES.hidden_size).items()}
     by_row = torch.cat([kept.sum(1) for kept in rows.values()])
     assert int(by_row.max() - by_row.min()) <= 1
