@@ -344,7 +344,8 @@ def _hidden_kernel(
         gate_before = tl.zeros((BLOCK_N,), tl.int32)
         up_before = tl.zeros((BLOCK_N,), tl.int32)
         # Short steps are unrolled, so that their loads are on the way together.
-        LANES: tl.constexpr = codes_in_lanes(gts, BLOCK_K) and codes_in_lanes(uts, BLOCK_K)
+        # From 64 rows on several warps multiply the same columns: in lanes each of them would decode them for itself.
+        LANES: tl.constexpr = BLOCK_M < 64 and codes_in_lanes(gts, BLOCK_K) and codes_in_lanes(uts, BLOCK_K)
         EVEN: tl.constexpr = SIZE_I % BLOCK_N == 0 and SIZE_H % BLOCK_K == 0
         for h in tl.range(0, SIZE_H, BLOCK_K, loop_unroll_factor=4 if BLOCK_K == 32 else 1):
             h_offsets = h + tl.arange(0, BLOCK_K)
