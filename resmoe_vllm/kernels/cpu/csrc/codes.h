@@ -495,7 +495,7 @@ __attribute__((noinline)) void axpy_packed(const CodeRows<D>& rows, int64_t coun
 }
 // Where the sums of a chunk stay in registers.
 template <class D>
-constexpr bool kAxpyDirect = kWide == 16 && D::kPlaces <= 2;
+constexpr bool kAxpyDirect = D::kPlaces <= 2;
 
 // y[s] += sum over r < count of a[s * lda + r] * row r; count at most kRows. fine: whether numbers of s are.
 template <class D>

@@ -141,6 +141,33 @@ inline void transpose_words(const uint8_t* from, uint8_t* to, int64_t apart) {
   }
 }
 
+// Sums of one byte in four, as in_columns() has four rows, in the order of their columns; of Places columns a byte:
+// vector Places * q + j has column j of the bytes.
+inline Ints lower_lanes(Ints a, Ints b) { return _mm256_permute2x128_si256(a, b, 0x20); }
+inline Ints upper_lanes(Ints a, Ints b) { return _mm256_permute2x128_si256(a, b, 0x31); }
+inline void in_column_order(Ints (&v)[4]) {
+  const Ints first = lower_lanes(v[0], v[1]), third = upper_lanes(v[0], v[1]);
+  v[1] = lower_lanes(v[2], v[3]);
+  v[3] = upper_lanes(v[2], v[3]);
+  v[0] = first;
+  v[2] = third;
+}
+inline void in_column_order(Ints (&v)[8]) {
+  Ints lower[4], upper[4];
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+    const Ints first = _mm256_unpacklo_epi32(v[2 * q], v[2 * q + 1]);
+    const Ints second = _mm256_unpackhi_epi32(v[2 * q], v[2 * q + 1]);
+    lower[q] = lower_lanes(first, second);
+    upper[q] = upper_lanes(first, second);
+  }
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+    v[q] = lower[q];
+    v[4 + q] = upper[q];
+  }
+}
+
 inline Ints load_ints(const void* from) { return _mm256_loadu_si256((const __m256i*)from); }
 inline Ints int_set(int32_t v) { return _mm256_set1_epi32(v); }
 inline Ints larger(Ints a, Ints b) { return _mm256_max_epi32(a, b); }

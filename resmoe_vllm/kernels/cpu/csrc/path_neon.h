@@ -247,6 +247,27 @@ inline Ints value(const Acc& acc) {
 }
 #endif
 
+// Sums of one byte in four, as in_columns() has four rows, in the order of their columns; of Places columns a byte:
+// vector Places * q + j has column j of the bytes.
+inline void in_column_order(Ints (&v)[4]) {
+  const int32x4_t sums[8] = {v[0].low, v[1].low, v[2].low, v[3].low, v[0].high, v[1].high, v[2].high, v[3].high};
+#pragma GCC unroll 4
+  for (int o = 0; o < 4; ++o) v[o] = {sums[2 * o], sums[2 * o + 1]};
+}
+inline void in_column_order(Ints (&v)[8]) {
+  Ints lower[4], upper[4];
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+    const Ints even = v[2 * q], odd = v[2 * q + 1];
+    lower[q] = {vzip1q_s32(even.low, odd.low), vzip2q_s32(even.low, odd.low)};
+    upper[q] = {vzip1q_s32(even.high, odd.high), vzip2q_s32(even.high, odd.high)};
+  }
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+    v[q] = lower[q];
+    v[4 + q] = upper[q];
+  }
+}
 // Four vectors' sums within 128 bits: [quarters][4].
 inline Ints sums_of_quarters(Ints a, Ints b, Ints c, Ints d) {
   return {vpaddq_s32(vpaddq_s32(a.low, b.low), vpaddq_s32(c.low, d.low)),
