@@ -12,11 +12,22 @@ if not Path("/dev/nvidiactl").exists():
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from benchmarks.models.reference_models import build_reference_model, preset_config
 from benchmarks.models.tiny_models import save_tiny_model
 from compress_tools.config import make_config
 from compress_tools.pipeline import compress
+
+# The same examples in every run, however busy the machine is; a test says how many.
+settings.register_profile(
+    "bounded",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("bounded")
 
 _set_num_threads = torch.set_num_threads
 

@@ -45,7 +45,7 @@ def matched_rows(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
     return center, aligned
 
 
-BOUNDED = settings(max_examples=150, derandomize=True, deadline=None, database=None)
+BOUNDED = settings(max_examples=150)
 
 
 @BOUNDED

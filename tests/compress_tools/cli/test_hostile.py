@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_tools.cli.commands import main
@@ -142,26 +142,15 @@ def check_mangled(command: str, models: Path, tmp_path: Path, data: st.DataObjec
         assert not (folder / "new").exists()
 
 
-def bounded(max_examples: int) -> settings:
-    """The same examples in every run."""
-    return settings(
-        derandomize=True,
-        deadline=None,
-        max_examples=max_examples,
-        suppress_health_check=[HealthCheck.function_scoped_fixture],
-        database=None,
-    )
-
-
 @pytest.mark.parametrize("command", sorted(set(COMMANDS) - SLOW))
-@bounded(30)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_mangled_files(command: str, models: Path, tmp_path: Path, data: st.DataObject) -> None:
     check_mangled(command, models, tmp_path, data)
 
 
 @pytest.mark.parametrize("command", sorted(SLOW))
-@bounded(8)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_mangled_files_of_slow_commands(command: str, models: Path, tmp_path: Path, data: st.DataObject) -> None:
     check_mangled(command, models, tmp_path, data)

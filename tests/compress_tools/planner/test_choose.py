@@ -141,7 +141,7 @@ def test_bounds_are_refused(text: str) -> None:
 ENERGIES = st.lists(st.floats(0.01, 100), min_size=2, max_size=8)
 
 
-@settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@settings(max_examples=100)
 @given(ENERGIES)
 def test_groups_divide_the_experts_by_energy_where_it_pays(energies: list[float]) -> None:
     """Of all splits the one of least ``prod mean_g^(n_g / E)``, if it is at least 2 % below the mean."""

@@ -58,7 +58,7 @@ def test_what_yaml_or_python_chokes_on(text: str) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
-@settings(derandomize=True, deadline=None, max_examples=200, database=None)
+@settings(max_examples=200)
 @given(
     begin=st.integers(0, len(PLAN)),
     count=st.integers(0, 30),

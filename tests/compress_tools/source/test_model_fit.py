@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -105,13 +105,7 @@ def test_every_family_fits_by_its_own_layers(families: dict[str, Path], monkeypa
         assert verify(folder)
 
 
-@settings(
-    derandomize=True,
-    deadline=None,
-    max_examples=60,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=60)
 @given(family=st.sampled_from(CHOSEN), place=st.floats(0, 1, exclude_max=True), kind=st.sampled_from(RESHAPES))
 def test_any_tensor_of_another_shape(
     family: str, place: float, kind: str, families: dict[str, Path], tmp_path: Path
