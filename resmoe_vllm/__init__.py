@@ -19,6 +19,6 @@ def register() -> None:
     compat.allow_amx()
     compat.complete_expert_names()
     compat.watch_weights(stored_files.watched)
-    compat.explain_loading(stored_files.misfit)
+    compat.surround_loading(stored_files.loading)
     ops.register_op()
     compat.register_quantization_config(QUANT_METHOD)(ResMoEConfig)

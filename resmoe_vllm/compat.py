@@ -7,6 +7,7 @@ to refuse a vLLM whose paths these are not, and evaluation.py its public interfa
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -53,7 +54,6 @@ __all__ = [
     "current_quant_config",
     "direct_register_custom_op",
     "embeddings_are_tied",
-    "explain_loading",
     "extract_layer_index",
     "is_batch_invariant",
     "is_dummy_load",
@@ -65,6 +65,7 @@ __all__ = [
     "platform_device",
     "quant_method_of",
     "register_quantization_config",
+    "surround_loading",
     "watch_weights",
     "weight_only_kernel",
 ]
@@ -192,27 +193,23 @@ def watch_weights(watch: Callable[[Any, Any, Iterable[tuple[str, Tensor]]], Iter
         setattr(loader, "get_all_weights", get_all_weights)  # noqa: B010  mypy takes no assignment to a method
 
 
-def explain_loading(explain: Callable[[Any, Any, Exception], Exception | None]) -> None:
-    """Let errors of loading weights, which are mostly bare assertions of shapes, say what they are about.
+def surround_loading(surround: Callable[[Any, torch.nn.Module, Any], AbstractContextManager[None]]) -> None:
+    """Let vLLM load weights inside of a context, which sees the model before and after it, and errors.
 
     Args:
-        explain: is given the loader, vLLM's config of the model, and an error; the one to raise from it, or None.
+        surround: is given the loader, the model, and vLLM's config of it.
     """
     for loader in (DefaultModelLoader, RunaiModelStreamerLoader):
         loads = loader.load_weights
-        if hasattr(loads, "resmoe_explains"):
+        if hasattr(loads, "resmoe_surrounds"):
             continue
 
         # Bound now: the loop goes on.
         def load_weights(self: Any, model: torch.nn.Module, model_config: Any, *, _loads: Any = loads) -> None:
-            try:
+            with surround(self, model, model_config):
                 _loads(self, model, model_config)
-            except Exception as err:
-                if (told := explain(self, model_config, err)) is None:
-                    raise
-                raise told from err
 
-        load_weights.resmoe_explains = loads  # type: ignore[attr-defined]  # marks it; functions take attributes
+        load_weights.resmoe_surrounds = loads  # type: ignore[attr-defined]  # marks it; functions take attributes
         setattr(loader, "load_weights", load_weights)  # noqa: B010  mypy takes no assignment to a method
 
 

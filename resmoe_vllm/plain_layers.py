@@ -2,7 +2,7 @@
 
 vLLM checks that only for models without a quantization config. A weight is NaN until it is loaded, so what is NaN
 afterwards was not in the checkpoint. Seen are the layers that a model makes with its quantization config: attention,
-dense and shared experts, the output layer; not norms, nor in most families router and embedding (`resmoe verify` does).
+dense and shared experts, the output layer. For what a model makes without, see weights/marks.py.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,13 +1,14 @@
 """A checkpoint's files before and while vLLM reads them: headers that the block asks for, and no NaN in any weight."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress_tools.errors import CheckpointError, FormatError, NumericalError, ResMoEError
 from compress_tools.format.directory import INDEX_NAME, check_headers, check_layer_count, read_headers
@@ -15,6 +16,7 @@ from compress_tools.format.finite import plain_fault
 from compress_tools.format.schema import QUANT_METHOD, ResMoEFormat, parse_format
 from compress_tools.format.tensors import is_resmoe_name
 from compress_tools.text_file import in_words, read_json_object
+from resmoe_vllm.weights.marks import Marks
 
 _SINGLE_NAME = "model.safetensors"
 # Far beyond any model.
@@ -88,9 +90,39 @@ def watched(loader: Any, model_config: Any, weights: Iterable[tuple[str, Tensor]
         # Those of this project are checked where they are put in place, as the block says what they are.
         if not is_resmoe_name(name) and (fault := plain_fault(tensor)):
             raise NumericalError(f"{model}: {name!r} {fault}")
-        loader.resmoe_passing = f"{name!r} ({tensor.dtype} {list(tensor.shape)})".replace("torch.", "")
+        loader.resmoe_passing = f"{name!r:.160} ({tensor.dtype} {list(tensor.shape)})".replace("torch.", "")
         yield name, tensor
     loader.resmoe_passing = None
+
+
+@contextmanager
+def loading(loader: Any, model: nn.Module, model_config: Any) -> Iterator[None]:
+    """While vLLM's loader loads a model: its errors say what they are about, and nothing is left as it was made.
+
+    vLLM asks for whole checkpoints only where a model has no quantization config, and never of linear layers.
+
+    Args:
+        loader: vLLM's, whose tensors pass ``watched``.
+        model: is loaded.
+        model_config: vLLM's, of the model.
+    Raises:
+        CheckpointError: see ``misfit``; or a parameter was not loaded, names it.
+    """
+    if model_config.quantization != QUANT_METHOD:
+        yield
+        return
+    marks = Marks(model, is_draft=model_config.runner_type == "draft")
+    try:
+        yield
+    except Exception as err:
+        if (told := misfit(loader, model_config, err)) is None:
+            raise
+        raise told from err
+    if missing := marks.left():
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{model_config.model}: incomplete: no tensor fills {missing[0]}{more}, as vLLM calls it; download it again"
+        )
 
 
 def misfit(loader: Any, model_config: Any, err: Exception) -> CheckpointError | None:
@@ -104,7 +136,7 @@ def misfit(loader: Any, model_config: Any, err: Exception) -> CheckpointError | 
         None where it says enough by itself, or no tensor is on the way.
     """
     passing = getattr(loader, "resmoe_passing", None)
-    if model_config.quantization != QUANT_METHOD or passing is None or not _of_shapes_or_names(err):
+    if passing is None or not _of_shapes_or_names(err):
         return None
     parameter = _parameter_of(err)
     expected = "" if parameter is None else f", whose parameter is {list(parameter.shape)} here"

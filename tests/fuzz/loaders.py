@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import resmoe_vllm
 from compress_tools.errors import FormatError
 from compress_tools.format.dtypes import DTYPES
 from compress_tools.format.schema import QUANT_METHOD
+from compress_tools.hf.factored_experts import FactoredExperts
 from compress_tools.stored.checkpoint import ResMoECheckpoint
 from compress_tools.stored.restore import restore
 from compress_tools.stored.verify import verify
@@ -29,7 +31,8 @@ from resmoe_vllm.ops import BoundLayer
 from resmoe_vllm.stored_files import watched
 from resmoe_vllm.weights.layer_loader import LayerLoader
 
-TOKENS = torch.tensor([[3, 7, 1, 9, 4, 2]])
+# All of a seed's vocabulary, so that each expert has a token.
+TOKENS = torch.arange(24)[None]
 # A token's router weights: two experts for each of five tokens, the last ones of them skipped.
 SLOTS = 2
 
@@ -53,10 +56,12 @@ class Logits:
     Attributes:
         values: its logits.
         made_up: names of weights that the checkpoint does not have, which transformers makes at random, and says so.
+        layers: answers of the compressed layers to ``layer_input``, by layer; of a dense model none.
     """
 
     values: Tensor
     made_up: frozenset[str]
+    layers: dict[int, Tensor]
 
 
 def by_transformers(folder: Path) -> Logits:
@@ -79,7 +84,20 @@ def _logits(folder: Path, **options: Any) -> Logits:
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
     with torch.no_grad():
         logits: Tensor = model(TOKENS).logits
-    return Logits(logits, frozenset(map(str, [*info["missing_keys"], *info["mismatched_keys"]])))
+        layers = {
+            int(re.findall(r"layers\.(\d+)\.", name)[-1]): _answer(module, model.dtype)
+            for name, module in model.named_modules()
+            # gpt-oss has an activation of its own, which ``layer_truth`` has not.
+            if isinstance(module, FactoredExperts) and model.config.model_type != "gpt_oss"
+        }
+    return Logits(logits, frozenset(map(str, [*info["missing_keys"], *info["mismatched_keys"]])), layers)
+
+
+def _answer(experts: FactoredExperts, dtype: torch.dtype) -> Tensor:
+    x, weights, ids = layer_input(experts.num_experts, experts.hidden_size, dtype)
+    # What the sentinel of transformers is for a pair that is skipped.
+    answer: Tensor = experts(x, ids.where(ids >= 0, experts.num_experts), weights)
+    return answer
 
 
 def exact_logits(dense: Path) -> Tensor:

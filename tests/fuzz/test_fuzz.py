@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_tools.errors import CheckpointError, FormatError, NumericalError, ResMoEError
@@ -39,13 +39,7 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seed]:
     return {seed.name.split(" (")[0]: seed for seed in made}
 
 
-@settings(
-    derandomize=True,
-    deadline=None,
-    max_examples=60,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=60)
 @given(number=st.integers(0, 18), choices=st.binary(min_size=40, max_size=80))
 def test_changed_checkpoints(number: int, choices: bytes, seeds: dict[str, Seed]) -> None:
     seed = list(seeds.values())[number]
@@ -227,6 +221,19 @@ def test_vllm_reads_no_plain_weight_that_is_not_finite(seeds: dict[str, Seed], t
     """A norm, which no method of the plugin's serves; by vLLM's own loader."""
     files = with_tensor(seeds["version 1"].files, PLAIN[2], b"\xc0\x7f")
     with pytest.raises(NumericalError, match=rf"x: '{re.escape(PLAIN[2])}' holds NaN or Inf"):
+        loaders.by_vllm(write_files(files, tmp_path / "x"))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_vllm_serves_no_weight_as_it_was_made(name: str, seeds: dict[str, Seed], tmp_path: Path) -> None:
+    """By its own loader, which asks for whole checkpoints only where a model is not quantised."""
+
+    def drop(shard: Shard) -> None:
+        del shard.header[name], shard.octets[name]
+
+    module = name.removesuffix(".weight").replace("q_proj", "qkv_proj")
+    files = with_shards(seeds["version 1"].files, drop)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(module)}.*(is in the checkpoint|as vLLM calls it)"):
         loaders.by_vllm(write_files(files, tmp_path / "x"))
 
 
