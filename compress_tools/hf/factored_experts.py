@@ -88,8 +88,12 @@ class FactoredExperts(nn.Module):
             topk_ids: ``[T, K]`` int64; E or more means "no expert".
             topk_weights: ``[T, K]``.
         Returns:
-            ``[T, H]`` in the dtype of ``hidden_states``; products in that dtype, sums in fp32.
+            ``[T, H]`` in the dtype of ``hidden_states``; products in that dtype, in fp32 for fp16, sums in fp32.
         """
+        # fp16 ends at 65504, which products with a center or a factor can pass where their sum does not.
+        dtype = hidden_states.dtype
+        if dtype == torch.float16:
+            hidden_states = hidden_states.float()
         center = self._center(hidden_states.dtype)
         inner = [p for p in self.spec.projections if p != "down_proj"]
         common = {p: (hidden_states @ center[p].T).float() for p in inner if p in center}
@@ -113,7 +117,7 @@ class FactoredExperts(nn.Module):
             output.index_add_(0, tokens, out)
         if "down_proj" in center:
             output += (mixed.to(hidden_states.dtype) @ center["down_proj"]).float()
-        return output.to(hidden_states.dtype)
+        return output.to(dtype)
 
 
 class _ExpertProducts:

@@ -191,6 +191,15 @@ def test_numbers_that_are_none_are_not_served(case: str, loader: str, seeds: dic
     assert not (tmp_path / "dense").exists()
 
 
+def test_a_large_factor_of_float16_does_not_overflow(seeds: dict[str, Seed]) -> None:
+    """What it restores to is small, and so is a token's answer."""
+    seed = next(seed for key, seed in seeds.items() if key.startswith("low_rank-joint"))
+    name = "model.layers.1.mlp.experts.3.gate_proj.resmoe_v"
+    trial = try_mutant(Mutant(seed.name, with_tensor(seed.files, name, b"\xff\x7b"), (name,), (), ours=True))
+    assert not trial.faults
+    assert trial.outcomes["twin"] == "served"
+
+
 # Of an OLMoE: one tensor of each kind that this project does not write.
 PLAIN = (
     "model.embed_tokens.weight",
