@@ -148,9 +148,9 @@ class Rows:
             )
         if self.is_coded != self.scales.loaded or not (self.is_coded or self.weight.loaded):
             raise CheckpointError(f"{prefix}: its weight is not in the checkpoint, or in part")
-        if self.is_coded and (bool((self.codes.data == UNLOADED).any()) or bool(self.scales.data.isnan().any())):
-            raise CheckpointError(f"{prefix}: not all of its codes are in the checkpoint")
         if self.is_coded and (fault := rows_fault(self.codes.data, self.scales.data, self.dtype)):
+            if bool((self.codes.data == UNLOADED).any()) or bool(self.scales.data.isnan().any()):
+                raise CheckpointError(f"{prefix}: not all of its codes are in the checkpoint")
             raise FormatError(
                 f"{prefix}: its weight in codes {fault}; the checkpoint is damaged, download or compress it again"
             )

@@ -241,12 +241,8 @@ def test_vllm_reads_no_plain_weight_that_is_not_finite(seeds: dict[str, Seed], t
 @pytest.mark.parametrize("name", PLAIN)
 def test_vllm_serves_no_weight_as_it_was_made(name: str, seeds: dict[str, Seed], tmp_path: Path) -> None:
     """By its own loader, which asks for whole checkpoints only where a model is not quantised."""
-
-    def drop(shard: Shard) -> None:
-        del shard.header[name], shard.octets[name]
-
     module = name.removesuffix(".weight").replace("q_proj", "qkv_proj")
-    files = with_shards(seeds["version 1"].files, drop)
+    files = dropped(seeds["version 1"].files, name)
     with pytest.raises(CheckpointError, match=rf"{re.escape(module)}.*(is in the checkpoint|as vLLM calls it)"):
         loaders.by_vllm(write_files(files, tmp_path / "x"))
 

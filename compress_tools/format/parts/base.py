@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from torch import Tensor
 
 from compress_tools.format.dtypes import DTYPES, dtype_name
-from compress_tools.format.finite import largest_magnitude
+from compress_tools.format.finite import extremes
 from compress_tools.format.packing import mask_row_counts, pack_codes, unpack_codes, unpack_mask
 from compress_tools.format.quantization import dequantize, half_range
 from compress_tools.format.row_sizes import code_row_bytes, num_groups
@@ -97,12 +97,12 @@ class TensorSpec:
         Whoever computes with a tensor asks this. Of two factors one may be as large as its dtype has numbers, and what
         they restore to small; but a token's product with the one is no number then.
         """
-        largest = largest_magnitude(tensor)
-        if not isfinite(largest):
+        least, most = extremes(tensor)
+        if not isfinite(least) or not isfinite(most):
             return "holds NaN or Inf, expected finite numbers"
-        if self.role == "scales" and (tensor < 0).any():
-            return f"holds a negative scale {tensor.min():.3g}, expected none below zero"
-        largest *= self.level
+        if self.role == "scales" and least < 0:
+            return f"holds a negative scale {least:.3g}, expected none below zero"
+        largest = max(-least, most) * self.level
         what = "a scale of which codes make" if self.role == "scales" else "a value of"
         if largest > torch.finfo(dtype).max:
             return f"holds {what} {largest:.3g}, beyond {dtype_name(dtype)}"

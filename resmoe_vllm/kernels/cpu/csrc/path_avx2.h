@@ -141,10 +141,10 @@ inline void transpose_words(const uint8_t* from, uint8_t* to, int64_t apart) {
   }
 }
 
-// Sums of one byte in four, as in_columns() has four rows, in the order of their columns; of Places columns a byte:
-// vector Places * q + j has column j of the bytes.
 inline Ints lower_lanes(Ints a, Ints b) { return _mm256_permute2x128_si256(a, b, 0x20); }
 inline Ints upper_lanes(Ints a, Ints b) { return _mm256_permute2x128_si256(a, b, 0x31); }
+// Sums of one byte in four, as in_columns() has four rows, in the order of their columns; of Places columns a byte:
+// vector Places * q + j has column j of the bytes.
 inline void in_column_order(Ints (&v)[4]) {
   const Ints first = lower_lanes(v[0], v[1]), third = upper_lanes(v[0], v[1]);
   v[1] = lower_lanes(v[2], v[3]);
