@@ -9,7 +9,7 @@ from benchmarks.harness.shapes import MoEShape
 from compress_tools.config import make_config
 from compress_tools.format.dtypes import DTYPES
 from compress_tools.format.packing import mask_row_counts, pack_mask
-from compress_tools.format.parts.bitmap import MASK, VALUES
+from compress_tools.format.parts.bitmap import MASK
 from compress_tools.format.schema import BitmapResidual, ExpertNames, ResMoEFormat, version_for
 from compress_tools.residuals.recipes import uniform_spec
 from resmoe_vllm.weights import huge_pages
@@ -100,4 +100,4 @@ def _fill_masks(
         for suffix, value in ((MASK, mask), (ROW_PTR, pointers.int())):
             slot = layout.slots[projection, suffix]
             slot.view(tensors[slot.param])[:] = value
-    assert counted == kept == layout.slots[projections[0], VALUES].shape[0]
+    assert counted == kept

@@ -2,12 +2,22 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.cpu_weights import main
+from benchmarks.cpu_weights import CODERS, main
+from benchmarks.harness.shapes import MoEShape
+from benchmarks.models.synthetic_layer import synthetic_format, synthetic_layer
+from benchmarks.moe_cpu import METHODS
 from resmoe_vllm.kernels.cpu.build import missing_cpu_flags
+
+
+@pytest.mark.parametrize("options", [*METHODS.values(), *({**own, "center": "none"} for own in CODERS.values())])
+def test_every_coder_has_a_layer(options: dict[str, Any]) -> None:
+    layout, tensors = synthetic_layer(synthetic_format(MoEShape("tiny", 256, 64, 2, 1, 1), **options), 0)
+    assert layout.bind(tensors).residual
 
 
 @pytest.mark.skipif(bool(missing_cpu_flags()), reason="the processor has no C++ kernel")
