@@ -46,9 +46,11 @@ struct CodeRows {
   int64_t spans() const { return (n + span() - 1) / span(); }
   ImageKind kind() const { return {n, D::kPlaces, span(), D::kTwiceBias}; }
 
-  template <bool Turned>
+  // Whether a row's vectors hold nothing but the row, the bytes before the chunk too.
+  bool inside(int64_t chunk) const { return (chunk > 0 || D::kBefore == 0) && (chunk + 1) * kChunk <= n; }
+  template <bool Turned, bool Inside = false>
   void decode(int64_t row, int64_t chunk, Bytes (&out)[D::kPlaces]) const {
-    D::template decode<Turned>(tables, codes + row * stride, octets, chunk, out);
+    D::template decode<Turned, Inside>(tables, codes + row * stride, octets, chunk, out);
   }
   // The same chunk of the next `rows` rows. Always inline: GCC drops calls of what does nothing but prefetch.
   __attribute__((always_inline)) void fetch_ahead(int64_t row, int64_t rows, int64_t chunk) const {
@@ -70,7 +72,8 @@ struct CodeScratch {
   Buffer quads;               // [quads of a block, rows of a tile, 4]
   std::vector<float> totals;  // [inputs, rows of a tile]
   Buffer strip;               // [kRows / 4, columns of a chunk, 4]
-  Buffer factors;             // [groups of a chunk, inputs]
+  Buffer factors;             // [groups of a chunk, inputs], or those of a row for one input
+  Buffer sums;                // [columns], of one output
 };
 
 // ---- dots ----------------------------------------------------------------------------------------------------
@@ -103,36 +106,56 @@ __attribute__((noinline)) void dot_direct(const CodeRows<D>& rows, int64_t first
                                           const Image* image, const int32_t* sum, float* sums, int64_t ld) {
   constexpr int kPlaces = D::kPlaces, R = kDirectRows;
   constexpr int64_t kChunk = CodeRows<D>::kChunk;
-  const int64_t chunks = rows.chunks(), spans = rows.spans(), span_chunks = std::max<int64_t>(1, rows.span() / kChunk);
-  const int64_t per_chunk = std::max<int64_t>(1, kChunk / rows.span());
+  const int64_t chunks = rows.chunks(), spans = rows.spans(), span_columns = rows.span();
+  const int64_t span_chunks = std::max<int64_t>(1, span_columns / kChunk);
+  const int64_t per_chunk = std::max<int64_t>(1, kChunk / span_columns);
+  const int64_t octets = rows.octets;
+  const typename D::Tables tables = rows.tables;
   const bool one_scale = rows.groups == 1;
+  const uint8_t* row[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) row[r] = rows.codes + (first + std::min<int64_t>(r, count - 1)) * rows.stride;
+  const uint8_t* ahead = rows.codes + (first + 2 * R) * rows.stride;  // of as many rows, which lie in one piece
+  const uint8_t* with[S];
+#pragma GCC unroll 4
+  for (int s = 0; s < S; ++s) with[s] = image[s].vectors;
   Four total[S];
 #pragma GCC unroll 4
   for (int s = 0; s < S; ++s) total[s] = four_set(0);
   int64_t chunk = 0;
   for (int64_t span = 0; span < spans; span += per_chunk) {
-    const int64_t block = span * rows.span() / kBlock;
     Acc acc[R][S];
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s)
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) acc[r][s] = start(int_set(0));
-    for (const int64_t end = std::min(chunks, chunk + span_chunks); chunk < end; ++chunk)
+    const auto add_chunk = [&](auto inside) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int line = 0; line < R * D::kBits * kPlaces * kBytes / 8 / 64; ++line) fetch(ahead + 64 * line);
+      ahead += R * D::kBits * kPlaces * kBytes / 8;
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        rows.fetch_ahead(first + r, 2 * R, chunk);
         Bytes out[kPlaces];
-        rows.template decode<false>(first + std::min<int64_t>(r, count - 1), chunk, out);
+        D::template decode<false, decltype(inside)::value>(tables, row[r], octets, chunk, out);
 #pragma GCC unroll 8
         for (int j = 0; j < kPlaces; ++j) {
           const Levels own = prepare(out[j]);
-          const uint8_t* with = image[0].vectors + 2 * (chunk * kPlaces + j) * kBytes;
 #pragma GCC unroll 4
           for (int s = 0; s < S; ++s) {
-            const uint8_t* at = with + (image[s].vectors - image[0].vectors);
+            const uint8_t* at = with[s] + 2 * (chunk * kPlaces + j) * kBytes;
             dot(acc[r][s], own, load_ints(at), load_ints(at + kBytes));
           }
         }
+      }
+    };
+    const int64_t end = std::min(chunks, chunk + span_chunks);
+    while (chunk < end)
+      if (rows.inside(chunk)) {
+        const int64_t stop = rows.inside(end - 1) ? end : end - 1;
+        for (; chunk < stop; ++chunk) add_chunk(std::true_type());
+      } else {
+        add_chunk(std::false_type());
+        ++chunk;
       }
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s) {
@@ -140,7 +163,7 @@ __attribute__((noinline)) void dot_direct(const CodeRows<D>& rows, int64_t first
       FourInts quarters[kQuarters];
       split_quarters(sums_of_quarters(value(acc[0][s]), value(acc[1][s]), value(acc[2][s]), value(acc[3][s])),
                      quarters);
-      const Four of_input = four_set(image[s].scale[block]);
+      const Four of_input = four_set(image[s].scale[span * span_columns / kBlock]);
       const auto add_span = [&](int64_t own, FourInts integers) __attribute__((always_inline)) {
         Four f = to_floats(add(integers, four_ints(image[s].start[own])));
         if (D::kTwiceBias % 2) f = add(f, four_set(image[s].half[own]));
@@ -169,12 +192,52 @@ __attribute__((noinline)) void dot_direct(const CodeRows<D>& rows, int64_t first
 
 constexpr int kTileRows = kTileVectors * kWide;
 
+// Whether codes of several rows can stand together before they are decoded: a byte's levels depend on it and on the one
+// before.
+template <class D>
+constexpr bool kPacked = kPacksFirst && D::kPlaces <= 2;
+
+// make_quads, where words of codes are turned before they are decoded. packed: [2, kWide, kBytes].
+template <class D>
+void make_quads_packed(const CodeRows<D>& rows, int64_t first, int64_t count, int64_t begin, int64_t end,
+                       uint8_t* packed, uint8_t* quads) {
+  constexpr int kPlaces = D::kPlaces, V = kTileVectors;
+  uint8_t* turned = packed + kWide * kBytes;
+  for (int g = 0; g < V; ++g) {
+    const auto row_of = [&](int64_t r) { return first + std::min(g * kWide + r, count - 1); };
+    alignas(kBytes) uint8_t last[kBytes] = {};  // of each word its last byte is the one before a row's columns
+    for (int64_t r = 0; r < kWide; ++r) {
+      const uint8_t* row = rows.codes + row_of(r) * rows.stride;
+      last[4 * r + 3] = row[begin ? begin * kBytes - 1 : rows.stride - 1];
+    }
+    Bytes before = load_bytes(last);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      for (int64_t r = 0; r < kWide; ++r) {
+        rows.fetch_ahead(row_of(r), count, chunk);
+        const uint8_t* row = rows.codes + row_of(r) * rows.stride;
+        store_bytes(packed + r * kBytes, load_window<0>(row, rows.stride, chunk * kBytes));
+      }
+      transpose_words(packed, turned, kBytes);
+      for (int w = 0; w < kWide; ++w) {
+        const Bytes own = load_bytes(turned + w * kBytes);
+        Bytes out[kPlaces];
+        D::of_bytes(rows.tables, own, last_byte_before(before, own), out);
+        before = own;
+#pragma GCC unroll 2
+        for (int j = 0; j < kPlaces; ++j)
+          store_bytes(quads + ((((chunk - begin) * kPlaces + j) * kWide + w) * V + g) * kBytes, out[j]);
+      }
+    }
+  }
+}
+
 // Levels of a block of columns of kTileRows rows as [quads][kTileRows][4]; a quad is what a 32-bit word of an image's
 // vector is multiplied with, in their order. count: rows; missing ones are the last one again.
 template <class D>
 void make_quads(const CodeRows<D>& rows, int64_t first, int64_t count, int64_t begin, int64_t end, uint8_t* decoded,
                 uint8_t* quads) {
   constexpr int kPlaces = D::kPlaces;
+  if constexpr (kPacked<D> && kPlaces > 1) return make_quads_packed(rows, first, count, begin, end, decoded, quads);
   for (int64_t chunk = begin; chunk < end; ++chunk)
     for (int g = 0; g < kTileVectors; ++g) {
       for (int64_t r = 0; r < kWide; ++r) {
@@ -284,7 +347,7 @@ void dot_codes(const CodeRows<D>& rows, int64_t count, const Inputs& inputs, flo
     return;
   }
   constexpr int64_t kBlockChunks = kBlock / kChunk;
-  uint8_t* decoded = scratch.decoded.take(D::kPlaces * kWide * kBytes);
+  uint8_t* decoded = scratch.decoded.take(std::max(2, D::kPlaces) * kWide * kBytes);
   uint8_t* quads = scratch.quads.take(kBlock * kTileRows);
   scratch.totals.resize(inputs.count * kTileRows);
   for (int64_t r = 0; r < count; r += kTileRows) {
@@ -334,10 +397,11 @@ inline void make_factors(const float* numbers, int64_t twice_bias, Factors* into
 
 constexpr int kStripVectors = 2;  // at most 32 columns, which share their scales
 
-// y[s][..] += factors of s . strip, kStripVectors of columns of S outputs. columns: that are left of the row.
-template <int S, bool Half>
+// y[s][..] += factors of s . strip, kStripVectors of columns of S outputs. columns: that are left of the row. apart: from
+// the first vector's columns to the second's. PairOf: 0, or the columns of a byte of a packed strip.
+template <int S, bool Half, int PairOf>
 inline void axpy_tile(const uint8_t* strip, int64_t quad_stride, const Factors* const* factors, float* const* y,
-                      int64_t column, int64_t columns) {
+                      int64_t column, int64_t apart, int64_t columns) {
   constexpr int V = kStripVectors;
   Acc acc[S][V];
 #pragma GCC unroll 4
@@ -361,12 +425,64 @@ inline void axpy_tile(const uint8_t* strip, int64_t quad_stride, const Factors* 
 #pragma GCC unroll 4
   for (int s = 0; s < S; ++s) {
     const Floats scale = float_set(factors[s]->scale), half = float_set(factors[s]->half);
+    Ints sums[V] = {value(acc[s][0]), value(acc[s][1])};
+    if constexpr (PairOf > 0) pair_in_column_order<PairOf>(sums[0], sums[1]);
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      Floats f = to_floats(value(acc[s][v]));
+      Floats f = to_floats(sums[v]);
       if (Half) f = add(f, half);
-      if (v * kWide < columns) add_scaled(y[s] + column + v * kWide, scale, f, columns - v * kWide);
+      if (v * apart < columns) add_scaled(y[s] + column + v * apart, scale, f, columns - v * apart);
     }
+  }
+}
+
+// Four rows after four of a chunk of `count` rows; missing rows are the last one again: their factors are zero. Meanwhile
+// the rows behind them, which lie in one piece, are fetched, a piece for each.
+template <class D>
+struct FourRows {
+  const CodeRows<D>& rows;
+  const int64_t count, piece;
+  const uint8_t* row[4];
+  const uint8_t* ahead;
+  __attribute__((always_inline)) FourRows(const CodeRows<D>& rows, int64_t count, int64_t chunk)
+      : rows(rows), count(count), piece(4 * rows.stride / rows.chunks()) {
+    ahead = rows.codes + count * rows.stride + chunk * piece * (count / 4);
+    begin(0);
+  }
+  // quad: the one behind the last
+  __attribute__((always_inline)) void next(int64_t quad) {
+    if (4 * quad + 4 > count) return begin(quad);
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) row[r] += 4 * rows.stride;
+  }
+  __attribute__((always_inline)) void fetch_piece() {
+#pragma GCC unroll 4
+    for (int line = 0; line < 4 * kBytes; line += 64) fetch_far(ahead + line);
+    ahead += piece;
+  }
+
+ private:
+  __attribute__((always_inline)) void begin(int64_t quad) {
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < 4; ++r) row[r] = rows.codes + std::min(count - 1, 4 * quad + r) * rows.stride;
+  }
+};
+
+// Codes of four rows of a chunk, interleaved, and the bytes before each, where levels need them: 32-bit word d of lane l
+// of vector q is byte 16 * l + 4 * q + d of each. Inside: as CodeRows has it.
+template <class D, bool Inside>
+__attribute__((always_inline)) inline void interleave_codes(const uint8_t* const (&row)[4], int64_t stride,
+                                                            int64_t chunk, Bytes (&packed)[4], Bytes (&before)[4]) {
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    packed[r] = bytes_of_row<Inside, 0>(row[r], stride, chunk * kBytes);
+    if (D::kBefore) before[r] = bytes_of_row<Inside, D::kBefore>(row[r], stride, chunk * kBytes);
+  }
+  in_columns(packed);  // four rows in place of four places
+  if (D::kBefore) {
+    before[0] = low_16(low_8(before[0], before[1]), low_8(before[2], before[3]));
+#pragma GCC unroll 4
+    for (int q = 1; q < 4; ++q) before[q] = last_word_before(packed[q - 1], packed[q]);
   }
 }
 
@@ -406,6 +522,24 @@ inline void make_strip(const CodeRows<D>& rows, int64_t count, int64_t chunk, ui
     for (int v = 0; v < 4 * D::kPlaces; ++v) store_bytes(strip + quad * 4 * rows.kChunk + v * kBytes, own[v]);
   }
 }
+// The same of codes that are interleaved before they are decoded: pairs of its vectors are in pair_in_column_order().
+template <class D, bool Inside>
+inline void make_packed_strip(const CodeRows<D>& rows, int64_t count, int64_t chunk, uint8_t* strip) {
+  FourRows<D> four(rows, count, chunk);
+  for (int64_t quad = 0; quad < kQuads; four.next(++quad)) {
+    Bytes packed[4], before[4];
+    four.fetch_piece();
+    interleave_codes<D, Inside>(four.row, rows.stride, chunk, packed, before);
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+      Bytes own[D::kPlaces];
+      D::of_bytes(rows.tables, packed[q], before[q], own);
+#pragma GCC unroll 2
+      for (int j = 0; j < D::kPlaces; ++j)
+        store_bytes(strip + quad * 4 * rows.kChunk + (D::kPlaces * q + j) * kBytes, own[j]);
+    }
+  }
+}
 
 // y[..] += factors . `count` rows of a chunk, `columns` of them, multiplied while they are decoded. factors(v): of
 // vector v.
@@ -439,41 +573,31 @@ inline void axpy_direct(const CodeRows<D>& rows, int64_t count, int64_t chunk, F
   }
 }
 
+// A piece of the rows that share factors, and of them which: its sums go on from those of the piece before.
+struct Piece {
+  int64_t first, count;
+  bool last;
+};
+
 // The same with one group of factors, where codes are interleaved before they are decoded: sums are put in order once
-// for all rows. Inside: the chunk is neither a row's first nor its last.
+// for all rows. rows: the piece's; sums: [4 * kPlaces, kWide], of the pieces before, then of this one too. Inside: as
+// CodeRows has it.
 template <class D, bool Inside>
-__attribute__((noinline)) void axpy_packed(const CodeRows<D>& rows, int64_t count, int64_t chunk, const Factors* with,
-                                           float* y, int64_t columns) {
+__attribute__((noinline)) void axpy_packed(const CodeRows<D>& rows, const Piece& piece, int64_t chunk,
+                                           const Factors* with, int32_t* sums, float* y, int64_t columns) {
   constexpr int kPlaces = D::kPlaces, V = 4 * kPlaces;
-  constexpr bool kNeedsBefore = D::kTwiceBias == 256;
-  const int64_t step = rows.stride / rows.chunks(), at = chunk * kBytes;
-  const auto load = [&](int64_t row, auto by) __attribute__((always_inline)) {
-    const uint8_t* from = rows.codes + row * rows.stride;
-    return Inside ? load_bytes(from + at - by) : load_window<by>(from, rows.stride, at);
-  };
+  const int64_t count = piece.count;
   Acc acc[V];
 #pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) acc[v] = start(int_set(with->start));
-  for (int64_t quad = 0; 4 * quad < count; ++quad) {
-    Bytes packed[4], before[4] = {};
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      const int64_t row = std::min(count - 1, 4 * quad + r);
-      // the rows behind these, which lie in one piece, a piece for each
-      fetch(rows.codes + count * rows.stride + (chunk * count + row) * step);
-      packed[r] = load(row, std::integral_constant<int, 0>());
-      if (kNeedsBefore) before[r] = load(row, std::integral_constant<int, 1>());
-    }
-    // of four rows in place of four places: 32-bit word d of lane l of vector q is byte 16 * l + 4 * q + d of each
-    in_columns(packed);
-    if (kNeedsBefore) {
-      before[0] = low_16(low_8(before[0], before[1]), low_8(before[2], before[3]));
-#pragma GCC unroll 4
-      for (int q = 1; q < 4; ++q) before[q] = last_word_before(packed[q - 1], packed[q]);
-    }
+  for (int v = 0; v < V; ++v) acc[v] = start(piece.first ? load_ints(sums + v * kWide) : int_set(with->start));
+  FourRows<D> four(rows, count, chunk);
+  for (int64_t quad = 0; 4 * quad < count; four.next(++quad)) {
+    Bytes packed[4], before[4];
+    four.fetch_piece();
+    interleave_codes<D, Inside>(four.row, rows.stride, chunk, packed, before);
     int32_t first, second;
-    memcpy(&first, with->first + 4 * quad, 4);
-    memcpy(&second, with->second + 4 * quad, 4);
+    memcpy(&first, with->first + piece.first + 4 * quad, 4);
+    memcpy(&second, with->second + piece.first + 4 * quad, 4);
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) {
       Bytes levels[kPlaces];
@@ -482,30 +606,104 @@ __attribute__((noinline)) void axpy_packed(const CodeRows<D>& rows, int64_t coun
       for (int j = 0; j < kPlaces; ++j) dot(acc[kPlaces * q + j], prepare(levels[j]), int_set(first), int_set(second));
     }
   }
-  Ints sums[V];
+  Ints all[V];
 #pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) sums[v] = value(acc[v]);
-  in_column_order(sums);
+  for (int v = 0; v < V; ++v) all[v] = value(acc[v]);
+  if (!piece.last) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store_ints(sums + v * kWide, all[v]);
+    return;
+  }
+  in_column_order(all);
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) {
-    Floats f = to_floats(sums[v]);
+    Floats f = to_floats(all[v]);
     if (D::kTwiceBias % 2) f = add(f, float_set(with->half));
     if (v * kWide < columns) add_scaled(y + v * kWide, float_set(with->scale), f, columns - v * kWide);
   }
 }
+
+// into[s][begin ..] += factors . strip, a chunk of at most n columns, for each product s. factors(c): of the products, at
+// the strip's column c. PairOf: as axpy_tile has it.
+template <bool Half, int PairOf, class FactorsOf>
+inline void axpy_strip(const uint8_t* strip, int64_t chunk_columns, FactorsOf factors, float* const* into,
+                       int64_t products, int64_t begin, int64_t n) {
+  constexpr int kMostOutputs = kTileInputs;
+  const int64_t step = PairOf ? kWide : kStripVectors * kWide, apart = PairOf ? chunk_columns / 2 : kWide;
+  const int64_t end = std::min(PairOf ? chunk_columns / 2 : chunk_columns, n - begin);
+  for (int64_t s = 0; s < products; s += kMostOutputs)
+    for (int64_t c = 0; c < end; c += step) {
+      const Factors* own[kMostOutputs];
+      for (int64_t k = 0; k < kMostOutputs; ++k) own[k] = factors(c) + std::min(products - 1, s + k);
+      const uint8_t* at = strip + c / step * kStripVectors * kBytes;
+      const int64_t stride = 4 * chunk_columns, first = begin + c, left = n - first;
+      switch (std::min<int64_t>(kMostOutputs, products - s)) {
+        case 1:
+          axpy_tile<1, Half, PairOf>(at, stride, own, into + s, first, apart, left);
+          break;
+        case 2:
+          axpy_tile<2, Half, PairOf>(at, stride, own, into + s, first, apart, left);
+          break;
+        default:
+          if constexpr (kMostOutputs == 3)
+            axpy_tile<3, Half, PairOf>(at, stride, own, into + s, first, apart, left);
+      }
+    }
+}
+
 // Where the sums of a chunk stay in registers.
 template <class D>
 constexpr bool kAxpyDirect = D::kPlaces <= 2;
+
+// The factors of `count` rows for one output; finer: and those of what is left of them, or null.
+template <class D>
+inline void make_factors(const float* a, const float* scales, int64_t count, Factors* into, Factors* finer) {
+  float numbers[kRows];
+  for (int64_t r = 0; r < kRows; r += kWide)
+    store_floats(numbers + r,
+                 mul(load_floats(a + r, std::max<int64_t>(0, count - r)), load_floats(scales + r)));
+  make_factors(numbers, D::kTwiceBias, into, finer);
+}
+
+// y += sum over r < count of a[r] * row r, 16 bits of each a.
+template <class D>
+void axpy_one(const float* a, const CodeRows<D>& rows, int64_t count, float* y, CodeScratch& scratch) {
+  constexpr int64_t kChunk = CodeRows<D>::kChunk;
+  const int64_t chunks = rows.chunks(), groups = rows.groups, group = groups == 1 ? rows.n : rows.group;
+  Factors* factors = (Factors*)scratch.factors.take(groups * sizeof(Factors));
+  for (int64_t g = 0; g < groups; ++g) {
+    const float* scales = scratch.scales.data() + (groups == 1 ? 0 : g * (group / rows.span())) * kRows;
+    make_factors<D>(a, scales, count, factors + g, nullptr);
+  }
+  if (group < kChunk && groups > 1) {
+    for (int64_t chunk = 0, c = 0; chunk < chunks; ++chunk, c += kChunk)
+      axpy_direct(
+          rows, count, chunk, [&](int64_t v) { return factors + std::min(groups - 1, (c + v * kWide) / group); }, y + c,
+          rows.n - c);
+    return;
+  }
+  int32_t* sums = (int32_t*)scratch.sums.take(chunks * kChunk * sizeof(int32_t));
+  CodeRows<D> own = rows;
+  for (Piece piece{0, kPieceRows, false}; piece.first < count; piece.first += kPieceRows) {
+    piece.count = std::min<int64_t>(kPieceRows, count - piece.first);
+    piece.last = piece.first + piece.count == count;
+    for (int64_t chunk = 0, c = 0; chunk < chunks; ++chunk, c += kChunk)
+      (rows.inside(chunk) ? axpy_packed<D, true> : axpy_packed<D, false>)(own, piece, chunk, factors + c / group,
+                                                                          sums + c, y + c, rows.n - c);
+    own.codes += kPieceRows * rows.stride;
+  }
+}
 
 // y[s] += sum over r < count of a[s * lda + r] * row r; count at most kRows. fine: whether numbers of s are.
 template <class D>
 void axpy_codes(const float* a, int64_t lda, const CodeRows<D>& rows, int64_t count, float* const* y, const bool* fine,
                 int64_t outputs, CodeScratch& scratch) {
   constexpr int64_t kChunk = CodeRows<D>::kChunk;
-  constexpr int kMostOutputs = kTileInputs;
   const bool one_scale = rows.groups == 1;
   const int64_t per = one_scale ? 1 : std::max<int64_t>(1, kChunk / rows.group);
   load_scales(rows, 0, count, kRows, scratch.scales);
+  if constexpr (kAxpyDirect<D>)
+    if (outputs == 1 && !fine[0]) return axpy_one(a, rows, count, y[0], scratch);
   uint8_t* strip = scratch.strip.take(kRows * kChunk);
   Factors* factors = (Factors*)scratch.factors.take(per * 2 * outputs * sizeof(Factors));  // [per, 2 * outputs]
   float* into[2 * kInputs];
@@ -518,49 +716,26 @@ void axpy_codes(const float* a, int64_t lda, const CodeRows<D>& rows, int64_t co
         const float* scales = scratch.scales.data() + (first_group + p) * (rows.group / rows.span()) * kRows;
         products = 0;
         for (int64_t s = 0; s < outputs; ++s) {
-          float numbers[kRows];
-          for (int64_t r = 0; r < kRows; ++r) numbers[r] = r < count ? a[s * lda + r] * scales[r] : 0;
           Factors* own = factors + p * 2 * outputs + products;
-          make_factors(numbers, D::kTwiceBias, own, fine[s] ? own + 1 : nullptr);
+          make_factors<D>(a + s * lda, scales, count, own, fine[s] ? own + 1 : nullptr);
           into[products++] = y[s];
           if (fine[s]) into[products++] = y[s];
         }
       }
     }
-    if constexpr (kAxpyDirect<D>)
-      if (products == 1) {
-        const auto of = [&](int64_t v) {
-          const int64_t p = one_scale ? 0 : std::min(per - 1, (begin + v * kWide) / rows.group - first_group);
-          return factors + p * 2 * outputs;
-        };
-        if (per > 1)
-          axpy_direct(rows, count, chunk, of, into[0] + begin, rows.n - begin);
-        else if (chunk > 0 && (chunk + 1) * kBytes <= rows.stride)
-          axpy_packed<D, true>(rows, count, chunk, of(0), into[0] + begin, rows.n - begin);
-        else
-          axpy_packed<D, false>(rows, count, chunk, of(0), into[0] + begin, rows.n - begin);
+    constexpr bool kHalf = D::kTwiceBias % 2;
+    if constexpr (kPacked<D>)
+      if (per == 1) {
+        (rows.inside(chunk) ? make_packed_strip<D, true> : make_packed_strip<D, false>)(rows, count, chunk, strip);
+        const Factors* own = factors;
+        axpy_strip<kHalf, D::kPlaces>(strip, kChunk, [own](int64_t) { return own; }, into, products, begin, rows.n);
         continue;
       }
     make_strip(rows, count, chunk, strip);
-    for (int64_t s = 0; s < products; s += kMostOutputs)
-      for (int64_t c = 0; c < kChunk && begin + c < rows.n; c += kStripVectors * kWide) {
-        const Factors* own[kMostOutputs];
-        const int64_t p = one_scale ? 0 : std::min(per - 1, (begin + c) / rows.group - first_group);
-        for (int64_t k = 0; k < kMostOutputs; ++k) own[k] = factors + p * 2 * outputs + std::min(products - 1, s + k);
-        const uint8_t* at = strip + 4 * c;
-        constexpr bool kHalf = D::kTwiceBias % 2;
-        switch (std::min<int64_t>(kMostOutputs, products - s)) {
-          case 1:
-            axpy_tile<1, kHalf>(at, 4 * kChunk, own, into + s, begin + c, rows.n - begin - c);
-            break;
-          case 2:
-            axpy_tile<2, kHalf>(at, 4 * kChunk, own, into + s, begin + c, rows.n - begin - c);
-            break;
-          default:
-            if constexpr (kMostOutputs == 3)
-              axpy_tile<3, kHalf>(at, 4 * kChunk, own, into + s, begin + c, rows.n - begin - c);
-        }
-      }
+    const auto of = [&](int64_t c) {
+      return factors + (one_scale ? 0 : std::min(per - 1, (begin + c) / rows.group - first_group)) * 2 * outputs;
+    };
+    axpy_strip<kHalf, 0>(strip, kChunk, of, into, products, begin, rows.n);
   }
 }
 

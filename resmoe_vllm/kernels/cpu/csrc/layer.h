@@ -67,6 +67,7 @@ struct Routing {
   int64_t pairs() const { return (int64_t)token.size(); }
 };
 
+constexpr int64_t kHidden = 8 * kRows;  // of gate and up before those of down: so far each is read on and fetched ahead
 constexpr int64_t kStoredRows = 16;  // of a bitmap, decoded to the layer's dtype at once
 
 template <class T>
@@ -98,8 +99,8 @@ struct Run {
   struct Scratch {
     std::vector<float> rows;       // four decoded rows
     std::vector<uint16_t> stored;  // kStoredRows of them, in the layer's dtype
-    std::vector<float> sums;       // [kSums, kRows]: of gate, then of up
-    std::vector<float> hidden;     // [kInputs, kRows]
+    std::vector<float> sums;       // [2 * inputs, kRows]: of gate, then of up
+    std::vector<float> hidden;     // [inputs, kHidden]
     std::vector<float> rest;       // of numbers rounded to 16 bits
     std::vector<Images> shrunk;    // of a block's pairs, by low-rank part: [kSums, 2]
     // What is at hand for rows of codes; for others as fp32; and, of x, as products of the layer's dtype take it.
@@ -111,9 +112,10 @@ struct Run {
     float* into[kInputs];
     bool fine[kInputs];
     int64_t ld, ld_stored;
-    explicit Scratch(int64_t columns) : ld(columns + 2 * kLanes), ld_stored(round_up(columns, 64) + 32) {
-      sums.resize(kRows * kSums);
-      hidden.resize(kInputs * kRows);
+    Scratch(int64_t columns, int64_t tokens) : ld(columns + 2 * kLanes), ld_stored(round_up(columns, 64) + 32) {
+      const int64_t inputs = std::min(kInputs, tokens);
+      sums.resize(2 * inputs * kRows);
+      hidden.resize(inputs * kHidden);
       rest.resize(columns);
     }
   };
@@ -136,7 +138,7 @@ struct Run {
 #pragma omp parallel num_threads(most_threads)
     {
       const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-      Scratch scratch(columns);
+      Scratch scratch(columns, tokens);
       round_inputs(thread, threads, scratch);
 #pragma omp barrier
       project_inputs(thread, threads, scratch);
@@ -449,14 +451,21 @@ struct Run {
 
   void run_experts(int thread, int threads, Scratch& scratch) {
     const Span rows = share(layer.intermediate, 4, thread, threads);
+    const int64_t together = layer.num_low_rank ? kRows : kHidden;
     for_pair_blocks([&](int64_t e, int64_t q, int64_t pairs) {
       round_shrunk_inputs(q, pairs, scratch);
-      for (int64_t i = rows.begin; i < rows.end; i += kRows) {
-        const Block block{e, q, pairs, i, std::min(kRows, rows.end - i)};
-        float* sums[2] = {scratch.sums.data(), scratch.sums.data() + pairs * kRows};
-        add_gate_up(block, sums, scratch);
-        activate_rows(block, sums, scratch);
-        add_down(block, thread, scratch);
+      for (int64_t first = rows.begin; first < rows.end; first += together) {
+        const int64_t end = std::min(rows.end, first + together);
+        const auto for_blocks = [&](auto visit) {
+          for (int64_t i = first; i < end; i += kRows)
+            visit(Block{e, q, pairs, i, std::min(kRows, end - i)}, scratch.hidden.data() + i - first);
+        };
+        for_blocks([&](const Block& block, float* hidden) {
+          float* sums[2] = {scratch.sums.data(), scratch.sums.data() + pairs * kRows};
+          add_gate_up(block, sums, scratch);
+          activate_rows(block, sums, hidden);
+        });
+        for_blocks([&](const Block& block, const float* hidden) { add_down(block, hidden, thread, scratch); });
       }
     });
   }
@@ -533,10 +542,10 @@ struct Run {
         }
   }
 
-  // scratch.hidden[s * kRows + r], and the tokens' sums of it.
-  void activate_rows(const Block& b, float* const (&sums)[2], Scratch& scratch) {
+  // all[s * kHidden + r], and the tokens' sums of it.
+  void activate_rows(const Block& b, float* const (&sums)[2], float* all) {
     for (int64_t s = 0; s < b.pairs; ++s) {
-      float* hidden = scratch.hidden.data() + s * kRows;
+      float* hidden = all + s * kHidden;
       float* mixed = mixed_hidden.data() + routing.token[b.first_pair + s] * layer.intermediate + b.first_row;
       activate(layer.activation, sums[kGate] + s * kRows, sums[kUp] + s * kRows, routing.weight[b.first_pair + s],
                b.rows, hidden);
@@ -544,26 +553,25 @@ struct Run {
     }
   }
 
-  // What the residual's parts of down make of scratch.hidden.
-  void add_down(const Block& b, int thread, Scratch& scratch) {
+  // What the residual's parts of down make of activate_rows()'s numbers.
+  void add_down(const Block& b, const float* hidden, int thread, Scratch& scratch) {
     const int64_t H = layer.hidden, e = b.expert, i = b.first_row;
     const int32_t* token = routing.token.data() + b.first_pair;
-    const float* hidden = scratch.hidden.data();
     const auto token_of = [&](int64_t s) { return token[s]; };
     for (int64_t g = 0; g < layer.num_low_rank; ++g)
       if (layer.low_rank[g].v[kDown].data) {
         const int64_t rank = layer.low_rank[g].rank;
         float* own = shrunk_hidden[g].data() + (thread * routing.pairs() + b.first_pair) * rank;
         use_outputs(b.pairs, scratch, [&](int64_t s) { return own + s * rank; }, token_of);
-        axpys(hidden, kRows, layer.low_rank[g].u, e, i, b.rows, rank, b.pairs, scratch);
+        axpys(hidden, kHidden, layer.low_rank[g].u, e, i, b.rows, rank, b.pairs, scratch);
       }
     float* own = partial.data() + thread * tokens * H;
     use_outputs(b.pairs, scratch, [&](int64_t s) { return own + token[s] * H; }, token_of);
     for (int64_t g = 0; g < layer.num_bitmap; ++g)
-      if (layer.bitmap[g].mask[kDown]) axpys(hidden, kRows, layer.bitmap[g], e, i, b.rows, b.pairs, scratch);
+      if (layer.bitmap[g].mask[kDown]) axpys(hidden, kHidden, layer.bitmap[g], e, i, b.rows, b.pairs, scratch);
     for (int64_t g = 0; g < layer.num_quantized; ++g)
       if (layer.quantized[g].rows[kDown].data)
-        axpys(hidden, kRows, layer.quantized[g].rows[kDown], e, i, b.rows, H, b.pairs, scratch);
+        axpys(hidden, kHidden, layer.quantized[g].rows[kDown], e, i, b.rows, H, b.pairs, scratch);
   }
 
   void project_outputs(int thread, int threads, Scratch& scratch) {

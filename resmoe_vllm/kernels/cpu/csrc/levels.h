@@ -23,10 +23,18 @@ struct NoTables {
 inline Bytes low_nibbles(Bytes v) { return both(v, byte_set(15)); }
 inline Bytes high_nibbles(Bytes v) { return low_nibbles(right<4>(v)); }
 
+// Bytes at - By.. of `size` of a row. Inside: all of them are.
+template <bool Inside, int By>
+inline Bytes bytes_of_row(const uint8_t* row, int64_t size, int64_t at) {
+  if constexpr (Inside)
+    return load_bytes(row + at - By);
+  else
+    return load_window<By>(row, size, at);
+}
 // Bytes at - By.. of a plane, turned if asked for.
-template <bool Turned, int Places, int By = 0>
+template <bool Turned, bool Inside, int Places, int By = 0>
 inline Bytes window(const uint8_t* plane, int64_t size, int64_t at) {
-  const Bytes v = load_window<By>(plane, size, at);
+  const Bytes v = bytes_of_row<Inside, By>(plane, size, at);
   if constexpr (Turned)
     return turn<Places>(v);
   else
@@ -41,10 +49,10 @@ struct Trellis;
 template <>
 struct Plain<8> {
   using Tables = NoTables;
-  static constexpr int kBits = 8, kPlaces = 1, kTwiceBias = 255;
-  template <bool Turned>
+  static constexpr int kBits = 8, kPlaces = 1, kBefore = 0, kTwiceBias = 255;
+  template <bool Turned, bool Inside>
   static inline void decode(const Tables& t, const uint8_t* row, int64_t octets, int64_t chunk, Bytes (&out)[1]) {
-    of_bytes(t, window<Turned, 1>(row, 8 * octets, chunk * kBytes), Bytes(), out);
+    of_bytes(t, window<Turned, Inside, 1>(row, 8 * octets, chunk * kBytes), Bytes(), out);
   }
   static inline void of_bytes(const Tables&, Bytes own, Bytes, Bytes (&out)[1]) { out[0] = own; }
 };
@@ -52,20 +60,20 @@ struct Plain<8> {
 // Signed bytes, as matrices beside the experts have them (SPEC.md, 6): any number of columns, not octets, a row.
 struct SignedBytes {
   using Tables = NoTables;
-  static constexpr int kBits = 8, kPlaces = 1, kTwiceBias = 256;
-  template <bool Turned>
+  static constexpr int kBits = 8, kPlaces = 1, kBefore = 0, kTwiceBias = 256;
+  template <bool Turned, bool Inside>
   static inline void decode(const Tables&, const uint8_t* row, int64_t columns, int64_t chunk, Bytes (&out)[1]) {
-    out[0] = plus(window<Turned, 1>(row, columns, chunk * kBytes), byte_set(128));
+    out[0] = plus(window<Turned, Inside, 1>(row, columns, chunk * kBytes), byte_set(128));
   }
 };
 
 template <>
 struct Plain<4> {
   using Tables = NoTables;
-  static constexpr int kBits = 4, kPlaces = 2, kTwiceBias = 15;
-  template <bool Turned>
+  static constexpr int kBits = 4, kPlaces = 2, kBefore = 0, kTwiceBias = 15;
+  template <bool Turned, bool Inside>
   static inline void decode(const Tables& t, const uint8_t* row, int64_t octets, int64_t chunk, Bytes (&out)[2]) {
-    of_bytes(t, window<Turned, 2>(row, 4 * octets, chunk * kBytes), Bytes(), out);
+    of_bytes(t, window<Turned, Inside, 2>(row, 4 * octets, chunk * kBytes), Bytes(), out);
   }
   static inline void of_bytes(const Tables&, Bytes own, Bytes, Bytes (&out)[2]) {
     out[0] = low_nibbles(own);
@@ -76,10 +84,10 @@ struct Plain<4> {
 template <>
 struct Plain<2> {
   using Tables = NoTables;
-  static constexpr int kBits = 2, kPlaces = 4, kTwiceBias = 3;
-  template <bool Turned>
+  static constexpr int kBits = 2, kPlaces = 4, kBefore = 0, kTwiceBias = 3;
+  template <bool Turned, bool Inside>
   static inline void decode(const Tables&, const uint8_t* row, int64_t octets, int64_t chunk, Bytes (&out)[4]) {
-    const Bytes own = window<Turned, 4>(row, 2 * octets, chunk * kBytes), mask = byte_set(3);
+    const Bytes own = window<Turned, Inside, 4>(row, 2 * octets, chunk * kBytes), mask = byte_set(3);
     out[0] = both(own, mask);
     out[1] = both(right<2>(own), mask);
     out[2] = both(right<4>(own), mask);
@@ -105,10 +113,10 @@ inline Bytes tops_of(Bytes words) {  // words of eight columns to bytes of four
 template <>
 struct Plain<3> {
   using Tables = NoTables;
-  static constexpr int kBits = 3, kPlaces = 4, kTwiceBias = 7;
-  template <bool Turned>
+  static constexpr int kBits = 3, kPlaces = 4, kBefore = 0, kTwiceBias = 7;
+  template <bool Turned, bool Inside>
   static inline void decode(const Tables&, const uint8_t* row, int64_t octets, int64_t chunk, Bytes (&out)[4]) {
-    const Bytes lows = window<Turned, 4>(row, 2 * octets, chunk * kBytes);
+    const Bytes lows = window<Turned, Inside, 4>(row, 2 * octets, chunk * kBytes);
     const Bytes tops = tops_of<Turned>(load_window_of_words<0>(row + 2 * octets, octets, chunk * kBytes / 2));
     out[0] = symbol_of_three<0>(lows, tops);
     out[1] = symbol_of_three<1>(lows, tops);
@@ -142,11 +150,11 @@ struct Trellis<4> {
   struct Tables : ThreeTables {
     explicit Tables(const int8_t* t) : ThreeTables(t, [](int k) { return k; }) {}
   };
-  static constexpr int kBits = 4, kPlaces = 2, kTwiceBias = 256;
-  template <bool Turned>
+  static constexpr int kBits = 4, kPlaces = 2, kBefore = 1, kTwiceBias = 256;
+  template <bool Turned, bool Inside>
   static inline void decode(const Tables& t, const uint8_t* row, int64_t octets, int64_t chunk, Bytes (&out)[2]) {
-    const Bytes own = window<Turned, 2>(row, 4 * octets, chunk * kBytes);
-    of_bytes(t, own, window<Turned, 2, 1>(row, 4 * octets, chunk * kBytes), out);
+    const Bytes own = window<Turned, Inside, 2>(row, 4 * octets, chunk * kBytes);
+    of_bytes(t, own, window<Turned, Inside, 2, 1>(row, 4 * octets, chunk * kBytes), out);
   }
   static inline void of_bytes(const Tables& t, Bytes own, Bytes before, Bytes (&out)[2]) {
     const Bytes low = low_nibbles(own), high = high_nibbles(own);
@@ -165,11 +173,11 @@ struct Trellis<3> {
       of_age[0] = plus(of_age[0], byte_set(128));
     }
   };
-  static constexpr int kBits = 3, kPlaces = 4, kTwiceBias = 256;
-  template <bool Turned>
+  static constexpr int kBits = 3, kPlaces = 4, kBefore = 1, kTwiceBias = 256;
+  template <bool Turned, bool Inside>
   static inline void decode(const Tables& t, const uint8_t* row, int64_t octets, int64_t chunk, Bytes (&out)[4]) {
-    const Bytes lows = window<Turned, 4>(row, 2 * octets, chunk * kBytes);
-    const Bytes lows_before = window<Turned, 4, 1>(row, 2 * octets, chunk * kBytes);
+    const Bytes lows = window<Turned, Inside, 4>(row, 2 * octets, chunk * kBytes);
+    const Bytes lows_before = window<Turned, Inside, 4, 1>(row, 2 * octets, chunk * kBytes);
     const uint8_t* plane = row + 2 * octets;
     const Bytes words = load_window_of_words<0>(plane, octets, chunk * kBytes / 2);
     const Bytes words_before = load_window_of_words<1>(plane, octets, chunk * kBytes / 2);
@@ -198,12 +206,12 @@ struct Trellis<2> {
   struct Tables : ThreeTables {
     explicit Tables(const int8_t* t) : ThreeTables(t, [](int k) { return k >> 2 | (k & 3) << 2; }) {}
   };
-  static constexpr int kBits = 2, kPlaces = 4, kTwiceBias = 256;
-  template <bool Turned>
+  static constexpr int kBits = 2, kPlaces = 4, kBefore = 2, kTwiceBias = 256;
+  template <bool Turned, bool Inside>
   static inline void decode(const Tables& t, const uint8_t* row, int64_t octets, int64_t chunk, Bytes (&out)[4]) {
     const int64_t size = 2 * octets, at = chunk * kBytes;
-    const Bytes own = window<Turned, 4>(row, size, at), before = window<Turned, 4, 1>(row, size, at);
-    const Bytes oldest = window<Turned, 4, 2>(row, size, at);
+    const Bytes own = window<Turned, Inside, 4>(row, size, at), before = window<Turned, Inside, 4, 1>(row, size, at);
+    const Bytes oldest = window<Turned, Inside, 4, 2>(row, size, at);
     of_pairs(t, own, before, out[1], out[3]);
     of_pairs(t, earlier(own, before), earlier(before, oldest), out[0], out[2]);
   }
@@ -226,11 +234,12 @@ struct Trellis<1> {
     explicit Tables(const int8_t* t)
         : ThreeTables(t, [](int k) { return k >> 3 | (k >> 1 & 2) | (k << 1 & 4) | (k << 3 & 8); }) {}
   };
-  static constexpr int kBits = 1, kPlaces = 8, kTwiceBias = 256;
-  template <bool Turned>  // is not turned here: in_columns does it
+  static constexpr int kBits = 1, kPlaces = 8, kBefore = 2, kTwiceBias = 256;
+  template <bool Turned, bool Inside>  // is not turned here: in_columns does it
   static inline void decode(const Tables& t, const uint8_t* row, int64_t octets, int64_t chunk, Bytes (&out)[8]) {
-    const Bytes own = load_window<0>(row, octets, chunk * kBytes), before = load_window<1>(row, octets, chunk * kBytes);
-    const Bytes oldest = load_window<2>(row, octets, chunk * kBytes);
+    const int64_t at = chunk * kBytes;
+    const Bytes own = bytes_of_row<Inside, 0>(row, octets, at), before = bytes_of_row<Inside, 1>(row, octets, at);
+    const Bytes oldest = bytes_of_row<Inside, 2>(row, octets, at);
     Bytes ending[8], ending_before[8];  // four symbols, the last one that of a byte's column j
     endings(own, before, ending);
     endings(before, oldest, ending_before);

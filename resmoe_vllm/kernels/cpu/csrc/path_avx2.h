@@ -38,6 +38,10 @@ inline Bytes low_32(Bytes a, Bytes b) { return _mm256_unpacklo_epi32(a, b); }
 inline Bytes high_32(Bytes a, Bytes b) { return _mm256_unpackhi_epi32(a, b); }
 // In each 128-bit lane the last word of `before`, then all but the last one of v.
 inline Bytes last_word_before(Bytes before, Bytes v) { return _mm256_alignr_epi8(v, before, 12); }
+// In each 32-bit word of v all but its last byte, behind the last byte of `before`'s.
+inline Bytes last_byte_before(Bytes before, Bytes v) {
+  return _mm256_or_si256(_mm256_slli_epi32(v, 8), _mm256_srli_epi32(before, 24));
+}
 // 16 bytes of each 128-bit lane to `to`, `apart` bytes from one lane to the next.
 inline void store_lanes_apart(uint8_t* to, Bytes v, int64_t apart) {
   _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(v));
@@ -48,6 +52,12 @@ inline void store_lanes_apart(uint8_t* to, Bytes v, int64_t apart) {
 template <int By>
 inline Bytes load_window(const uint8_t* from, int64_t size, int64_t at) {
   if (at >= By && at - By + kBytes <= size) return load_bytes(from + at - By);
+  if (at == 0 && size >= kBytes) {
+    const Bytes own = load_bytes(from);
+    const __m128i last = _mm_loadu_si128((const __m128i*)(from + size - 16));
+    const Bytes before = _mm256_inserti128_si256(_mm256_castsi128_si256(last), _mm256_castsi256_si128(own), 1);
+    return _mm256_alignr_epi8(own, before, 16 - By);
+  }
   alignas(32) uint8_t copy[kBytes] = {};
   copy_window<By>(from, size, at, copy, kBytes);
   return load_bytes(copy);
@@ -141,34 +151,30 @@ inline void transpose_words(const uint8_t* from, uint8_t* to, int64_t apart) {
   }
 }
 
-inline Ints lower_lanes(Ints a, Ints b) { return _mm256_permute2x128_si256(a, b, 0x20); }
-inline Ints upper_lanes(Ints a, Ints b) { return _mm256_permute2x128_si256(a, b, 0x31); }
-// Sums of one byte in four, as in_columns() has four rows, in the order of their columns; of Places columns a byte:
-// vector Places * q + j has column j of the bytes.
-inline void in_column_order(Ints (&v)[4]) {
-  const Ints first = lower_lanes(v[0], v[1]), third = upper_lanes(v[0], v[1]);
-  v[1] = lower_lanes(v[2], v[3]);
-  v[3] = upper_lanes(v[2], v[3]);
-  v[0] = first;
-  v[2] = third;
+// Sums of one byte in four, as in_columns() has four rows, of two vectors that stand together, in the order of their
+// columns: kWide columns, and those half a chunk behind them. Places: columns of a byte.
+template <int Places>
+inline void pair_in_column_order(Ints& first, Ints& second) {
+  const Ints low = Places == 1 ? first : _mm256_unpacklo_epi32(first, second);
+  const Ints high = Places == 1 ? second : _mm256_unpackhi_epi32(first, second);
+  first = _mm256_permute2x128_si256(low, high, 0x20);
+  second = _mm256_permute2x128_si256(low, high, 0x31);
 }
-inline void in_column_order(Ints (&v)[8]) {
-  Ints lower[4], upper[4];
+template <int Vectors>
+inline void in_column_order(Ints (&v)[Vectors]) {
+  Ints sorted[Vectors];
 #pragma GCC unroll 4
-  for (int q = 0; q < 4; ++q) {
-    const Ints first = _mm256_unpacklo_epi32(v[2 * q], v[2 * q + 1]);
-    const Ints second = _mm256_unpackhi_epi32(v[2 * q], v[2 * q + 1]);
-    lower[q] = lower_lanes(first, second);
-    upper[q] = upper_lanes(first, second);
+  for (int p = 0; p < Vectors / 2; ++p) {
+    sorted[p] = v[2 * p];
+    sorted[Vectors / 2 + p] = v[2 * p + 1];
+    pair_in_column_order<Vectors / 4>(sorted[p], sorted[Vectors / 2 + p]);
   }
-#pragma GCC unroll 4
-  for (int q = 0; q < 4; ++q) {
-    v[q] = lower[q];
-    v[4 + q] = upper[q];
-  }
+#pragma GCC unroll 8
+  for (int k = 0; k < Vectors; ++k) v[k] = sorted[k];
 }
 
 inline Ints load_ints(const void* from) { return _mm256_loadu_si256((const __m256i*)from); }
+inline void store_ints(int32_t* to, Ints v) { _mm256_storeu_si256((__m256i*)to, v); }
 inline Ints int_set(int32_t v) { return _mm256_set1_epi32(v); }
 inline Ints larger(Ints a, Ints b) { return _mm256_max_epi32(a, b); }
 inline Ints magnitude_bits(Floats v) { return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)); }

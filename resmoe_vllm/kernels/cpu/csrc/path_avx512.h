@@ -14,6 +14,9 @@ namespace resmoe {
 constexpr int kBytes = 64, kWide = 16;
 constexpr int kTileVectors = 2, kTileInputs = 3;  // GCC 12 copies the sums of larger tiles from register to register
 constexpr int kQuarters = 4;                      // of 128 bits
+constexpr int kPieceRows = 128;                   // that are read column by column on the way down with one output
+// Whether, for many inputs, rows of codes stand together before they are decoded: of the 256-bit paths.
+constexpr bool kPacksFirst = false;
 using Bytes = __m512i;
 using Ints = __m512i;
 using Floats = __m512;
@@ -42,6 +45,9 @@ inline Bytes low_32(Bytes a, Bytes b) { return _mm512_unpacklo_epi32(a, b); }
 inline Bytes high_32(Bytes a, Bytes b) { return _mm512_unpackhi_epi32(a, b); }
 // In each 128-bit lane the last word of `before`, then all but the last one of v.
 inline Bytes last_word_before(Bytes before, Bytes v) { return _mm512_alignr_epi8(v, before, 12); }
+Bytes last_byte_before(Bytes before, Bytes v);  // of kPacksFirst alone, as the next one
+template <int Places>
+void pair_in_column_order(Ints& first, Ints& second);
 // 16 bytes of each 128-bit lane to `to`, `apart` bytes from one lane to the next.
 inline void store_lanes_apart(uint8_t* to, Bytes v, int64_t apart) {
   _mm_storeu_si128((__m128i*)to, _mm512_castsi512_si128(v));
@@ -181,6 +187,7 @@ inline void in_column_order(Ints (&v)[8]) {
 }
 
 inline Ints load_ints(const void* from) { return _mm512_loadu_si512(from); }
+inline void store_ints(int32_t* to, Ints v) { _mm512_storeu_si512(to, v); }
 inline Ints int_set(int32_t v) { return _mm512_set1_epi32(v); }
 inline Ints larger(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
 inline Ints magnitude_bits(Floats v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)); }

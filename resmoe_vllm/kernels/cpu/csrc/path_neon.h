@@ -119,6 +119,13 @@ inline Bytes high_32(Bytes a, Bytes b) {
 inline Bytes last_word_before(Bytes before, Bytes v) {
   return {vextq_u8(before.low, v.low, 12), vextq_u8(before.high, v.high, 12)};
 }
+// In each 32-bit word of v all but its last byte, behind the last byte of `before`'s.
+inline Bytes last_byte_before(Bytes before, Bytes v) {
+  const auto half = [](uint8x16_t own_before, uint8x16_t own) {
+    return vreinterpretq_u8_u32(vsliq_n_u32(vshrq_n_u32(as_longs(own_before), 24), as_longs(own), 8));
+  };
+  return {half(before.low, v.low), half(before.high, v.high)};
+}
 // 16 bytes of each 128-bit lane to `to`, `apart` bytes from one lane to the next.
 inline void store_lanes_apart(uint8_t* to, Bytes v, int64_t apart) {
   vst1q_u8(to, v.low);
@@ -160,6 +167,10 @@ inline Bytes turn(Bytes v) {
 
 // ---- integers ------------------------------------------------------------------------------------------------
 
+inline void store_ints(int32_t* to, Ints v) {
+  vst1q_s32(to, v.low);
+  vst1q_s32(to + 4, v.high);
+}
 inline Ints load_ints(const void* from) {
   return {vreinterpretq_s32_u8(vld1q_u8((const uint8_t*)from)),
           vreinterpretq_s32_u8(vld1q_u8((const uint8_t*)from + 16))};
@@ -247,26 +258,30 @@ inline Ints value(const Acc& acc) {
 }
 #endif
 
-// Sums of one byte in four, as in_columns() has four rows, in the order of their columns; of Places columns a byte:
-// vector Places * q + j has column j of the bytes.
-inline void in_column_order(Ints (&v)[4]) {
-  const int32x4_t sums[8] = {v[0].low, v[1].low, v[2].low, v[3].low, v[0].high, v[1].high, v[2].high, v[3].high};
-#pragma GCC unroll 4
-  for (int o = 0; o < 4; ++o) v[o] = {sums[2 * o], sums[2 * o + 1]};
+// Sums of one byte in four, as in_columns() has four rows, of two vectors that stand together, in the order of their
+// columns: kWide columns, and those half a chunk behind them. Places: columns of a byte.
+template <int Places>
+inline void pair_in_column_order(Ints& first, Ints& second) {
+  const Ints a = first, b = second;
+  if constexpr (Places == 1) {
+    first = {a.low, b.low};
+    second = {a.high, b.high};
+  } else {
+    first = {vzip1q_s32(a.low, b.low), vzip2q_s32(a.low, b.low)};
+    second = {vzip1q_s32(a.high, b.high), vzip2q_s32(a.high, b.high)};
+  }
 }
-inline void in_column_order(Ints (&v)[8]) {
-  Ints lower[4], upper[4];
+template <int Vectors>
+inline void in_column_order(Ints (&v)[Vectors]) {
+  Ints sorted[Vectors];
 #pragma GCC unroll 4
-  for (int q = 0; q < 4; ++q) {
-    const Ints even = v[2 * q], odd = v[2 * q + 1];
-    lower[q] = {vzip1q_s32(even.low, odd.low), vzip2q_s32(even.low, odd.low)};
-    upper[q] = {vzip1q_s32(even.high, odd.high), vzip2q_s32(even.high, odd.high)};
+  for (int p = 0; p < Vectors / 2; ++p) {
+    sorted[p] = v[2 * p];
+    sorted[Vectors / 2 + p] = v[2 * p + 1];
+    pair_in_column_order<Vectors / 4>(sorted[p], sorted[Vectors / 2 + p]);
   }
-#pragma GCC unroll 4
-  for (int q = 0; q < 4; ++q) {
-    v[q] = lower[q];
-    v[4 + q] = upper[q];
-  }
+#pragma GCC unroll 8
+  for (int k = 0; k < Vectors; ++k) v[k] = sorted[k];
 }
 // Four vectors' sums within 128 bits: [quarters][4].
 inline Ints sums_of_quarters(Ints a, Ints b, Ints c, Ints d) {

@@ -18,6 +18,8 @@ template <class... T>
 inline void unused(const T&...) {}
 
 __attribute__((always_inline)) inline void fetch(const void* from) { __builtin_prefetch(from); }
+// What is not read soon: to the second cache.
+__attribute__((always_inline)) inline void fetch_far(const void* from) { __builtin_prefetch(from, 0, 2); }
 
 inline int64_t octets_of(int64_t columns) { return (columns + kLanes - 1) / kLanes; }
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
