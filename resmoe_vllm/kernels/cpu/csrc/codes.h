@@ -202,30 +202,40 @@ template <class D>
 void make_quads_packed(const CodeRows<D>& rows, int64_t first, int64_t count, int64_t begin, int64_t end,
                        uint8_t* packed, uint8_t* quads) {
   constexpr int kPlaces = D::kPlaces, V = kTileVectors;
+  const typename D::Tables tables = rows.tables;
+  const int64_t stride = rows.stride;
   uint8_t* turned = packed + kWide * kBytes;
+  // as many rows behind these, which lie in one piece
+  const uint8_t* ahead = rows.codes + (first + count) * stride + begin * V * kWide * kBytes;
   for (int g = 0; g < V; ++g) {
-    const auto row_of = [&](int64_t r) { return first + std::min(g * kWide + r, count - 1); };
+    const uint8_t *row[kWide], *window[kWide];
     alignas(kBytes) uint8_t last[kBytes] = {};  // of each word its last byte is the one before a row's columns
     for (int64_t r = 0; r < kWide; ++r) {
-      const uint8_t* row = rows.codes + row_of(r) * rows.stride;
-      last[4 * r + 3] = row[begin ? begin * kBytes - 1 : rows.stride - 1];
+      row[r] = rows.codes + (first + std::min(g * kWide + r, count - 1)) * stride;
+      window[r] = packed + r * kBytes;
+      last[4 * r + 3] = row[r][begin ? begin * kBytes - 1 : stride - 1];
     }
     Bytes before = load_bytes(last);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      for (int64_t r = 0; r < kWide; ++r) {
-        rows.fetch_ahead(row_of(r), count, chunk);
-        const uint8_t* row = rows.codes + row_of(r) * rows.stride;
-        store_bytes(packed + r * kBytes, load_window<0>(row, rows.stride, chunk * kBytes));
+#pragma GCC unroll 4
+      for (int line = 0; line < kWide * kBytes; line += 64) fetch(ahead + line);
+      ahead += kWide * kBytes;
+      if ((chunk + 1) * kBytes <= stride) {
+        transpose_rows(row, chunk * kBytes, turned);
+      } else {
+        for (int64_t r = 0; r < kWide; ++r)
+          store_bytes(packed + r * kBytes, load_window<0>(row[r], stride, chunk * kBytes));
+        transpose_rows(window, 0, turned);
       }
-      transpose_words(packed, turned, kBytes);
+      uint8_t* to = quads + ((chunk - begin) * kPlaces * kWide * V + g) * kBytes;
+#pragma GCC unroll 2
       for (int w = 0; w < kWide; ++w) {
         const Bytes own = load_bytes(turned + w * kBytes);
         Bytes out[kPlaces];
-        D::of_bytes(rows.tables, own, last_byte_before(before, own), out);
+        D::of_bytes(tables, own, last_byte_before(before, own), out);
         before = own;
 #pragma GCC unroll 2
-        for (int j = 0; j < kPlaces; ++j)
-          store_bytes(quads + ((((chunk - begin) * kPlaces + j) * kWide + w) * V + g) * kBytes, out[j]);
+        for (int j = 0; j < kPlaces; ++j) store_bytes(to + (j * kWide + w) * V * kBytes, out[j]);
       }
     }
   }
@@ -525,6 +535,7 @@ inline void make_strip(const CodeRows<D>& rows, int64_t count, int64_t chunk, ui
 // The same of codes that are interleaved before they are decoded: pairs of its vectors are in pair_in_column_order().
 template <class D, bool Inside>
 inline void make_packed_strip(const CodeRows<D>& rows, int64_t count, int64_t chunk, uint8_t* strip) {
+  const typename D::Tables tables = rows.tables;
   FourRows<D> four(rows, count, chunk);
   for (int64_t quad = 0; quad < kQuads; four.next(++quad)) {
     Bytes packed[4], before[4];
@@ -533,7 +544,7 @@ inline void make_packed_strip(const CodeRows<D>& rows, int64_t count, int64_t ch
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) {
       Bytes own[D::kPlaces];
-      D::of_bytes(rows.tables, packed[q], before[q], own);
+      D::of_bytes(tables, packed[q], before[q], own);
 #pragma GCC unroll 2
       for (int j = 0; j < D::kPlaces; ++j)
         store_bytes(strip + quad * 4 * rows.kChunk + (D::kPlaces * q + j) * kBytes, own[j]);

@@ -127,11 +127,12 @@ inline void split_quarters(Ints v, FourInts (&to)[kQuarters]) {
   to[0] = _mm256_castsi256_si128(v);
   to[1] = _mm256_extracti128_si256(v, 1);
 }
-// kWide vectors of words, one behind the other, to as many of each one's first, second, .. word, `apart` bytes apart.
-inline void transpose_words(const uint8_t* from, uint8_t* to, int64_t apart) {
+// kWide vectors of words to as many of each one's first, second, .. word, `apart` bytes apart.
+template <class Load>
+inline void transpose_loaded(Load load, uint8_t* to, int64_t apart) {
   __m256i rows[8], pairs[8], fours[8];
 #pragma GCC unroll 8
-  for (int r = 0; r < 8; ++r) rows[r] = load_bytes(from + r * kBytes);
+  for (int r = 0; r < 8; ++r) rows[r] = load(r);
 #pragma GCC unroll 4
   for (int r = 0; r < 8; r += 2) {
     pairs[r] = _mm256_unpacklo_epi32(rows[r], rows[r + 1]);
@@ -151,6 +152,14 @@ inline void transpose_words(const uint8_t* from, uint8_t* to, int64_t apart) {
   }
 }
 
+// Of vectors one behind the other.
+inline void transpose_words(const uint8_t* from, uint8_t* to, int64_t apart) {
+  transpose_loaded([from](int r) { return load_bytes(from + r * kBytes); }, to, apart);
+}
+// Of the vectors at row[..] + at, to kWide ones behind one another.
+inline void transpose_rows(const uint8_t* const (&row)[kWide], int64_t at, uint8_t* to) {
+  transpose_loaded([&](int r) { return load_bytes(row[r] + at); }, to, kBytes);
+}
 // Sums of one byte in four, as in_columns() has four rows, of two vectors that stand together, in the order of their
 // columns: kWide columns, and those half a chunk behind them. Places: columns of a byte.
 template <int Places>

@@ -45,7 +45,8 @@ inline Bytes low_32(Bytes a, Bytes b) { return _mm512_unpacklo_epi32(a, b); }
 inline Bytes high_32(Bytes a, Bytes b) { return _mm512_unpackhi_epi32(a, b); }
 // In each 128-bit lane the last word of `before`, then all but the last one of v.
 inline Bytes last_word_before(Bytes before, Bytes v) { return _mm512_alignr_epi8(v, before, 12); }
-Bytes last_byte_before(Bytes before, Bytes v);  // of kPacksFirst alone, as the next one
+Bytes last_byte_before(Bytes before, Bytes v);  // of kPacksFirst alone, as the next two
+void transpose_rows(const uint8_t* const (&row)[kWide], int64_t at, uint8_t* to);
 template <int Places>
 void pair_in_column_order(Ints& first, Ints& second);
 // 16 bytes of each 128-bit lane to `to`, `apart` bytes from one lane to the next.

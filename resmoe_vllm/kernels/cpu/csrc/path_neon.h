@@ -292,8 +292,9 @@ inline void split_quarters(Ints v, FourInts (&to)[kQuarters]) {
   to[0] = v.low;
   to[1] = v.high;
 }
-// kWide vectors of words, one behind the other, to as many of each one's first, second, .. word, `apart` bytes apart.
-inline void transpose_words(const uint8_t* from, uint8_t* to, int64_t apart) {
+// kWide vectors of words, at row(0), row(1), .., to as many of each one's first, second, .. word, `apart` bytes apart.
+template <class Row>
+inline void transpose_at(Row row, uint8_t* to, int64_t apart) {
   const auto doubles = [](uint32x4_t v) { return vreinterpretq_u64_u32(v); };
   const auto store = [](uint8_t* into, uint64x2_t v) { vst1q_u8(into, vreinterpretq_u8_u64(v)); };
 #pragma GCC unroll 2
@@ -302,7 +303,7 @@ inline void transpose_words(const uint8_t* from, uint8_t* to, int64_t apart) {
     for (int fours = 0; fours < 2; ++fours) {  // of rows
       uint32x4_t rows[4];
 #pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) rows[r] = as_longs(vld1q_u8(from + (4 * fours + r) * kBytes + 16 * half));
+      for (int r = 0; r < 4; ++r) rows[r] = as_longs(vld1q_u8(row(4 * fours + r) + 16 * half));
       const uint32x4_t low01 = vzip1q_u32(rows[0], rows[1]), high01 = vzip2q_u32(rows[0], rows[1]);
       const uint32x4_t low23 = vzip1q_u32(rows[2], rows[3]), high23 = vzip2q_u32(rows[2], rows[3]);
       uint8_t* into = to + 4 * half * apart + 16 * fours;
@@ -311,6 +312,15 @@ inline void transpose_words(const uint8_t* from, uint8_t* to, int64_t apart) {
       store(into + 2 * apart, vzip1q_u64(doubles(high01), doubles(high23)));
       store(into + 3 * apart, vzip2q_u64(doubles(high01), doubles(high23)));
     }
+}
+
+// Of vectors one behind the other.
+inline void transpose_words(const uint8_t* from, uint8_t* to, int64_t apart) {
+  transpose_at([from](int r) { return from + r * kBytes; }, to, apart);
+}
+// Of the vectors at row[..] + at, to kWide ones behind one another.
+inline void transpose_rows(const uint8_t* const (&row)[kWide], int64_t at, uint8_t* to) {
+  transpose_at([&](int r) { return row[r] + at; }, to, kBytes);
 }
 
 // ---- eight lanes ---------------------------------------------------------------------------------------------
