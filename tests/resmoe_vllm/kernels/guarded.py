@@ -4,6 +4,7 @@ A read beyond one of them ends this process (SIGSEGV).
 """
 
 import ctypes
+import itertools
 import mmap
 
 import torch
@@ -38,9 +39,10 @@ def main() -> None:
     """Every kind of layer in every dtype, with biases, for one token and for many."""
     library = native.load()
     layers = 0
-    for dtype in ("float32", "bfloat16", "float16"):
-        for spec in layer_kinds(33, 67).values():
-            layer = store_layer(spec, 4, 33, 67, dtype, biases=True)
+    sizes = ((33, 67), (9, 200))  # without and with vectors of codes that lie inside a row
+    for dtype, (rows, columns) in itertools.product(("float32", "bfloat16", "float16"), sizes):
+        for spec in layer_kinds(rows, columns).values():
+            layer = store_layer(spec, 4, rows, columns, dtype, biases=True)
             module, loader = new_loader(layer)
             load_all(module, loader, layer)
             for param in module.parameters():
@@ -48,7 +50,7 @@ def main() -> None:
             kernel = native.NativeKernel(library, bound_weights(module, loader), SILU)
             for routing in ("T1-KE", "T13-K2"):
                 weights, ids = make_routing(4, routing)
-                out = kernel(guarded(hidden_states(len(ids), 67, dtype)), guarded(weights), guarded(ids))
+                out = kernel(guarded(hidden_states(len(ids), columns, dtype)), guarded(weights), guarded(ids))
                 if not out.isfinite().all():
                     raise SystemExit("not finite")
             layers += 1

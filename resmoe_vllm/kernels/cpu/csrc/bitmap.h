@@ -385,42 +385,53 @@ void decode_row(const BitmapRow<V>& row, int64_t n, float* out) {
   at.tail(vectors, n, [&](int, int64_t k, float w) { out[k] = w; });
 }
 
+// The sum of a vector that one or two octets are, in the order of sums_of_four.
+inline float sum(const Octet (&v)[1]) { return sum(v[0]); }
+inline float sum(const Octet (&v)[2]) { return sum(add(v[0], v[1])); }
+
 // The two loops below are functions of their own: inlined into a phase, GCC 12 keeps their registers less well (2.60 ms
 // a layer of OLMoE's shape at one token against 2.14, AMD Zen 5).
 
 // Multiply while decoding, for few inputs: sums[s * ld + r] += row r . x[s], whole rows of n columns, a multiple of 64,
-// in the order of a dot of two chains. Two rows at a time hide the additions' latency and share x.
+// in the order of dot_tile<Fma<FP32>>, whose vectors are octets or two of them. Two rows at a time hide the additions'
+// latency and share x.
 template <class V, int R, int S>
 __attribute__((noinline)) void dot_bitmap(const BitmapRow<V>* rows, const BitmapRow<V>& next, int64_t n,
                                           const float* const* x, float* sums, int64_t ld) {
+  constexpr int kOctets = kWide / kLanes;
+  constexpr int64_t kColumns = Fma<FP32>::kDotColumns;
   BitmapRows<V, R> at(rows, next);
-  Octet acc[R][S][2];
+  for (int64_t begin = 0; begin < n; begin += kColumns) {
+    Octet acc[R][S][kOctets];
 #pragma GCC unroll 2
-  for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) acc[r][s][0] = acc[r][s][1] = octet_set(0);
-  for (int64_t c = 0; c < n; c += 64) {
-    at.begin(c);
+      for (int s = 0; s < S; ++s)
+#pragma GCC unroll 2
+        for (int o = 0; o < kOctets; ++o) acc[r][s][o] = octet_set(0);
+    for (int64_t c = begin; c < std::min(n, begin + kColumns); c += 64) {
+      at.begin(c);
 #pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
-      Octet in[S];
+      for (int j = 0; j < 8; ++j) {
+        Octet in[S];
 #pragma GCC unroll 4
-      for (int s = 0; s < S; ++s) {
-        in[s] = load_octet(x[s] + c + kLanes * j);
-        if (R > 1) keep_in_register(in[s]);  // not loaded for each row
-      }
+        for (int s = 0; s < S; ++s) {
+          in[s] = load_octet(x[s] + c + kLanes * j);
+          if (R > 1) keep_in_register(in[s]);  // not loaded for each row
+        }
 #pragma GCC unroll 2
-      for (int r = 0; r < R; ++r) {
-        const Octet w = at.octet(r, j);
+        for (int r = 0; r < R; ++r) {
+          const Octet w = at.octet(r, j);
 #pragma GCC unroll 4
-        for (int s = 0; s < S; ++s) acc[r][s][j & 1] = fma(w, in[s], acc[r][s][j & 1]);
+          for (int s = 0; s < S; ++s) acc[r][s][j % kOctets] = fma(w, in[s], acc[r][s][j % kOctets]);
+        }
       }
     }
-  }
 #pragma GCC unroll 2
-  for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) sums[s * ld + r] += sum(add(acc[r][s][0], acc[r][s][1]));
+      for (int s = 0; s < S; ++s) sums[s * ld + r] += sum(acc[r][s]);
+  }
 }
 
 // y[s] += a[s * lda + r] * row r, row after row.
@@ -457,8 +468,6 @@ __attribute__((noinline)) void axpy_bitmap(const float* a, int64_t lda, const Bi
 }
 
 constexpr int64_t kDirect = 4;  // inputs for which a row of a bitmap is multiplied while it is decoded
-// Rows that were decoded before give the same sums: two vectors that take turns, or their 16 lanes.
-constexpr int kOctetChains = kWide == kLanes ? 2 : 1;
 
 // One or two rows.
 template <class V>

@@ -407,8 +407,8 @@ inline void make_factors(const float* numbers, int64_t twice_bias, Factors* into
 
 constexpr int kStripVectors = 2;  // at most 32 columns, which share their scales
 
-// y[s][..] += factors of s . strip, kStripVectors of columns of S outputs. columns: that are left of the row. apart: from
-// the first vector's columns to the second's. PairOf: 0, or the columns of a byte of a packed strip.
+// y[s][..] += factors of s . strip, kStripVectors of columns of S outputs. columns: that are left of the row. apart:
+// from the first vector's columns to the second's. PairOf: 0, or the columns of a byte of a packed strip.
 template <int S, bool Half, int PairOf>
 inline void axpy_tile(const uint8_t* strip, int64_t quad_stride, const Factors* const* factors, float* const* y,
                       int64_t column, int64_t apart, int64_t columns) {
@@ -446,8 +446,8 @@ inline void axpy_tile(const uint8_t* strip, int64_t quad_stride, const Factors* 
   }
 }
 
-// Four rows after four of a chunk of `count` rows; missing rows are the last one again: their factors are zero. Meanwhile
-// the rows behind them, which lie in one piece, are fetched, a piece for each.
+// Four rows after four of a chunk of `count` rows; missing rows are the last one again: their factors are zero.
+// Meanwhile the rows behind them, which lie in one piece, are fetched, a piece for each.
 template <class D>
 struct FourRows {
   const CodeRows<D>& rows;
@@ -478,8 +478,8 @@ struct FourRows {
   }
 };
 
-// Codes of four rows of a chunk, interleaved, and the bytes before each, where levels need them: 32-bit word d of lane l
-// of vector q is byte 16 * l + 4 * q + d of each. Inside: as CodeRows has it.
+// Codes of four rows of a chunk, interleaved, and the bytes before each, where levels need them: 32-bit word d of lane
+// l of vector q is byte 16 * l + 4 * q + d of each. Inside: as CodeRows has it.
 template <class D, bool Inside>
 __attribute__((always_inline)) inline void interleave_codes(const uint8_t* const (&row)[4], int64_t stride,
                                                             int64_t chunk, Bytes (&packed)[4], Bytes (&before)[4]) {
@@ -634,8 +634,8 @@ __attribute__((noinline)) void axpy_packed(const CodeRows<D>& rows, const Piece&
   }
 }
 
-// into[s][begin ..] += factors . strip, a chunk of at most n columns, for each product s. factors(c): of the products, at
-// the strip's column c. PairOf: as axpy_tile has it.
+// into[s][begin ..] += factors . strip, a chunk of at most n columns, for each product s. factors(c): of the products,
+// at the strip's column c. PairOf: as axpy_tile has it.
 template <bool Half, int PairOf, class FactorsOf>
 inline void axpy_strip(const uint8_t* strip, int64_t chunk_columns, FactorsOf factors, float* const* into,
                        int64_t products, int64_t begin, int64_t n) {
@@ -656,8 +656,7 @@ inline void axpy_strip(const uint8_t* strip, int64_t chunk_columns, FactorsOf fa
           axpy_tile<2, Half, PairOf>(at, stride, own, into + s, first, apart, left);
           break;
         default:
-          if constexpr (kMostOutputs == 3)
-            axpy_tile<3, Half, PairOf>(at, stride, own, into + s, first, apart, left);
+          if constexpr (kMostOutputs == 3) axpy_tile<3, Half, PairOf>(at, stride, own, into + s, first, apart, left);
       }
     }
 }
@@ -671,8 +670,7 @@ template <class D>
 inline void make_factors(const float* a, const float* scales, int64_t count, Factors* into, Factors* finer) {
   float numbers[kRows];
   for (int64_t r = 0; r < kRows; r += kWide)
-    store_floats(numbers + r,
-                 mul(load_floats(a + r, std::max<int64_t>(0, count - r)), load_floats(scales + r)));
+    store_floats(numbers + r, mul(load_floats(a + r, std::max<int64_t>(0, count - r)), load_floats(scales + r)));
   make_factors(numbers, D::kTwiceBias, into, finer);
 }
 

@@ -125,20 +125,18 @@ __attribute__((always_inline)) inline void fetch_ahead(const W* row, int64_t str
 constexpr int kDotRows = 4;
 constexpr int kDotInputs = kWide == 16 ? 6 : 3;  // with the rows their sums fill the registers
 
-// sums[sum[s] * ld + r] += row r . x[s] over columns [begin, end). Chains: vectors of sums that take turns.
-// Ahead: fetch the R rows behind these, which come next where each row is read once.
-template <class P, int R, int S, int Chains, bool Ahead>
+// sums[sum[s] * ld + r] += row r . x[s] over columns [begin, end). Ahead: fetch the R rows behind these, which come
+// next where each row is read once.
+template <class P, int R, int S, bool Ahead>
 inline void dot_tile(const typename P::Weight* row, int64_t stride, const typename P::Number* const* x,
                      const int32_t* sum, int64_t begin, int64_t end, float* sums, int64_t ld) {
   constexpr int kColumns = P::kColumns;
-  Floats acc[R][S][Chains];
+  Floats acc[R][S];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int s = 0; s < S; ++s)
-#pragma GCC unroll 2
-      for (int j = 0; j < Chains; ++j) acc[r][s][j] = float_set(0);
-  const auto add_lanes = [&](int64_t c, int chain) __attribute__((always_inline)) {
+    for (int s = 0; s < S; ++s) acc[r][s] = float_set(0);
+  const auto add_lanes = [&](int64_t c) __attribute__((always_inline)) {
     typename P::Lanes in[S];
 #pragma GCC unroll 8
     for (int s = 0; s < S; ++s) in[s] = P::numbers(x[s] + c);
@@ -146,7 +144,7 @@ inline void dot_tile(const typename P::Weight* row, int64_t stride, const typena
     for (int r = 0; r < R; ++r) {
       const typename P::Lanes w = P::weights(row + r * stride + c);
 #pragma GCC unroll 8
-      for (int s = 0; s < S; ++s) acc[r][s][chain] = P::multiply(acc[r][s][chain], w, in[s]);
+      for (int s = 0; s < S; ++s) acc[r][s] = P::multiply(acc[r][s], w, in[s]);
     }
   };
   int64_t c = begin;
@@ -155,30 +153,22 @@ inline void dot_tile(const typename P::Weight* row, int64_t stride, const typena
     for (; c + kLine <= end; c += kLine) {
       fetch_ahead<R>(row + R * stride + c, stride);
 #pragma GCC unroll 4
-      for (int j = 0; j < kSteps; ++j) add_lanes(c + j * kColumns, j % Chains);
+      for (int j = 0; j < kSteps; ++j) add_lanes(c + j * kColumns);
     }
   }
-  for (; c + Chains * kColumns <= end; c += Chains * kColumns)
-#pragma GCC unroll 2
-    for (int j = 0; j < Chains; ++j) add_lanes(c + j * kColumns, j);
-  for (int chain = 0; c < end; c += kColumns, ++chain)
+  for (; c + kColumns <= end; c += kColumns) add_lanes(c);
+  if (c < end)
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const typename P::Lanes w = P::weights(row + r * stride + c, end - c);
 #pragma GCC unroll 8
-      for (int s = 0; s < S; ++s) {
-        Floats& into = acc[r][s][Chains == 2 ? chain : 0];
-        into = P::multiply(into, w, P::numbers(x[s] + c));
-      }
+      for (int s = 0; s < S; ++s) acc[r][s] = P::multiply(acc[r][s], w, P::numbers(x[s] + c));
     }
 #pragma GCC unroll 8
   for (int s = 0; s < S; ++s) {
     Floats row_sums[kDotRows];
 #pragma GCC unroll 4
-    for (int r = 0; r < kDotRows; ++r)
-      row_sums[r] = r >= R        ? float_set(0)
-                    : Chains == 2 ? add(acc[r % R][s][0], acc[r % R][s][Chains - 1])
-                                  : acc[r % R][s][0];
+    for (int r = 0; r < kDotRows; ++r) row_sums[r] = r < R ? acc[r % R][s] : float_set(0);
     alignas(16) float totals[kDotRows];
     store_four(totals, sums_of_four(row_sums[0], row_sums[1], row_sums[2], row_sums[3]));
 #pragma GCC unroll 4
@@ -186,52 +176,47 @@ inline void dot_tile(const typename P::Weight* row, int64_t stride, const typena
   }
 }
 
-template <class P, int R, int S, int Chains, bool Ahead, class... Rest>
+template <class P, int R, int S, bool Ahead, class... Rest>
 inline void dot_inputs(int64_t inputs, Rest... rest) {
   if constexpr (S > 1)
-    if (inputs < S) return dot_inputs<P, R, S - 1, Chains, Ahead>(inputs, rest...);
-  dot_tile<P, R, S, Chains, Ahead>(rest...);
+    if (inputs < S) return dot_inputs<P, R, S - 1, Ahead>(inputs, rest...);
+  dot_tile<P, R, S, Ahead>(rest...);
 }
 
-template <class P, int Chains, bool Ahead, class... Rest>
+template <class P, int R, bool Ahead, class... Rest>
 inline void dot_rows(int64_t rows, Rest... rest) {
-  if constexpr (Chains == 1) {
-    if (rows == 4) return dot_inputs<P, 4, kDotInputs, Chains, Ahead>(rest...);
-    if (rows == 3) return dot_inputs<P, 3, kDotInputs, Chains, Ahead>(rest...);
-  }
-  if (rows == 2) return dot_inputs<P, 2, kDotInputs, Chains, Ahead>(rest...);
-  dot_inputs<P, 1, kDotInputs, Chains, Ahead>(rest...);
+  if constexpr (R > 1)
+    if (rows < R) return dot_rows<P, R - 1, Ahead>(rows, rest...);
+  dot_inputs<P, R, kDotInputs, Ahead>(rest...);
 }
 
-// Rows and inputs by tiles of four (two chains: two) by kDotInputs.
-template <class P, int Chains>
+// Rows and inputs by tiles of kDotRows by kDotInputs.
+template <class P>
 void dot_block(const typename P::Weight* row, int64_t stride, int64_t rows, const OperandsOf<P>& x, int64_t begin,
                int64_t end, float* sums, int64_t ld) {
-  constexpr int64_t kTile = Chains == 1 ? kDotRows : 2;
-  for (int64_t r = 0; r < rows; r += kTile)
+  for (int64_t r = 0; r < rows; r += kDotRows)
     for (int64_t s = 0; s < x.count; s += kDotInputs) {
       const typename P::Weight* at = row + r * stride;
-      const int64_t count = std::min<int64_t>(kDotInputs, x.count - s), own = std::min(kTile, rows - r);
+      const int64_t count = std::min<int64_t>(kDotInputs, x.count - s), own = std::min<int64_t>(kDotRows, rows - r);
       if (s == 0)
-        dot_rows<P, Chains, true>(own, count, at, stride, x.at + s, x.sum + s, begin, end, sums + r, ld);
+        dot_rows<P, kDotRows, true>(own, count, at, stride, x.at + s, x.sum + s, begin, end, sums + r, ld);
       else
-        dot_rows<P, Chains, false>(own, count, at, stride, x.at + s, x.sum + s, begin, end, sums + r, ld);
+        dot_rows<P, kDotRows, false>(own, count, at, stride, x.at + s, x.sum + s, begin, end, sums + r, ld);
     }
 }
 
-// sums[x.sum[s] * ld + r] += row r . x[s], n columns. Chains: two for rows of a bitmap in octets, read to their end.
-template <class P, int Chains = 1>
+// sums[x.sum[s] * ld + r] += row r . x[s], n columns.
+template <class P>
 void add_dots(const typename P::Weight* row, int64_t stride, int64_t rows, int64_t n, const OperandsOf<P>& x,
               float* sums, int64_t ld) {
-  const int64_t width = Chains == 1 ? P::kDotColumns : n;
+  constexpr int64_t width = P::kDotColumns;
   if (x.count <= kDotInputs) {  // each row once: read it to its end
     for (int64_t r = 0; r < rows; r += kDotRows)
       for (int64_t c = 0; c < n; c += width)
-        dot_block<P, Chains>(row + r * stride, stride, std::min<int64_t>(kDotRows, rows - r), x, c,
-                             std::min(n, c + width), sums + r, ld);
+        dot_block<P>(row + r * stride, stride, std::min<int64_t>(kDotRows, rows - r), x, c, std::min(n, c + width),
+                     sums + r, ld);
   } else {
-    for (int64_t c = 0; c < n; c += width)
-      dot_block<P, Chains>(row, stride, rows, x, c, std::min(n, c + width), sums, ld);
+    for (int64_t c = 0; c < n; c += width) dot_block<P>(row, stride, rows, x, c, std::min(n, c + width), sums, ld);
   }
 }
 

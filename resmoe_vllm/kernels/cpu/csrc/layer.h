@@ -68,7 +68,7 @@ struct Routing {
 };
 
 constexpr int64_t kHidden = 8 * kRows;  // of gate and up before those of down: so far each is read on and fetched ahead
-constexpr int64_t kStoredRows = 16;  // of a bitmap, decoded to the layer's dtype at once
+constexpr int64_t kStoredRows = 16;     // of a bitmap, decoded to the layer's dtype at once
 
 template <class T>
 struct Run {
@@ -97,7 +97,7 @@ struct Run {
 
   // One thread's buffers.
   struct Scratch {
-    std::vector<float> rows;       // four decoded rows
+    std::vector<float> rows;       // decoded rows
     std::vector<uint16_t> stored;  // kStoredRows of them, in the layer's dtype
     std::vector<float> sums;       // [2 * inputs, kRows]: of gate, then of up
     std::vector<float> hidden;     // [inputs, kHidden]
@@ -297,7 +297,7 @@ struct Run {
         // Where a rest of columns is left over, a row multiplied while it is decoded would add up in another order.
         if (inputs <= kDirect && H % 64 == 0 && direct<V>(part, p, e, i + r, count, multiply)) continue;
         decode<V>(part, p, e, i + r, count, scratch);
-        add_dots<Fma<FP32>, kOctetChains>(scratch.rows.data(), scratch.ld, count, H, scratch.wide, sums + r, kRows);
+        add_dots<Fma<FP32>>(scratch.rows.data(), scratch.ld, count, H, scratch.wide, sums + r, kRows);
       }
     }
   }
@@ -318,7 +318,7 @@ struct Run {
   void axpys(const float* a, int64_t lda, const Bitmap& part, int64_t e, int64_t i, int64_t rows, int64_t outputs,
              Scratch& scratch) const {
     const int64_t H = layer.hidden;
-    const int64_t step = kAsStored<V> ? outputs <= 2 ? 4 : kStoredRows : outputs <= kDirect ? 2 : 4;
+    const int64_t step = kAsStored<V> ? outputs <= 2 ? 4 : kStoredRows : outputs <= kDirect ? 2 : kStoredRows;
     for (int64_t r = outputs == 1 ? axpy_rows_expanded<V>(a, part, e, i, rows, scratch) : 0; r < rows; r += step) {
       const int64_t count = std::min(step, rows - r);
       if constexpr (kAsStored<V>) {
@@ -399,10 +399,10 @@ struct Run {
       decode_as_stored(locate<V>(part, p, e, i + j), layer.hidden, scratch.stored.data() + j * scratch.ld_stored);
   }
 
-  // Rows i.. of a bitmap, at most four, to scratch.rows.
+  // Rows i.. of a bitmap, at most kStoredRows, to scratch.rows.
   template <class V>
   void decode(const Bitmap& part, int p, int64_t e, int64_t i, int64_t rows, Scratch& scratch) const {
-    scratch.rows.resize(4 * scratch.ld);
+    scratch.rows.resize(kStoredRows * scratch.ld);
     for (int64_t j = 0; j < rows; ++j)
       decode_row(locate<V>(part, p, e, i + j), layer.hidden, scratch.rows.data() + j * scratch.ld);
   }
