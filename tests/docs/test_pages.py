@@ -101,7 +101,6 @@ def test_demo_text_is_the_rows():
 METHODS = {
     "low rank": "low-rank",
     "low rank, 8-bit": "low-rank-8bit",
-    "4-bit residuals, 8-bit center": "quantize-4bit",
     "4-bit codes, 8-bit center": "quantize-4bit",
     "4-bit trellis codes, 8-bit center": "trellis-4bit",
     "4-bit codes, 4-bit center": "quantize-4bit-center-4bit",
