@@ -148,6 +148,28 @@ def test_server_table_is_the_rows():
     assert f"{ratio:.2f} times" in README
 
 
+@pytest.mark.parametrize(
+    ("heading", "file"),
+    [("### Beside llama.cpp", "llama-cpp-avx512.json"), ("#### With AVX2 alone", "llama-cpp-avx2.json")],
+)
+def test_llama_table_is_the_rows(heading: str, file: str):
+    measured = {row["name"]: row["value"] for row in rows(file)}
+    labels = {
+        "a token's time, one stream": "a token's time, one stream",
+        "first token, a prompt of 64": "first token, one prompt",
+        "a prompt of 512 tokens": "prompt of 512 tokens",
+        "first token, 8 prompts at once": "first token, 8 prompts at once",
+        "output, 8 at once": "output, 8 at once",
+        "peak memory of the server": "peak memory of the server's processes",
+    }
+    shown = table(PERFORMANCE, heading)
+    assert set(shown) == set(labels)
+    for label, key in labels.items():
+        for model, cell in zip(("llama.cpp Q4_0", "vLLM dense", "ResMoE trellis 4 bits"), shown[label], strict=True):
+            number = cell.split(" ")[0].replace(",", "")
+            assert float(number) == round(measured[f"{model}, 1 thread: {key}"], len(number.partition(".")[2])), label
+
+
 def test_compression_table_is_the_rows():
     measured = {row["name"]: row["value"] for row in rows("compress-cpu.json")}
     lines = PERFORMANCE[PERFORMANCE.index("## Compression") :].splitlines()

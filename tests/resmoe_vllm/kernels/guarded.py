@@ -39,7 +39,7 @@ def main() -> None:
     """Every kind of layer in every dtype, with biases, for one token and for many."""
     library = native.load()
     layers = 0
-    sizes = ((33, 67), (9, 200))  # without and with vectors of codes that lie inside a row
+    sizes = ((33, 67), (9, 1100))  # without and with vectors of codes that lie inside a row, on every path
     for dtype, (rows, columns) in itertools.product(("float32", "bfloat16", "float16"), sizes):
         for spec in layer_kinds(rows, columns).values():
             layer = store_layer(spec, 4, rows, columns, dtype, biases=True)

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +13,12 @@ from compress_tools import native_library
 from compress_tools.errors import KernelUnsupportedError
 from compress_tools.format.dtypes import DTYPES
 from compress_tools.format.packing import pack_codes
-from compress_tools.format.schema import Projection
+from compress_tools.format.schema import Projection, ResidualPart
 from resmoe_vllm.kernels.activation import SILU
 from resmoe_vllm.kernels.cpu import build, native, plain_torch, self_test, structs
 from resmoe_vllm.kernels.reference import fused_moe_ref
 from resmoe_vllm.weights.bound import Coded, QuantizedWeights, ResMoEWeights
+from tests.resmoe_vllm import twins
 from tests.resmoe_vllm.kernels.bounds import Precision, assert_within, layer_bound
 from tests.resmoe_vllm.kernels.test_vllm_kernels import hidden_states, make_routing, op_products
 from tests.resmoe_vllm.layers import bound_weights, layer_kinds, load_all, new_loader, store_layer
@@ -86,20 +87,39 @@ def test_the_result_is_rounded_to_nearest(kind: str, dtype: str) -> None:
     assert torch.equal(kernel(x, weights, ids), exact.to(DTYPES[dtype]))
 
 
+def assert_own_bits(layer: ResMoEWeights, columns: int, dtype: str) -> None:
+    """The reference, and each token's own bits in a batch."""
+    kernel = native.NativeKernel(LIBRARY, layer, SILU)
+    weights, ids = make_routing(4, "T13-K2")
+    x = hidden_states(13, columns, dtype)
+    together = kernel(x, weights, ids)
+    check(together, x, weights, ids, layer)
+    for size in (1, 2, 3, 5):
+        some = [slice(begin, begin + size) for begin in range(0, 13, size)]
+        assert torch.equal(torch.cat([kernel(x[own], weights[own], ids[own]) for own in some]), together)
+
+
 @pytest.mark.parametrize("kind", layer_kinds(40, 128))
 @pytest.mark.parametrize(("rows", "columns"), [(5, 2112), (1100, 64)])
 def test_rows_of_several_blocks(kind: str, rows: int, columns: int) -> None:
-    """The reference, and each token's own bits in a batch: rows longer than a block of sums, more of them than two."""
+    """Rows longer than a block of sums, and more of them than are computed together."""
     for dtype in ("float32", "bfloat16"):
-        layer = bound(kind, dtype, rows, columns)
-        kernel = native.NativeKernel(LIBRARY, layer, SILU)
-        weights, ids = make_routing(4, "T13-K2")
-        x = hidden_states(13, columns, dtype)
-        together = kernel(x, weights, ids)
-        check(together, x, weights, ids, layer)
-        for size in (1, 2, 3, 5):
-            some = [slice(begin, begin + size) for begin in range(0, 13, size)]
-            assert torch.equal(torch.cat([kernel(x[own], weights[own], ids[own]) for own in some]), together)
+        assert_own_bits(bound(kind, dtype, rows, columns), columns, dtype)
+
+
+@pytest.mark.parametrize("by", [64, 128, None])
+@pytest.mark.parametrize(
+    ("bits", "coder"),
+    [(4, twins.trellis), (4, twins.quantized), (8, twins.quantized), (3, twins.trellis), (2, twins.quantized)],
+)
+def test_groups_of_several_pieces_of_rows(bits: int, coder: Callable[..., ResidualPart], by: int | None) -> None:
+    """Down is read some rows at a time by one token, each row chunk by chunk; 333 columns end within a vector."""
+    for columns in (333, 1088):
+        spec = twins.layer_spec(coder(bits, *twins.PROJECTIONS, by=by), bits=8)
+        layer = store_layer(spec, 4, 75, columns, "bfloat16")
+        module, loader = new_loader(layer)
+        load_all(module, loader, layer)
+        assert_own_bits(bound_weights(module, loader), columns, "bfloat16")
 
 
 @pytest.mark.parametrize("path", build.PATHS)

@@ -1,9 +1,10 @@
 // Rows of codes, plain ones or of a trellis, as products in integers (dots.h).
 //
 // For one or two inputs rows are multiplied while they are decoded, their columns in the lanes of a vector. For more
-// they are decoded once and interleaved by quads of columns: a lane is a row, whose sums of a span need no adding up.
-// Both give the same integers, which are scaled in the same order. An axpy's factors are rounded by kRows rows; levels
-// of four rows are interleaved, so that a quad of one column is a quad of factors' partner.
+// they are decoded once and interleaved by quads of columns (4 bits on 256-bit paths: interleaved, then decoded): a
+// lane is a row, whose sums of a span need no adding up. Both give the same integers, which are scaled in the same
+// order. An axpy's factors are rounded by kRows rows; levels of four rows are interleaved, so that a quad of one column
+// is a quad of factors' partner.
 #pragma once
 
 #include <type_traits>
@@ -68,7 +69,7 @@ using Inputs = Operands<Image>;
 // Buffers of one thread.
 struct CodeScratch {
   std::vector<float> scales;  // [spans, rows of a tile]
-  Buffer decoded;             // [kPlaces, kWide, kBytes]: a chunk of as many rows as a vector has lanes
+  Buffer decoded;             // [kPlaces, kWide, kBytes], at least two: a chunk of as many rows as a vector has lanes
   Buffer quads;               // [quads of a block, rows of a tile, 4]
   std::vector<float> totals;  // [inputs, rows of a tile]
   Buffer strip;               // [kRows / 4, columns of a chunk, 4]
@@ -191,6 +192,8 @@ __attribute__((noinline)) void dot_direct(const CodeRows<D>& rows, int64_t first
 }
 
 constexpr int kTileRows = kTileVectors * kWide;
+
+static_assert(kPieceRows % 4 == 0 && kRows % kPieceRows == 0);
 
 // Whether codes of several rows can stand together before they are decoded: a byte's levels depend on it and on the one
 // before.
@@ -538,7 +541,7 @@ inline void make_packed_strip(const CodeRows<D>& rows, int64_t count, int64_t ch
   const typename D::Tables tables = rows.tables;
   FourRows<D> four(rows, count, chunk);
   for (int64_t quad = 0; quad < kQuads; four.next(++quad)) {
-    Bytes packed[4], before[4];
+    Bytes packed[4], before[4] = {};
     four.fetch_piece();
     interleave_codes<D, Inside>(four.row, rows.stride, chunk, packed, before);
 #pragma GCC unroll 4
@@ -603,7 +606,7 @@ __attribute__((noinline)) void axpy_packed(const CodeRows<D>& rows, const Piece&
   for (int v = 0; v < V; ++v) acc[v] = start(piece.first ? load_ints(sums + v * kWide) : int_set(with->start));
   FourRows<D> four(rows, count, chunk);
   for (int64_t quad = 0; 4 * quad < count; four.next(++quad)) {
-    Bytes packed[4], before[4];
+    Bytes packed[4], before[4] = {};
     four.fetch_piece();
     interleave_codes<D, Inside>(four.row, rows.stride, chunk, packed, before);
     int32_t first, second;
@@ -776,20 +779,38 @@ inline ImageKind kind_of(const Matrix& m, int64_t n) {
   return with_codes(m, 0, 0, n, [](const auto& rows) { return rows.kind(); });
 }
 
-// One row's weights, for the self-test of the loader; NaN where the two orders of decoding differ.
+// One row's weights, for the self-test of the loader; NaN where two of the ways in which it is decoded differ.
 template <class D>
 void decode_codes(const CodeRows<D>& row, float* out) {
-  std::vector<uint8_t> strip(kRows * row.kChunk);
+  constexpr int kPlaces = D::kPlaces;
+  constexpr int64_t kChunk = CodeRows<D>::kChunk, kStrip = kRows * kChunk, kBlockChunks = kBlock / kChunk;
+  Buffer strips, quads, decoded;
+  uint8_t *strip = strips.take(2 * kStrip), *packed = strip + kStrip;
+  uint8_t* quad = quads.take(kBlock * kTileRows);
   for (int64_t chunk = 0; chunk < row.chunks(); ++chunk) {
-    Bytes own[D::kPlaces];
+    Bytes own[kPlaces], inside[kPlaces];
     row.template decode<false>(0, chunk, own);
-    make_strip(row, 1, chunk, strip.data());
-    for (int64_t k = 0; k < row.kChunk && chunk * row.kChunk + k < row.n; ++k) {
-      const int64_t c = chunk * row.kChunk + k;
-      uint8_t levels[kBytes];
-      store_bytes(levels, own[k % D::kPlaces]);
-      const uint8_t level = levels[k / D::kPlaces];
-      out[c] = level == strip[4 * k] ? (level - 0.5f * D::kTwiceBias) * row.scale(0, c / row.group) : NAN;
+    row.template decode<false>(0, chunk, inside);
+    if (row.inside(chunk)) row.template decode<false, true>(0, chunk, inside);
+    make_strip(row, 1, chunk, strip);
+    if constexpr (kAxpyDirect<D>)
+      (row.inside(chunk) ? make_packed_strip<D, true> : make_packed_strip<D, false>)(row, 1, chunk, packed);
+    const int64_t begin = chunk / kBlockChunks * kBlockChunks;
+    if (chunk == begin)
+      make_quads(row, 0, 1, begin, std::min(row.chunks(), begin + kBlockChunks),
+                 decoded.take(std::max(2, kPlaces) * kWide * kBytes), quad);
+    for (int64_t k = 0; k < kChunk && chunk * kChunk + k < row.n; ++k) {
+      const int64_t c = chunk * kChunk + k, byte = k / kPlaces, j = k % kPlaces;
+      uint8_t levels[kBytes], same[kBytes];
+      store_bytes(levels, own[j]);
+      store_bytes(same, inside[j]);
+      const uint8_t level = levels[byte];
+      const int64_t word = ((chunk - begin) * kPlaces + j) * kWide + byte / 4;
+      bool equal =
+          level == strip[4 * k] && level == same[byte] && level == quad[word * kTileVectors * kBytes + byte % 4];
+      if (kAxpyDirect<D>)  // as interleave_codes has bytes
+        equal &= level == packed[(byte / 4 % 4 * kPlaces + j) * kBytes + 16 * (byte / 16) + 4 * (byte % 4)];
+      out[c] = equal ? (level - 0.5f * D::kTwiceBias) * row.scale(0, c / row.group) : NAN;
     }
   }
 }

@@ -4,7 +4,8 @@
 //
 //   0  round_inputs: x in 16 bits, for rows of codes
 //   1  project_inputs: rows of center gate/up . x, once per token; rows of low-rank V gate/up . x, once per pair
-//   2  run_experts: for each block of an expert's pairs and of rows
+//   2  run_experts: for each block of an expert's pairs, block of rows after block of rows; without low rank add_down
+//      comes after some blocks of the others
 //        add_gate_up:    gate, up = center + bias + residual
 //        activate_rows:  a = activate(gate, up) * weight; mixed_hidden[token] += a
 //        add_down:       low rank: shrunk_hidden[pair] += a * U; others: out[token] += a * D_down
@@ -16,8 +17,8 @@
 // result depends on the number of threads by rounding only.
 //
 // Products (dense.h) read rows in the layer's dtype where they lie. Rows of codes (codes.h) are multiplied in integers.
-// Rows of bitmaps (bitmap.h) are multiplied while they are decoded for few tokens; for many they are decoded four at a
-// time for all tokens of an expert.
+// Rows of bitmaps (bitmap.h) are multiplied while they are decoded for few tokens; for many they are decoded, four or
+// 16 at a time, for all tokens of an expert.
 #pragma once
 
 #include <math.h>
@@ -68,7 +69,8 @@ struct Routing {
 };
 
 constexpr int64_t kHidden = 8 * kRows;  // of gate and up before those of down: so far each is read on and fetched ahead
-constexpr int64_t kStoredRows = 16;     // of a bitmap, decoded to the layer's dtype at once
+constexpr int64_t kHiddenStride = kHidden + 16;  // not of one set of the cache
+constexpr int64_t kStoredRows = 16;              // of a bitmap, decoded to the layer's dtype at once
 
 template <class T>
 struct Run {
@@ -100,7 +102,7 @@ struct Run {
     std::vector<float> rows;       // decoded rows
     std::vector<uint16_t> stored;  // kStoredRows of them, in the layer's dtype
     std::vector<float> sums;       // [2 * inputs, kRows]: of gate, then of up
-    std::vector<float> hidden;     // [inputs, kHidden]
+    std::vector<float> hidden;     // [inputs, kHiddenStride]
     std::vector<float> rest;       // of numbers rounded to 16 bits
     std::vector<Images> shrunk;    // of a block's pairs, by low-rank part: [kSums, 2]
     // What is at hand for rows of codes; for others as fp32; and, of x, as products of the layer's dtype take it.
@@ -115,7 +117,7 @@ struct Run {
     Scratch(int64_t columns, int64_t tokens) : ld(columns + 2 * kLanes), ld_stored(round_up(columns, 64) + 32) {
       const int64_t inputs = std::min(kInputs, tokens);
       sums.resize(2 * inputs * kRows);
-      hidden.resize(inputs * kHidden);
+      hidden.resize(inputs * kHiddenStride);
       rest.resize(columns);
     }
   };
@@ -542,10 +544,10 @@ struct Run {
         }
   }
 
-  // all[s * kHidden + r], and the tokens' sums of it.
+  // all[s * kHiddenStride + r], and the tokens' sums of it.
   void activate_rows(const Block& b, float* const (&sums)[2], float* all) {
     for (int64_t s = 0; s < b.pairs; ++s) {
-      float* hidden = all + s * kHidden;
+      float* hidden = all + s * kHiddenStride;
       float* mixed = mixed_hidden.data() + routing.token[b.first_pair + s] * layer.intermediate + b.first_row;
       activate(layer.activation, sums[kGate] + s * kRows, sums[kUp] + s * kRows, routing.weight[b.first_pair + s],
                b.rows, hidden);
@@ -563,15 +565,15 @@ struct Run {
         const int64_t rank = layer.low_rank[g].rank;
         float* own = shrunk_hidden[g].data() + (thread * routing.pairs() + b.first_pair) * rank;
         use_outputs(b.pairs, scratch, [&](int64_t s) { return own + s * rank; }, token_of);
-        axpys(hidden, kHidden, layer.low_rank[g].u, e, i, b.rows, rank, b.pairs, scratch);
+        axpys(hidden, kHiddenStride, layer.low_rank[g].u, e, i, b.rows, rank, b.pairs, scratch);
       }
     float* own = partial.data() + thread * tokens * H;
     use_outputs(b.pairs, scratch, [&](int64_t s) { return own + token[s] * H; }, token_of);
     for (int64_t g = 0; g < layer.num_bitmap; ++g)
-      if (layer.bitmap[g].mask[kDown]) axpys(hidden, kHidden, layer.bitmap[g], e, i, b.rows, b.pairs, scratch);
+      if (layer.bitmap[g].mask[kDown]) axpys(hidden, kHiddenStride, layer.bitmap[g], e, i, b.rows, b.pairs, scratch);
     for (int64_t g = 0; g < layer.num_quantized; ++g)
       if (layer.quantized[g].rows[kDown].data)
-        axpys(hidden, kHidden, layer.quantized[g].rows[kDown], e, i, b.rows, H, b.pairs, scratch);
+        axpys(hidden, kHiddenStride, layer.quantized[g].rows[kDown], e, i, b.rows, H, b.pairs, scratch);
   }
 
   void project_outputs(int thread, int threads, Scratch& scratch) {

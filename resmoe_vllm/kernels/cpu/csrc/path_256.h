@@ -9,8 +9,7 @@
 namespace resmoe {
 
 constexpr int kBytes = 32, kWide = 8;
-constexpr int kTileVectors = 2, kTileInputs = 3;  // of a tile of products: its sums stay in registers
-constexpr int kQuarters = 2;                      // of 128 bits
+constexpr int kQuarters = 2;        // of 128 bits
 constexpr int kPieceRows = 16;      // on the way down with one output: their lines stay in the first cache
 constexpr bool kPacksFirst = true;  // for many inputs rows of codes stand together before they are decoded
 

@@ -10,6 +10,12 @@
 
 namespace resmoe {
 
+constexpr int kTileVectors = 2;  // of a tile of products: its sums stay in registers
+#ifdef __AVXVNNI__
+constexpr int kTileInputs = 2;
+#else
+constexpr int kTileInputs = 3;
+#endif
 using Bytes = __m256i;
 using Ints = __m256i;
 using Floats = Octet;

@@ -10,6 +10,8 @@
 
 namespace resmoe {
 
+constexpr int kTileVectors = 2, kTileInputs = 2;  // of a tile of products: its sums stay in registers
+
 constexpr bool kCountsBits = false;  // by vectors alone, which takes longer than a look-up
 struct Bytes {
   uint8x16_t low, high;
