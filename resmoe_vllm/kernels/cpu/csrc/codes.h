@@ -23,6 +23,7 @@ struct CodeRows {
   typename D::Tables tables;
   int64_t n, octets, stride, group, groups;  // octets: of a row of SignedBytes its columns
   static constexpr int64_t kChunk = D::kPlaces * kBytes;
+  static constexpr int kChunkBytes = D::kBits * kChunk / 8;  // that it takes
 
   CodeRows(const Matrix& m, int64_t e, int64_t i, int64_t columns)
       : tables(m.tables), n(columns), octets(octets_of(n)), stride(D::kBits * octets) {
@@ -55,10 +56,7 @@ struct CodeRows {
   }
   // The same chunk of the next `rows` rows. Always inline: GCC drops calls of what does nothing but prefetch.
   __attribute__((always_inline)) void fetch_ahead(int64_t row, int64_t rows, int64_t chunk) const {
-    constexpr int kShare = D::kBits == 3 ? 3 : 2;  // halves of a vector that a chunk takes
-    const char* at = (const char*)codes + (row + rows) * stride + chunk * kShare * kBytes / 2;
-    fetch(at);
-    if (kShare == 3) fetch(at + 64);
+    fetch_lines<kChunkBytes>(codes + (row + rows) * stride + chunk * kChunkBytes);
   }
 };
 
@@ -131,9 +129,9 @@ __attribute__((noinline)) void dot_direct(const CodeRows<D>& rows, int64_t first
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) acc[r][s] = start(int_set(0));
     const auto add_chunk = [&](auto inside) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-      for (int line = 0; line < R * D::kBits * kPlaces * kBytes / 8 / 64; ++line) fetch(ahead + 64 * line);
-      ahead += R * D::kBits * kPlaces * kBytes / 8;
+      constexpr int kPiece = R * CodeRows<D>::kChunkBytes;
+      fetch_lines<kPiece>(ahead);
+      ahead += kPiece;
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         Bytes out[kPlaces];
@@ -195,10 +193,12 @@ constexpr int kTileRows = kTileVectors * kWide;
 
 static_assert(kPieceRows % 4 == 0 && kRows % kPieceRows == 0);
 
-// Whether codes of several rows can stand together before they are decoded: a byte's levels depend on it and on the one
-// before.
+// Where an axpy's sums of a chunk stay in registers, and a byte's levels depend on nothing but it and the one before.
 template <class D>
-constexpr bool kPacked = kPacksFirst && D::kPlaces <= 2;
+constexpr bool kAxpyDirect = D::kPlaces <= 2;
+// Whether codes of several rows stand together before they are decoded, for many inputs and outputs too.
+template <class D>
+constexpr bool kPacked = kPacksFirst && kAxpyDirect<D>;
 
 // make_quads, where words of codes are turned before they are decoded. packed: [2, kWide, kBytes].
 template <class D>
@@ -211,24 +211,22 @@ void make_quads_packed(const CodeRows<D>& rows, int64_t first, int64_t count, in
   // as many rows behind these, which lie in one piece
   const uint8_t* ahead = rows.codes + (first + count) * stride + begin * V * kWide * kBytes;
   for (int g = 0; g < V; ++g) {
-    const uint8_t *row[kWide], *window[kWide];
+    const uint8_t* row[kWide];
     alignas(kBytes) uint8_t last[kBytes] = {};  // of each word its last byte is the one before a row's columns
     for (int64_t r = 0; r < kWide; ++r) {
       row[r] = rows.codes + (first + std::min(g * kWide + r, count - 1)) * stride;
-      window[r] = packed + r * kBytes;
       last[4 * r + 3] = row[r][begin ? begin * kBytes - 1 : stride - 1];
     }
     Bytes before = load_bytes(last);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-#pragma GCC unroll 4
-      for (int line = 0; line < kWide * kBytes; line += 64) fetch(ahead + line);
+      fetch_lines<kWide * kBytes>(ahead);
       ahead += kWide * kBytes;
       if ((chunk + 1) * kBytes <= stride) {
-        transpose_rows(row, chunk * kBytes, turned);
+        transpose_words([&](int r) { return row[r] + chunk * kBytes; }, turned, kBytes);
       } else {
         for (int64_t r = 0; r < kWide; ++r)
           store_bytes(packed + r * kBytes, load_window<0>(row[r], stride, chunk * kBytes));
-        transpose_rows(window, 0, turned);
+        transpose_words([&](int r) { return packed + r * kBytes; }, turned, kBytes);
       }
       uint8_t* to = quads + ((chunk - begin) * kPlaces * kWide * V + g) * kBytes;
 #pragma GCC unroll 2
@@ -263,8 +261,8 @@ void make_quads(const CodeRows<D>& rows, int64_t first, int64_t count, int64_t b
       }
       for (int j = 0; j < kPlaces; ++j) {
         const int64_t quad = ((chunk - begin) * kPlaces + j) * kWide;
-        transpose_words(decoded + j * kWide * kBytes, quads + (quad * kTileVectors + g) * kBytes,
-                        kTileVectors * kBytes);
+        transpose_words([&](int r) { return decoded + (j * kWide + r) * kBytes; },
+                        quads + (quad * kTileVectors + g) * kBytes, kTileVectors * kBytes);
       }
     }
 }
@@ -450,7 +448,7 @@ inline void axpy_tile(const uint8_t* strip, int64_t quad_stride, const Factors* 
 }
 
 // Four rows after four of a chunk of `count` rows; missing rows are the last one again: their factors are zero.
-// Meanwhile the rows behind them, which lie in one piece, are fetched, a piece for each.
+// Meanwhile the rows behind them, which lie in one piece, are fetched, a piece for each four.
 template <class D>
 struct FourRows {
   const CodeRows<D>& rows;
@@ -469,8 +467,7 @@ struct FourRows {
     for (int r = 0; r < 4; ++r) row[r] += 4 * rows.stride;
   }
   __attribute__((always_inline)) void fetch_piece() {
-#pragma GCC unroll 4
-    for (int line = 0; line < 4 * kBytes; line += 64) fetch_far(ahead + line);
+    fetch_lines<4 * CodeRows<D>::kChunkBytes>(ahead);
     ahead += piece;
   }
 
@@ -484,12 +481,14 @@ struct FourRows {
 // Codes of four rows of a chunk, interleaved, and the bytes before each, where levels need them: 32-bit word d of lane
 // l of vector q is byte 16 * l + 4 * q + d of each. Inside: as CodeRows has it.
 template <class D, bool Inside>
-__attribute__((always_inline)) inline void interleave_codes(const uint8_t* const (&row)[4], int64_t stride,
-                                                            int64_t chunk, Bytes (&packed)[4], Bytes (&before)[4]) {
+__attribute__((always_inline)) inline void interleave_codes(FourRows<D>& four, int64_t chunk, Bytes (&packed)[4],
+                                                            Bytes (&before)[4]) {
+  const int64_t stride = four.rows.stride;
+  four.fetch_piece();
 #pragma GCC unroll 4
   for (int r = 0; r < 4; ++r) {
-    packed[r] = bytes_of_row<Inside, 0>(row[r], stride, chunk * kBytes);
-    if (D::kBefore) before[r] = bytes_of_row<Inside, D::kBefore>(row[r], stride, chunk * kBytes);
+    packed[r] = bytes_of_row<Inside, 0>(four.row[r], stride, chunk * kBytes);
+    if (D::kBefore) before[r] = bytes_of_row<Inside, D::kBefore>(four.row[r], stride, chunk * kBytes);
   }
   in_columns(packed);  // four rows in place of four places
   if (D::kBefore) {
@@ -499,19 +498,15 @@ __attribute__((always_inline)) inline void interleave_codes(const uint8_t* const
   }
 }
 
-// Levels of four rows of a chunk, interleaved, in column order, kWide columns a vector. Missing rows are the
-// last one again: their factors are zero.
+// Levels of four rows of a chunk, interleaved, in column order, kWide columns a vector.
 template <class D>
-__attribute__((always_inline)) inline void interleave_rows(const CodeRows<D>& rows, int64_t count, int64_t chunk,
-                                                           int64_t quad, Bytes (&to)[4 * D::kPlaces]) {
-  const int64_t step = rows.stride / rows.chunks();
+__attribute__((always_inline)) inline void interleave_rows(FourRows<D>& four, int64_t chunk,
+                                                           Bytes (&to)[4 * D::kPlaces]) {
   Bytes own[4][D::kPlaces];
+  four.fetch_piece();
 #pragma GCC unroll 4
   for (int r = 0; r < 4; ++r) {
-    const int64_t row = std::min(count - 1, 4 * quad + r);
-    // the rows behind these, which lie in one piece, a piece for each
-    fetch(rows.codes + count * rows.stride + (chunk * count + row) * step);
-    rows.template decode<true>(row, chunk, own[r]);
+    D::template decode<true, false>(four.rows.tables, four.row[r], four.rows.octets, chunk, own[r]);
     in_columns(own[r]);
   }
 #pragma GCC unroll 8
@@ -528,9 +523,10 @@ __attribute__((always_inline)) inline void interleave_rows(const CodeRows<D>& ro
 // Of `count` rows: [kQuads, kChunk, 4].
 template <class D>
 inline void make_strip(const CodeRows<D>& rows, int64_t count, int64_t chunk, uint8_t* strip) {
-  for (int64_t quad = 0; quad < kQuads; ++quad) {
+  FourRows<D> four(rows, count, chunk);
+  for (int64_t quad = 0; quad < kQuads; four.next(++quad)) {
     Bytes own[4 * D::kPlaces];
-    interleave_rows(rows, count, chunk, quad, own);
+    interleave_rows(four, chunk, own);
 #pragma GCC unroll 16
     for (int v = 0; v < 4 * D::kPlaces; ++v) store_bytes(strip + quad * 4 * rows.kChunk + v * kBytes, own[v]);
   }
@@ -542,8 +538,7 @@ inline void make_packed_strip(const CodeRows<D>& rows, int64_t count, int64_t ch
   FourRows<D> four(rows, count, chunk);
   for (int64_t quad = 0; quad < kQuads; four.next(++quad)) {
     Bytes packed[4], before[4] = {};
-    four.fetch_piece();
-    interleave_codes<D, Inside>(four.row, rows.stride, chunk, packed, before);
+    interleave_codes<D, Inside>(four, chunk, packed, before);
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) {
       Bytes own[D::kPlaces];
@@ -568,9 +563,10 @@ inline void axpy_direct(const CodeRows<D>& rows, int64_t count, int64_t chunk, F
     own[v] = factors(v);
     acc[v] = start(int_set(own[v]->start));
   }
-  for (int64_t quad = 0; 4 * quad < count; ++quad) {
+  FourRows<D> four(rows, count, chunk);
+  for (int64_t quad = 0; 4 * quad < count; four.next(++quad)) {
     Bytes levels[V];
-    interleave_rows(rows, count, chunk, quad, levels);
+    interleave_rows(four, chunk, levels);
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       int32_t first, second;
@@ -607,8 +603,7 @@ __attribute__((noinline)) void axpy_packed(const CodeRows<D>& rows, const Piece&
   FourRows<D> four(rows, count, chunk);
   for (int64_t quad = 0; 4 * quad < count; four.next(++quad)) {
     Bytes packed[4], before[4] = {};
-    four.fetch_piece();
-    interleave_codes<D, Inside>(four.row, rows.stride, chunk, packed, before);
+    interleave_codes<D, Inside>(four, chunk, packed, before);
     int32_t first, second;
     memcpy(&first, with->first + piece.first + 4 * quad, 4);
     memcpy(&second, with->second + piece.first + 4 * quad, 4);
@@ -664,16 +659,15 @@ inline void axpy_strip(const uint8_t* strip, int64_t chunk_columns, FactorsOf fa
     }
 }
 
-// Where the sums of a chunk stay in registers.
+// The factors of `count` rows' group g for one output; scales: load_scales'; finer: and those of what is left of them,
+// or null.
 template <class D>
-constexpr bool kAxpyDirect = D::kPlaces <= 2;
-
-// The factors of `count` rows for one output; finer: and those of what is left of them, or null.
-template <class D>
-inline void make_factors(const float* a, const float* scales, int64_t count, Factors* into, Factors* finer) {
+inline void make_factors(const float* a, const CodeRows<D>& rows, const std::vector<float>& scales, int64_t g,
+                         int64_t count, Factors* into, Factors* finer) {
+  const float* of_group = scales.data() + g * (rows.group / rows.span()) * kRows;
   float numbers[kRows];
   for (int64_t r = 0; r < kRows; r += kWide)
-    store_floats(numbers + r, mul(load_floats(a + r, std::max<int64_t>(0, count - r)), load_floats(scales + r)));
+    store_floats(numbers + r, mul(load_floats(a + r, std::max<int64_t>(0, count - r)), load_floats(of_group + r)));
   make_factors(numbers, D::kTwiceBias, into, finer);
 }
 
@@ -683,10 +677,7 @@ void axpy_one(const float* a, const CodeRows<D>& rows, int64_t count, float* y, 
   constexpr int64_t kChunk = CodeRows<D>::kChunk;
   const int64_t chunks = rows.chunks(), groups = rows.groups, group = groups == 1 ? rows.n : rows.group;
   Factors* factors = (Factors*)scratch.factors.take(groups * sizeof(Factors));
-  for (int64_t g = 0; g < groups; ++g) {
-    const float* scales = scratch.scales.data() + (groups == 1 ? 0 : g * (group / rows.span())) * kRows;
-    make_factors<D>(a, scales, count, factors + g, nullptr);
-  }
+  for (int64_t g = 0; g < groups; ++g) make_factors(a, rows, scratch.scales, g, count, factors + g, nullptr);
   if (group < kChunk && groups > 1) {
     for (int64_t chunk = 0, c = 0; chunk < chunks; ++chunk, c += kChunk)
       axpy_direct(
@@ -725,11 +716,10 @@ void axpy_codes(const float* a, int64_t lda, const CodeRows<D>& rows, int64_t co
     if (first_group != made) {
       made = first_group;
       for (int64_t p = 0; p < per && first_group + p < rows.groups; ++p) {
-        const float* scales = scratch.scales.data() + (first_group + p) * (rows.group / rows.span()) * kRows;
         products = 0;
         for (int64_t s = 0; s < outputs; ++s) {
           Factors* own = factors + p * 2 * outputs + products;
-          make_factors<D>(a + s * lda, scales, count, own, fine[s] ? own + 1 : nullptr);
+          make_factors(a + s * lda, rows, scratch.scales, first_group + p, count, own, fine[s] ? own + 1 : nullptr);
           into[products++] = y[s];
           if (fine[s]) into[products++] = y[s];
         }
@@ -790,8 +780,10 @@ void decode_codes(const CodeRows<D>& row, float* out) {
   for (int64_t chunk = 0; chunk < row.chunks(); ++chunk) {
     Bytes own[kPlaces], inside[kPlaces];
     row.template decode<false>(0, chunk, own);
-    row.template decode<false>(0, chunk, inside);
-    if (row.inside(chunk)) row.template decode<false, true>(0, chunk, inside);
+    if (row.inside(chunk))
+      row.template decode<false, true>(0, chunk, inside);
+    else
+      std::copy_n(own, kPlaces, inside);
     make_strip(row, 1, chunk, strip);
     if constexpr (kAxpyDirect<D>)
       (row.inside(chunk) ? make_packed_strip<D, true> : make_packed_strip<D, false>)(row, 1, chunk, packed);

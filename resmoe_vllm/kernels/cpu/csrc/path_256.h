@@ -21,4 +21,18 @@ inline void copy_window(const uint8_t* from, int64_t size, int64_t at, uint8_t* 
   memcpy(to + done, from + at - By + done, std::min(most - done, size - at + By - done));
 }
 
+// Vectors of sums, pairs of which pair() puts in order: what is first of each, then what is second.
+template <class Sums, size_t Vectors, class Pair>
+inline void order_by_pairs(Sums (&v)[Vectors], Pair pair) {
+  Sums sorted[Vectors];
+#pragma GCC unroll 4
+  for (size_t p = 0; p < Vectors / 2; ++p) {
+    sorted[p] = v[2 * p];
+    sorted[Vectors / 2 + p] = v[2 * p + 1];
+    pair(sorted[p], sorted[Vectors / 2 + p]);
+  }
+#pragma GCC unroll 8
+  for (size_t k = 0; k < Vectors; ++k) v[k] = sorted[k];
+}
+
 }  // namespace resmoe

@@ -133,12 +133,12 @@ inline void split_quarters(Ints v, FourInts (&to)[kQuarters]) {
   to[0] = _mm256_castsi256_si128(v);
   to[1] = _mm256_extracti128_si256(v, 1);
 }
-// kWide vectors of words to as many of each one's first, second, .. word, `apart` bytes apart.
-template <class Load>
-inline void transpose_loaded(Load load, uint8_t* to, int64_t apart) {
+// kWide vectors of words, at row(0), row(1), .., to as many of each one's first, second, .. word, `apart` bytes apart.
+template <class Row>
+inline void transpose_words(Row row, uint8_t* to, int64_t apart) {
   __m256i rows[8], pairs[8], fours[8];
 #pragma GCC unroll 8
-  for (int r = 0; r < 8; ++r) rows[r] = load(r);
+  for (int r = 0; r < 8; ++r) rows[r] = load_bytes(row(r));
 #pragma GCC unroll 4
   for (int r = 0; r < 8; r += 2) {
     pairs[r] = _mm256_unpacklo_epi32(rows[r], rows[r + 1]);
@@ -158,14 +158,6 @@ inline void transpose_loaded(Load load, uint8_t* to, int64_t apart) {
   }
 }
 
-// Of vectors one behind the other.
-inline void transpose_words(const uint8_t* from, uint8_t* to, int64_t apart) {
-  transpose_loaded([from](int r) { return load_bytes(from + r * kBytes); }, to, apart);
-}
-// Of the vectors at row[..] + at, to kWide ones behind one another.
-inline void transpose_rows(const uint8_t* const (&row)[kWide], int64_t at, uint8_t* to) {
-  transpose_loaded([&](int r) { return load_bytes(row[r] + at); }, to, kBytes);
-}
 // Sums of one byte in four, as in_columns() has four rows, of two vectors that stand together, in the order of their
 // columns: kWide columns, and those half a chunk behind them. Places: columns of a byte.
 template <int Places>
@@ -177,15 +169,7 @@ inline void pair_in_column_order(Ints& first, Ints& second) {
 }
 template <int Vectors>
 inline void in_column_order(Ints (&v)[Vectors]) {
-  Ints sorted[Vectors];
-#pragma GCC unroll 4
-  for (int p = 0; p < Vectors / 2; ++p) {
-    sorted[p] = v[2 * p];
-    sorted[Vectors / 2 + p] = v[2 * p + 1];
-    pair_in_column_order<Vectors / 4>(sorted[p], sorted[Vectors / 2 + p]);
-  }
-#pragma GCC unroll 8
-  for (int k = 0; k < Vectors; ++k) v[k] = sorted[k];
+  order_by_pairs(v, [](Ints& a, Ints& b) { pair_in_column_order<Vectors / 4>(a, b); });
 }
 
 inline Ints load_ints(const void* from) { return _mm256_loadu_si256((const __m256i*)from); }

@@ -45,8 +45,7 @@ inline Bytes low_32(Bytes a, Bytes b) { return _mm512_unpacklo_epi32(a, b); }
 inline Bytes high_32(Bytes a, Bytes b) { return _mm512_unpackhi_epi32(a, b); }
 // In each 128-bit lane the last word of `before`, then all but the last one of v.
 inline Bytes last_word_before(Bytes before, Bytes v) { return _mm512_alignr_epi8(v, before, 12); }
-Bytes last_byte_before(Bytes before, Bytes v);  // of kPacksFirst alone, as the next two
-void transpose_rows(const uint8_t* const (&row)[kWide], int64_t at, uint8_t* to);
+Bytes last_byte_before(Bytes before, Bytes v);  // of kPacksFirst alone, as the next one
 template <int Places>
 void pair_in_column_order(Ints& first, Ints& second);
 // 16 bytes of each 128-bit lane to `to`, `apart` bytes from one lane to the next.
@@ -127,11 +126,12 @@ inline void split_quarters(Ints v, FourInts (&to)[kQuarters]) {
   to[2] = _mm512_extracti32x4_epi32(v, 2);
   to[3] = _mm512_extracti32x4_epi32(v, 3);
 }
-// kWide vectors of words, one behind the other, to as many of each one's first, second, .. word, `apart` bytes apart.
-inline void transpose_words(const uint8_t* from, uint8_t* to, int64_t apart) {
+// kWide vectors of words, at row(0), row(1), .., to as many of each one's first, second, .. word, `apart` bytes apart.
+template <class Row>
+inline void transpose_words(Row row, uint8_t* to, int64_t apart) {
   __m512i rows[16], pairs[16];
 #pragma GCC unroll 16
-  for (int r = 0; r < 16; ++r) rows[r] = load_bytes(from + r * kBytes);
+  for (int r = 0; r < 16; ++r) rows[r] = load_bytes(row(r));
 #pragma GCC unroll 8
   for (int r = 0; r < 16; r += 2) {
     pairs[r] = _mm512_unpacklo_epi32(rows[r], rows[r + 1]);

@@ -275,15 +275,7 @@ inline void pair_in_column_order(Ints& first, Ints& second) {
 }
 template <int Vectors>
 inline void in_column_order(Ints (&v)[Vectors]) {
-  Ints sorted[Vectors];
-#pragma GCC unroll 4
-  for (int p = 0; p < Vectors / 2; ++p) {
-    sorted[p] = v[2 * p];
-    sorted[Vectors / 2 + p] = v[2 * p + 1];
-    pair_in_column_order<Vectors / 4>(sorted[p], sorted[Vectors / 2 + p]);
-  }
-#pragma GCC unroll 8
-  for (int k = 0; k < Vectors; ++k) v[k] = sorted[k];
+  order_by_pairs(v, [](Ints& a, Ints& b) { pair_in_column_order<Vectors / 4>(a, b); });
 }
 // Four vectors' sums within 128 bits: [quarters][4].
 inline Ints sums_of_quarters(Ints a, Ints b, Ints c, Ints d) {
@@ -296,7 +288,7 @@ inline void split_quarters(Ints v, FourInts (&to)[kQuarters]) {
 }
 // kWide vectors of words, at row(0), row(1), .., to as many of each one's first, second, .. word, `apart` bytes apart.
 template <class Row>
-inline void transpose_at(Row row, uint8_t* to, int64_t apart) {
+inline void transpose_words(Row row, uint8_t* to, int64_t apart) {
   const auto doubles = [](uint32x4_t v) { return vreinterpretq_u64_u32(v); };
   const auto store = [](uint8_t* into, uint64x2_t v) { vst1q_u8(into, vreinterpretq_u8_u64(v)); };
 #pragma GCC unroll 2
@@ -314,15 +306,6 @@ inline void transpose_at(Row row, uint8_t* to, int64_t apart) {
       store(into + 2 * apart, vzip1q_u64(doubles(high01), doubles(high23)));
       store(into + 3 * apart, vzip2q_u64(doubles(high01), doubles(high23)));
     }
-}
-
-// Of vectors one behind the other.
-inline void transpose_words(const uint8_t* from, uint8_t* to, int64_t apart) {
-  transpose_at([from](int r) { return from + r * kBytes; }, to, apart);
-}
-// Of the vectors at row[..] + at, to kWide ones behind one another.
-inline void transpose_rows(const uint8_t* const (&row)[kWide], int64_t at, uint8_t* to) {
-  transpose_at([&](int r) { return row[r] + at; }, to, kBytes);
 }
 
 // ---- eight lanes ---------------------------------------------------------------------------------------------

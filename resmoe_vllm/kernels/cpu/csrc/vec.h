@@ -18,8 +18,12 @@ template <class... T>
 inline void unused(const T&...) {}
 
 __attribute__((always_inline)) inline void fetch(const void* from) { __builtin_prefetch(from); }
-// What is not read soon: to the second cache.
-__attribute__((always_inline)) inline void fetch_far(const void* from) { __builtin_prefetch(from, 0, 2); }
+// `Bytes` of them, in lines.
+template <int Bytes>
+__attribute__((always_inline)) inline void fetch_lines(const uint8_t* from) {
+#pragma GCC unroll 8
+  for (int line = 0; line < Bytes; line += 64) fetch(from + line);
+}
 
 inline int64_t octets_of(int64_t columns) { return (columns + kLanes - 1) / kLanes; }
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
